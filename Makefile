@@ -1,0 +1,43 @@
+# The two commands: `make demo` and `make test`. Both build .venv first if there is none.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test fast check format lint types gpu clean
+
+demo: $(INSTALLED)  ## the whole path on this machine; PHOTOS=FOLDER takes your photographs, ARGS='key=value …' settings
+	$(RUN) jobs/demo.py $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
+
+test: $(INSTALLED)  ## all tests but the GPU's: the fast ones first, then whole jobs and clusters
+	$(RUN) -m pytest -m "not gpu and not end_to_end"
+	$(RUN) -m pytest -m "end_to_end and not gpu"
+
+fast: $(INSTALLED)  ## the fast tests alone
+	$(RUN) -m pytest -m "not gpu and not end_to_end"
+
+gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(RUN) -m pytest -m gpu
+
+check: lint types test  ## format, lint, types, tests
+
+format: $(INSTALLED)  ## rewrite the code in the one format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/mypy
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no python3.11 or newer found: install one, or give PYTHON=…"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: give PYTHON=…"; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:  ## remove the environment and everything that runs left
+	rm -rf $(VENV) runs

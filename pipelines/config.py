@@ -1,0 +1,284 @@
+"""How every job gets its settings: defaults < YAML file (`--config`) < `key=value` on the command line.
+
+A job's settings are one frozen pydantic class, nested by section. This module turns a command
+line into an instance of it, prints `--help` and `--print-config` from the same class, and turns
+whatever is wrong into one line that names the setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from vlv_model.config import Config
+from vlv_model.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+# ---------------------------------------------------------------------------------------- paths
+
+
+def is_url(path: str) -> bool:
+    """True for `s3://…` and the like, which are the same place for every machine."""
+    return "://" in path
+
+
+def in_submitted_copy(folder: Path) -> bool:
+    """True inside the copy of `--working-dir` that Ray unpacks for a submitted job and deletes."""
+    return "working_dir_files" in folder.parts
+
+
+def _output(path: str) -> str:
+    if is_url(path):
+        return path
+    expanded = Path(path).expanduser()
+    if not expanded.is_absolute() and in_submitted_copy(Path.cwd()):
+        raise ValueError(
+            f"'{path}' is relative, but this job runs in Ray's temporary copy of the working "
+            "directory, where results are deleted: give an absolute path or a URL"
+        )
+    return os.path.abspath(expanded)
+
+
+def _input(path: str) -> str:
+    return path if is_url(path) else os.path.abspath(Path(path).expanduser())
+
+
+OutputPath = Annotated[str, AfterValidator(_output)]
+"""A place that a job writes to. Relative paths are the submitter's, or are refused."""
+
+InputPath = Annotated[str, AfterValidator(_input)]
+"""A place that a job reads from; made absolute, since workers run in folders of their own."""
+
+
+# ------------------------------------------------------------------------------------- building
+
+
+def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
+    """Build `cls` from its defaults, a YAML file and `key=value` overrides, in rising order.
+
+    Raises ConfigError, one line, for an unreadable file, an unknown key (with the nearest right
+    one), a value of the wrong type or out of range, and a required setting that is missing.
+    """
+    values = _read_yaml(config_file) if config_file else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"cannot read '{override}': settings are given as key=value")
+        _insert(values, key, _parse_value(key, text))
+    return build(cls, values)
+
+
+def build(cls: type[C], values: Mapping[str, Any]) -> C:
+    """Validate a nested mapping as `cls`; ConfigError in one line where it is refused."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(cls, error)) from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved settings as plain values: what run folders and checkpoints store."""
+    return config.model_dump(mode="json")
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ConfigError(f"--config {file}: {reason}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"--config {file}: not valid YAML{where}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file}: expected a mapping of settings")
+    return values
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: cannot read the value '{text}'") from None
+
+
+def _insert(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section")
+        values = inner
+    values[name] = value
+
+
+def _one_line(cls: type[Config], error: ValidationError) -> str:
+    details = error.errors()
+    # A misspelt required key is both unknown and missing: the unknown one is what helps.
+    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return _describe(cls, details[0]) + more
+
+
+def _describe(cls: type[Config], detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = [setting.key for setting in settings(cls)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if not near:  # the right name in the wrong section
+            last = key.rsplit(".", 1)[-1]
+            near = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".")[-1]])][:1]
+        hint = f"did you mean '{near[0]}'?" if near else "--help lists all settings"
+        return f"unknown setting '{key}': {hint}"
+    if detail["type"] == "missing":
+        return f"setting '{key}' is required: give {key}=… or put it in the --config file"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+# ----------------------------------------------------------------------------------------- help
+
+
+class Setting:
+    """One leaf of a settings class: dotted key, type in words, default, meaning."""
+
+    def __init__(self, key: str, field: FieldInfo) -> None:
+        self.key = key
+        self.type = _type_words(field.annotation) + _bounds(field)
+        self.meaning = field.description or ""
+        if field.is_required():
+            self.default = "required"
+        else:
+            default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            self.default = "none" if default in (None, PydanticUndefined) else str(default)
+
+
+def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
+    """All leaves of a settings class, depth first, in the order of declaration."""
+    for name, field in cls.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None:
+            yield from settings(section, f"{prefix}{name}.")
+        else:
+            yield Setting(prefix + name, field)
+
+
+def _section(annotation: Any) -> type[Config] | None:
+    is_class = isinstance(annotation, type)
+    return annotation if is_class and issubclass(annotation, Config) else None
+
+
+def _type_words(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_words(get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        inner = [_type_words(a) for a in get_args(annotation) if a is not type(None)]
+        return " or ".join(inner)
+    if origin is not None:
+        inner = [_type_words(a) for a in get_args(annotation) if a is not Ellipsis]
+        return f"{origin.__name__} of {', '.join(inner)}"
+    return {str: "text", int: "integer", float: "number", bool: "true|false"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def _bounds(field: FieldInfo) -> str:
+    words = []
+    for rule in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if (bound := getattr(rule, name, None)) is not None:
+                words.append(f" {sign} {bound:g}")
+    return "".join(words)
+
+
+def help_text(cls: type[Config], usage: str, description: str) -> str:
+    """The whole `--help`: usage, what the job does, every setting with type, default, meaning."""
+    lines = [
+        f"usage: {usage} [--config FILE] [--print-config] [key=value ...]",
+        "",
+        description.strip(),
+        "",
+        "  --config FILE    YAML file of settings; settings on the command line win over it",
+        "  --print-config   print the settings as they resolve, as YAML, and stop",
+        "  --help           this text",
+        "",
+        "settings: key (type, default): meaning",
+    ]
+    section = None
+    for setting in settings(cls):
+        head = setting.key.rpartition(".")[0]
+        if head != section:
+            lines.append("")
+            section = head
+        lines.append(f"  {setting.key} ({setting.type}, {setting.default})")
+        lines.append(f"      {setting.meaning}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def parse(
+    cls: type[C],
+    argv: Sequence[str],
+    usage: str,
+    description: str,
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
+) -> C:
+    """Read a job's command line; `--help` and `--print-config` print and leave with status 0.
+
+    `aliases` maps an option to the setting that it stands for (`{"--model": "model.path"}`); the
+    empty name stands for bare words (`{"": "image"}` in `jobs/caption.py IMAGE`).
+    """
+    config_file: str | None = None
+    show = False
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, separator, value = word.partition("=")
+        if word in ("-h", "--help"):
+            print(help_text(cls, usage, description))
+            sys.exit(0)
+        elif word == "--print-config":
+            show = True
+        elif option == "--config" or (option in aliases and option):
+            if not separator and (value := next(words, "")) == "":
+                raise ConfigError(f"{option} needs a value: {option} VALUE")
+            if option == "--config":
+                config_file = value
+            else:
+                overrides.append(f"{aliases[option]}={json.dumps(value)}")
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option '{option}': settings are given as key=value")
+        elif "" in aliases and not separator:
+            overrides.append(f"{aliases['']}={json.dumps(word)}")
+        else:
+            overrides.append(word)
+    config = load(cls, config_file, overrides)
+    if show:
+        print(yaml.safe_dump(dump(config), sort_keys=False), end="")
+        sys.exit(0)
+    return config

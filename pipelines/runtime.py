@@ -1,0 +1,163 @@
+"""Ray as the jobs use it: connecting, and passing the chunks of a table through Ray Data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+from tqdm import tqdm
+
+from pipelines.storage import Table
+from vlv_model.config import Config
+from vlv_model.errors import RunError
+
+# Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
+CHUNKS_PER_WAVE = 4096
+
+
+class RayConfig(Config):
+    """Which Ray the job runs on."""
+
+    address: str | None = Field(
+        None,
+        description="a running cluster ('auto' or host:port); default: RAY_ADDRESS where it is set "
+        "(as in `ray job submit`), else a Ray of the job's own on this machine",
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="CPUs of a Ray of the job's own; default: all"
+    )
+    object_store_gb: float | None = Field(
+        None, gt=0, description="object store of a Ray of the job's own, in GB; default: Ray's"
+    )
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Connect to Ray for the duration of a job; a Ray that is already connected is shared."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # Faster failure detection on short runs, and each line of a worker printed once.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        store = config.object_store_gb
+        ray.init(
+            "local",
+            num_cpus=config.num_cpus,
+            object_store_memory=int(store * 1e9) if store else None,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: RayConfig, needed: Mapping[str, float], settings: str) -> None:
+    """Refuse a job that would wait for ever; RunError names what is asked and what there is.
+
+    A cluster may be asleep and grow, so there it is only said what is waited for. `settings` tells
+    where the request comes from.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    for resource, amount in needed.items():
+        if there.get(resource, 0) >= amount:
+            continue
+        line = f"{settings}: {amount:g} {resource}s are needed, {there.get(resource, 0):g} are there"
+        if config.address or os.environ.get("RAY_ADDRESS"):
+            print(f"{line}: waiting for the cluster to start nodes")
+        elif resource == "GPU":
+            raise RunError(f"{line}: set use_gpu=false to run on CPUs, or run on a cluster")
+        else:
+            raise RunError(f"{line}: ask for fewer, or set ray.num_cpus={amount:g} to share the cores")
+
+
+class _WriteChunk:
+    """Last step of a chunk: its rows go into the table, a line of counts goes to the driver."""
+
+    def __init__(self, table: Table, row_group_size: int) -> None:
+        self.table = table
+        self.row_group_size = row_group_size
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        (chunk,) = rows["chunk"].unique().to_pylist()
+        rows = rows.drop_columns(["chunk"])
+        commit = self.table.write(chunk, rows, row_group_size=self.row_group_size)
+        statuses = json.dumps(commit.statuses)
+        return pa.table({"rows": [commit.rows], "statuses": [statuses]})
+
+
+def run_chunks(
+    table: Table,
+    stages: Callable[[Any], Any],
+    title: str,
+    total_rows: int,
+    row_group_size: int = 256,
+) -> None:
+    """Pass every chunk that `table` still lacks through `stages` and commit what comes out.
+
+    `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
+    dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
+    `batch_size=None`, so that a chunk stays one block all the way.
+    """
+    import ray.data
+
+    pending = table.pending()
+    if not pending:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows and failures, not blocks
+    context.target_max_block_size = None  # a chunk is never cut in two
+    totals = Counter(table.counts())
+    with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
+        bar.set_postfix_str(summary(totals))
+        for start in range(0, len(pending), CHUNKS_PER_WAVE):
+            wave = pending[start : start + CHUNKS_PER_WAVE]
+            chunks = ray.data.from_items(
+                [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
+            )
+            written = stages(chunks).map_batches(
+                _WriteChunk(table, row_group_size), batch_size=None, batch_format="pyarrow"
+            )
+            for row in written.iter_rows():
+                totals.update(json.loads(row["statuses"]))
+                bar.set_postfix_str(summary(totals), refresh=False)
+                bar.update(row["rows"])
+
+
+def summary(statuses: Counter[str] | dict[str, int]) -> str:
+    """Counts by status in a few words: `ok 94% | download:http_404 12, decode:broken 3`."""
+    total = sum(statuses.values())
+    if not total:
+        return ""
+    failures = [(n, s) for s, n in statuses.items() if s != "ok" and n]
+    failures.sort(reverse=True)
+    words = ", ".join(f"{status} {n}" for n, status in failures[:3])
+    share = f"ok {statuses.get('ok', 0) / total:.0%}"
+    return f"{share} | {words}" if words else share
+
+
+def counts_table(statuses: dict[str, int]) -> str:
+    """Counts by status as lines of text, with their shares."""
+    total = sum(statuses.values())
+    width = max([len(name) for name in statuses] + [5])
+    lines = [f"{name:<{width}}  {n:>9,}  {n / total:6.1%}" for name, n in statuses.items()]
+    return "\n".join([*lines, f"{'total':<{width}}  {total:>9,}"])

@@ -1,0 +1,137 @@
+"""The rows that travel between the jobs, from URL to caption, as Arrow schemas."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow as pa
+
+from vlv_model.errors import DataError
+
+OK = "ok"
+"""Status of a row that later jobs use. All others say why a row is not used."""
+
+FILTERED, DOWNLOAD, DECODE, DUPLICATE = "filtered", "download", "decode", "duplicate"
+
+
+def status(kind: str, detail: str) -> str:
+    """A row's status of two parts, e.g. `download:timeout`; `detail` is of a closed list."""
+    return f"{kind}:{detail}"
+
+
+# Hugging Face datasets decodes a struct of bytes and path as its Image feature.
+IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+SCORES = pa.schema(
+    [
+        ("similarity", pa.float32()),
+        ("pwatermark", pa.float32()),
+        ("punsafe", pa.float32()),
+        ("aesthetic", pa.float32()),
+        ("hash", pa.int64()),
+    ]
+)
+"""LAION's columns that filters and provenance use; null where the metadata lack them."""
+
+METADATA_ROW = pa.schema(
+    [("key", pa.int64()), ("url", pa.string()), ("alt_text", pa.string()), *SCORES]
+)
+"""What the plan of an ingest holds: one row per URL that is to be fetched."""
+
+IMAGE_ROW = pa.schema(
+    [
+        *METADATA_ROW,
+        ("image", IMAGE_STRUCT),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("sha256", pa.string()),
+        ("phash", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Output of ingest. `image`, sizes and hashes are null unless `status` is ok (or filtered:…)."""
+
+PAIR_ROW = IMAGE_ROW.append(pa.field("caption", pa.string()))
+"""Input of stage 2: an image row and the caption that it is to be taught."""
+
+CAPTION_ROW = pa.schema(
+    [
+        ("key", pa.int64()),
+        ("caption", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("model", pa.string()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Output of recaption. `model` is the fingerprint of checkpoint and settings."""
+
+RECONSTRUCTION_ROW = pa.schema(
+    [
+        ("key", pa.int64()),
+        ("image", IMAGE_STRUCT),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Output of reconstruct: the picture that an image's caption embeddings give back."""
+
+
+def with_image_feature(schema: pa.Schema) -> pa.Schema:
+    """The schema with the note by which Hugging Face datasets shows `image` as a picture."""
+    features = {"image": {"_type": "Image"}}
+    note = json.dumps({"info": {"features": {**_plain_features(schema), **features}}})
+    return schema.with_metadata({"huggingface": note})
+
+
+def _plain_features(schema: pa.Schema) -> dict[str, dict[str, str]]:
+    names = {pa.float32(): "float32", pa.float64(): "float64"}
+    return {
+        field.name: {"dtype": names.get(field.type, str(field.type)), "_type": "Value"}
+        for field in schema
+        if not pa.types.is_nested(field.type)
+    }
+
+
+def normalise_url(url: str) -> str:
+    """The spelling under which a URL is known: scheme and host lower-case, no fragment, no
+    default port, outer white space off. Path and query are kept to the letter; what cannot be
+    read as a URL is kept as it is, so that it too becomes a row (`download:bad_url`).
+    """
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+    except ValueError:
+        return url
+    if not parts.scheme or not host:
+        return url
+    scheme = parts.scheme.lower()
+    place = f"[{host}]" if ":" in host else host
+    if port is not None and port != {"http": 80, "https": 443}.get(scheme):
+        place = f"{place}:{port}"
+    if "@" in parts.netloc:
+        place = f"{parts.netloc.rpartition('@')[0]}@{place}"
+    return urlunsplit((scheme, place, parts.path or "/", parts.query, ""))
+
+
+def url_key(url: str) -> int:
+    """`key` of an image: 64 bits of BLAKE2b over its normalised URL, as a signed integer."""
+    digest = hashlib.blake2b(normalise_url(url).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def require_columns(found: pa.Schema, needed: list[str], where: str) -> None:
+    """Raise DataError when a table lacks a column; the line lists what it does have."""
+    missing = [name for name in needed if name not in found.names]
+    if missing:
+        raise DataError(
+            f"{where} has no column {', '.join(map(repr, missing))}; "
+            f"it has {', '.join(found.names) or 'no columns'}"
+        )

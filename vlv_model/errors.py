@@ -1,0 +1,29 @@
+"""The one hierarchy of errors that a user is meant to read.
+
+Every message is one line: what came, what was expected, what to do. The jobs print it as their
+last line and exit with status 2, without a traceback; any other exception is a bug of ours.
+"""
+
+
+class VLVError(Exception):
+    """Base of all errors that are the input's fault and not the program's."""
+
+
+class ConfigError(VLVError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+class DataError(VLVError):
+    """A dataset is missing, empty, or lacks a column that is needed."""
+
+
+class ModelError(VLVError):
+    """A pretrained part is missing or does not fit the parts that it is joined with."""
+
+
+class CheckpointError(VLVError):
+    """A checkpoint is missing, damaged, or of another shape than the model."""
+
+
+class RunError(VLVError):
+    """An output folder cannot be used: it holds another run, or a run that is still going."""
