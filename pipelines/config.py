@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def _insert(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _one_line(cls: type[Config], error: ValidationError) -> str:
     details = error.errors()
     # A misspelt required key is both unknown and missing: the unknown one is what helps.
-    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
+    details = [d for d in details if d["type"] == "extra_forbidden"] or details
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     return _describe(cls, details[0]) + more
 
@@ -141,6 +142,10 @@ def _one_line(cls: type[Config], error: ValidationError) -> str:
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
+        value = detail["input"]
+        while isinstance(value, dict) and value:  # a section that does not exist: name its setting
+            name, value = next(iter(value.items()))
+            key += f".{name}"
         known = [setting.key for setting in settings(cls)]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         if not near:  # the right name in the wrong section
@@ -170,7 +175,15 @@ class Setting:
             self.default = "required"
         else:
             default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-            self.default = "none" if default in (None, PydanticUndefined) else str(default)
+            self.default = _default_words(default)
+
+
+def _default_words(default: Any) -> str:
+    if default is None or default is PydanticUndefined:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(list(default)) if isinstance(default, tuple) else str(default)
 
 
 def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
@@ -199,7 +212,8 @@ def _type_words(annotation: Any) -> str:
         return " or ".join(inner)
     if origin is not None:
         inner = [_type_words(a) for a in get_args(annotation) if a is not Ellipsis]
-        return f"{origin.__name__} of {', '.join(inner)}"
+        name = {tuple: "list", dict: "mapping"}.get(origin, origin.__name__)
+        return f"{name} of {', '.join(inner)}"
     return {str: "text", int: "integer", float: "number", bool: "true|false"}.get(
         annotation, getattr(annotation, "__name__", str(annotation))
     )
@@ -234,7 +248,9 @@ def help_text(cls: type[Config], usage: str, description: str) -> str:
             lines.append("")
             section = head
         lines.append(f"  {setting.key} ({setting.type}, {setting.default})")
-        lines.append(f"      {setting.meaning}")
+        lines += textwrap.wrap(
+            setting.meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     return "\n".join(lines)
 
 

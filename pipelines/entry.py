@@ -37,7 +37,7 @@ def main(
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        for cause in _causes(error):
+        for cause in causes_of(error):
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):
                 print(f"error: {cause}", file=sys.stderr)
                 return BAD_INPUT
@@ -45,7 +45,7 @@ def main(
     return 0
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
     """The error and all that it was raised from: plain chains, Ray's task errors, Train's ranks."""
     seen: set[int] = set()
     stack: list[BaseException] = [error]

@@ -81,13 +81,17 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
     for resource, amount in needed.items():
         if there.get(resource, 0) >= amount:
             continue
-        line = f"{settings}: {amount:g} {resource}s are needed, {there.get(resource, 0):g} are there"
+        line = (
+            f"{settings}: {amount:g} {resource}s are needed, {there.get(resource, 0):g} are there"
+        )
         if config.address or os.environ.get("RAY_ADDRESS"):
             print(f"{line}: waiting for the cluster to start nodes")
         elif resource == "GPU":
             raise RunError(f"{line}: set use_gpu=false to run on CPUs, or run on a cluster")
         else:
-            raise RunError(f"{line}: ask for fewer, or set ray.num_cpus={amount:g} to share the cores")
+            raise RunError(
+                f"{line}: ask for fewer, or set ray.num_cpus={amount:g} to share the cores"
+            )
 
 
 class _WriteChunk:

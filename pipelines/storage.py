@@ -78,7 +78,9 @@ class Table:
         try:
             return json.loads((self.folder / TABLE_FILE).read_text())
         except FileNotFoundError:
-            raise DataError(f"{self.folder} is not a table of ours: it has no {TABLE_FILE}") from None
+            raise DataError(
+                f"{self.folder} is not a table of ours: it has no {TABLE_FILE}"
+            ) from None
         except ValueError:
             raise DataError(f"{self.folder / TABLE_FILE} is damaged: it is not JSON") from None
 

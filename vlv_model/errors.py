@@ -6,7 +6,14 @@ last line and exit with status 2, without a traceback; any other exception is a 
 
 
 class VLVError(Exception):
-    """Base of all errors that are the input's fault and not the program's."""
+    """Base of all errors that are the input's fault and not the program's.
+
+    The message becomes one printable line, whatever a user's input brought into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        printable = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(printable)
 
 
 class ConfigError(VLVError):

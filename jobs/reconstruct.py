@@ -1,0 +1,21 @@
+"""Reconstruct: pictures sampled from the caption embeddings, to see what the encoder says.
+
+Needs an image table and, as model.path, the run of stage 1; leaves a table of pictures by key.
+"""
+
+import sys
+
+from pipelines.entry import main
+from pipelines.reconstruct.config import ReconstructConfig
+from pipelines.reconstruct.dataset import reconstruct
+from pipelines.runtime import counts_table
+
+
+def run(config: ReconstructConfig) -> None:
+    counts = reconstruct(config)
+    print(counts_table(counts))
+    print(f"pictures: {config.data.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(ReconstructConfig, run, __doc__))

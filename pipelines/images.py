@@ -1,0 +1,137 @@
+"""Random access to the images of a table: where each row lies, and its bytes and pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.schemas import OK, require_columns
+from pipelines.storage import read_schema
+from vlv_model.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+# Decompressed row groups that one reader keeps, in bytes: neighbours of a row are often next.
+CACHE_BYTES = 512 * 2**20
+
+
+def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
+    """Mask of the held-out rows: keys (already hashes) mixed once more and compared to `share`."""
+    mixed = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= np.uint64(0xD6E8FEB86659FD93)
+    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < share
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where each usable row lies: parallel arrays sorted by key."""
+
+    files: list[Path]
+    keys: np.ndarray  # int64 [n]
+    file: np.ndarray  # int32 [n], position in `files`
+    group: np.ndarray  # int32 [n], row group in that file
+    row: np.ndarray  # int32 [n], row in that group
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select(self, mask: np.ndarray) -> RowIndex:
+        return RowIndex(
+            self.files, self.keys[mask], self.file[mask], self.group[mask], self.row[mask]
+        )
+
+    def digest(self) -> str:
+        """A name for this set of keys, whatever their order."""
+        return hashlib.sha256(np.sort(self.keys).tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def open(cls, files: Sequence[Path], needed: Sequence[str]) -> RowIndex:
+        """Index the rows of status `ok`. Raises DataError for missing columns, an empty table,
+        and a key that occurs twice.
+        """
+        columns: dict[str, list[np.ndarray]] = {"keys": [], "file": [], "group": [], "row": []}
+        for number, path in enumerate(files):
+            schema = read_schema(path)
+            require_columns(schema, ["key", "image", *needed], str(path))
+            with pq.ParquetFile(path) as parquet:
+                for group in range(parquet.num_row_groups):
+                    names = [n for n in ("key", "status") if n in schema.names]
+                    table = parquet.read_row_group(group, columns=names)
+                    usable = np.ones(table.num_rows, dtype=bool)
+                    if "status" in names:
+                        usable = np.asarray(table["status"].to_pylist(), dtype=object) == OK
+                    rows = np.flatnonzero(usable).astype(np.int32)
+                    columns["keys"].append(table["key"].to_numpy()[rows].astype(np.int64))
+                    columns["file"].append(np.full(len(rows), number, np.int32))
+                    columns["group"].append(np.full(len(rows), group, np.int32))
+                    columns["row"].append(rows)
+        arrays = {
+            name: np.concatenate(parts) if parts else np.zeros(0, np.int64)
+            for name, parts in columns.items()
+        }
+        keys = arrays["keys"]
+        if not len(keys):
+            raise DataError(f"{files[0].parent} holds no row of status 'ok': nothing to train on")
+        order = np.argsort(keys, kind="stable")
+        if (repeated := keys[order][1:][np.diff(keys[order]) == 0]).size:
+            raise DataError(
+                f"{files[0].parent}: key {repeated[0]} occurs more than once; "
+                "each image must be one row"
+            )
+        return cls(list(files), *(arrays[name][order] for name in columns))
+
+
+class RowReader:
+    """Reads rows of an index by position, keeping the row groups that it read last."""
+
+    def __init__(self, index: RowIndex, columns: Sequence[str] = ()) -> None:
+        self.index = index
+        self.columns = list(columns)
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._cached = 0
+
+    def row(self, position: int) -> dict[str, Any]:
+        """`image` (its bytes) and the columns asked for, of one row."""
+        group = self._group(int(self.index.file[position]), int(self.index.group[position]))
+        values = group.slice(int(self.index.row[position]), 1).to_pylist()[0]
+        if isinstance(values["image"], dict):
+            values["image"] = values["image"]["bytes"]
+        return values
+
+    def square(self, position: int, image_size: int) -> torch.Tensor:
+        """The row's image as uint8 `[3 image_size image_size]`; DataError if it is no image."""
+        from PIL import Image
+
+        from vlv_model.preprocessing import square_image
+
+        try:
+            with Image.open(io.BytesIO(self.row(position)["image"])) as image:
+                return square_image(image, image_size)
+        except Exception as error:
+            # Ingest let only sound images through, so this table was damaged or made elsewhere.
+            key = self.index.keys[position]
+            raise DataError(f"the image of key {key} cannot be decoded: {error}") from error
+
+    def _group(self, file: int, group: int) -> pa.Table:
+        where = (file, group)
+        if where in self._groups:
+            self._groups.move_to_end(where)
+            return self._groups[where]
+        with pq.ParquetFile(self.index.files[file]) as parquet:
+            table = parquet.read_row_group(group, columns=["image", *self.columns])
+        self._groups[where] = table
+        self._cached += table.nbytes
+        while self._cached > CACHE_BYTES and len(self._groups) > 1:
+            self._cached -= self._groups.popitem(last=False)[1].nbytes
+        return table

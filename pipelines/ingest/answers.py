@@ -1,0 +1,155 @@
+"""Judging what the web answers: URLs, statuses, headers, errors, and the class of each failure."""
+
+from __future__ import annotations
+
+import email.utils
+import socket
+import ssl
+import time
+import unicodedata
+import zlib
+from typing import Literal, get_args
+
+import aiohttp
+from yarl import URL
+
+from pipelines.ingest.addresses import BlockedAddressError, odd_spelling
+from pipelines.ingest.formats import SNIFF_BYTES, image_format
+
+FailureClass = Literal[
+    "dns",
+    "refused",  # also reset, or cut in the middle of the body
+    "timeout",
+    "tls",
+    "http_4xx",
+    "http_404",
+    "http_410",
+    "http_429",
+    "http_5xx",
+    "too_large",
+    "not_an_image",
+    "opted_out",
+    "blocked_address",
+    "bad_url",
+    "other",
+]
+FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
+"""The closed list behind `download:` in a row's status."""
+
+TRANSIENT = frozenset(["timeout", "refused", "http_429", "http_5xx"])
+"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too."""
+
+MESSAGE_LENGTH = 200
+_MAX_URL = 8192
+_BLOCKED = "blocked address"
+
+
+class DownloadError(Exception):
+    """One attempt's failure, by class."""
+
+    def __init__(
+        self, kind: FailureClass, message: str, transient: bool = False, retry_after: float = 0.0
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.transient = transient or kind in TRANSIENT
+        self.retry_after = retry_after
+
+
+def parse_url(url: str) -> URL:
+    """An http(s) URL with a host; DownloadError `bad_url` for anything else.
+
+    An IPv4 address in an odd spelling is a `blocked_address`, wherever it may lead.
+    """
+    if len(url) > _MAX_URL:
+        raise DownloadError("bad_url", f"longer than {_MAX_URL} characters")
+    # What is quoted already is sent to the letter: a signature may cover its spelling.
+    quoted = url.isascii() and all("!" <= c <= "~" and c not in '"<>\\^`{|}' for c in url)
+    try:
+        parsed = URL(url, encoded=quoted)
+        host, _ = parsed.raw_host or "", parsed.port
+        odd = odd_spelling(host)
+    except (ValueError, UnicodeError) as error:
+        raise DownloadError("bad_url", str(error)) from None
+    if parsed.scheme not in ("http", "https"):
+        raise DownloadError("bad_url", f"scheme '{parsed.scheme}': only http and https are fetched")
+    if not host:
+        raise DownloadError("bad_url", "no host")
+    if odd:
+        raise DownloadError("blocked_address", f"{_BLOCKED} {host}: odd spelling")
+    return parsed
+
+
+def http_class(code: int) -> FailureClass:
+    """The class of an HTTP status that is neither 200 nor a redirect."""
+    if code == 404:
+        return "http_404"
+    if code == 410:
+        return "http_410"
+    if code == 429:
+        return "http_429"
+    return "http_4xx" if 400 <= code < 500 else "http_5xx" if 500 <= code < 600 else "other"
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 without a sound one."""
+    if not header:
+        return 0.0
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def classify(error: Exception) -> DownloadError:
+    """The class of whatever an attempt raised."""
+    message = str(error) or type(error).__name__
+    match error:
+        case DownloadError():
+            return error
+        case TimeoutError():  # aiohttp's derive from it
+            return DownloadError("timeout", message)
+        case aiohttp.ClientConnectorDNSError():
+            temporary = isinstance(error.os_error, socket.gaierror) and (
+                error.os_error.errno == socket.EAI_AGAIN
+            )
+            return DownloadError("dns", message, transient=temporary)
+        case aiohttp.ClientSSLError() | ssl.SSLError():
+            return DownloadError("tls", message)
+        case aiohttp.InvalidURL() | UnicodeError():
+            return DownloadError("bad_url", message)
+        case aiohttp.ClientConnectorError() if _BLOCKED in str(error.os_error):
+            return DownloadError("blocked_address", str(error.os_error))
+        case BlockedAddressError():
+            return DownloadError("blocked_address", message)
+        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
+            return DownloadError("refused", message)
+        case _:
+            return DownloadError("other", f"{type(error).__name__}: {message}")
+
+
+def clean(message: str) -> str:
+    """A message that is safe in a log, a page and a table: no control characters, cut."""
+    text = "".join(" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in message)
+    return " ".join(text.split())[:MESSAGE_LENGTH]
+
+
+def check_image(head: bytes | bytearray, content_type: str) -> None:
+    """Raise `not_an_image` for a body that neither begins like an image nor is called one."""
+    if image_format(bytes(head[:SNIFF_BYTES])) is None and not (
+        head and content_type.startswith("image/")
+    ):
+        raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")
+
+
+def decompress(body: bytes | bytearray, cap: int) -> bytes:
+    """Undo Content-Encoding gzip or deflate; never makes more than `cap` + 1 bytes."""
+    try:
+        data = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, cap + 1)
+    except zlib.error as error:
+        raise DownloadError("other", f"cannot decompress: {error}") from None
+    if len(data) > cap:
+        raise DownloadError("too_large", f"more than {cap} bytes when decompressed")
+    return data

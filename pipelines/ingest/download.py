@@ -1,0 +1,223 @@
+"""Fetching URLs of the open web: many at a time, bounded in every way, each failure of a class.
+
+One `Downloader` is one Ray actor: an event loop in a thread of its own and one pool of
+connections. Chunks that the actor works on at the same time share both, so a slow host in one
+chunk does not leave the connections idle for the others.
+
+    URL -> slot of its host, slot of the process -> [connect, redirects, headers, body] -> row
+              ^------------- back-off, outside the slots, for transient classes <---'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+import pyarrow as pa
+from pydantic import Field
+from yarl import URL
+
+from pipelines.ingest.addresses import public_socket
+from pipelines.ingest.answers import (
+    DownloadError,
+    check_image,
+    classify,
+    clean,
+    decompress,
+    http_class,
+    parse_url,
+    retry_after,
+)
+from pipelines.ingest.formats import SNIFF_BYTES
+from pipelines.ingest.optout import AGENT, opted_out
+from pipelines.schemas import DOWNLOAD, OK, status
+from vlv_model.config import Config
+
+T = TypeVar("T")
+
+_DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class DownloadConfig(Config):
+    """How the web is asked. Limits of concurrency are those of one downloader process."""
+
+    concurrency: int = Field(128, ge=1, description="requests in flight, per downloader process")
+    concurrency_per_host: int = Field(
+        16, ge=1, description="requests in flight to one host, per downloader process"
+    )
+    connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
+    read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
+    total_timeout: float = Field(30.0, gt=0, description="seconds for one attempt, with redirects")
+    retries: int = Field(
+        1, ge=0, description="further attempts after timeout, refused, http_429, http_5xx"
+    )
+    retry_delay: float = Field(
+        1.0, gt=0, description="seconds before the first retry, doubled for each one, jittered"
+    )
+    max_retry_after: float = Field(
+        30.0,
+        ge=0,
+        description="longest Retry-After that is waited for; beyond it there is no retry",
+    )
+    max_redirects: int = Field(5, ge=0, description="redirects that are followed")
+    max_bytes: int = Field(
+        32 << 20, ge=1, description="largest body, in bytes, as sent and after decompression"
+    )
+    allow_private: bool = Field(
+        False, description="connect to loopback and private addresses too; for tests only"
+    )
+    respect_optout: bool = Field(
+        True, description="honour X-Robots-Tag: noai, noimageai, noindex, noimageindex"
+    )
+    user_agent: str = Field(
+        f"{AGENT}/1.0 (VLV image dataset ingest; honours X-Robots-Tag: noai)",
+        description="User-Agent header; add a URL or address where you can be reached",
+    )
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What came of one URL: the body, or the status and message of its row."""
+
+    data: bytes | None
+    status: str
+    error: str | None = None
+
+
+class Downloader:
+    """Maps rows with a `url` to the same rows with `data` (binary), `status` and `error`."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self.config = config
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(ThreadPoolExecutor(_DNS_THREADS))
+        threading.Thread(target=self.loop.run_forever, name="downloads", daemon=True).start()
+        # A host's slots live as long as a request holds them: millions of hosts leave no trace.
+        self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
+            weakref.WeakValueDictionary()
+        )
+        self.slots = asyncio.Semaphore(config.concurrency)
+        self.session = self._run(self._open_session())
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        fetched = self.fetch_all(rows["url"].to_pylist())
+        for name, kind in (("data", pa.binary()), ("status", pa.string()), ("error", pa.string())):
+            rows = rows.append_column(name, pa.array([getattr(f, name) for f in fetched], kind))
+        return rows
+
+    def fetch_all(self, urls: Sequence[str]) -> list[Fetched]:
+        """Fetch all `urls`, in any order, and return what came in the order of `urls`."""
+
+        async def gather() -> list[Fetched]:
+            return await asyncio.gather(*(self.fetch(url) for url in urls))
+
+        return self._run(gather())
+
+    def close(self) -> None:
+        """Close the connections and end the thread."""
+        self._run(self.session.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    async def _open_session(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
+            ttl_dns_cache=_DNS_CACHE_SECONDS,
+            socket_factory=None if self.config.allow_private else public_socket,
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=self.config.connect_timeout,
+                sock_read=self.config.read_timeout,
+            ),
+            auto_decompress=False,  # `decompress` bounds it
+            headers={
+                "User-Agent": self.config.user_agent,
+                "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "identity",
+            },
+        )
+
+    # ------------------------------------------------------------------------------ one URL
+
+    async def fetch(self, url: str) -> Fetched:
+        """Fetch one URL with retries. Never raises: whatever the web does becomes a status."""
+        attempt = 0
+        while True:
+            try:
+                target = parse_url(url)
+                async with self._host_slots(target.host or ""), self.slots:
+                    async with asyncio.timeout(self.config.total_timeout):
+                        return Fetched(await self._attempt(target), OK)
+            except Exception as error:  # the web's inventions have no end
+                failure = classify(error)
+            delay = self._delay(failure, attempt)
+            if delay is None:
+                return Fetched(None, status(DOWNLOAD, failure.kind), clean(str(failure)))
+            await asyncio.sleep(delay)
+            attempt += 1
+
+    def _host_slots(self, host: str) -> asyncio.Semaphore:
+        return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))
+
+    def _delay(self, failure: DownloadError, attempt: int) -> float | None:
+        """Seconds until the next attempt, or None when there is to be none."""
+        if attempt >= self.config.retries or not failure.transient:
+            return None
+        if failure.retry_after > self.config.max_retry_after:
+            return None
+        backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
+        return max(failure.retry_after, backoff)
+
+    async def _attempt(self, target: URL) -> bytes:
+        for _ in range(self.config.max_redirects + 1):
+            async with self.session.get(target, allow_redirects=False) as response:
+                if response.status not in (200, *_REDIRECTS):
+                    raise DownloadError(
+                        http_class(response.status),
+                        f"HTTP {response.status} {response.reason or ''}".rstrip(),
+                        retry_after=retry_after(response.headers.get("Retry-After")),
+                    )
+                tags = response.headers.getall("X-Robots-Tag", ())
+                if self.config.respect_optout and (directive := opted_out(tags)):
+                    raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
+                if response.status == 200:
+                    return await self._body(response)
+                location = response.headers.get("Location")
+                if not location:
+                    raise DownloadError("other", f"HTTP {response.status} without Location")
+                target = parse_url(str(target.join(URL(location))))
+        raise DownloadError("other", f"more than {self.config.max_redirects} redirects")
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        cap = self.config.max_bytes
+        if (response.content_length or 0) > cap:
+            raise DownloadError("too_large", f"{response.content_length} bytes announced")
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        packed = encoding in ("gzip", "x-gzip", "deflate")
+        body = bytearray()
+        looked = False
+        async for piece in response.content.iter_any():
+            body += piece
+            if len(body) > cap:
+                raise DownloadError("too_large", f"more than {cap} bytes")
+            if not packed and not looked and len(body) >= SNIFF_BYTES:
+                check_image(body, response.content_type)  # before the rest is read
+                looked = True
+        data = decompress(body, cap) if packed else bytes(body)
+        if not looked:
+            check_image(data, response.content_type)
+        return data

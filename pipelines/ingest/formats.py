@@ -1,0 +1,53 @@
+"""Which image format a file has, by its first bytes: names lie on the web, content types too."""
+
+from __future__ import annotations
+
+SNIFF_BYTES = 64
+"""How much of a file `image_format` wants to see."""
+
+READABLE = frozenset(
+    ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI"]
+)
+"""Formats that are decoded; of the others we say that they are images of an unsupported kind."""
+
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+    (b"\0\0\1\0", "ICO"),
+    (b"qoif", "QOI"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
+    (b"\xff\x0a", "JXL"),
+    (b"8BPS", "PSD"),
+    (b"<svg", "SVG"),
+)
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"hevc": "HEIF"}
+_BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"heim": "HEIF", b"heis": "HEIF"}
+
+
+def image_format(head: bytes) -> str | None:
+    """The format of a file that begins with `head`, or None where it begins like no image."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        # A major brand of mif1 says little; AVIF files then list avif among the compatible ones.
+        brands = [head[i : i + 4] for i in (8, *range(16, len(head) - 3, 4))]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        return _BRANDS.get(head[8:12])
+    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
+        return "PPM"
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    if head.lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in head:
+        return "SVG"
+    return None

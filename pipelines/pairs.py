@@ -1,0 +1,242 @@
+"""Image + caption pairs: captions of a second table, joined to the images by key or by URL.
+
+    captions -> key, caption -> sorted buckets by key in _plan/      once
+    images   -> row groups, one chunk each -> captions of their keys -> PAIR_ROW part
+
+The parts of our image tables have key ranges that do not overlap, so a chunk reads one bucket of
+captions or two. A table in any other order is joined rightly too: its chunks read more buckets,
+one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.buckets import Buckets
+from pipelines.ingest.metadata import fingerprint, input_bytes, our_columns
+from pipelines.runtime import RayConfig, ray_session, run_chunks
+from pipelines.schemas import OK, PAIR_ROW, require_columns, url_key, with_image_feature
+from pipelines.storage import Table, parquet_files, read_schema, write_parquet
+from vlv_model.errors import DataError
+
+if TYPE_CHECKING:
+    from pipelines.training.config import Stage2Config
+
+KIND = "pair"
+JoinOn = Literal["key", "url"]
+
+_ROWS_PER_CHUNK = 256  # at least, in whole row groups
+_BATCH_ROWS = 65_536
+_CAPTIONS = pa.schema([("key", pa.int64()), ("caption", pa.string())])
+
+
+def with_pairs(config: Stage2Config) -> Stage2Config:
+    """The settings of stage 2 with `data.input` a pair table; joins `data.captions` where given.
+
+    Without `data.captions` the input has the captions itself and nothing is done.
+    """
+    data = config.data
+    if data.captions is None:
+        return config
+    output = data.output or str(Path(config.run_dir) / "pairs")
+    write_pairs(data.input, data.captions, output, data.caption_column, data.join_on, config.ray)
+    joined = {"input": output, "captions": None, "caption_column": "caption"}
+    return config.model_copy(update={"data": data.model_copy(update=joined)})
+
+
+def write_pairs(
+    images: str,
+    captions: str,
+    output: str,
+    caption_column: str = "caption",
+    join_on: JoinOn = "url",
+    ray: RayConfig | None = None,
+) -> dict[str, int]:
+    """Write the pair table (PAIR_ROW) of an image table and a table of captions; the counts.
+
+    Only images of status `ok` with a caption that is not blank become pairs. Of several captions
+    of an image the first counts. The counts: `pairs`, `images_without_caption`,
+    `captions_without_image`, `repeated_captions`, `blank_captions`.
+    Raises DataError for a missing column and where not one caption finds its image, RunError
+    where `output` holds another run.
+    """
+    image_files, caption_files = parquet_files(images), parquet_files(captions, "data.captions")
+    identity = {
+        "data.input": _digest(image_files),
+        "data.captions": _digest(caption_files),
+        "data.caption_column": caption_column,
+        "data.join_on": join_on,
+    }
+    table = Table(output)
+    if not table.check_free(KIND, identity):
+        notes = _plan(table, image_files, caption_files, caption_column, join_on)
+        table.create(KIND, identity, **notes)
+    about = table.describe()
+    if table.pending():
+        with ray_session(ray or RayConfig()):
+            run_chunks(
+                table, partial(_stages, table=table, join_on=join_on), "pairs", about["images"]
+            )
+    pairs = table.counts().get(OK, 0)
+    if not pairs:
+        raise DataError(
+            f"none of the {about['captions']} captions of {captions} belongs to an image of "
+            f"{images}: they were joined by {join_on} (data.join_on)"
+        )
+    return {
+        "pairs": pairs,
+        "images_without_caption": about["images"] - pairs,
+        "captions_without_image": max(0, about["captions"] - pairs),
+        "repeated_captions": about["repeated_captions"],
+        "blank_captions": about["blank_captions"],
+    }
+
+
+def _digest(files: list[Path]) -> str:
+    """A table's files in a few words, so that a changed one is told from this one."""
+    prints = str(sorted(fingerprint(files).items())).encode()
+    digest = hashlib.blake2b(prints, digest_size=8).hexdigest()
+    return f"{len(files)} files, {input_bytes(files)} bytes, {digest}"
+
+
+# ---------------------------------------------------------------------------------------- plan
+
+
+def _plan(
+    table: Table,
+    image_files: list[Path],
+    caption_files: list[Path],
+    caption_column: str,
+    join_on: JoinOn,
+) -> dict[str, int]:
+    """Write `_plan/`: the captions by key and the row groups of each chunk; what was counted."""
+    folder = table.folder / "_plan"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    counts = _sort_captions(folder, caption_files, caption_column, join_on)
+    chunks: list[dict[str, Any]] = []
+    images = 0
+    for file in image_files:
+        require_columns(read_schema(file), ["image", join_on], str(file))
+        with pq.ParquetFile(file) as parquet:
+            images += _usable_rows(parquet)
+            rows = _ROWS_PER_CHUNK  # so that a file begins a chunk
+            for group in range(parquet.num_row_groups):
+                if rows >= _ROWS_PER_CHUNK:
+                    chunks.append({"file": str(file), "groups": []})
+                    rows = 0
+                chunks[-1]["groups"].append(group)
+                rows += parquet.metadata.row_group(group).num_rows
+    write_parquet(folder / "chunks.parquet", pa.Table.from_pylist(chunks))
+    return {"chunks": len(chunks), "images": images, **counts}
+
+
+def _usable_rows(parquet: pq.ParquetFile) -> int:
+    if "status" not in parquet.schema_arrow.names:
+        return int(parquet.metadata.num_rows)
+    batches = parquet.iter_batches(_BATCH_ROWS, columns=["status"])
+    return sum(pc.sum(pc.equal(batch["status"], OK)).as_py() or 0 for batch in batches)
+
+
+def _sort_captions(
+    folder: Path, files: list[Path], caption_column: str, join_on: JoinOn
+) -> dict[str, int]:
+    """Write the captions as buckets sorted by key, every key once."""
+    counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
+    buckets = Buckets(folder / "unsorted", _CAPTIONS, input_bytes(files))
+    for file in files:
+        schema = read_schema(file)
+        names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
+        join_column = names.get(join_on, join_on)
+        require_columns(schema, [join_column, caption_column], str(file))
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[join_column, caption_column]):
+                text = batch[caption_column].cast(pa.string())
+                has_text = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False)
+                usable = pc.and_(has_text, batch[join_column].is_valid())
+                counts["blank_captions"] += len(text) - usable.true_count
+                keys = _keys(batch[join_column].filter(usable), join_on)
+                buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
+    for i, rows in enumerate(buckets.sorted()):
+        keys = rows["key"].to_numpy()
+        first = np.ones(len(keys), bool)
+        first[1:] = keys[1:] != keys[:-1]
+        counts["repeated_captions"] += len(keys) - int(first.sum())
+        counts["captions"] += int(first.sum())
+        write_parquet(folder / f"captions-{i:04d}.parquet", rows.filter(pa.array(first)))
+    buckets.remove()
+    np.save(folder / "starts.npy", buckets.starts)
+    return dict(counts)
+
+
+def _keys(column: pa.Array | pa.ChunkedArray, join_on: JoinOn) -> pa.Array:
+    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null."""
+    if join_on == "key":
+        return column.cast(pa.int64())
+    urls = column.to_pylist()
+    return pa.array([None if url is None else url_key(url) for url in urls], pa.int64())
+
+
+# ---------------------------------------------------------------------------------------- join
+
+
+def _stages(chunks: Any, table: Table, join_on: JoinOn) -> Any:
+    join = partial(join_chunk, table=table, join_on=join_on)
+    return chunks.map_batches(join, batch_size=None, batch_format="pyarrow")
+
+
+def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
+    """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
+    (chunk,) = chunks["chunk"].to_pylist()
+    (source,) = pq.read_table(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
+    with pq.ParquetFile(source["file"]) as parquet:
+        rows = parquet.read_row_groups(source["groups"])
+    if "status" in rows.column_names:
+        rows = rows.filter(pc.equal(rows["status"], OK))
+    captions = _captions_of(_keys(rows[join_on], join_on), table.folder / "_plan")
+    found = captions.is_valid()
+    rows, captions = rows.filter(found), captions.filter(found)
+    if "key" not in rows.column_names:  # a table of the user's, joined by URL
+        rows = rows.append_column("key", _keys(rows["url"], "url"))
+    pairs = pa.table(
+        [
+            captions if name == "caption" else _column(rows, name, PAIR_ROW.field(name).type)
+            for name in PAIR_ROW.names
+        ],
+        schema=with_image_feature(PAIR_ROW),
+    )
+    if not pairs.num_rows:  # Ray Data passes on no empty block
+        table.write(chunk, pairs)
+    return pairs.append_column("chunk", pa.array([chunk] * pairs.num_rows, pa.int64()))
+
+
+def _column(rows: pa.Table, name: str, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    if name in rows.column_names:
+        return rows[name].cast(kind)
+    return pa.array([OK if name == "status" else None] * rows.num_rows, kind)
+
+
+def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
+    """The caption of each key [n], null where there is none."""
+    captions = pa.nulls(len(keys), pa.string())
+    if len(keys) == keys.null_count:
+        return captions
+    least, greatest = pc.min_max(keys).as_py().values()
+    starts = np.load(plan / "starts.npy")
+    first = int(np.searchsorted(starts, least, "right")) - 1
+    last = int(np.searchsorted(starts, greatest, "right")) - 1
+    for bucket in range(first, last + 1):
+        rows = pq.read_table(plan / f"captions-{bucket:04d}.parquet")
+        places = pc.index_in(keys, value_set=rows["key"].combine_chunks())
+        captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(places))
+    return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

@@ -1,0 +1,32 @@
+"""Settings of reconstructing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.model import ModelSettings
+from pipelines.runtime import RayConfig
+from pipelines.selection import ActorConfig, Selection
+from vlv_model.config import Config
+
+
+class DiffusionConfig(Config):
+    """How pictures are sampled from the frozen decoder."""
+
+    num_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1 is none")
+    sampler: Literal["ddpm", "ddim"] = Field("ddpm", description="ddpm (ancestral) or ddim")
+    seed: int = Field(42, description="with the image's key, the seed of its picture")
+    batch_size: int = Field(16, ge=1, description="pictures that are sampled at once")
+
+
+class ReconstructConfig(Config):
+    """Everything that `jobs/reconstruct.py` needs to know."""
+
+    data: Selection
+    model: ModelSettings = ModelSettings()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    actors: ActorConfig = ActorConfig()
+    ray: RayConfig = RayConfig()

@@ -1,0 +1,42 @@
+"""Reconstruct: an image table in, a table of the pictures that the caption embeddings give back."""
+
+from __future__ import annotations
+
+from pipelines.reconstruct.config import ReconstructConfig
+from pipelines.runtime import ray_session
+from pipelines.selection import open_table, run_actors
+from vlv_model.errors import CheckpointError
+
+
+def reconstruct(config: ReconstructConfig) -> dict[str, int]:
+    """Reconstruct what the output table still lacks; returns its rows by status.
+
+    Raises CheckpointError without a stage-1 checkpoint, and what `open_table` raises.
+    """
+    # Here, so that --help need not wait for the libraries of the models.
+    from pipelines.reconstruct.predictor import ReconstructImages
+    from vlv_model.checkpoint import read_checkpoint
+
+    model, checkpoint = config.model.resolve()
+    if checkpoint is None or (info := read_checkpoint(checkpoint)).stage != "stage1":
+        raise CheckpointError(
+            "model.path has to name a stage-1 run or checkpoint: its encoder is what is looked at"
+        )
+    identity = {
+        "weights": info.sha256,
+        "base_models": info.base_models,
+        **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
+    }
+    table = open_table("reconstruction", config.data, identity)
+    arguments = (model, checkpoint, config.diffusion, config.actors.use_gpu)
+    with ray_session(config.ray):
+        run_actors(
+            table,
+            model.image_size,
+            ReconstructImages,
+            arguments,
+            config.actors,
+            config.ray,
+            title="reconstruct",
+        )
+    return table.counts()

@@ -1,0 +1,1 @@
+"""Reports of jobs: one self-contained HTML page each, from plain data."""

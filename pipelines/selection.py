@@ -1,0 +1,176 @@
+"""Jobs over the images of a table: which rows, in which chunks, and how a chunk is read.
+
+Recaption and reconstruct share this: a plan of chunks is written once into the output table, each
+chunk is decoded on a CPU, passes through a model, and is committed (pipelines.runtime).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipelines.config import InputPath, OutputPath
+from pipelines.images import RowIndex, RowReader, in_holdout
+from pipelines.runtime import RayConfig, check_resources, run_chunks
+from pipelines.schemas import OK, status
+from pipelines.storage import Table, parquet_files, write_parquet
+from vlv_model.config import Config
+from vlv_model.errors import DataError
+
+PLAN = "_plan/rows.parquet"
+
+
+class Selection(Config):
+    """Which images of a table a job works on, and where its own table goes."""
+
+    input: InputPath = Field(description="image table: what ingest wrote, or Parquet of its layout")
+    output: OutputPath = Field(description="folder of the table that is written")
+    split: Literal["all", "train", "holdout"] = Field(
+        "all", description="all images, or those that training used, or those held out from it"
+    )
+    holdout: float = Field(0.02, gt=0, lt=1, description="share held out: the same as in training")
+    limit: int | None = Field(None, ge=1, description="at most this many images, by smallest key")
+    rows_per_chunk: int = Field(
+        256, ge=1, description="rows of a chunk, the unit that is committed"
+    )
+
+    def index(self) -> RowIndex:
+        """The selected rows, sorted by key. Raises DataError when there are none."""
+        index = RowIndex.open(parquet_files(self.input), [])
+        if self.split != "all":
+            held = in_holdout(index.keys, self.holdout)
+            index = index.select(held if self.split == "holdout" else ~held)
+        if self.limit is not None:
+            index = index.select(np.arange(len(index)) < self.limit)
+        if not len(index):
+            raise DataError(f"data.split={self.split} of {self.input} selects no image")
+        return index
+
+
+class ActorConfig(Config):
+    """The actors that hold the model."""
+
+    num_actors: int = Field(1, ge=1, description="actors, each with its own copy of the model")
+    use_gpu: bool = Field(True, description="one CUDA GPU for each actor; false runs on CPUs")
+
+
+def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table:
+    """The job's output table with its plan: made anew, or the one that an earlier run began.
+
+    Raises RunError when the folder holds another run, DataError when nothing is selected.
+    """
+    table = Table(data.output)
+    index = data.index()
+    identity = {
+        "data.input": data.input,
+        "data.split": data.split,
+        "data.holdout": data.holdout if data.split != "all" else None,
+        "data.limit": data.limit,
+        "rows": len(index),
+        "keys": index.digest(),
+        **identity,
+    }
+    if table.check_free(kind, identity):
+        return table
+    # Rows that lie together are read together.
+    order = np.lexsort((index.row, index.group, index.file))
+    plan = pa.table(
+        {
+            "key": index.keys[order],
+            "file": index.file[order],
+            "group": index.group[order],
+            "row": index.row[order],
+        }
+    )
+    (table.folder / "_plan").mkdir(parents=True, exist_ok=True)
+    write_parquet(table.folder / PLAN, plan, row_group_size=data.rows_per_chunk)
+    chunks = -(-len(index) // data.rows_per_chunk)
+    files = [str(file) for file in index.files]
+    table.create(kind, identity, chunks, planned_rows=len(index), files=files)
+    return table
+
+
+class ReadImages:
+    """First step of a chunk: its rows' keys and decoded squares.
+
+    Takes a block of one row (`chunk`), gives `chunk`, `key`, `pixels` (uint8 3·s·s, null where
+    the image cannot be decoded), `status`, `error`.
+    """
+
+    def __init__(self, table: Table, image_size: int) -> None:
+        self.folder = table.folder
+        self.files = [Path(file) for file in table.describe()["files"]]
+        self.image_size = image_size
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        (chunk,) = block["chunk"].to_pylist()
+        with pq.ParquetFile(self.folder / PLAN) as parquet:
+            plan = parquet.read_row_group(chunk)
+        arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
+        reader = RowReader(RowIndex(self.files, *arrays.values()))
+        pixels: list[bytes | None] = []
+        statuses, errors = [], []
+        for position in range(plan.num_rows):
+            try:
+                square = reader.square(position, self.image_size)
+                pixels.append(square.numpy().tobytes())
+                statuses.append(OK)
+                errors.append(None)
+            except DataError as error:
+                pixels.append(None)
+                statuses.append(status("decode", "corrupt"))
+                errors.append(str(error)[:200])
+        return pa.table(
+            {
+                "chunk": pa.array([chunk] * plan.num_rows, pa.int64()),
+                "key": plan["key"],
+                "pixels": pa.array(pixels, pa.binary()),
+                "status": pa.array(statuses, pa.string()),
+                "error": pa.array(errors, pa.string()),
+            }
+        )
+
+
+def squares(pixels: pa.ChunkedArray, image_size: int) -> np.ndarray:
+    """The `pixels` column, without nulls, as uint8 `[n 3 s s]`."""
+    rows = [np.frombuffer(value, np.uint8) for value in pixels.to_pylist()]
+    return np.stack(rows).reshape(-1, 3, image_size, image_size)
+
+
+def run_actors(
+    table: Table,
+    image_size: int,
+    step: type,
+    arguments: tuple[Any, ...],
+    actors: ActorConfig,
+    config: RayConfig,
+    title: str,
+) -> None:
+    """Pass what `table` still lacks through a pool of actors of the class `step`.
+
+    Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
+    model; a chunk is committed as soon as it is through.
+    """
+    import ray.data
+
+    blocks = {"batch_size": None, "batch_format": "pyarrow"}
+    # Of one CPU, decoding has to get a share too: the actor must not take the whole of it.
+    device = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": 0.5}
+
+    def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
+        decoded = chunks.map_batches(ReadImages(table, image_size), num_cpus=0.25, **blocks)
+        pool = ray.data.ActorPoolStrategy(size=actors.num_actors)
+        return decoded.map_batches(
+            step, fn_constructor_args=arguments, compute=pool, **device, **blocks
+        )
+
+    if table.pending():
+        needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
+        check_resources(config, needed, f"actors.num_actors={actors.num_actors}")
+    run_chunks(table, stages, title, table.describe()["planned_rows"])

@@ -1,0 +1,206 @@
+"""Scenes of the tiny world: two objects, a relation, a background; drawn, captioned, read back.
+
+    a large red circle left of a small blue square on a gray background
+
+A scene is its attributes alone, so it has one caption, and the caption one scene. Where the
+objects stand and how large they are to the pixel is drawn from a seed, within bounds that leave
+size and relation beyond doubt:
+
+- every shape fits the square of half side r; large r is 11.5 to 12.5 px, small r 6 to 7 px;
+- along the axis of the relation the objects are at least 2 px apart;
+- across it their centres differ by at most half of their distance along it.
+
+Splits: a scene belongs to one split for ever, by a hash of its caption, whatever the seed. Four
+of the 24 colour-shape pairs are never drawn for training or validation; every scene with one of
+them is in the test split (`is_held_out`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZES = ("large", "small")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 50),
+    "purple": (150, 50, 180),
+    "cyan": (60, 200, 220),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+RELATIONS = ("left of", "above")
+BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
+
+HELD_OUT = frozenset(
+    [("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")]
+)
+"""Colour-shape pairs that only the test split has; each colour and shape is seen in others."""
+
+SIDE = 64  # of the picture, in pixels
+RADIUS = {"large": (11.5, 12.5), "small": (6.0, 7.0)}
+MARGIN = 1.0  # between an object and the edge
+GAP = 2.0  # least distance of the objects along the relation's axis
+SUPERSAMPLING = 4  # the picture is drawn this much larger, then averaged: smooth edges
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+# Out of 20 parts of the scenes without a held-out pair: 17 train, 1 validation, 2 test.
+_PARTS: tuple[Split, ...] = ("train",) * 17 + ("validation",) + ("test",) * 2
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a scene, by its words."""
+
+    size: str
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a caption says: `first` is left of, or above, `second`."""
+
+    first: Object
+    second: Object
+    relation: str
+    background: str
+
+
+# ------------------------------------------------------------------------------------- captions
+
+
+def caption(scene: Scene) -> str:
+    """The one caption of a scene; `parse` is its exact inverse."""
+    return f"a {scene.first} {scene.relation} a {scene.second} on a {scene.background} background"
+
+
+def _object_pattern(name: str) -> str:
+    words = (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES))
+    return " ".join(f"(?P<{name}_{part}>{'|'.join(choices)})" for part, choices in words)
+
+
+_CAPTION = re.compile(
+    f"a {_object_pattern('first')} (?P<relation>{'|'.join(RELATIONS)}) "
+    f"a {_object_pattern('second')} on a (?P<background>{'|'.join(BACKGROUNDS)}) background"
+)
+
+
+def parse(text: str) -> Scene | None:
+    """The scene that a caption tells of, or None where the text is not of the grammar."""
+    match = _CAPTION.fullmatch(text)
+    if match is None:
+        return None
+    words = match.groupdict()
+    first, second = (
+        Object(*(words[f"{name}_{part}"] for part in ("size", "colour", "shape")))
+        for name in ("first", "second")
+    )
+    return Scene(first, second, words["relation"], words["background"])
+
+
+# --------------------------------------------------------------------------------------- splits
+
+
+def is_held_out(scene: Scene) -> bool:
+    """True when an object has a colour-shape pair that training never shows."""
+    return any((o.colour, o.shape) in HELD_OUT for o in (scene.first, scene.second))
+
+
+def split_of(scene: Scene) -> Split:
+    """The split that a scene belongs to: depends on the scene alone."""
+    if is_held_out(scene):
+        return "test"
+    digest = hashlib.blake2b(caption(scene).encode(), digest_size=8).digest()
+    return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
+
+
+@cache
+def scenes_of(split: Split, held_out: bool = False) -> tuple[Scene, ...]:
+    """All scenes of a split, with a held-out pair or without, in a fixed order.
+
+    train 8,182, validation 462, test 956 without a held-out pair and 4,224 with one.
+    """
+    objects = [Object(*words) for words in itertools.product(SIZES, COLOURS, SHAPES)]
+    everything = itertools.product(objects, objects, RELATIONS, BACKGROUNDS)
+    scenes = (Scene(*parts) for parts in everything)
+    return tuple(s for s in scenes if split_of(s) == split and is_held_out(s) == held_out)
+
+
+def sample(seed: int, n: int, split: Split = "train") -> list[Scene]:
+    """`n` scenes of a split in random order, the same for the same seed.
+
+    No scene comes twice before all have come. In the test split every second scene (positions
+    1, 3, …) has a held-out colour-shape pair.
+    """
+    if split != "test":
+        return list(itertools.islice(_shuffled(seed, split, held_out=False), n))
+    seen, unseen = (_shuffled(seed, split, held_out) for held_out in (False, True))
+    return [next(unseen if i % 2 else seen) for i in range(n)]
+
+
+def _shuffled(seed: int, split: Split, held_out: bool) -> Iterator[Scene]:
+    rng = np.random.default_rng([seed, SPLITS.index(split), held_out])
+    pool = scenes_of(split, held_out)
+    while True:
+        for i in rng.permutation(len(pool)):
+            yield pool[i]
+
+
+# -------------------------------------------------------------------------------------- drawing
+
+
+def draw(scene: Scene, seed: int) -> Image.Image:
+    """The scene as an RGB picture of 64x64, antialiased; `seed` places its objects."""
+    rng = np.random.default_rng(seed)
+    scale = SUPERSAMPLING
+    picture = Image.new("RGB", (SIDE * scale, SIDE * scale), BACKGROUNDS[scene.background])
+    pencil = ImageDraw.Draw(picture)
+    for thing, (x, y, r) in zip((scene.first, scene.second), _place(scene, rng), strict=True):
+        outline = [(scale * (x + r * u), scale * (y + r * v)) for u, v in _outline(thing.shape)]
+        pencil.polygon(outline, fill=COLOURS[thing.colour])
+    return picture.reduce(scale)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre and half side (x, y, r) of both objects, in pixels."""
+    r1, r2 = (rng.uniform(*RADIUS[thing.size]) for thing in (scene.first, scene.second))
+    slack = SIDE - 2 * MARGIN - 2 * r1 - 2 * r2 - GAP
+    before, until_second = np.sort(rng.uniform(0, slack, size=2))  # the rest is after both
+    along1 = MARGIN + before + r1
+    along2 = MARGIN + until_second + 2 * r1 + GAP + r2
+    across1 = rng.uniform(MARGIN + r1, SIDE - MARGIN - r1)
+    apart = rng.uniform(-0.5, 0.5) * (along2 - along1)
+    across2 = float(np.clip(across1 + apart, MARGIN + r2, SIDE - MARGIN - r2))
+    if scene.relation == "left of":
+        return [(along1, across1, r1), (along2, across2, r2)]
+    return [(across1, along1, r1), (across2, along2, r2)]
+
+
+@cache
+def _outline(shape: str) -> tuple[tuple[float, float], ...]:
+    """Corners of a shape in the square [-1, 1] x [-1, 1], y downwards."""
+    if shape == "circle":
+        angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+        return tuple(zip(np.cos(angles).tolist(), np.sin(angles).tolist(), strict=True))
+    if shape == "square":
+        return ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
+    if shape == "triangle":
+        return ((0.0, -1.0), (1.0, 0.9), (-1.0, 0.9))
+    a = 0.34  # half the width of the cross's arms
+    quarter = [(-a, -1.0), (a, -1.0), (a, -a), (1.0, -a)]
+    half = [*quarter, (1.0, a), (a, a)]
+    return (*half, *((-u, -v) for u, v in half))

@@ -1,0 +1,186 @@
+"""A small web on loopback: a folder of images, and the ways in which the real web goes wrong.
+
+    with serve(folder) as web:
+        web.url("images/scene-000000.png")
+        web.hostile("slow")
+
+The demo ingests from it, the tests too; nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from pipelines.tiny_world import scenes
+
+HOST = "127.0.0.1"
+PORT_FILE = ".port"  # in the served folder: the port of last time
+STALL_SECONDS = 60.0  # what /hostile/slow waits, unless the server is closed before
+LARGE_BYTES = 4 << 30  # what /hostile/large says that it will send
+
+
+class Web:
+    """A running server; `requests` counts what was asked, by path."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder.resolve()
+        self.requests: Counter[str] = Counter()
+        self.closing = threading.Event()
+        web = self
+
+        class Handler(_Handler):
+            def do_GET(self) -> None:
+                self.answer(web)
+
+        self.server = ThreadingHTTPServer((HOST, port), Handler)
+        self.server.daemon_threads = True
+        self.base_url = f"http://{HOST}:{self.server.server_address[1]}"
+
+    def url(self, path: str) -> str:
+        """URL of a file of the folder, by its path in it."""
+        return f"{self.base_url}/{quote(path)}"
+
+    def hostile(self, name: str) -> str:
+        """URL of one of the `HOSTILE` answers."""
+        if name not in HOSTILE:
+            raise KeyError(f"no hostile answer {name!r}: there are {', '.join(HOSTILE)}")
+        return f"{self.base_url}/hostile/{name}"
+
+
+@contextmanager
+def serve(folder: str | Path, port: int | None = None) -> Iterator[Web]:
+    """Serve `folder` on 127.0.0.1 from threads of this process until the block is left.
+
+    Without `port` it is the port of last time, so that URLs of an earlier run stay good, or a
+    free one where there was none or it is taken; `port=0` always takes a free one.
+    """
+    folder = Path(folder)
+    web = _open(folder, port)
+    (folder / PORT_FILE).write_text(str(web.server.server_address[1]))
+    thread = threading.Thread(target=web.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield web
+    finally:
+        web.closing.set()
+        web.server.shutdown()
+        web.server.server_close()
+        thread.join()
+
+
+def _open(folder: Path, port: int | None) -> Web:
+    if port is not None:
+        return Web(folder, port)
+    memory = folder / PORT_FILE
+    try:
+        return Web(folder, int(memory.read_text()) if memory.exists() else 0)
+    except (OSError, ValueError):  # the port is taken, or the file is not ours
+        return Web(folder, 0)
+
+
+# -------------------------------------------------------------------------------------- answers
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet: the job's own output is what a user reads."""
+
+    def answer(self, web: Web) -> None:
+        path = unquote(urlsplit(self.path).path)
+        web.requests[path] += 1
+        try:
+            if path.startswith("/hostile/") and (answer := HOSTILE.get(path[9:])):
+                answer(self, web)
+            else:
+                self.send_file(web.folder, path)
+        except (BrokenPipeError, ConnectionResetError):  # the client has had enough
+            self.close_connection = True
+
+    def send_file(self, folder: Path, path: str) -> None:
+        file = (folder / path.lstrip("/")).resolve()
+        if not file.is_file() or not file.is_relative_to(folder):
+            return self.send(404)
+        self.send(200, file.read_bytes(), mimetypes.guess_type(file.name)[0] or "text/plain")
+
+    def send(
+        self, status: int, body: bytes = b"", content_type: str = "text/plain", **headers: str
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@cache
+def _jpeg() -> bytes:
+    """A sound picture of the tiny world, for answers that go wrong around it."""
+    file = BytesIO()
+    (scene,) = scenes.sample(0, 1)
+    scenes.draw(scene, 0).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def _missing(handler: _Handler, web: Web) -> None:
+    handler.send(404)
+
+
+def _gone(handler: _Handler, web: Web) -> None:
+    handler.send(410)
+
+
+def _error(handler: _Handler, web: Web) -> None:
+    handler.send(500)
+
+
+def _truncated(handler: _Handler, web: Web) -> None:
+    handler.send(200, _jpeg()[: len(_jpeg()) // 2], "image/jpeg")
+
+
+def _html(handler: _Handler, web: Web) -> None:
+    handler.send(200, b"<!doctype html><title>This photo has moved</title>", "text/html")
+
+
+def _noai(handler: _Handler, web: Web) -> None:
+    handler.send(200, _jpeg(), "image/jpeg", X_Robots_Tag="noai, noimageai")
+
+
+def _large(handler: _Handler, web: Web) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "image/jpeg")
+    handler.send_header("Content-Length", str(LARGE_BYTES))
+    handler.end_headers()
+    while not web.closing.is_set():
+        handler.wfile.write(b"\xff" * 65536)
+
+
+def _slow(handler: _Handler, web: Web) -> None:
+    web.closing.wait(STALL_SECONDS)
+    handler.close_connection = True
+
+
+HOSTILE: dict[str, Callable[[_Handler, Web], None]] = {
+    "missing": _missing,
+    "gone": _gone,
+    "truncated": _truncated,
+    "html": _html,
+    "noai": _noai,
+    "error": _error,
+    "large": _large,
+    "slow": _slow,
+}
+"""Answers under /hostile/, by name: what the open web sends in place of an image."""

@@ -1,0 +1,147 @@
+"""Settings of the two training stages; one place for each, the same names in both."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import InputPath, OutputPath
+from pipelines.model import ModelSettings
+from pipelines.runtime import RayConfig
+from vlv_model.config import Config, Trainable
+
+
+class ImageData(Config):
+    """The images of stage 1."""
+
+    input: InputPath = Field(description="image table: what ingest wrote, or Parquet of its layout")
+    holdout: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="share of the images that is never trained on but evaluated; chosen by a hash "
+        "of `key`, so it stays the same in every job and rerun",
+    )
+
+
+class PairData(ImageData):
+    """The image + caption pairs of stage 2."""
+
+    captions: InputPath | None = Field(
+        None,
+        description="table of captions to join to data.input; default: data.input has them itself",
+    )
+    caption_column: str = Field("caption", description="name of the column of captions")
+    join_on: Literal["key", "url"] = Field(
+        "key", description="how data.captions names its images: by our `key`, or by URL"
+    )
+    output: OutputPath | None = Field(
+        None, description="where the joined pair table is written; default: <run_dir>/pairs"
+    )
+
+
+class TrainConfig(Config):
+    """The optimisation: length, batch, schedule, precision, sharding, checkpoints."""
+
+    steps: int = Field(200_000, ge=1, description="optimiser updates of the whole run")
+    global_batch_size: int = Field(512, ge=1, description="rows of one update, over all workers")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows that one worker passes through the model at once; the rest of the "
+        "global batch is accumulated; default: all of the worker's rows",
+    )
+    num_workers: int = Field(1, ge=1, description="workers (one per GPU)")
+    use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs reserved for each worker")
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="fall of the learning rate to zero over exactly `steps`"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise before the fall")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's two decay rates")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradient norm is clipped to this; 0: never"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="arithmetic; bfloat16 keeps float32 master weights"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    seed: int = Field(42, description="seed of the row order, noise, timesteps and dropout")
+    eval_every: int = Field(2_000, ge=1, description="steps between evaluations on the holdout")
+    eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
+    checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    max_failures: int = Field(3, ge=0, description="lost workers after which the job gives up")
+    prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
+    wandb: Literal["auto", "offline", "disabled"] = Field(
+        "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"both must be in [0, 1), got {list(betas)}")
+        return betas
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.global_batch_size % (self.num_workers * self.rows_at_once):
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} must be a multiple of "
+                f"num_workers × micro_batch_size = {self.num_workers} × {self.rows_at_once}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} must be less than steps={self.steps}"
+            )
+        return self
+
+    @property
+    def rows_at_once(self) -> int:
+        return self.micro_batch_size or max(1, self.global_batch_size // self.num_workers)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that one worker adds up for one update."""
+        return self.global_batch_size // (self.num_workers * self.rows_at_once)
+
+
+class Stage2TrainConfig(TrainConfig):
+    """Stage 2 with the reference's defaults (spec: 100,000 × 64, AdamW 1e-5, linear)."""
+
+    steps: int = Field(100_000, ge=1, description="optimiser updates of the whole run")
+    global_batch_size: int = Field(64, ge=1, description="rows of one update, over all workers")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "linear", description="fall of the learning rate to zero over exactly `steps`"
+    )
+    trainable: Trainable = Field(
+        "projector+llm+encoder", description="what is trained beside the language projector"
+    )
+    max_caption_tokens: int = Field(
+        300, ge=2, description="caption tokens with the end-of-text; longer captions are cut"
+    )
+
+
+class Stage1Config(Config):
+    """Everything that `jobs/stage1.py` needs to know."""
+
+    data: ImageData
+    run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")
+    model: ModelSettings = ModelSettings()
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+
+
+class Stage2Config(Config):
+    """Everything that `jobs/stage2.py` needs to know."""
+
+    data: PairData
+    run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")
+    model: ModelSettings = ModelSettings()
+    train: Stage2TrainConfig = Stage2TrainConfig()
+    ray: RayConfig = RayConfig()

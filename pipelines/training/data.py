@@ -1,0 +1,121 @@
+"""Which rows an optimiser step sees, and how they are read.
+
+The order is a pure function of the keys in the table, the seed and the epoch: rows are sorted by
+`key`, then permuted. Step `s` takes the rows at positions `s·G … (s+1)·G - 1` of the endless
+sequence of epochs (G = global batch size), so no batch is short: one that reaches an epoch's end
+goes on with the next epoch. Each worker takes its own slice of those rows, by world rank. Nothing
+depends on the number of workers, on files or on timing, and any step can be read without the ones
+before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.images import RowReader
+from pipelines.training.config import TrainConfig
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of integers: seeds for the draws that belong to a (seed, epoch, key)."""
+    return int(np.random.SeedSequence([v % 2**64 for v in values]).generate_state(1, np.uint64)[0])
+
+
+class GlobalOrder:
+    """The endless sequence of (epoch, row) that the run walks through; see the module's text."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = np.zeros(0, np.int64)
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """int64 [rows]: the rows of one epoch in order."""
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._permutation, self._epoch = generator.permutation(self.rows), epoch
+        return self._permutation
+
+    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(epoch, row) at positions `start … start + count - 1`."""
+        taken = []
+        while count:
+            epoch, offset = divmod(start, self.rows)
+            here = self.permutation(epoch)[offset : offset + count]
+            taken += [(epoch, int(row)) for row in here]
+            start, count = start + len(here), count - len(here)
+        return taken
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch before a stage makes tensors of it."""
+
+    keys: list[int]
+    epochs: list[int]  # -1: evaluation
+    pixel_values: torch.Tensor  # uint8 [b 3 h w]
+    columns: dict[str, list[Any]]
+
+    @classmethod
+    def read(cls, reader: RowReader, rows: Sequence[tuple[int, int]], image_size: int) -> Batch:
+        """The rows, each (epoch, position), in the order given."""
+        columns: dict[str, list[Any]] = {name: [] for name in reader.columns}
+        for _, position in rows:
+            values = reader.row(position)
+            for name in reader.columns:
+                columns[name].append(values[name])
+        return cls(
+            keys=[int(reader.index.keys[position]) for _, position in rows],
+            epochs=[epoch for epoch, _ in rows],
+            pixel_values=torch.stack([reader.square(p, image_size) for _, p in rows]),
+            columns=columns,
+        )
+
+
+class StepReader:
+    """Reads ahead: the micro-batches of one worker, step by step, made ready in a thread."""
+
+    def __init__(
+        self,
+        order: GlobalOrder,
+        read: Callable[[Sequence[tuple[int, int]]], Any],
+        train: TrainConfig,
+        world_rank: int,
+    ) -> None:
+        self.order = order
+        self.read_rows = read
+        self.train = train
+        self.world_rank = world_rank
+
+    def rows(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, position) of the rows that this worker uses in `step`."""
+        share = self.train.global_batch_size // self.train.num_workers
+        start = step * self.train.global_batch_size + self.world_rank * share
+        return self.order.take(start, share)
+
+    def read(self, step: int) -> list[Any]:
+        """The micro-batches of `step`."""
+        rows, size = self.rows(step), self.train.rows_at_once
+        return [self.read_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def steps(self, start: int) -> Iterator[tuple[int, list[Any]]]:
+        """(step, micro-batches) from `start` on; a failure to read is raised where it is used."""
+        stop = self.train.steps
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
+            ahead: deque[Future[list[Any]]] = deque()
+            try:
+                for step in range(start, stop):
+                    while len(ahead) < self.train.prefetch and step + len(ahead) < stop:
+                        ahead.append(pool.submit(self.read, step + len(ahead)))
+                    yield step, ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()

@@ -1,0 +1,23 @@
+"""The DeepSpeed dictionary, generated from our settings: there is no second file to disagree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.training.config import TrainConfig
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. The learning rate is not in it: the loop sets it."""
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.rows_at_once,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": train.precision == "bfloat16"},
+        "zero_optimization": {"stage": train.zero_stage},
+        # We bring torch's AdamW; DeepSpeed's list of tested optimisers leaves it out.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,84 @@
+"""What the two stages do not share: the model, the batch, and what its loss is an average of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.data import Batch, mix
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch as the model takes it."""
+
+    keys: list[int]
+    inputs: dict[str, Tensor]
+    weight: int  # what the loss is a mean over: images in stage 1, label tokens in stage 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model whose `forward(**inputs)` is its loss, and how a batch becomes those inputs."""
+
+    name: str
+    model: nn.Module
+    columns: list[str]  # of the table, beside the image
+    prepare: Callable[[Batch], Prepared]
+
+
+def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
+    """The denoising loss of VLVAutoEncoder on images alone (paper §3.2)."""
+    autoencoder = VLVAutoEncoder.from_pretrained(model, checkpoint)
+    shape = autoencoder.latent_shape
+    num_timesteps = autoencoder.num_timesteps
+
+    def prepare(batch: Batch) -> Prepared:
+        random = draws(config.train.seed, batch, shape, num_timesteps)
+        inputs = {"pixel_values": batch.pixel_values, **random}
+        return Prepared(batch.keys, inputs, weight=len(batch.keys))
+
+    return Stage("stage1", autoencoder, [], prepare)
+
+
+def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
+    """The caption loss of VLVCaptioner on image + caption pairs (paper §3.3)."""
+    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True)
+    captioner.set_trainable(config.train.trainable)
+    column = config.data.caption_column
+
+    def prepare(batch: Batch) -> Prepared:
+        tokens = captioner.tokenize(batch.columns[column], config.train.max_caption_tokens)
+        inputs = {"pixel_values": batch.pixel_values, **tokens}
+        return Prepared(batch.keys, inputs, weight=int((tokens["labels"] >= 0).sum()))
+
+    return Stage("stage2", captioner, [column], prepare)
+
+
+def draws(
+    seed: int, batch: Batch, latent_shape: tuple[int, ...], num_timesteps: int
+) -> dict[str, Tensor]:
+    """Noise and timesteps of stage 1: a pure function of (seed, epoch, key) for each row.
+
+    Returns `noise` and `posterior_noise` `[b c h w]`, standard normal, and `timesteps` `[b]`,
+    uniform over the scheduler's. A row draws the same whatever batch or worker it falls into.
+    """
+    noise, posterior_noise, timesteps = [], [], []
+    for epoch, key in zip(batch.epochs, batch.keys, strict=True):
+        generator = torch.Generator().manual_seed(mix(seed, epoch, key) >> 1)
+        noise.append(torch.randn(latent_shape, generator=generator))
+        posterior_noise.append(torch.randn(latent_shape, generator=generator))
+        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+    return {
+        "noise": torch.stack(noise),
+        "posterior_noise": torch.stack(posterior_noise),
+        "timesteps": torch.stack(timesteps),
+    }

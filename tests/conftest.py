@@ -1,0 +1,69 @@
+"""Fixtures that several packages' tests share: one Ray, one set of tiny models, one table."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+# Nothing in a test may wait for a hub or for Weights & Biases' servers.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "RAY_USAGE_STATS_ENABLED": "0"}
+for variable in ("RAY_ADDRESS", "WANDB_API_KEY"):
+    os.environ.pop(variable, None)
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray of this session's own, with 4 logical CPUs."""
+    import ray
+
+    from pipelines.runtime import RayConfig, ray_session
+
+    assert not ray.is_initialized()
+    with ray_session(RayConfig(num_cpus=4, object_store_gb=0.5)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `../shared` beside the repository; tests that need it skip without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: this test reads its files")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny base models."""
+    from vlv_model.tiny import write_tiny_models
+
+    return Path(write_tiny_models(tmp_path_factory.mktemp("tiny") / "models"))
+
+
+@pytest.fixture(scope="session")
+def pair_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 drawn scenes with their captions, and two rows that failed, as Parquet of our layout."""
+    from pipelines.schemas import PAIR_ROW, url_key
+    from pipelines.tiny_world import scenes
+
+    rows = []
+    for number, scene in enumerate(scenes.sample(seed=1, n=120)):
+        buffer = io.BytesIO()
+        scenes.draw(scene, number).save(buffer, "PNG")
+        url = f"http://tiny.world/{number}.png"
+        image = {"bytes": buffer.getvalue(), "path": None}
+        found = {"image": image, "status": "ok", "caption": scenes.caption(scene)}
+        rows.append({"key": url_key(url), "url": url, **found})
+    for status in ("download:timeout", "decode:truncated"):
+        rows.append({"key": url_key(status), "url": status, "status": status, "error": "why"})
+    folder = tmp_path_factory.mktemp("pairs")
+    table = pa.Table.from_pylist(rows, schema=PAIR_ROW)
+    for part in range(2):
+        pq.write_table(table.slice(part * 61, 61), folder / f"{part}.parquet", row_group_size=16)
+    return folder

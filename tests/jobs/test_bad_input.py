@@ -1,0 +1,214 @@
+"""Bad input ends as one clear last line, without a traceback, with exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.schemas import IMAGE_ROW
+from tests.jobs.conftest import ROOT, Ended, Job
+
+JOBS = ["ingest", "stage1", "stage2", "recaption", "reconstruct", "caption", "demo", "tiny_models"]
+OUTPUT = {"stage1": "run_dir", "stage2": "run_dir"}  # the others: data.output
+
+
+def refused(ended: Ended, *words: str) -> None:
+    assert ended.status == 2, ended.err
+    assert ended.last_line.startswith("error: "), ended.err
+    assert "Traceback" not in ended.err
+    assert all(word in ended.last_line for word in words), ended.last_line
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_help_names_settings_and_meaning(job: Job, name: str) -> None:
+    ended = job(name, "--help")
+    assert ended.status == 0
+    assert f"usage: python jobs/{name}.py" in ended.out
+    assert "settings: key (type, default): meaning" in ended.out
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_unknown_setting(job: Job, name: str) -> None:
+    refused(job(name, "quite.wrong=1"), "quite.wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("ingest", "filter.min_astetic", "filter.min_aesthetic"),
+        ("stage1", "train.lerning_rate", "train.learning_rate"),
+        ("stage2", "train.trainabel", "train.trainable"),
+        ("recaption", "generate.num_beam", "generate.num_beams"),
+        ("reconstruct", "diffusion.steps", "diffusion.num_steps"),
+        ("caption", "model.pth", "model.path"),
+        ("demo", "scene", "scenes"),
+    ],
+)
+def test_misspelt_setting_gets_the_nearest_right_one(
+    job: Job, name: str, wrong: str, right: str
+) -> None:
+    refused(job(name, f"{wrong}=1"), wrong, f"'{right}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("ingest", "image.quality=101"),
+        ("stage1", "train.learning_rate=0"),
+        ("stage2", "data.holdout=1.5"),
+        ("recaption", "generate.num_beams=0"),
+        ("reconstruct", "diffusion.num_steps=-3"),
+        ("demo", "scenes=1"),
+    ],
+)
+def test_value_out_of_range(job: Job, tmp_path: Path, name: str, setting: str) -> None:
+    paths = [] if name == "demo" else ["data.input=x", f"{OUTPUT.get(name, 'data.output')}=y"]
+    refused(job(name, *paths, setting), setting.split("=")[0])
+
+
+@pytest.mark.parametrize("name", ["ingest", "stage1", "stage2", "recaption", "reconstruct"])
+@pytest.mark.parametrize("make", ["missing", "empty"])
+def test_missing_or_empty_dataset(
+    job: Job, tmp_path: Path, tiny_models: Path, name: str, make: str
+) -> None:
+    source = tmp_path / "table"
+    if make == "empty":
+        source.mkdir()
+    model = [] if name == "ingest" else [f"model.path={models_for(name, tiny_models, tmp_path)}"]
+    output = f"{OUTPUT.get(name, 'data.output')}={tmp_path / 'out'}"
+    refused(job(name, f"data.input={source}", output, *model), "data.input", str(source))
+
+
+def models_for(name: str, tiny_models: Path, tmp_path: Path) -> Path:
+    if name in ("stage1", "stage2"):
+        return tiny_models
+    return checkpoint("stage2" if name == "recaption" else "stage1", tiny_models, tmp_path / name)
+
+
+def checkpoint(stage: str, models: Path, folder: Path) -> Path:
+    """A checkpoint of untrained weights: whole in form."""
+    from vlv_model import VLVAutoEncoder, VLVCaptioner
+    from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
+    from vlv_model.loading import resolve_model
+
+    model, _ = resolve_model(models)
+    about = {"step": 1, "rows_seen": 1, "config": {}, "model": model}
+    first = folder / "stage1"
+    metadata = CheckpointMetadata(stage="stage1", **about)  # type: ignore[arg-type]
+    save_checkpoint(first, VLVAutoEncoder.from_pretrained(model), metadata)
+    if stage == "stage1":
+        return first
+    captioner = VLVCaptioner.from_pretrained(model, first, for_training=True)
+    metadata = CheckpointMetadata(stage="stage2", parent=str(first), **about)  # type: ignore[arg-type]
+    return save_checkpoint(folder / "stage2", captioner, metadata)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "recaption", "reconstruct"])
+def test_table_without_the_needed_column(
+    job: Job, tmp_path: Path, tiny_models: Path, name: str
+) -> None:
+    pq.write_table(pa.table({"key": [1], "picture": [b""]}), tmp_path / "t.parquet")
+    model = f"model.path={models_for(name, tiny_models, tmp_path)}"
+    output = f"{OUTPUT.get(name, 'data.output')}={tmp_path / 'out'}"
+    ended = job(name, f"data.input={tmp_path / 't.parquet'}", output, model)
+    refused(ended, "'image'", "key, picture")
+
+
+def test_pairs_without_captions(job: Job, tmp_path: Path, tiny_models: Path) -> None:
+    pq.write_table(IMAGE_ROW.empty_table(), tmp_path / "t.parquet")
+    paths = [f"data.input={tmp_path / 't.parquet'}", f"run_dir={tmp_path / 'r'}"]
+    refused(job("stage2", *paths, f"model.path={tiny_models}"), "'caption'", "alt_text")
+
+
+def test_table_without_a_usable_row(job: Job, tmp_path: Path, tiny_models: Path) -> None:
+    pq.write_table(IMAGE_ROW.empty_table(), tmp_path / "t.parquet")
+    paths = [f"data.input={tmp_path / 't.parquet'}", f"run_dir={tmp_path / 'r'}"]
+    refused(job("stage1", *paths, f"model.path={tiny_models}"), "no row of status 'ok'")
+
+
+def test_list_of_zero_urls(job: Job, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"URL": pa.array([], pa.string())}), tmp_path / "m.parquet")
+    paths = [f"data.input={tmp_path / 'm.parquet'}", f"data.output={tmp_path / 'out'}"]
+    refused(job("ingest", *paths), str(tmp_path / "m.parquet"))
+
+
+def test_list_without_urls(job: Job, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"TEXT": ["a"]}), tmp_path / "m.parquet")
+    paths = [f"data.input={tmp_path / 'm.parquet'}", f"data.output={tmp_path / 'out'}"]
+    refused(job("ingest", *paths), "url", "TEXT")
+
+
+@pytest.mark.parametrize("name", ["ingest", "stage1", "recaption", "reconstruct", "demo"])
+def test_output_folder_of_somebody_else(
+    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path, name: str
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("dear to somebody")
+    if name == "demo":
+        settings = [f"run_dir={taken}"]
+    elif name == "ingest":
+        pq.write_table(pa.table({"URL": ["http://a/b.jpg"]}), tmp_path / "m.parquet")
+        settings = [f"data.input={tmp_path / 'm.parquet'}", f"data.output={taken}"]
+    else:
+        model = models_for(name, tiny_models, tmp_path)
+        output = OUTPUT.get(name, "data.output")
+        settings = [f"data.input={pair_table}", f"{output}={taken}", f"model.path={model}"]
+        settings += ["data.holdout=0.2"]
+    refused(job(name, *settings), str(taken), "thesis.txt")
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoint_of_another_shape(
+    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+) -> None:
+    model = checkpoint("stage2", tiny_models, tmp_path / "model")
+    (image := tmp_path / "i.png").write_bytes(first_image(pair_table))
+    ended = job("caption", image, "--model", model, "model.num_queries=8")
+    refused(ended, "encoder.learnable_queries", "16", "8")
+
+
+def first_image(table: Path) -> bytes:
+    return pq.read_table(next(table.glob("*.parquet")))["image"][0].as_py()["bytes"]
+
+
+def test_caption_of_one_image(
+    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+) -> None:
+    model = checkpoint("stage2", tiny_models, tmp_path / "model")
+    (image := tmp_path / "i.png").write_bytes(first_image(pair_table))
+    ended = job("caption", image, "--model", model, "generate.max_new_tokens=5")
+    assert ended.status == 0
+    assert len(ended.out.splitlines()) <= 1 or ended.out.strip()
+    (tmp_path / "text.png").write_text("not a picture")
+    refused(job("caption", tmp_path / "text.png", "--model", model), "text.png")
+    refused(job("caption", tmp_path / "none.png", "--model", model), "none.png")
+    refused(job("caption", image, "--model", tmp_path / "nowhere"), "nowhere")
+    refused(job("caption", image, "--model", tiny_models), "stage-2")
+
+
+def test_models_that_are_not_there(job: Job, tmp_path: Path, pair_table: Path) -> None:
+    paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
+    refused(job("stage1", *paths, "model.path=/no/models"), "/no/models")
+
+
+def test_a_run_without_a_checkpoint(job: Job, tmp_path: Path, pair_table: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({}))
+    paths = [f"data.input={pair_table}", f"data.output={tmp_path / 'o'}"]
+    refused(job("recaption", *paths, f"model.path={tmp_path / 'run'}"), "no finished checkpoint")
+
+
+def test_the_script_itself_exits_with_2(tmp_path: Path) -> None:
+    """Once as a process of its own, since the others share this one."""
+    command = [sys.executable, "jobs/stage1.py", "data.input=/nowhere", f"run_dir={tmp_path / 'r'}"]
+    done = subprocess.run(
+        [*command, "train.steps=none"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: train.steps")

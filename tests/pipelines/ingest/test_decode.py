@@ -1,0 +1,399 @@
+"""Every file ends as a sound picture or as a class of failure, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from pipelines.ingest.decode import (
+    FAILURE_CLASSES,
+    DecodeError,
+    Opened,
+    Stored,
+)
+from pipelines.ingest.encode import ImageConfig, phash
+from pipelines.ingest.formats import READABLE
+
+LOSSLESS = ImageConfig(resize="no", format="png")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(width: int = 120, height: int = 80) -> Image.Image:
+    """A smooth picture whose corners differ: red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], -1).astype(np.uint8))
+
+
+def store(data: bytes, config: ImageConfig = LOSSLESS) -> Stored:
+    return Opened(data, config.max_pixels).store(config)
+
+
+def pixels(data: bytes, config: ImageConfig = LOSSLESS) -> np.ndarray:
+    """The stored picture as [h w 3]; fails where it is not the sound RGB it says it is."""
+    stored = store(data, config)
+    image = Image.open(io.BytesIO(stored.data))
+    assert image.mode == "RGB"
+    assert image.size == (stored.width, stored.height)
+    assert not image.getexif()
+    return np.asarray(image)
+
+
+def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
+    with pytest.raises(DecodeError) as raised:
+        Opened(data, max_pixels).store(LOSSLESS)
+    assert raised.value.kind in FAILURE_CLASSES
+    return raised.value.kind
+
+
+# ---------------------------------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "GIF", "AVIF"])
+def test_formats_are_decoded(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = pixels(encoded(photo(), kind, **options)).astype(int)
+    tolerance = {"GIF": 40, "AVIF": 12}.get(kind, 1)
+    assert np.abs(found - np.asarray(photo())).max() <= tolerance
+
+
+def test_alpha_is_laid_on_white() -> None:
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    half.putpixel((1, 0), (0, 0, 0, 0))
+    found = pixels(encoded(half))
+    assert found[0, 0].tolist() == [255, 127, 127]
+    assert found[0, 1].tolist() == [255, 255, 255]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 255, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encoded(palette, transparency=0))[0].tolist() == [[255] * 3, [10, 20, 30]]
+    grey = Image.new("LA", (1, 1), (0, 0))
+    assert pixels(encoded(grey))[0, 0].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 256, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[-1.0, 51.0, 255.0]], np.float32), [0, 51, 255]),
+        (np.array([[0, 500_000, 1_000_000]], np.int32), [0, 128, 255]),
+        (np.array([[np.nan, np.inf, 1.0]], np.float32), [0, 0, 255]),
+    ],
+)
+def test_deep_pixels_become_8_bit(values: np.ndarray, expected: list[int]) -> None:
+    assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == expected
+
+
+def test_16_bit_transparency_and_1_bit() -> None:
+    assert pixels(encoded(Image.new("1", (3, 2), 1))).min() == 255
+    assert pixels(encoded(Image.new("L", (3, 2), 77))).tolist() == [[[77] * 3] * 3] * 2
+
+
+def test_cmyk_becomes_rgb() -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = pixels(encoded(image, "JPEG", quality=100))[8, 8]
+    assert red[0] > 200
+    assert red[1:].max() < 60
+
+
+def test_icc_profiles_are_converted_and_broken_ones_ignored() -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = np.asarray(photo())
+    for profile in (srgb, lab, b"broken"):  # right; of another colour space; unreadable
+        assert (pixels(encoded(photo(), icc_profile=profile)) == plain).all()
+
+
+def test_shared_icc_profiles_change_colours(shared_dir: Path) -> None:
+    """Display P3 has a larger gamut: its colours in sRGB are not its numbers."""
+    (file,) = (shared_dir / "nasty/icc_profile").glob("wuffs__red-blue-gradient.dcip3*")
+    numbers = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    found = pixels(file.read_bytes()).astype(int)
+    assert np.abs(found - numbers).mean() > 3
+    assert found[..., 0].max() >= numbers[..., 0].max()  # red of P3 is beyond sRGB's
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = photo()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    turned = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    data = encoded(turned, "PNG", exif=exif)
+    assert (pixels(data) == np.asarray(upright)).all()
+    opened = Opened(data, 10**6)
+    assert (opened.width, opened.height) == upright.size
+
+
+def test_first_frames_are_taken() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "TIFF", "WEBP"):
+        lossless = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+        assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("center_crop", (40, 40)),
+        ("keep_ratio", (60, 40)),
+        ("keep_ratio_largest", (40, 27)),
+        ("border", (40, 40)),
+        ("no", (120, 80)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_resize_modes(mode: Any, expected: tuple[int, int], kind: str) -> None:
+    config = ImageConfig(size=40, resize=mode, format="png")
+    found = pixels(encoded(photo(), kind), config)
+    assert found.shape == (expected[1], expected[0], 3)
+    if mode == "border":
+        assert found[0].min() == found[-1].min() == 255  # white above and below
+    if mode == "center_crop":  # the middle of 120 px: red from 42 to 212
+        assert 35 < found[20, 0, 0] < 50
+        assert 205 < found[20, -1, 0] < 220
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("center_crop", (80, 80)),
+        ("keep_ratio", (120, 80)),
+        ("keep_ratio_largest", (120, 80)),
+        ("border", (500, 500)),
+    ],
+)
+def test_small_images_are_not_enlarged(mode: Any, expected: tuple[int, int]) -> None:
+    config = ImageConfig(size=500, resize=mode, format="png")
+    assert pixels(encoded(photo()), config).shape == (*expected[::-1], 3)
+
+
+def test_enlarging_on_request() -> None:
+    config = ImageConfig(size=160, resize="keep_ratio", enlarge=True, format="png")
+    assert pixels(encoded(photo()), config).shape == (160, 240, 3)
+
+
+def test_enlarging_a_line_is_refused() -> None:
+    config = ImageConfig(size=512, enlarge=True)
+    assert store(encoded(Image.new("RGB", (1, 1))), config).width == 512
+    with pytest.raises(DecodeError, match="1x3000 grows 512 times"):
+        store(encoded(Image.new("RGB", (1, 3000))), config)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000)])
+@pytest.mark.parametrize("mode", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
+def test_extreme_shapes_keep_a_pixel(size: tuple[int, int], mode: Any) -> None:
+    found = pixels(encoded(Image.new("RGB", size)), ImageConfig(size=64, resize=mode))
+    assert min(found.shape[:2]) >= 1
+
+
+def test_scaled_jpeg_decoding_shows_the_same_picture() -> None:
+    noise = np.random.default_rng(0).normal(0, 8, (1200, 1600, 3))
+    big = np.asarray(photo(1600, 1200)).astype(float) + noise
+    image = Image.fromarray(big.clip(0, 255).astype(np.uint8))
+    config = ImageConfig(size=150, resize="keep_ratio", format="png")
+    scaled = pixels(encoded(image, "JPEG", quality=95), config).astype(int)
+    whole = pixels(encoded(image, "PNG"), config).astype(int)
+    assert np.abs(scaled - whole).mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
+def test_stored_formats(kind: Any) -> None:
+    stored = store(encoded(photo()), ImageConfig(size=64, format=kind))
+    assert Image.open(io.BytesIO(stored.data)).format == kind.upper()
+
+
+def test_quality_is_a_setting() -> None:
+    sizes = [len(store(encoded(photo()), ImageConfig(quality=q)).data) for q in (20, 95)]
+    assert sizes[0] < sizes[1]
+
+
+# --------------------------------------------------------------------------------------- failures
+
+
+def _png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    assert failure(_png_header(60_000, 60_000)) == "too_large"
+    assert failure(_png_header(9_000, 9_000)) == "too_large"
+    assert failure(encoded(photo(120, 80)), max_pixels=9_599) == "too_large"
+    assert store(encoded(photo(120, 80)), ImageConfig(max_pixels=9_600)).width == 80
+
+
+def test_what_does_not_fit_the_format_is_too_large() -> None:
+    wide = encoded(Image.new("RGB", (20_000, 1)))
+    with pytest.raises(DecodeError, match="20000x1 does not fit into webp") as raised:
+        store(wide, ImageConfig(resize="no", format="webp"))
+    assert raised.value.kind == "too_large"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
+def test_truncated_files_are_corrupt(kind: str) -> None:
+    data = encoded(photo(), kind)
+    assert failure(data[: len(data) // 2]) == "corrupt"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "not_an_image"),
+        (b"<html><body>gone</body></html>", "not_an_image"),
+        (bytes(1000), "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),  # no Ghostscript
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported"),
+        (b"8BPS\0\1" + bytes(100), "unsupported"),
+        (b"\xff\xd8\xff\xe0", "corrupt"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "corrupt"),
+    ],
+)
+def test_classes_of_failure(data: bytes, kind: str) -> None:
+    assert failure(data) == kind
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_damaged_files_end_in_a_picture_or_a_class(data: Any) -> None:
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
+    whole = bytearray(encoded(photo(24, 16), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place] = data.draw(st.integers(0, 255))
+    try:
+        found = str(pixels(bytes(whole), ImageConfig(size=16)).dtype)
+    except DecodeError as error:
+        found = error.kind
+    assert found in ("uint8", *FAILURE_CLASSES)
+
+
+# ------------------------------------------------------------------------------------------- hash
+
+
+def test_phash_is_of_the_picture_and_not_of_the_file() -> None:
+    rng = np.random.default_rng(1)
+    coarse = [Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8)) for _ in range(2)]
+    first, second = (image.resize((200, 160), Image.Resampling.BICUBIC) for image in coarse)
+
+    def bits(image: Image.Image) -> int:
+        return int(phash(image), 16)
+
+    smaller = Image.open(io.BytesIO(encoded(first.resize((100, 80)), "JPEG", quality=60)))
+    assert len(phash(first)) == 16
+    assert (bits(first) ^ bits(smaller)).bit_count() <= 6
+    assert (bits(first) ^ bits(second)).bit_count() >= 16
+    assert phash(Image.new("RGB", (9, 9), "white")) == phash(Image.new("RGB", (5, 5), "black"))
+
+
+# ------------------------------------------------------------------------------------------ nasty
+
+_IN_A_CHILD = """
+import io, json, resource, sys, warnings
+from pathlib import Path
+import numpy as np
+from PIL import Image, ImageCms
+from pipelines.ingest.decode import DecodeError, Opened
+from pipelines.ingest.encode import ImageConfig
+
+def found(data):
+    try:
+        stored = Opened(data, 64_000_000).store(ImageConfig())
+    except DecodeError as error:
+        return error.kind
+    image = Image.open(io.BytesIO(stored.data))
+    image.load()
+    assert image.mode == "RGB" and image.size == (stored.width, stored.height)
+    return "ok"
+
+def loads(data):
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image.format
+    except Exception:
+        return None
+
+warnings.simplefilter("ignore")
+files = {file: Path(file).read_bytes() for file in sys.stdin.read().splitlines()}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+results = {file: found(data) for file, data in files.items()}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+pillow = {file: loads(data) for file, data in files.items()}
+print(json.dumps({"results": results, "pillow": pillow, "peak_mb": peak / 1024}))
+"""
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+
+
+def test_nasty_files_in_bounded_memory(shared_dir: Path) -> None:
+    """All real files, in a process that dies above 3 GB of address space."""
+    nasty = shared_dir / "nasty"
+    index = [json.loads(line) for line in (nasty / "index.jsonl").read_text().splitlines()]
+    files = {str(nasty / entry["file"]): entry["category"] for entry in index}
+    child = subprocess.run(
+        [sys.executable, "-c", _IN_A_CHILD],
+        input="\n".join(files),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=_limit_memory,
+        cwd=Path(__file__).parents[3],
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    report = json.loads(child.stdout)
+    results, pillow = report["results"], report["pillow"]
+    assert len(results) == len(files) == 319
+    assert report["peak_mb"] < 500
+    for file, found in results.items():
+        assert found in ("ok", *FAILURE_CLASSES)
+        # What loads whole is stored, unless it is of a format that we do not open; nothing else is.
+        assert (found == "ok") == (pillow[file] in {*READABLE, "MPO"}), file
+        if files[file].startswith("broken_"):
+            assert found == "corrupt", file
+
+
+def test_a_damaged_png_is_not_stored_in_part() -> None:
+    """Reading a PNG's EXIF loads it; that failure must not leave half a picture for a whole one."""
+    data = bytearray(encoded(photo(200, 200)))
+    data[len(data) // 2] ^= 0xFF
+    assert failure(bytes(data)) == "corrupt"

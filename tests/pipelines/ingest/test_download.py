@@ -1,0 +1,324 @@
+"""The downloader against a real server on loopback that does what the web does."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines.ingest.answers import FAILURE_CLASSES
+from pipelines.ingest.download import DownloadConfig, Downloader
+from pipelines.tiny_world.server import Web, serve
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
+QUICK: dict[str, Any] = {"allow_private": True, "retry_delay": 0.01, "read_timeout": 0.3}
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+class Site:
+    """A server whose answers a test writes; counts requests by path, and those in flight."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.requests: Counter[str] = Counter()
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                with site.lock:
+                    site.requests[self.path] += 1
+                    site.in_flight += 1
+                    site.most_in_flight = max(site.most_in_flight, site.in_flight)
+                try:
+                    site.answers[self.path.partition("?")[0]](self)
+                except OSError:
+                    self.close_connection = True
+                finally:
+                    with site.lock:
+                        site.in_flight -= 1
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+
+def reply(status: int = 200, body: bytes = JPEG, **headers: str) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.fixture
+def open_downloader() -> Iterator[Callable[..., Downloader]]:
+    opened: list[Downloader] = []
+
+    def opener(**settings: Any) -> Downloader:
+        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings})))
+        return opened[-1]
+
+    yield opener
+    for downloader in opened:
+        downloader.close()
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Web]:
+    with serve(tmp_path) as web:
+        yield web
+
+
+def statuses(downloader: Downloader, *urls: str) -> list[str]:
+    found = [fetched.status for fetched in downloader.fetch_all(urls)]
+    kinds = {f"download:{kind}" for kind in FAILURE_CLASSES} | {"ok"}
+    assert set(found) <= kinds
+    return found
+
+
+def test_rows_keep_their_order_and_columns(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/a": reply(body=JPEG + b"a"), "/b": reply(404), "/c": reply(body=JPEG + b"c")}
+    rows = pa.table({"key": [1, 2, 3], "url": [site.url(path) for path in ("/a", "/b", "/c")]})
+    fetched = open_downloader()(rows)
+    assert fetched.column_names == ["key", "url", "data", "status", "error"]
+    assert fetched["data"].to_pylist() == [JPEG + b"a", None, JPEG + b"c"]
+    assert fetched["status"].to_pylist() == ["ok", "download:http_404", "ok"]
+    assert fetched["error"].to_pylist() == [None, "HTTP 404 Not Found", None]
+
+
+def test_hostile_answers_end_in_their_class(web: Web, open_downloader: Any) -> None:
+    expected = {
+        "missing": "download:http_404",
+        "gone": "download:http_410",
+        "truncated": "ok",  # found by the decoder
+        "html": "download:not_an_image",
+        "noai": "download:opted_out",
+        "error": "download:http_5xx",
+        "large": "download:too_large",
+        "slow": "download:timeout",
+    }
+    found = statuses(open_downloader(retries=0), *(web.hostile(name) for name in expected))
+    assert dict(zip(expected, found, strict=True)) == expected
+
+
+def test_opt_outs_are_ignored_on_request_only(web: Web, open_downloader: Any) -> None:
+    assert statuses(open_downloader(respect_optout=False), web.hostile("noai")) == ["ok"]
+
+
+# -------------------------------------------------------------------------------- private places
+
+
+def test_loopback_is_blocked_in_every_spelling(web: Web, open_downloader: Any) -> None:
+    port = web.base_url.rpartition(":")[2]
+    hosts = ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1", "0"]
+    urls = [f"http://{host}:{port}/x" for host in [*hosts, "127.0.0.1", "①②⑦.⓪.⓪.①"]]
+    found = statuses(open_downloader(allow_private=False), *urls, "http://169.254.169.254/meta")
+    assert found == ["download:blocked_address"] * len(found)
+    assert not web.requests
+
+
+def test_redirects_are_checked_hop_by_hop(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first hop is taken for public, the second one is really checked."""
+    from pipelines.ingest import addresses
+
+    real = addresses.is_public
+    monkeypatch.setattr(addresses, "is_public", lambda a: a == "127.0.0.1" or real(a))
+    site.answers = {
+        "/inner": reply(302, Location=f"http://[::1]:{site.port}/secret"),
+        "/odd": reply(302, Location=f"http://2130706433:{site.port}/secret"),
+        "/file": reply(302, Location="file:///etc/passwd"),
+        "/secret": reply(),
+    }
+    found = statuses(
+        open_downloader(allow_private=False), *map(site.url, ("/inner", "/odd", "/file"))
+    )
+    assert found == ["download:blocked_address"] * 2 + ["download:bad_url"]
+    assert "/secret" not in site.requests
+
+
+def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) -> None:
+    site.answers = {
+        "/1": reply(301, Location="/2"),
+        "/2": reply(307, Location=f"http://127.0.0.1:{site.port}/image"),
+        "/image": reply(),
+        "/loop": reply(302, Location="/loop"),
+        "/nowhere": reply(302),
+        "/shy": reply(302, Location="/image", X_Robots_Tag="noai"),
+        "/404": reply(404, X_Robots_Tag="noindex"),  # as many error pages say
+    }
+    downloader = open_downloader(max_redirects=3)
+    paths = ("/1", "/loop", "/nowhere", "/shy", "/404")
+    found = statuses(downloader, *map(site.url, paths))
+    kinds = ["other", "other", "opted_out", "http_404"]
+    assert found == ["ok", *(f"download:{kind}" for kind in kinds)]
+    assert site.requests["/loop"] == 4
+
+
+# ---------------------------------------------------------------------------------------- bodies
+
+
+def test_the_byte_cap_holds_while_reading(site: Site, open_downloader: Any) -> None:
+    sent = []
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for _ in range(1000):
+            handler.wfile.write(b"10000\r\n" + JPEG[:4] + bytes(0x10000 - 4) + b"\r\n")
+            sent.append(0x10000)
+
+    bomb = gzip.compress(JPEG + bytes(10 << 20))
+    site.answers = {
+        "/endless": endless,
+        "/bomb": reply(body=bomb, Content_Encoding="gzip"),
+        "/packed": reply(body=gzip.compress(JPEG), Content_Encoding="gzip"),
+        "/named": reply(body=JPEG, Content_Encoding="utf-8"),
+    }
+    downloader = open_downloader(max_bytes=1 << 20)
+    found = downloader.fetch_all([site.url(p) for p in ("/endless", "/bomb", "/packed", "/named")])
+    assert [f.status for f in found] == ["download:too_large"] * 2 + ["ok"] * 2
+    assert found[2].data == found[3].data == JPEG
+    assert sum(sent) < 20 << 20
+
+
+def test_a_page_is_refused_by_its_first_bytes(site: Site, open_downloader: Any) -> None:
+    site.answers = {
+        "/page": reply(body=b"<html>" * 100, Content_Type="text/html"),
+        "/lying": reply(body=JPEG, Content_Type="text/html"),
+        "/empty": reply(body=b"", Content_Type="image/jpeg"),
+    }
+    found = statuses(open_downloader(), *map(site.url, ("/page", "/lying", "/empty")))
+    assert found == ["download:not_an_image", "ok", "download:not_an_image"]
+
+
+# --------------------------------------------------------------------------------------- retries
+
+
+def test_transient_classes_alone_are_tried_again(site: Site, open_downloader: Any) -> None:
+    def cut(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "5000")
+        handler.end_headers()
+        handler.wfile.write(JPEG)
+        handler.close_connection = True
+
+    site.answers = {f"/{code}": reply(code) for code in (404, 410, 403, 429, 500, 503)}
+    site.answers["/cut"] = cut
+    paths = ["/404", "/410", "/403", "/429", "/500", "/503", "/cut"]
+    found = statuses(open_downloader(retries=2), *map(site.url, paths))
+    assert found[-1] == "download:refused"
+    assert [site.requests[path] for path in paths] == [1, 1, 1, 3, 3, 3, 3]
+
+
+def test_a_retry_may_mend_it(site: Site, open_downloader: Any) -> None:
+    def at_last(handler: BaseHTTPRequestHandler) -> None:
+        reply(200 if site.requests["/flaky"] == 3 else 503)(handler)
+
+    site.answers = {"/flaky": at_last}
+    assert statuses(open_downloader(retries=2), site.url("/flaky")) == ["ok"]
+
+
+def test_retry_after_is_honoured_up_to_a_bound(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/1": reply(429, Retry_After="1"), "/99": reply(429, Retry_After="99")}
+    started = time.monotonic()
+    found = statuses(open_downloader(), site.url("/1"), site.url("/99"))
+    assert 1.0 <= time.monotonic() - started < 5
+    assert found == ["download:http_429"] * 2
+    assert site.requests == {"/1": 2, "/99": 1}
+
+
+def test_connections_that_fail_are_classified(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/": reply()}
+    dead = "http://127.0.0.1:1/"
+    not_tls = f"https://127.0.0.1:{site.port}/"
+    found = statuses(open_downloader(retries=0), dead, not_tls, "http://no-such-host.invalid/")
+    assert found == ["download:refused", "download:tls", "download:dns"]
+
+
+def test_the_total_time_out_ends_a_trickle(site: Site, open_downloader: Any) -> None:
+    def trickle(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b"\xff\xd8\xff")
+            handler.wfile.flush()
+            time.sleep(0.1)
+
+    site.answers = {"/trickle": trickle}
+    started = time.monotonic()
+    found = statuses(open_downloader(retries=0, total_timeout=0.5), site.url("/trickle"))
+    assert found == ["download:timeout"]
+    assert time.monotonic() - started < 2
+
+
+# ----------------------------------------------------------------------------------- concurrency
+
+
+def _slow_answer(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.05)
+    reply()(handler)
+
+
+@pytest.mark.parametrize(("total", "per_host", "expected"), [(100, 3, 3), (4, 100, 4)])
+def test_concurrency_is_bounded_and_used(
+    site: Site, open_downloader: Any, total: int, per_host: int, expected: int
+) -> None:
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(concurrency=total, concurrency_per_host=per_host, read_timeout=5)
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(20)))) == {"ok"}
+    assert site.most_in_flight == expected
+    assert not downloader.hosts  # a host leaves no trace
+
+
+def test_waiting_for_a_slot_is_no_time_out(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(concurrency_per_host=1, total_timeout=0.4, retries=0)
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(15)))) == {"ok"}
+
+
+def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
+    """Calls from several threads, as Ray Data makes them, run at the same time."""
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(read_timeout=5)
+    tables = [pa.table({"url": [site.url(f"/?{i}{j}") for j in range(4)]}) for i in range(4)]
+    threads = [threading.Thread(target=downloader, args=(table,)) for table in tables]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert site.most_in_flight > 4

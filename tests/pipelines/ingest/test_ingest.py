@@ -1,0 +1,227 @@
+"""The ingest job on a local Ray: every planned row once, however often it is stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.config import build
+from pipelines.ingest.dataset import IngestConfig, image_columns, ingest
+from pipelines.ingest.encode import ImageConfig
+from pipelines.ingest.filters import FilterConfig
+from pipelines.schemas import IMAGE_ROW, url_key
+from pipelines.storage import Table, parquet_files
+from pipelines.tiny_world.dataset import write_world
+from pipelines.tiny_world.server import Web, serve
+from vlv_model.errors import DataError, RunError
+
+REPO = Path(__file__).parents[3]
+SETTINGS: dict[str, Any] = {
+    "download": {"allow_private": True, "read_timeout": 0.5, "retries": 0},
+    "image": {"size": 64, "format": "png"},
+    "rows_per_chunk": 16,
+}
+
+
+def config_of(tmp_path: Path, **settings: Any) -> IngestConfig:
+    data = {"input": str(tmp_path / "metadata.parquet"), "output": str(tmp_path / "out")}
+    return build(IngestConfig, {"data": data, **SETTINGS, **settings})
+
+
+def rows_of(tmp_path: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(file) for file in parquet_files(str(tmp_path / "out")))
+
+
+def write_urls(tmp_path: Path, urls: list[str]) -> None:
+    pq.write_table(pa.table({"URL": urls}), tmp_path / "metadata.parquet")
+
+
+def check_exactly_once(tmp_path: Path) -> pa.Table:
+    """Every URL of the list is one row, in order of the keys, with sound images where ok."""
+    rows = rows_of(tmp_path)
+    listed = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
+    assert rows["key"].to_pylist() == sorted(url_key(url) for url in listed)
+    assert set(rows["url"].to_pylist()) == set(listed)
+    for row in rows.to_pylist():
+        assert (row["status"] == "ok") == (row["image"] is not None)
+        if row["image"]:
+            assert Image.open(BytesIO(row["image"]["bytes"])).size == (row["width"], row["height"])
+    return rows
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_list_becomes_a_table_and_a_rerun_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 40, num_broken=8)
+        counts = ingest(config_of(tmp_path))
+        assert "allow_private" in capsys.readouterr().err
+        asked = sum(web.requests.values())
+        assert ingest(config_of(tmp_path)) == counts
+        assert sum(web.requests.values()) == asked == 48
+    assert list(counts) == ["ok", *sorted(set(counts) - {"ok"})]
+    assert counts == {
+        "ok": 40,
+        "decode:corrupt": 1,
+        "download:http_404": 1,
+        "download:http_410": 1,
+        "download:http_5xx": 1,
+        "download:not_an_image": 1,
+        "download:opted_out": 1,
+        "download:timeout": 1,
+        "download:too_large": 1,
+    }
+    rows = check_exactly_once(tmp_path)
+    assert rows.schema.equals(IMAGE_ROW)
+    files = parquet_files(str(tmp_path / "out"))
+    keys = [pq.read_table(file, columns=["key"])["key"].to_pylist() for file in files]
+    assert all(before[-1] < after[0] for before, after in itertools.pairwise(keys))
+    failed = rows.filter(pc.not_equal(rows["status"], "ok")).to_pylist()
+    assert all(row["error"] and row["sha256"] is None for row in failed)
+    good = rows.filter(pc.equal(rows["status"], "ok"))
+    assert None not in good["phash"].to_pylist() + good["sha256"].to_pylist()
+    assert min(good["aesthetic"].to_pylist()) >= 6
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_other_readers_see_pictures(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 3, num_broken=1)
+        ingest(config_of(tmp_path))
+    (file,) = parquet_files(str(tmp_path / "out"))
+    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    pictures = [row["image"] for row in table if row["status"] == "ok"]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 3
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None:
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 64)
+        ingest(config_of(tmp_path))
+        whole = rows_of(tmp_path)
+        table = Table(tmp_path / "out")
+        # As if killed: chunk 1 was never begun, of chunk 2 the part is there and no commit.
+        table.part(1).unlink()
+        for chunk in (1, 2):
+            (table.folder / "_commits" / f"{chunk:06d}.json").unlink()
+        table.part(2).write_bytes(b"half a part")
+        web.requests.clear()
+        assert ingest(config_of(tmp_path)) == {"ok": 64}
+        assert sum(web.requests.values()) == 2 * 16
+    assert check_exactly_once(tmp_path).equals(whole)
+
+
+@pytest.mark.end_to_end
+def test_a_killed_job_is_continued(tmp_path: Path) -> None:
+    """SIGKILL of the driver in the middle; the same command then finishes."""
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 300, num_broken=8)
+        command = [sys.executable, "jobs/ingest.py", f"data.input={tmp_path}/metadata.parquet"]
+        command += [f"data.output={tmp_path}/out", "download.allow_private=true", "image.size=64"]
+        command += ["download.read_timeout=1", "download.retries=0", "rows_per_chunk=8"]
+        command += ["download.concurrency=2", "ray.num_cpus=2"]
+        environment = os.environ | {"PYTHONPATH": str(REPO)}
+        job = subprocess.Popen(command, cwd=REPO, env=environment, start_new_session=True)
+        commits = tmp_path / "out/_commits"
+        deadline = time.monotonic() + 60
+        while not list(commits.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(job.pid, signal.SIGKILL)  # the driver, and the Ray that it started
+        job.wait()
+        done = len(list(commits.glob("*.json")))
+        assert 0 < done < 39
+        again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr[-2000:]
+    assert check_exactly_once(tmp_path).num_rows == 308
+    assert f"image table: {tmp_path}/out" in again.stdout.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_photographs_are_cropped_to_the_size(tmp_path: Path, shared_dir: Path) -> None:
+    with serve(shared_dir / "photos/images", port=0) as web:
+        names = sorted(p.name for p in (shared_dir / "photos/images").glob("*.jpg"))[:24]
+        write_urls(tmp_path, [web.url(name) for name in names])
+        counts = ingest(config_of(tmp_path, image={"size": 128}))
+    assert counts == {"ok": 24}
+    rows = check_exactly_once(tmp_path)
+    assert set(rows["width"].to_pylist()) == set(rows["height"].to_pylist()) == {128}
+    assert min(rows["original_width"].to_pylist()) > 128
+
+
+def test_image_filters_keep_the_size_and_no_bytes() -> None:
+    file = BytesIO()
+    Image.fromarray(np.zeros((40, 100, 3), np.uint8)).save(file, "PNG")
+    for limits, found in (
+        ({"min_short_side": 41}, "filtered:short_side"),
+        ({"max_aspect_ratio": 2.0}, "filtered:aspect_ratio"),
+        ({"min_short_side": 40, "max_aspect_ratio": 2.5}, "ok"),
+    ):
+        row = image_columns(file.getvalue(), ImageConfig(), FilterConfig(**limits))
+        assert row["status"] == found
+        assert (row["original_width"], row["original_height"]) == (100, 40)
+        assert len(row["sha256"]) == 64
+        assert ("image" in row) == (found == "ok")
+
+
+def test_bad_input_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        ingest(config_of(tmp_path))
+    write_urls(tmp_path, [])
+    with pytest.raises(DataError, match="has no rows"):
+        ingest(config_of(tmp_path))
+    pq.write_table(pa.table({"TEXT": ["x"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(DataError, match="no column 'url'; it has TEXT"):
+        ingest(config_of(tmp_path))
+    # … and none of these stands in the way of a good list.
+    assert not Table(tmp_path / "out").exists
+    assert not Table(tmp_path / "out").check_free("image", {})
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 2)
+        ingest(config_of(tmp_path))
+        with pytest.raises(RunError, match=r"image\.size: 64 there, 32 here"):
+            ingest(config_of(tmp_path, image={"size": 32, "format": "png"}))
+        write_world(tmp_path, web.base_url, 3)
+        with pytest.raises(RunError, match=r"data\.input"):
+            ingest(config_of(tmp_path))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_dropped_rows_are_noted_in_the_table(tmp_path: Path, web_of_two: Web) -> None:
+    urls = [web_of_two.url(f"{i}.png") for i in (0, 1, 1)]
+    columns = {"URL": [*urls, None], "aesthetic": [6.0, 7.0, 7.0, 9.0]}
+    pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")
+    assert ingest(config_of(tmp_path, filter={"min_aesthetic": 6.5})) == {"ok": 1}
+    about = Table(tmp_path / "out").describe()
+    assert (about["read"], about["planned_rows"]) == (4, 1)
+    assert about["dropped"] == {"filtered:aesthetic": 1, "no_url": 1, "repeated_url": 1}
+
+
+@pytest.fixture
+def web_of_two(tmp_path: Path) -> Any:
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    with serve(folder) as web:
+        yield web

@@ -1,0 +1,302 @@
+"""Lists of URLs in all spellings and formats become a sorted plan; what is dropped is counted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import buckets
+from pipelines.ingest import plan as planning
+from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.metadata import (
+    COLUMN_NAMES,
+    fingerprint,
+    input_files,
+    our_columns,
+    read_batches,
+)
+from pipelines.ingest.plan import Plan, chunk_file, write_plan
+from pipelines.schemas import METADATA_ROW, normalise_url, url_key
+from vlv_model.errors import ConfigError, DataError
+
+ROWS: list[dict[str, Any]] = [
+    {"URL": "http://a.org/1.jpg", "TEXT": "one", "WIDTH": 600.0, "AESTHETIC_SCORE": 6.5},
+    {"URL": "http://a.org/2.jpg", "TEXT": 'two, "quoted"\nlines', "WIDTH": 80.0},
+    {"URL": "http://b.org/ü.jpg", "TEXT": None, "AESTHETIC_SCORE": 4.0},
+]
+
+
+def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as a file of the format that its suffix names."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    full = [{name: row.get(name) for name in names} for row in rows]
+    opener = gzip.open if file.suffix == ".gz" else open
+    if file.name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(full), file)
+    elif ".csv" in file.name or ".tsv" in file.name:
+        with opener(file, "wt", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, names, delimiter="\t" if ".tsv" in file.name else ",")
+            writer.writeheader()
+            writer.writerows(full)
+    else:
+        with opener(file, "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return file
+
+
+def read_all(file: Path, **settings: Any) -> list[dict[str, Any]]:
+    batches = read_batches(file, settings.pop("columns", {}), FilterConfig(**settings))
+    return [row for batch in batches for row in batch.to_pylist()]
+
+
+def make_plan(tmp_path: Path, rows: list[dict[str, Any]], chunk: int = 4, **filters: Any) -> Plan:
+    file = write_list(tmp_path / "list.jsonl", rows)
+    (tmp_path / "table").mkdir(exist_ok=True)
+    return write_plan([file], tmp_path / "table", FilterConfig(**filters), {}, chunk)
+
+
+def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
+    files = [chunk_file(tmp_path / "table", chunk) for chunk in range(plan.chunks)]
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "name", ["l.parquet", "l.csv", "l.tsv", "l.csv.gz", "l.jsonl", "l.ndjson.gz"]
+)
+def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
+    rows = read_all(write_list(tmp_path / name, ROWS))
+    assert [row["url"] for row in rows] == [row["URL"] for row in ROWS]
+    assert [row["aesthetic"] for row in rows] == [6.5, None, 4.0]
+    assert [row["width"] for row in rows] == [600.0, 80.0, None]
+    assert rows[1]["alt_text"] == 'two, "quoted"\nlines'
+    assert not rows[2]["alt_text"]
+
+
+def test_published_spellings_are_known(shared_dir: Path) -> None:
+    releases = json.loads((shared_dir / "laion/schemas.json").read_text())
+    assert releases
+    for release, types in releases.items():
+        schema = pa.schema([(name, pa.string()) for name in types])
+        assert set(our_columns(schema, {}, release)) == set(COLUMN_NAMES), release
+
+
+def test_genuine_rows_are_read(tmp_path: Path, shared_dir: Path) -> None:
+    lines = (shared_dir / "laion/full_schema_rows.jsonl").read_text().splitlines()
+    for i, line in enumerate(lines):
+        genuine = json.loads(line)["row"]
+        (row,) = read_all(write_list(tmp_path / f"{i}.jsonl", [genuine]))
+        assert row["url"] in genuine.values()
+        if row.get("hash") is not None:
+            assert row["hash"] == genuine["hash"]  # 64 bits, exactly
+    files = input_files(str(shared_dir / "laion/img2dataset_test_10000.parquet"))
+    (tmp_path / "table").mkdir()
+    plan = write_plan(files, tmp_path / "table", FilterConfig(), {}, 256)
+    assert plan.read == 10_000 == plan.rows + sum(plan.dropped.values())
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(list(COLUMN_NAMES)), st.sampled_from([str.upper, str.lower, str.title])
+    )
+)
+def test_spellings_do_not_depend_on_case(spelt: dict[str, Any]) -> None:
+    names = {ours: case(COLUMN_NAMES[ours][-1]) for ours, case in spelt.items()}
+    schema = pa.schema([(name, pa.string()) for name in names.values()])
+    assert our_columns(schema, {}, "list") == names
+
+
+def test_columns_may_be_mapped_by_hand(tmp_path: Path) -> None:
+    file = write_list(tmp_path / "l.csv", [{"link": "http://a/", "url": "no", "beauty": "7"}])
+    (row,) = read_all(file, columns={"link": "url", "beauty": "aesthetic"})
+    assert row["url"] == "http://a/"
+    assert row["aesthetic"] == 7.0
+    with pytest.raises(ConfigError, match=r"'prettiness' is no column of ours; they are url, "):
+        read_all(file, columns={"beauty": "prettiness"})
+    with pytest.raises(DataError, match="no column 'lnk'; it has link, url, beauty"):
+        read_all(file, columns={"lnk": "url"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.csv", b"picture,TEXT\nhttp://a/,x\n", "no column 'url'; it has picture, TEXT"),
+        ("l.csv", b"", "no column 'url'; it has no columns"),
+        ("l.csv", b"url,WIDTH\nhttp://a/,wide\n", "column 'WIDTH' is string and cannot be read as"),
+        ("l.csv", b"url\n\xff\xfe\n", "cannot be read as CSV"),
+        ("l.jsonl", b'{"url": "http://a/"}\n{"url"\n', "line 2 is not a JSON object"),
+        ("l.jsonl", b"7\n", "line 1 is not a JSON object"),
+        ("l.csv.gz", b"url\n", "cannot be read as CSV"),
+        ("l.parquet", b"PAR1", "not a readable Parquet file"),
+        ("l.xlsx", b"", "metadata are read from .parquet, .csv"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
+        read_all(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.csv", "deep/c.jsonl.gz", "notes.txt", "._hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    names = lambda files: [file.name for file in files]  # noqa: E731
+    assert names(input_files(str(tmp_path))) == ["a.csv", "b.parquet", "c.jsonl.gz"]
+    assert names(input_files(str(tmp_path / "*.parquet"))) == ["b.parquet"]
+    assert names(input_files(str(tmp_path / "notes.txt"))) == ["notes.txt"]
+    with pytest.raises(DataError, match="does not exist"):
+        input_files(str(tmp_path / "none.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no metadata"):
+        input_files(str(tmp_path / "empty"))
+
+
+def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
+    file = tmp_path / "l.csv"
+    file.write_text("url\nhttp://127.0.0.1:4000/\n")
+    before = fingerprint([file])
+    file.write_text("url\nhttp://127.0.0.1:5000/\n")
+    assert fingerprint([file]) != before
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
+    rows = [{"url": f"http://h.org/{i}", "TEXT": str(i)} for i in range(11)]
+    plan = make_plan(tmp_path, rows)
+    assert (plan.chunks, plan.rows, plan.read, plan.dropped) == (3, 11, 11, {})
+    assert pq.read_schema(chunk_file(tmp_path / "table", 0)).equals(METADATA_ROW)
+    found = planned(tmp_path, plan)
+    assert [row["key"] for row in found] == sorted(url_key(row["url"]) for row in rows)
+    assert {row["url"]: row["alt_text"] for row in found} == {r["url"]: r["TEXT"] for r in rows}
+    assert sorted(p.name for p in (tmp_path / "table/_plan").iterdir()) == [
+        f"chunk-00000{i}.parquet" for i in range(3)
+    ]
+
+
+def test_many_buckets_give_the_plan_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"url": f"http://h.org/{i % 700}"} for i in range(1000)]
+    whole = make_plan(tmp_path, rows, chunk=64)
+    in_one = planned(tmp_path, whole)
+    monkeypatch.setattr(buckets, "_BUCKET_BYTES", 512)
+    monkeypatch.setattr(buckets, "_WAITING_ROWS", 100)
+    assert make_plan(tmp_path, rows, chunk=64) == whole
+    assert planned(tmp_path, whole) == in_one
+    assert (whole.rows, whole.dropped) == (700, {"repeated_url": 300})
+
+
+def test_repeated_urls_count_once_and_the_first_stays(tmp_path: Path) -> None:
+    spellings = ["HTTP://Host.org:80/x#top", "http://host.org/x", " http://host.org./x "]
+    plan = make_plan(tmp_path, [{"url": url, "TEXT": str(i)} for i, url in enumerate(spellings)])
+    assert plan.dropped == {"repeated_url": 2}
+    (row,) = planned(tmp_path, plan)
+    assert (row["url"], row["alt_text"]) == ("http://host.org/x", "0")
+
+
+def test_rows_without_url_are_counted(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, [{"url": None}, {"url": "  "}, {"TEXT": "x"}, {"url": "http://a/"}])
+    assert (plan.rows, plan.dropped) == (1, {"no_url": 3})
+
+
+def test_filters_count_the_first_rule_that_fails(tmp_path: Path) -> None:
+    good = {"aesthetic": 6.0, "pwatermark": 0.1, "punsafe": 0.1, "WIDTH": 800, "HEIGHT": 600}
+    bad = [
+        {},
+        {"aesthetic": 4.9, "pwatermark": 0.9},
+        {"aesthetic": None},
+        {"pwatermark": 0.5},
+        {"punsafe": 0.5},
+        {"WIDTH": 511},
+        {"WIDTH": 2000},
+        {"HEIGHT": 0},
+    ]
+    rows = [{"url": f"http://a/{i}", **good, **change} for i, change in enumerate(bad)]
+    limits = {"min_aesthetic": 5, "max_pwatermark": 0.5, "max_punsafe": 0.5}
+    limits |= {"min_short_side": 512, "min_aspect_ratio": 0.5, "max_aspect_ratio": 2}
+    plan = make_plan(tmp_path, rows, **limits)
+    assert [row["url"] for row in planned(tmp_path, plan)] == ["http://a/0"]
+    assert plan.dropped == {
+        "filtered:aesthetic": 2,
+        "filtered:aspect_ratio": 1,
+        "filtered:punsafe": 1,
+        "filtered:pwatermark": 1,
+        "filtered:short_side": 2,
+    }
+
+
+def test_a_filter_without_its_column_is_refused_unless_optional(tmp_path: Path) -> None:
+    rows = [{"url": "http://a/", "TEXT": "x"}]
+    with pytest.raises(
+        DataError, match=r"filter 'punsafe'.* no column 'punsafe'; it has url, TEXT"
+    ):
+        make_plan(tmp_path, rows, max_punsafe=0.5)
+    assert make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"]).rows == 1
+    # An unknown value passes an optional rule, a known one is judged.
+    rows = [{"url": "http://a/", "punsafe": None}, {"url": "http://b/", "punsafe": 0.9}]
+    plan = make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"])
+    assert (plan.rows, plan.dropped) == (1, {"filtered:punsafe": 1})
+
+
+def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no rows"):
+        make_plan(tmp_path, [])
+    with pytest.raises(DataError, match=r"none of the 1 rows .*filtered:aesthetic 1"):
+        make_plan(tmp_path, [{"url": "http://a/", "aesthetic": 3}], min_aesthetic=6)
+
+
+def test_two_urls_of_one_key_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "url_key", lambda url: len(url))
+    with pytest.raises(DataError, match="same key 9: http://a/ and http://b/"):
+        make_plan(tmp_path, [{"url": "http://a/"}, {"url": "http://b/"}])
+
+
+def test_what_a_killed_planning_left_is_no_hindrance(tmp_path: Path) -> None:
+    left = tmp_path / "table/_plan/buckets"
+    left.mkdir(parents=True)
+    (left / "0000.arrow").write_bytes(b"half")
+    chunk_file(tmp_path / "table", 9).write_bytes(b"half")
+    assert make_plan(tmp_path, [{"url": "http://a/"}]).chunks == 1
+    assert not chunk_file(tmp_path / "table", 9).exists()
+
+
+urls = st.text(max_size=60) | st.builds(
+    "{}://{}{}/{}".format,
+    st.sampled_from(["http", "HTTPS", "ftp"]),
+    st.sampled_from(["a.org", "A.Org.", "user:pw@h", "[::1]", "bücher.de"]),
+    st.sampled_from(["", ":80", ":443", ":8080", ":x"]),
+    st.text(max_size=20),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(urls, max_size=30))
+def test_any_url_is_planned_once_under_its_key(tmp_path_factory: Any, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    rows = [{"url": text} for text in texts]
+    named = {normalise_url(text) for text in texts if text.strip()}
+    if not named:
+        return
+    plan = make_plan(folder, rows)
+    found = planned(folder, plan)
+    assert {row["url"] for row in found} == named
+    assert len(found) == len(named) == plan.rows
+    assert all(row["key"] == url_key(row["url"]) for row in found)
+    assert plan.read == plan.rows + sum(plan.dropped.values())
+    keys = np.array([row["key"] for row in found])
+    assert (np.diff(keys.astype(object)) > 0).all()

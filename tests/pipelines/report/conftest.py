@@ -1,0 +1,123 @@
+"""A strict reader of HTML, and a report as a demo would make it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+import pytest
+
+from pipelines.report.demo import DemoReport, GalleryItem
+from pipelines.tiny_world import scenes
+
+VOID = {"img", "link", "meta"}
+
+
+@dataclass
+class Element:
+    name: str
+    attributes: dict[str, str | None]
+    children: list[Element | str] = field(default_factory=list)
+
+    def all(self, name: str, of_class: str | None = None) -> list[Element]:
+        """Every element below that has the name, and the class where one is given."""
+        found = []
+        for child in self.children:
+            if isinstance(child, Element):
+                classes = (child.attributes.get("class") or "").split()
+                if child.name == name and (of_class is None or of_class in classes):
+                    found.append(child)
+                found += child.all(name, of_class)
+        return found
+
+    @property
+    def text(self) -> str:
+        """What is read, with one blank for any white space."""
+        parts = (c if isinstance(c, str) else c.text for c in self.children)
+        return " ".join(" ".join(parts).split())
+
+
+class StrictReader(HTMLParser):
+    """Builds the tree and fails where an element is not closed by its own end tag."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Element("document", {})
+        self.open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"<{tag}> repeats an attribute"
+        element = Element(tag, dict(attrs))
+        self.open[-1].children.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().name == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+@pytest.fixture(scope="session")
+def parse() -> Callable[[str], Element]:
+    def read(document: str) -> Element:
+        reader = StrictReader()
+        reader.feed(document)
+        reader.close()
+        assert reader.open == [reader.root], f"<{reader.open[-1].name}> is never closed"
+        return reader.root
+
+    return read
+
+
+def training_events(before: float, after: float, steps: int = 300) -> list[dict]:
+    def loss(step: int) -> float:
+        return after + (before - after) * math.exp(-step / 60)
+
+    events: list[dict] = [{"event": "eval", "step": 0, "heldout_loss": before, "rows": 64}]
+    for step in range(1, steps + 1):
+        noise = 1 + 0.1 * math.sin(12.9898 * step)
+        events.append({"event": "step", "step": step, "loss": loss(step) * noise})
+        if step % 100 == 0:
+            value = after if step == steps else loss(step)
+            events.append({"event": "eval", "step": step, "heldout_loss": value, "rows": 64})
+            events.append({"event": "checkpoint", "step": step})
+    return events
+
+
+def picture(scene: scenes.Scene, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    scenes.draw(scene, seed=1).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def report() -> DemoReport:
+    shown = scenes.sample(0, 4, "test")
+    items = [
+        GalleryItem(i, picture(s), picture(s, "JPEG"), scenes.caption(s), scenes.caption(s), "ok")
+        for i, s in enumerate(shown)
+    ]
+    wrong = scenes.caption(shown[0]).replace("large", "small")
+    items.append(GalleryItem(99, picture(shown[0]), None, wrong, scenes.caption(shown[0]), "ok"))
+    return DemoReport(
+        title="Demo of the tiny world",
+        notes=["These figures prove nothing about quality."],
+        ingest={
+            "ok": 12960,
+            "decode:truncated": 8,
+            "download:http_404": 12,
+            "download:timeout": 5,
+            "filtered:short_side": 3,
+        },
+        stages={"stage1": training_events(1.031, 0.7421), "stage2": training_events(5.548, 0.4119)},
+        recaption={"ok": 95, "decode:corrupt": 1},
+        reconstruct={"ok": 16},
+        gallery=items,
+        seconds={"ingest": 14.3, "stage 1": 171.2, "stage 2": 3725.0},
+        versions={"ray": "2.60.0", "torch": "2.13.0"},
+    )

@@ -1,0 +1,262 @@
+"""The report as a document: everything is shown, nothing breaks out, nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import replace
+from importlib import resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.report import html
+from pipelines.report.demo import DemoReport, GalleryItem, render, write_report
+from pipelines.report.gallery import compare_words, gallery
+
+HOSTILE = """</style></title><script>alert("1")</script>'"><img src=https://a.example/x>&amp;\0"""
+
+
+def test_every_figure_is_shown(report, parse):
+    text = parse(render(report)).text
+    figures = ["12,960", "12,988", "99.8", "0.1", "17", "12", "8", "5", "3", "95", "96", "16"]
+    figures += ["1.031", "0.7421", "−28.0", "5.548", "0.4119", "−92.6", "12,960"]
+    figures += ["14 s", "2 min 51 s", "1 h 02 min", "1 h 05 min", "2.60.0", "2.13.0"]
+    for figure in [*figures, *report.ingest, *report.recaption, *report.notes, *report.versions]:
+        assert re.search(rf"(?<![\w.,]){re.escape(figure)}(?!\w)", text), f"{figure} is not shown"
+
+
+def test_statuses_stand_ok_first_and_add_up_by_kind(report, parse):
+    rows = parse(html.status_table(report.ingest, "Rows by status")).all("tr")
+    cells = [[cell.text for cell in (*row.all("th"), *row.all("td"))] for row in rows]
+    assert [line[0].split()[0] for line in cells[1:]] == [
+        "ok",
+        "filtered",
+        "filtered:short_side",
+        "download",
+        "download:http_404",
+        "download:timeout",
+        "decode",
+        "decode:truncated",
+        "all",
+    ]
+    assert " ".join(line[1] for line in cells[1:]) == "12,960 3 3 17 12 5 8 8 12,988"
+
+
+def test_bars_are_as_wide_as_their_share(parse):
+    spans = parse(html.status_table({"ok": 3, "duplicate": 1}, "x")).all("span")
+    assert [span.attributes["style"] for span in spans] == ["width:75.00%", "width:25.00%"]
+
+
+def test_an_unknown_status_is_shown_last(parse):
+    table = parse(html.status_table({"quarantined:new": 2, "duplicate": 1, "ok": 5}, "x"))
+    kinds = [body.all("th")[0].text.split()[0] for body in table.all("tbody")]
+    assert kinds == ["ok", "duplicate", "quarantined"]
+
+
+def test_hostile_text_stays_text(report, parse):
+    item = GalleryItem(1, report.gallery[0].original, None, HOSTILE, HOSTILE + " x", HOSTILE)
+    hostile = DemoReport(
+        HOSTILE,
+        [HOSTILE],
+        {HOSTILE: 1},
+        {HOSTILE: []},
+        {HOSTILE: 1},
+        {},
+        [item],
+        {HOSTILE: 1.0},
+        {HOSTILE: HOSTILE},
+    )
+    document = parse(render(hostile))
+    assert not document.all("script")
+    assert len(document.all("img")) == 1  # the original
+    assert len(document.all("style")) == 1
+    shown = HOSTILE.replace("\0", "�")
+    for place in ("h1", "title", "h3", "dd", "aside"):
+        assert shown in document.all(place)[0].text
+    assert document.all("img")[0].attributes["alt"] == f"Original: {shown} x"
+
+
+@given(st.text())
+def test_any_text_survives_as_child_and_attribute(parse, text):
+    element = parse(html.tag("p", text, title=text)).children[0]
+    # Lone surrogates and NUL cannot be written; white space is the reader's to keep.
+    expected = text.encode("utf-8", "replace").decode().replace("\0", "�")
+    assert "".join(map(str, element.children)) == expected
+    assert element.attributes["title"] == expected
+
+
+def test_nothing_is_fetched_and_nothing_runs(report, parse):
+    document = parse(render(report))
+    policy = [m for m in document.all("meta") if "http-equiv" in m.attributes]
+    assert policy[0].attributes["content"].startswith("default-src 'none'")
+    for name in ("img", "a", "link", "script", "iframe", "object", "use", "image"):
+        for element in document.all(name):
+            target = element.attributes.get("src") or element.attributes.get("href") or ""
+            assert target.startswith(("data:", "#")), f"<{name}> reaches for {target}"
+    style = document.all("style")[0].text
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_links_lead_to_sections(report, parse):
+    document = parse(render(report))
+    elements = [e for name in ("section", "h2") for e in document.all(name)]
+    ids = [e.attributes["id"] for e in elements if "id" in e.attributes]
+    assert len(ids) == len(set(ids))
+    targets = {a.attributes["href"] for a in document.all("a")}
+    assert targets == {"#ingest", "#training", "#tables", "#run"}
+    assert {target[1:] for target in targets} <= set(ids)
+
+
+def test_an_empty_run_has_a_page_that_says_so(parse):
+    text = parse(render(DemoReport("Nothing"))).text
+    for words in ("No rows.", "Nothing was trained.", "No images to show.", "No phase was timed."):
+        assert words in text
+
+
+def test_a_run_without_ok_rows_and_evaluations(parse):
+    stages = {"stage1": [{"event": "step", "step": 1, "loss": float("nan")}], "stage2": []}
+    broken = DemoReport("x", ingest={"download:dns": 7}, stages=stages, seconds={"a": float("nan")})
+    text = parse(render(broken)).text
+    assert "0 % of 7 rows" in text
+    assert "not evaluated before and after" in text
+    assert "1 of 1 losses" in text
+
+
+def test_the_page_without_images_is_small(report):
+    assert len(render(replace(report, gallery=[])).encode()) < 60_000
+
+
+def test_the_file_is_written_whole(report, tmp_path):
+    write_report(tmp_path / "report.html", report)
+    assert (tmp_path / "report.html").read_text("utf-8") == render(report)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# -------------------------------------------------------------------------------------- gallery
+
+
+def test_gallery_embeds_the_very_bytes_of_the_table(report, parse):
+    document = parse(gallery(report.gallery))
+    images = document.all("img")
+    assert len(images) == 9  # the last item has no reconstruction
+    assert "no reconstruction" in document.text
+    head, _, data = images[1].attributes["src"].partition(",")
+    assert head == "data:image/jpeg;base64"
+    assert base64.b64decode(data) == report.gallery[0].reconstruction
+    assert all(i.attributes["alt"] and i.attributes["class"] == "tiny" for i in images)
+    assert (images[0].attributes["width"], images[0].attributes["height"]) == ("64", "64")
+
+
+def test_gallery_marks_exact_captions_and_wrong_words(report, parse):
+    items = parse(gallery(report.gallery)).all("li")
+    exact = [bool(item.all("span", of_class="ok")) for item in items]
+    assert exact == [True] * 4 + [False]
+    assert {mark.text for mark in items[4].all("mark")} == {"small"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "target", "marked"),
+    [
+        ("a red dot", "a blue dot", ["red"]),
+        ("a dot", "a blue dot", []),
+        ("a very blue dot", "a blue dot", ["very"]),
+        ("a dot", "two men on skis", None),
+        ("a dot", None, None),
+        ("", "a dot", None),
+    ],
+)
+def test_marked_words(parse, caption, target, marked):
+    answer = compare_words(caption, target)
+    if marked is None:
+        assert answer == ""
+    else:
+        assert [mark.text for mark in parse(answer).all("mark")] == marked
+        assert parse(answer).text == caption
+
+
+def test_gallery_shows_at_most_the_limit(report, parse):
+    document = parse(gallery(report.gallery, limit=2))
+    assert len(document.all("li")) == 2
+    assert "2 of 5 images." in document.text
+
+
+def test_bytes_that_are_no_picture_leave_a_note(parse):
+    for content in (b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(90)):
+        document = parse(gallery([GalleryItem(1, content, None, None, None, "decode:corrupt")]))
+        assert not document.all("img")
+        assert "decode:corrupt" in document.text
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("TIFF", "CMYK"), ("JPEG", "RGB"), ("PNG", "RGBA")])
+def test_large_and_foreign_pictures_become_small_jpegs(parse, kind, mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (1600, 900)).save(buffer, kind)
+    item = GalleryItem(1, buffer.getvalue(), None, None, None, "ok")
+    shown = parse(gallery([item])).all("img")[0].attributes
+    small = Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2])))
+    assert (small.format, small.size) == ("JPEG", (480, 270))
+    assert "class" not in shown  # only tiny pictures keep square pixels
+
+
+# ---------------------------------------------------------------------------------------- style
+
+
+def test_colours_can_be_read_in_light_and_in_dark():
+    style = resources.files("pipelines.report").joinpath("report.css").read_text("utf-8")
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("@media")[:2]
+    )
+    assert set(light) == set(dark)
+    least_contrast = {"ink": 7, "soft": 4.5, "accent": 4.5, "train": 2.8}
+    least_contrast |= dict.fromkeys(("ok", "filtered", "download", "decode", "other"), 3)
+    for colours in (light, dark):
+        for ground in ("ground", "panel"):
+            for name, least in least_contrast.items():
+                assert contrast(colours[name], colours[ground]) >= least, (name, ground)
+        assert contrast(colours["ink"], colours["note"]) >= 7
+        assert contrast(colours["ink"], colours["mark"]) >= 7
+
+
+def contrast(one: str, other: str) -> float:
+    """Ratio of luminances as WCAG 2 defines it: 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (3599.7, "1 h 00 min"),
+    ],
+)
+def test_durations_round_without_a_sixtieth_second(seconds, words):
+    assert html.duration(seconds).replace("\u00a0", " ") == words
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "words"),
+    [
+        (0, 5, "0 %"),
+        (5, 5, "100 %"),
+        (1, 10**6, "< 0.1 %"),
+        (999_999, 10**6, "99.9 %"),
+        (0, 0, "–"),
+    ],
+)
+def test_shares_never_round_to_nothing_or_all(part, whole, words):
+    assert html.percent(part, whole).replace("\u00a0", " ") == words

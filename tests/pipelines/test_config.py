@@ -1,0 +1,146 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from pipelines.config import OutputPath, dump, help_text, load, parse, settings
+from vlv_model.config import Config
+from vlv_model.errors import ConfigError
+
+
+class Inner(Config):
+    learning_rate: float = Field(1e-3, gt=0, description="how fast")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="how it falls")
+    steps: int | None = Field(None, ge=1, description="how long")
+
+
+class Outer(Config):
+    run_dir: OutputPath = Field(description="where")
+    train: Inner = Inner()
+
+
+def test_order_is_defaults_then_yaml_then_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("run_dir: /a\ntrain: {learning_rate: 3e-4, steps: 7}\n")
+    config = load(Outer, str(file), ["train.steps=9"])
+    assert config.train == Inner(learning_rate=3e-4, steps=9)
+    assert config.run_dir == "/a"
+
+
+def test_config_is_frozen() -> None:
+    config = load(Outer, None, ["run_dir=/a"])
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lerning_rate=1", ["train.lerning_rate", "train.learning_rate"]),
+        ("learning_rate=1", ["learning_rate", "train.learning_rate"]),
+        ("trian.steps=1", ["trian", "train.steps"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "fast"]),
+        ("train.learning_rate=-1", ["train.learning_rate", "-1", "greater than 0"]),
+        ("train.schedule=step", ["train.schedule", "cosine", "linear"]),
+        ("train=5", ["train"]),
+        ("train.steps", ["train.steps", "key=value"]),
+        ("run_dir=[", ["run_dir"]),
+        ("run_dir.x=1", ["run_dir"]),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_them(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Outer, None, ["run_dir=/a", override])
+    line = str(error.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+def test_missing_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'run_dir' is required"):
+        load(Outer, None, [])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\0", "just words"])
+def test_unreadable_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(Outer, str(file), [])
+    assert "\n" not in str(error.value)
+    assert str(file) in str(error.value)
+
+
+@given(st.text(), st.text())
+def test_any_override_gives_a_config_or_one_line(key: str, value: str) -> None:
+    try:
+        load(Outer, None, ["run_dir=/a", f"{key}={value}"])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+def test_dump_can_be_loaded_again() -> None:
+    config = load(Outer, None, ["run_dir=/a", "train.steps=3"])
+    assert Outer.model_validate(dump(config)) == config
+
+
+def test_help_shows_every_setting_with_type_default_and_meaning() -> None:
+    text = help_text(Outer, "job", "Does it.")
+    assert [s.key for s in settings(Outer)] == [
+        "run_dir", "train.learning_rate", "train.schedule", "train.steps"
+    ]  # fmt: skip
+    for words in (
+        "run_dir (text, required)",
+        "train.learning_rate (number > 0, 0.001)",
+        "train.schedule (cosine|linear, cosine)",
+        "train.steps (integer >= 1, none)",
+        "how fast",
+    ):
+        assert words in text
+
+
+def test_options_stand_for_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    aliases = {"": "train.schedule", "--to": "run_dir"}
+    config = parse(Outer, ["linear", "--to", "/a=b", "train.steps=2"], "job", "", aliases)
+    assert (config.train.schedule, config.run_dir, config.train.steps) == ("linear", "/a=b", 2)
+    with pytest.raises(ConfigError, match="--too"):
+        parse(Outer, ["--too", "x"], "job", "", aliases)
+    with pytest.raises(SystemExit) as left:
+        parse(Outer, ["run_dir=/a", "--print-config"], "job", "")
+    assert left.value.code == 0
+    assert "learning_rate: 0.001" in capsys.readouterr().out
+
+
+def test_relative_output_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(Outer, None, ["run_dir=runs/a"]).run_dir == str(tmp_path / "runs/a")
+
+
+def test_relative_output_in_rays_copy_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"run_dir.*'runs/a' is relative.*absolute"):
+        load(Outer, None, ["run_dir=runs/a"])
+    assert load(Outer, None, ["run_dir=s3://b/a"]).run_dir == "s3://b/a"
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_shipped_configs_name_settings_that_exist(size: str) -> None:
+    """Each YAML file passes its job's own --print-config once the user's paths are given."""
+    root = Path(__file__).parents[2]
+    files = sorted((root / "jobs/configs" / size).glob("*.yaml"))
+    assert {f.stem for f in files} == {"ingest", "stage1", "stage2", "recaption", "reconstruct"}
+    paths = ["data.input=/in"]
+    for file in files:
+        outputs = ["run_dir=/run"] if file.stem.startswith("stage") else ["data.output=/out"]
+        job = [sys.executable, f"jobs/{file.stem}.py", "--config", str(file), "--print-config"]
+        done = subprocess.run([*job, *paths, *outputs], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

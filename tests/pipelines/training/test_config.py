@@ -1,0 +1,54 @@
+import pytest
+
+from pipelines.config import load
+from pipelines.training.config import Stage2Config, TrainConfig
+from pipelines.training.deepspeed_config import deepspeed_config
+from pipelines.training.schedule import learning_rate
+from vlv_model.errors import ConfigError
+
+
+def test_batches_must_divide() -> None:
+    with pytest.raises(ValueError, match="multiple of num_workers"):
+        TrainConfig(global_batch_size=10, num_workers=4)
+    config = TrainConfig(global_batch_size=64, num_workers=4, micro_batch_size=8)
+    assert config.accumulation == 2
+
+
+def test_a_batch_that_does_not_divide_is_one_line() -> None:
+    settings = ["run_dir=/r", "data.input=/i", "train.num_workers=3"]
+    with pytest.raises(ConfigError, match=r"^train: train.global_batch_size=64 must be a multiple"):
+        load(Stage2Config, None, settings)
+
+
+def test_deepspeed_is_told_what_the_settings_say() -> None:
+    train = TrainConfig(
+        global_batch_size=64, num_workers=4, micro_batch_size=4, precision="bfloat16", zero_stage=1
+    )
+    told = deepspeed_config(train)
+    assert told["train_batch_size"] == 64
+    assert told["train_micro_batch_size_per_gpu"] == 4
+    assert told["gradient_accumulation_steps"] == 4
+    assert told["bf16"] == {"enabled": True}
+    assert told["zero_optimization"]["stage"] == 1
+    assert told["gradient_clipping"] == train.max_grad_norm
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedule_spans_exactly_the_run(schedule: str) -> None:
+    train = TrainConfig(steps=100, schedule=schedule, learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate(train, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10] == 1.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[99] < 0.02
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_constant_schedule() -> None:
+    train = TrainConfig(steps=5, schedule="constant", learning_rate=0.5)
+    assert [learning_rate(train, step) for step in range(5)] == [0.5] * 5
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    train = TrainConfig(steps=100, schedule="cosine", learning_rate=2.0)
+    assert learning_rate(train, 50) == pytest.approx(1.0)

@@ -1,0 +1,152 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.images import RowIndex, RowReader, in_holdout
+from pipelines.schemas import PAIR_ROW
+from pipelines.training.config import TrainConfig
+from pipelines.training.data import Batch, GlobalOrder, StepReader, mix
+from vlv_model.errors import DataError
+
+SIZE = 8
+
+
+def picture(key: int) -> bytes:
+    """An image whose every pixel tells the key."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (key % 256, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_table(folder: Path, keys: list[int], files: int = 3, group: int = 4) -> list[Path]:
+    """Keys dealt out over files; every tenth key's row has failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(files):
+        rows = [
+            {
+                "key": key,
+                "image": {"bytes": picture(key), "path": None} if key % 10 else None,
+                "status": "ok" if key % 10 else "download:timeout",
+                "caption": f"caption {key}",
+            }
+            for key in keys[number::files]
+        ]
+        paths.append(folder / f"part-{number}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), paths[-1], row_group_size=group)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    keys = [int(k) for k in np.random.default_rng(0).permutation(60)]
+    return write_table(tmp_path_factory.mktemp("table"), keys)
+
+
+def test_failed_rows_are_not_trained_on(files: list[Path]) -> None:
+    index = RowIndex.open(files, ["caption"])
+    assert index.keys.tolist() == [k for k in range(60) if k % 10]
+
+
+def test_each_position_reads_its_own_row(files: list[Path]) -> None:
+    index = RowIndex.open(files, ["caption"])
+    reader = RowReader(index, ["caption"])
+    for position, key in enumerate(index.keys.tolist()):
+        assert reader.row(position)["caption"] == f"caption {key}"
+        assert reader.square(position, SIZE)[0, 0, 0].item() == key
+
+
+def test_order_does_not_depend_on_the_files(tmp_path: Path, files: list[Path]) -> None:
+    other = write_table(tmp_path, list(range(60)), files=1, group=60)
+    assert RowIndex.open(files, []).digest() == RowIndex.open(other, []).digest()
+    assert (RowIndex.open(files, []).keys == RowIndex.open(other, []).keys).all()
+
+
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="key 7 occurs more than once"):
+        RowIndex.open(write_table(tmp_path, [7, 8, 7]), [])
+
+
+def test_missing_column_and_no_usable_row_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no column 'wish'"):
+        RowIndex.open(write_table(tmp_path / "a", [1]), ["wish"])
+    with pytest.raises(DataError, match="no row of status 'ok'"):
+        RowIndex.open(write_table(tmp_path / "b", [10, 20]), [])
+
+
+def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
+    rows = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")
+    reader = RowReader(RowIndex.open([tmp_path / "p.parquet"], []))
+    with pytest.raises(DataError, match="key 5"):
+        reader.square(0, SIZE)
+
+
+@settings(max_examples=50)
+@given(rows=st.integers(1, 50), batch=st.integers(1, 70), seed=st.integers(0, 2**40))
+def test_every_row_is_used_once_an_epoch(rows: int, batch: int, seed: int) -> None:
+    order = GlobalOrder(rows, seed)
+    steps = [order.take(step * batch, batch) for step in range(3 * rows // batch + 2)]
+    walked = [row for step in steps for row in step]
+    assert all(len(step) == batch for step in steps)  # no batch is short
+    for epoch in range(len(walked) // rows):
+        used = walked[epoch * rows : (epoch + 1) * rows]
+        assert sorted(row for _, row in used) == list(range(rows))
+        assert {e for e, _ in used} == {epoch}
+
+
+def test_any_step_is_read_without_the_ones_before() -> None:
+    one, other = GlobalOrder(37, 5), GlobalOrder(37, 5)
+    walked = [one.take(step * 8, 8) for step in range(40)]
+    assert other.take(33 * 8, 8) == walked[33]
+    assert GlobalOrder(37, 6).take(33 * 8, 8) != walked[33]
+    assert one.permutation(0).tolist() != one.permutation(1).tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: int) -> None:
+    index = RowIndex.open(files, [])
+    order = GlobalOrder(len(index), 0)
+    train = TrainConfig(
+        steps=9, global_batch_size=16, num_workers=workers, micro_batch_size=2, prefetch=3
+    )
+
+    def read(rows: list[tuple[int, int]]) -> list[int]:
+        return Batch.read(RowReader(index), rows, SIZE).keys
+
+    expected = [[int(index.keys[row]) for _, row in order.take(step * 16, 16)] for step in range(9)]
+    ranks = [list(StepReader(order, read, train, rank).steps(4)) for rank in range(workers)]
+    for number, step in enumerate(range(4, 9)):
+        assert all(steps[number][0] == step for steps in ranks)
+        keys = [key for steps in ranks for micro in steps[number][1] for key in micro]
+        assert keys == expected[step]
+
+
+def test_a_failure_to_read_reaches_the_loop() -> None:
+    def read(rows: object) -> None:
+        raise DataError("disk gone")
+
+    train = TrainConfig(steps=3, global_batch_size=2)
+    with pytest.raises(DataError, match="disk gone"):
+        list(StepReader(GlobalOrder(5, 0), read, train, 0).steps(0))
+
+
+def test_holdout_is_a_stable_share() -> None:
+    keys = np.random.default_rng(1).integers(-(2**63), 2**63 - 1, 20_000)
+    small, large = in_holdout(keys, 0.1), in_holdout(keys, 0.3)
+    assert abs(small.mean() - 0.1) < 0.01
+    assert abs(large.mean() - 0.3) < 0.01
+    assert (small <= large).all()  # a larger share holds the smaller one
+    shuffled = np.random.default_rng(2).permutation(len(keys))
+    assert (in_holdout(keys[shuffled], 0.1) == small[shuffled]).all()
+
+
+def test_seeds_of_draws_differ() -> None:
+    assert len({mix(s, e, k) for s in range(5) for e in range(-1, 5) for k in range(-5, 5)}) == 300

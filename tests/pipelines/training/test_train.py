@@ -1,0 +1,294 @@
+"""Training for real: Ray Train, DeepSpeed over gloo with two workers, W&B offline."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from pipelines.config import load
+from pipelines.training.checkpointing import finished_checkpoints, is_finished, latest_checkpoint
+from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.metrics import heldout_losses, read_metrics
+from pipelines.training.trainer import train
+from vlv_model.errors import CheckpointError, DataError, RunError
+
+pytestmark = pytest.mark.end_to_end
+
+COMMON = [
+    "data.holdout=0.2", "train.use_gpu=false", "train.global_batch_size=8", "train.eval_rows=16",
+    "train.micro_batch_size=2", "train.learning_rate=0.002",
+]  # fmt: skip
+STEPS = 12
+
+
+def stage1_config(table: Path, models: Path, run_dir: Path, *more: str) -> Stage1Config:
+    paths = [f"data.input={table}", f"model.path={models}", f"run_dir={run_dir}"]
+    run = [f"train.steps={STEPS}", "train.num_workers=2", "train.checkpoint_every=4"]
+    return load(Stage1Config, None, [*paths, *COMMON, *run, "train.eval_every=6", *more])
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    ray_local: None, pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A stage-1 run with two workers that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    train(stage1_config(pair_table, tiny_models, run_dir))
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(run_dir) if event["event"] == "step"]
+
+
+def test_heldout_loss_falls_and_every_step_is_told_once(unbroken: Path) -> None:
+    result = json.loads((unbroken / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    assert result["rows_seen"] == STEPS * 8
+    steps = [e["step"] for e in read_metrics(unbroken) if e["event"] == "step"]
+    assert steps == list(range(1, STEPS + 1))
+    assert [step for step, _ in heldout_losses(unbroken)] == [0, 6, 12]
+
+
+def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) -> None:
+    kept = list(finished_checkpoints(unbroken))
+    assert [folder.name for folder in kept] == ["step-00000012", "step-00000008"]
+    with safe_open(kept[0] / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    frozen = ("vision_tower", "shared", "embed_tokens", "text_encoder", "unet", "vae")
+    assert "encoder.learnable_queries" in names
+    assert not [name for name in names if any(part in name for part in frozen)]
+    told = json.loads((kept[0] / "checkpoint.json").read_text())
+    assert (told["stage"], told["step"], told["rows_seen"]) == ("stage1", 12, 96)
+    assert told["config"]["train"]["steps"] == STEPS
+    assert not list(kept[0].glob("*.py"))
+    # DeepSpeed's copies of the weights are the trainable ones too.
+    weights_size = (kept[0] / "model.safetensors").stat().st_size
+    state = kept[0] / "optimizer" / "mp_rank_00_model_states.pt"
+    assert state.stat().st_size < 2 * weights_size  # the frozen ones are ten times as large
+
+
+def test_wandb_wrote_the_run_offline(unbroken: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = unbroken.glob("wandb/offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    logged = []
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {"".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+            logged.append(items)
+    written = [float(item["stage1/loss"]) for item in logged if "stage1/loss" in item]
+    assert written == pytest.approx(losses(unbroken))
+
+
+def test_a_finished_run_is_not_trained_again(
+    unbroken: Path, pair_table: Path, tiny_models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (unbroken / "metrics.jsonl").read_text()
+    result = train(stage1_config(pair_table, tiny_models, unbroken))
+    assert result == json.loads((unbroken / "result.json").read_text())
+    assert (unbroken / "metrics.jsonl").read_text() == before
+    assert "finished" in capsys.readouterr().out
+
+
+def test_another_run_in_the_folder_is_refused(
+    unbroken: Path, pair_table: Path, tiny_models: Path
+) -> None:
+    changed = stage1_config(pair_table, tiny_models, unbroken, "train.learning_rate=0.1")
+    with pytest.raises(RunError, match=r"train\.learning_rate: 0\.002 there, 0\.1 here"):
+        train(changed)
+
+
+def kill_a_worker_after(run_dir: Path, step: int, killed: list[int]) -> None:
+    """SIGKILL one training process of this test's Ray once `step` has been reached."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(e["event"] == "checkpoint" and e["step"] >= step for e in read_metrics(run_dir)):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_changes_no_loss(
+    unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after, args=(run_dir, 4, killed))
+    killer.start()
+    train(stage1_config(pair_table, tiny_models, run_dir))
+    killer.join()
+    assert killed
+    assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
+    assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
+
+
+def test_a_killed_job_continues_from_the_last_whole_checkpoint(
+    unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    """What a killed driver leaves: no result, a torn line, a checkpoint without one of its files."""
+    run_dir = tmp_path / "torn"
+    shutil.copytree(unbroken, run_dir)
+    (run_dir / "result.json").unlink()
+    newest = latest_checkpoint(run_dir)
+    assert newest is not None
+    next((newest / "optimizer").glob("*rank_1*")).unlink()
+    assert not is_finished(newest)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"event": "st')
+    train(stage1_config(pair_table, tiny_models, run_dir))
+    assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
+    assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
+
+
+def test_an_exchanged_optimizer_file_is_not_opened(
+    unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's files are pickles: one that the run did not write must not reach the loader."""
+    run_dir = tmp_path / "exchanged"
+    shutil.copytree(unbroken, run_dir)
+    (run_dir / "result.json").unlink()
+    newest = latest_checkpoint(run_dir)
+    assert newest is not None
+    state = next((newest / "optimizer").glob("*rank_1*"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(bytes(content))
+    with pytest.raises(Exception, match="digest differs") as error:
+        train(stage1_config(pair_table, tiny_models, run_dir, "train.max_failures=0"))
+    assert any(isinstance(e, CheckpointError) for e in causes(error.value))
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    from pipelines.entry import causes_of
+
+    return list(causes_of(error))
+
+
+def stage2_config(table: Path, stage1: Path, run_dir: Path, *more: str) -> Stage2Config:
+    paths = [f"data.input={table}", f"model.path={stage1}", f"run_dir={run_dir}"]
+    run = ["train.steps=6", "train.eval_every=6", "train.checkpoint_every=6"]
+    return load(Stage2Config, None, [*paths, *COMMON, *run, *more])
+
+
+@pytest.fixture(scope="module")
+def stage2_run(unbroken: Path, pair_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "stage2"
+    train(stage2_config(pair_table, unbroken, run_dir))
+    return run_dir
+
+
+def test_stage2_trains_on_from_stage1(stage2_run: Path) -> None:
+    result: dict[str, Any] = json.loads((stage2_run / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    checkpoint = latest_checkpoint(stage2_run)
+    assert checkpoint is not None
+    told = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert told["parent"]["path"] == "../../parent"
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert any(name.startswith("language_projector") for name in names)
+    assert any(name.startswith("language_model") for name in names)
+    assert "encoder.learnable_queries" not in names  # frozen in stage 2: the parent's
+
+
+def test_a_run_folder_can_be_moved(stage2_run: Path, tmp_path: Path) -> None:
+    from vlv_model import VLVCaptioner
+
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(stage2_run, moved)
+    checkpoint = latest_checkpoint(moved)
+    assert checkpoint is not None
+    VLVCaptioner.from_pretrained(checkpoint)
+
+
+def test_one_worker_and_two_take_the_same_steps(
+    stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
+) -> None:
+    """The loss is a mean over the global batch's label tokens, however it is shared out.
+
+    Only the first step is compared to the last digit: later ones have drawn other dropout.
+    """
+    run_dir = tmp_path / "two"
+    train(stage2_config(pair_table, unbroken, run_dir, "train.num_workers=2"))
+    assert heldout_losses(run_dir)[0][1] == pytest.approx(
+        heldout_losses(stage2_run)[0][1], rel=1e-6
+    )
+    assert losses(run_dir)[0] == pytest.approx(losses(stage2_run)[0], rel=0.05)
+
+
+def test_recaption_and_reconstruct_give_one_row_per_image(
+    stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
+) -> None:
+    from pipelines.recaption.config import RecaptionConfig
+    from pipelines.recaption.dataset import recaption
+    from pipelines.reconstruct.config import ReconstructConfig
+    from pipelines.reconstruct.dataset import reconstruct
+    from pipelines.storage import parquet_files, read_rows
+
+    select = [f"data.input={pair_table}", "data.rows_per_chunk=7", "actors.use_gpu=false"]
+    captions = tmp_path / "captions"
+    config = load(RecaptionConfig, None, [
+        *select, f"data.output={captions}", f"model.path={stage2_run}", "generate.num_beams=1",
+        "generate.max_new_tokens=4", "data.split=holdout", "data.holdout=0.2",
+    ])  # fmt: skip
+    counts = recaption(config)
+    columns = ["key", "caption", "num_tokens", "finish_reason", "model", "status"]
+    rows = list(read_rows(parquet_files(str(captions)), columns))
+    keys = [row["key"] for row in rows]
+    assert counts == {"ok": len(keys)}
+    assert 10 < len(keys) == len(set(keys)) < 50
+    assert all(
+        row["num_tokens"] <= 4 and row["finish_reason"] in ("stop", "length") for row in rows
+    )
+    assert len({row["model"] for row in rows}) == 1
+    # Lost work is done again, finished work is not.
+    parts = sorted(captions.glob("part-*.parquet"))
+    written = {part: part.stat().st_mtime_ns for part in parts[1:]}
+    (captions / "_commits/000000.json").unlink()
+    assert recaption(config) == counts
+    assert list(read_rows(parquet_files(str(captions)), columns)) == rows
+    assert {part: part.stat().st_mtime_ns for part in parts[1:]} == written
+
+    config = load(ReconstructConfig, None, [
+        *select, f"data.output={tmp_path / 'pictures'}", f"model.path={unbroken}", "data.limit=3",
+        "diffusion.num_steps=2",
+    ])  # fmt: skip
+    assert reconstruct(config) == {"ok": 3}
+    pictures = list(read_rows(parquet_files(str(tmp_path / "pictures")), ["image"]))
+    assert all(row["image"]["bytes"].startswith(b"\x89PNG") for row in pictures)
+
+
+def test_recaption_refuses_an_untrained_captioner(
+    unbroken: Path, pair_table: Path, tmp_path: Path
+) -> None:
+    from pipelines.recaption.config import RecaptionConfig
+    from pipelines.recaption.dataset import recaption
+
+    paths = [f"data.input={pair_table}", f"data.output={tmp_path / 'c'}", f"model.path={unbroken}"]
+    with pytest.raises(CheckpointError, match="stage-2"):
+        recaption(load(RecaptionConfig, None, paths))
+
+
+def test_a_table_with_nothing_to_hold_out_is_refused(
+    pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    config = stage1_config(pair_table, tiny_models, tmp_path / "r", "data.holdout=0.000001")
+    with pytest.raises(DataError, match="none is a held-out row"):
+        train(config)

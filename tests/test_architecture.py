@@ -1,0 +1,52 @@
+"""The house: imports point one way, jobs → pipelines → vlv_model."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "vlv_model": {"vlv_model"},
+    "pipelines": {"pipelines", "vlv_model"},
+    "jobs": {"pipelines", "vlv_model"},
+}
+NOT_IN_VLV_MODEL = {"ray", "deepspeed", "wandb", "pyarrow", "aiohttp"}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of everything that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_arrow_turns_back(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        ours = imported(file) & {"vlv_model", "pipelines", "jobs", "tests", "benchmarks"}
+        assert ours <= ALLOWED[package], f"{file.relative_to(ROOT)} imports {ours}"
+
+
+def test_vlv_model_knows_nothing_of_ray() -> None:
+    for file in (ROOT / "vlv_model").rglob("*.py"):
+        assert not imported(file) & NOT_IN_VLV_MODEL, file.name
+
+
+def test_jobs_are_thin() -> None:
+    for file in (ROOT / "jobs").glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 60, f"{file.name} does more than parse and run"
+
+
+def test_nothing_imports_torchvision() -> None:
+    # It has no CPU build, and importing it would pull the CUDA one in.
+    for package in ALLOWED:
+        for file in (ROOT / package).rglob("*.py"):
+            assert "torchvision" not in imported(file), file

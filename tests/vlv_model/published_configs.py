@@ -1,0 +1,117 @@
+"""The published configurations of the full-size parts, as far as they shape the models.
+
+Florence-2-large (native layout) · Stable Diffusion 2.1-base · Qwen2.5. Taken from the config.json
+files on the model hub; parameter counts as the model cards and hub pages give them.
+"""
+
+FLORENCE_2_LARGE = {
+    "vision_config": {
+        "depths": [1, 1, 9, 1],
+        "patch_size": [7, 3, 3, 3],
+        "patch_stride": [4, 2, 2, 2],
+        "patch_padding": [3, 1, 1, 1],
+        "patch_prenorm": [False, True, True, True],
+        "embed_dim": [256, 512, 1024, 2048],
+        "num_heads": [8, 16, 32, 64],
+        "num_groups": [8, 16, 32, 64],
+        "window_size": 12,
+        "drop_path_rate": 0.1,
+        "projection_dim": 1024,
+        "max_temporal_embeddings": 100,
+        "max_position_embeddings": 50,
+    },
+    "text_config": {
+        "model_type": "bart",
+        "vocab_size": 51289,
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_ffn_dim": 4096,
+        "decoder_ffn_dim": 4096,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+        "scale_embedding": False,
+    },
+}
+
+SD_21_BASE_TEXT_ENCODER = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,  # ViT-H's 24 without the last, which Stable Diffusion 2 does not use
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+}
+
+SD_21_BASE_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+
+SD_21_BASE_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 768,
+    "scaling_factor": 0.18215,
+}
+
+# The published sampler is PNDM; training and DDPM sampling read the schedule from its settings.
+SD_21_BASE_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+def _qwen(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> dict:
+    return {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+
+
+QWEN_25 = {
+    "0.5B": _qwen(896, 4864, 24, 14, 2),
+    "1.5B": _qwen(1536, 8960, 28, 12, 2),
+    "3B": _qwen(2048, 11008, 36, 16, 2),
+}
+
+PARAMETERS = {
+    "unet": 865_910_724,
+    "vae": 83_653_863,
+    "text_encoder": 340_387_840,
+    "0.5B": 494_032_768,
+    "1.5B": 1_543_714_304,
+    "3B": 3_085_938_688,
+}

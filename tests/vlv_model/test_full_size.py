@@ -1,0 +1,131 @@
+"""The full-size models on the meta device: shapes and counts, no memory."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Florence2Config,
+    Florence2Model,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.vlv_model.published_configs import (
+    FLORENCE_2_LARGE,
+    PARAMETERS,
+    QWEN_25,
+    SD_21_BASE_TEXT_ENCODER,
+    SD_21_BASE_UNET,
+    SD_21_BASE_VAE,
+)
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner, build_language_projector
+from vlv_model.config import ModelConfig
+from vlv_model.diffusion_decoder import DiffusionDecoder
+from vlv_model.encoder import VLVEncoder
+from vlv_model.loading import load_caption_tokenizer, load_florence, resolve_model
+from vlv_model.text_encoder import TextEncoder
+
+CONFIG = ModelConfig()
+BART_STACKS = 413_631_488 - 51_289 * 1024  # the language model without its shared embeddings
+QUERIES = 77 * 1024
+CAPTION_PROJECTOR = 2 * (1024 * 1024 + 1024)
+
+
+def count(module, trainable=False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def trainable_parts(module) -> set[str]:
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    return {name.split(".layers.")[0].split(".embed_positions")[0] for name in names}
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny):
+    _, tokenizer = load_florence(resolve_model(tiny)[0])
+    with torch.device("meta"):
+        florence = Florence2Model(Florence2Config(**FLORENCE_2_LARGE))
+        return VLVEncoder(
+            florence,
+            tokenizer,
+            width=1024,
+            num_queries=CONFIG.num_queries,
+            encoder_image_size=CONFIG.encoder_image_size,
+            prompt=CONFIG.prompt,
+        )
+
+
+@pytest.fixture(scope="module")
+def text_encoder():
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(**SD_21_BASE_TEXT_ENCODER))
+    return TextEncoder(clip, tokenizer=None)
+
+
+def test_florence_has_the_published_size(encoder):
+    florence = encoder.florence
+    # The hub counts 776,721,497: our parameters and two buffers, the cosine table of the temporal
+    # embedding and the bias of the logits, which we do not hold.
+    assert count(florence) + 100 * 2048 + 51_289 == 776_721_497
+    assert count(florence.vision_tower) == 360_632_320
+    assert count(florence.language_model) == 413_631_488
+
+
+def test_stage_1_at_full_size(encoder, text_encoder):
+    with torch.device("meta"):
+        vae, unet = AutoencoderKL(**SD_21_BASE_VAE), UNet2DConditionModel(**SD_21_BASE_UNET)
+    decoder = DiffusionDecoder(vae, unet, DDPMScheduler(), CONFIG.image_size)
+    autoencoder = VLVAutoEncoder(encoder, text_encoder, decoder)
+    encoder.set_trainable(language_model=True, queries=True)
+    assert autoencoder.latent_shape == (4, 48, 48)
+    assert count(unet) == PARAMETERS["unet"]
+    assert count(vae) == PARAMETERS["vae"]
+    assert count(text_encoder) == PARAMETERS["text_encoder"]
+    assert count(autoencoder, trainable=True) == BART_STACKS + QUERIES + CAPTION_PROJECTOR
+    assert trainable_parts(autoencoder) == {
+        "encoder.learnable_queries",
+        "encoder.caption_projector.0.weight",
+        "encoder.caption_projector.0.bias",
+        "encoder.caption_projector.2.weight",
+        "encoder.caption_projector.2.bias",
+        "encoder.florence.language_model.encoder",
+        "encoder.florence.language_model.encoder.layernorm_embedding.weight",
+        "encoder.florence.language_model.encoder.layernorm_embedding.bias",
+        "encoder.florence.language_model.decoder",
+        "encoder.florence.language_model.decoder.layernorm_embedding.weight",
+        "encoder.florence.language_model.decoder.layernorm_embedding.bias",
+    }
+
+
+@pytest.mark.parametrize("size", QWEN_25)
+def test_stage_2_at_full_size(tiny, encoder, text_encoder, size):
+    with torch.device("meta"):
+        language_model = Qwen2ForCausalLM(Qwen2Config(**QWEN_25[size]))
+        hidden = language_model.config.hidden_size
+        projector = build_language_projector(1024, hidden, seed=0)
+    captioner = VLVCaptioner(
+        encoder, text_encoder, projector, language_model, load_caption_tokenizer(tiny)
+    )
+    assert count(language_model) == PARAMETERS[size]
+    assert count(projector) == (1024 + 1) * hidden + (hidden + 1) * hidden
+    expected = {
+        "projector": count(projector),
+        "projector+llm": count(projector) + PARAMETERS[size],
+        "projector+llm+encoder": count(projector) + PARAMETERS[size] + BART_STACKS,
+    }
+    for trainable, parameters in expected.items():
+        captioner.set_trainable(trainable)
+        assert count(captioner, trainable=True) == parameters
+        frozen = ("encoder.learnable_queries", "encoder.caption_projector", "text_encoder")
+        assert not [p for p in trainable_parts(captioner) if p.startswith(frozen)]
+
+
+def test_shapes_at_full_size(encoder, text_encoder):
+    pixels = torch.zeros(2, 3, 768, 768, device="meta")
+    features = encoder.florence.get_image_features(pixels).pooler_output
+    assert features.shape == (2, 577, 1024)  # the spatial mean and 24 x 24 patches
+    queries = encoder.learnable_queries.expand(2, -1, -1)
+    assert text_encoder(encoder.caption_projector(queries)).shape == (2, 77, 1024)

@@ -1,0 +1,229 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.config import ModelConfig
+from vlv_model.errors import CheckpointError, ModelError
+from vlv_model.loading import (
+    load_caption_tokenizer,
+    load_diffusion,
+    load_florence,
+    load_language_model,
+    load_text_encoder,
+    resolve_checkpoint,
+    resolve_model,
+    text_encoder_width,
+)
+
+
+@pytest.fixture
+def models(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "models"))
+
+
+@pytest.fixture
+def config(models):
+    return resolve_model(models)[0]
+
+
+def rewrite(path: Path, change) -> None:
+    # clones: the file under a mapped tensor must not change
+    weights = change({name: tensor.clone() for name, tensor in load_file(path).items()})
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def message_of(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_model_folder_is_read_relative_to_itself(models, monkeypatch):
+    monkeypatch.chdir(models.parent)
+    config, checkpoint = resolve_model("models")
+    assert checkpoint is None
+    assert config.florence == str(models / "florence")
+    assert config.num_queries == 16
+    assert resolve_model(config)[0] == config
+
+
+def test_hub_ids_stay_and_relative_folders_become_absolute(models, monkeypatch):
+    monkeypatch.chdir(models)
+    config, _ = resolve_model(ModelConfig(florence="florence", vae="diffusion/vae"))
+    assert config.florence == str(models / "florence")
+    assert config.vae == str(models / "diffusion" / "vae")
+    assert config.language_model == "Qwen/Qwen2.5-3B"
+
+
+def test_parts_can_be_named_one_by_one(models, config):
+    shutil.move(models / "diffusion" / "vae", models / "another_vae")
+    own = config.model_copy(update={"vae": str(models / "another_vae")})
+    assert VLVAutoEncoder.from_pretrained(own).latent_shape == (4, 8, 8)
+    with pytest.raises(ModelError, match="vae: there is no folder"):
+        load_diffusion(config)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"neither checkpoint\.json nor model\.json") as error:
+        resolve_model(tmp_path)
+    message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "model.json"),
+        ("[]", "model.json"),
+        ('{"florense": "x"}', "florense"),
+        ("\xff", "cannot be read as a model"),
+    ],
+)
+def test_a_broken_model_file_is_refused(models, content, named):
+    (models / "model.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=named) as error:
+        resolve_model(models)
+    message_of(error)
+
+
+def test_a_model_and_another_checkpoint_are_refused(models, tmp_path):
+    content = {"model": resolve_model(models)[0].model_dump()}
+    (models / "checkpoint.json").write_text(json.dumps(content))
+    assert resolve_checkpoint(models, None)[1] == models
+    assert resolve_checkpoint(models, models)[1] == models
+    with pytest.raises(CheckpointError, match="two checkpoints"):
+        resolve_checkpoint(models, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "load", "part"),
+    [
+        ({"florence": "missing"}, load_florence, "florence: there is no folder 'missing'"),
+        ({"florence": "./a/b"}, load_florence, "florence: there is no folder"),
+        ({"language_model": "nobody/nothing"}, load_language_model, "language_model: cannot load"),
+        ({"language_model": "nobody/nothing"}, load_caption_tokenizer, "from the model hub"),
+        ({"diffusion": "nobody/nothing"}, load_diffusion, "vae: cannot load 'nobody/nothing'"),
+        ({"diffusion": "nobody/nothing"}, load_text_encoder, "text_encoder: cannot load"),
+        ({"diffusion": "nobody/nothing"}, text_encoder_width, "text_encoder: cannot load"),
+    ],
+)
+def test_a_missing_part_is_named_in_one_line(config, change, load, part):
+    with pytest.raises(ModelError, match=part) as error:
+        load(config.model_copy(update=change))
+    message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("file", "pickled", "load"),
+    [
+        ("florence/model.safetensors", "pytorch_model.bin", load_florence),
+        ("language_model/model.safetensors", "pytorch_model.bin", load_language_model),
+        ("diffusion/text_encoder/model.safetensors", "pytorch_model.bin", load_text_encoder),
+        (
+            "diffusion/unet/diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model.bin",
+            load_diffusion,
+        ),
+    ],
+)
+def test_a_pickle_is_not_opened(models, config, file, pickled, load):
+    path = models / file
+    torch.save(load_file(path), path.with_name(pickled))
+    path.unlink()
+    with pytest.raises(ModelError, match="cannot load") as error:
+        load(config)
+    message_of(error)
+
+
+@pytest.mark.parametrize("part", ["florence", "language_model", "diffusion/text_encoder"])
+def test_a_tensor_that_is_missing_is_not_made_up(models, config, part):
+    lost: list[str] = []
+
+    def drop_one(weights):
+        lost.append(next(name for name in sorted(weights) if "layers.0" in name))
+        return {name: tensor for name, tensor in weights.items() if name not in lost}
+
+    rewrite(models / part / "model.safetensors", drop_one)
+    load = {"florence": load_florence, "language_model": load_language_model}
+    with pytest.raises(ModelError, match="lacks 1 tensors") as error:
+        load.get(part, load_text_encoder)(config)
+    assert lost[0].split("layers.0")[1] in message_of(error)
+
+
+def test_a_diffusion_tensor_that_is_missing_is_not_made_up(models, config):
+    rewrite(
+        models / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda weights: {n: t for n, t in weights.items() if n != "conv_out.bias"},
+    )
+    with pytest.raises(ModelError, match=r"unet: .*conv_out\.bias"):
+        load_diffusion(config)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99])
+def test_a_damaged_file_is_named(models, config, damage):
+    path = models / "language_model" / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ModelError, match="language_model: cannot load") as error:
+        load_language_model(config)
+    message_of(error)
+
+
+def test_another_shape_is_refused(models, config):
+    rewrite(
+        models / "language_model" / "model.safetensors",
+        lambda weights: {n: t.repeat(2, *[1] * (t.dim() - 1)) for n, t in weights.items()},
+    )
+    with pytest.raises(ModelError, match="language_model: cannot load") as error:
+        load_language_model(config)
+    message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("part", "load"),
+    [
+        ("florence", load_florence),
+        ("diffusion/tokenizer", load_text_encoder),
+        ("language_model", load_caption_tokenizer),
+    ],
+)
+def test_a_tokenizer_without_its_vocabulary_is_refused(models, config, part, load):
+    (models / part / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=part.split("/")[-1]) as error:
+        load(config)
+    message_of(error)
+
+
+def test_a_published_tokenizer_of_vocabulary_and_merges_is_read(models, config):
+    """Stable Diffusion's tokenizer has vocab.json and merges.txt, and no tokenizer.json."""
+    folder = models / "diffusion" / "tokenizer"
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    text = "a large red circle, 3 stars"
+    expected = load_text_encoder(config)[1](text).input_ids
+    (folder / "tokenizer.json").unlink()
+    assert load_text_encoder(config)[1](text).input_ids == expected
+
+
+def test_weights_published_in_bfloat16_are_loaded_in_float32(models, config):
+    load_language_model(config).to(torch.bfloat16).save_pretrained(models / "language_model")
+    assert {p.dtype for p in load_language_model(config).parameters()} == {torch.float32}
+
+
+def test_the_published_layout_of_the_text_encoder_is_read(models, config):
+    """On the hub, Stable Diffusion's text encoder has `text_model.` before every name."""
+    path = models / "diffusion" / "text_encoder" / "model.safetensors"
+    expected, _ = load_text_encoder(config)
+    rewrite(
+        path,
+        lambda weights: {
+            f"text_model.{n.removeprefix('text_model.')}": t for n, t in weights.items()
+        },
+    )
+    clip, _ = load_text_encoder(config)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(clip.state_dict()[name], tensor)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tests.vlv_model import reference
+from vlv_model.errors import ModelError
+
+PROMPTS = ["a large red circle", "", "two small squares left of a blue star"]
+
+
+@pytest.fixture
+def text_encoder(autoencoder):
+    return autoencoder.text_encoder
+
+
+def test_embeddings_take_the_token_path(text_encoder):
+    ids = text_encoder.tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = text_encoder.clip(input_ids=ids).last_hidden_state
+        tokens = text_encoder.clip.embeddings.token_embedding(ids)
+        assert (text_encoder(tokens) - expected).abs().max() < 1e-6
+        assert (reference.clip_text(text_encoder.clip, tokens) - expected).abs().max() < 1e-5
+
+
+def test_prompts_fill_all_positions_without_a_mask(tiny, text_encoder):
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "diffusion" / "tokenizer")
+    clip = CLIPTextModel.from_pretrained(tiny / "diffusion" / "text_encoder").eval()
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        expected = clip(input_ids=tokens.input_ids).last_hidden_state
+    embeddings = text_encoder.encode_prompts(PROMPTS)
+    assert embeddings.shape == (3, 77, 64)
+    assert (embeddings - expected).abs().max() < 1e-6
+    assert text_encoder.encode_prompts(["red " * 500]).shape == (1, 77, 64)
+
+
+def test_attention_is_causal(text_encoder):
+    embeddings = torch.randn(1, 16, text_encoder.width)
+    changed = embeddings.clone()
+    changed[:, 9:] *= -1  # a shift would vanish in the layer norm
+    with torch.no_grad():
+        before, after = text_encoder(embeddings), text_encoder(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-6)
+    assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 1e-3
+
+
+def test_gradient_passes_through_but_not_into_it(text_encoder):
+    embeddings = torch.randn(2, 16, text_encoder.width, requires_grad=True)
+    text_encoder.train()
+    text_encoder(embeddings).square().sum().backward()
+    assert embeddings.grad.abs().amax(-1).min() > 0
+    assert all(p.grad is None for p in text_encoder.parameters())
+    assert not any(part.training for part in text_encoder.modules())
+
+
+def test_more_queries_than_positions_are_refused(text_encoder):
+    text_encoder.check_queries(77)
+    with pytest.raises(ModelError, match="num_queries is 78, the text encoder has 77 positions"):
+        text_encoder.check_queries(78)

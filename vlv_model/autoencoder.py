@@ -1,0 +1,160 @@
+"""The VLV auto-encoder (stage 1): image -> caption embeddings -> frozen decoder -> image.
+
+Trained on images alone: the frozen diffusion model is asked to denoise an image given what the
+encoder says about it. (arXiv 2507.07104, stage 1)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlv_model import loading
+from vlv_model.checkpoint import load_checkpoint
+from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
+from vlv_model.encoder import VLVEncoder
+from vlv_model.errors import ModelError
+from vlv_model.freezing import evaluating
+from vlv_model.preprocessing import vae_pixels
+from vlv_model.text_encoder import TextEncoder
+
+
+class VLVAutoEncoder(nn.Module):
+    """Encoder (trainable), text encoder and diffusion decoder (both frozen)."""
+
+    base_parts = ("florence", "text_encoder", "unet", "vae")
+    new_parts = tuple(f"encoder.{part}" for part in VLVEncoder.new_parts)
+    trained_parts = tuple(f"encoder.{part}" for part in VLVEncoder.trained_parts)
+
+    def __init__(
+        self,
+        encoder: VLVEncoder,
+        text_encoder: TextEncoder,
+        diffusion_decoder: DiffusionDecoder,
+    ) -> None:
+        super().__init__()
+        text_encoder.check_queries(encoder.num_queries)
+        expected = diffusion_decoder.unet.config.cross_attention_dim
+        if text_encoder.width != expected:
+            raise ModelError(
+                f"the text encoder is {text_encoder.width} wide, the UNet attends to {expected}: "
+                "take both from one diffusion model"
+            )
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.diffusion_decoder = diffusion_decoder
+
+    @classmethod
+    def from_pretrained(
+        cls, model: loading.Model, checkpoint: str | os.PathLike[str] | None = None
+    ) -> VLVAutoEncoder:
+        """Build from pretrained parts, then load the trained weights, if any, strictly.
+
+        `model` is a ModelConfig, a folder with model.json, or a stage-1 checkpoint's folder.
+        Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        """
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        encoder = VLVEncoder.from_pretrained(config)
+        text_encoder = TextEncoder(*loading.load_text_encoder(config))
+        decoder = DiffusionDecoder(*loading.load_diffusion(config), image_size=config.image_size)
+        autoencoder = cls(encoder, text_encoder, decoder).eval()
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, autoencoder, model=config)
+        return autoencoder
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image's latents: the shape of `noise` without its batch."""
+        return self.diffusion_decoder.latent_shape
+
+    @property
+    def num_timesteps(self) -> int:
+        """Draw `timesteps` from 0 to this, exclusive."""
+        return self.diffusion_decoder.num_timesteps
+
+    def clip_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """uint8 squares `[b 3 s s]` or float encoder pixels `[b 3 e e]` -> `[b q d]`."""
+        return self.text_encoder(self.encoder(pixel_values))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        *,
+        posterior_noise: Tensor | None = None,
+        encoder_pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """Stage-1 loss, a float32 scalar.
+
+        pixel_values: uint8 squares `[b 3 s s]`, or float VAE pixels in [-1, 1] together with
+        encoder_pixel_values, float `[b 3 e e]`, ImageNet-normalised · noise `[b c h w]` ·
+        timesteps int64 `[b]` · posterior_noise `[b c h w]`: the VAE's sampling noise.
+        """
+        latents = self.latents(pixel_values, posterior_noise)
+        if encoder_pixel_values is None:
+            if pixel_values.dtype != torch.uint8:
+                raise ModelError(
+                    f"pixel_values are {pixel_values.dtype} without encoder_pixel_values: give "
+                    "uint8 squares, or float VAE pixels together with encoder_pixel_values"
+                )
+            encoder_pixel_values = pixel_values
+        clip_embeddings = self.clip_embeddings(encoder_pixel_values)
+        return self.denoising_loss(latents, noise, timesteps, clip_embeddings)
+
+    # An engine that wraps the module calls forward; everybody else reads better with a name.
+    loss = forward
+
+    def latents(self, pixel_values: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """uint8 squares or float VAE pixels `[b 3 s s]` -> scaled latents `[b c h w]`."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = vae_pixels(pixel_values)
+        return self.diffusion_decoder.encode(pixel_values, posterior_noise)
+
+    def denoising_loss(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, clip_embeddings: Tensor
+    ) -> Tensor:
+        """The loss under any condition `[b q d]` or `[1 q d]`: an image's, a caption's, none."""
+        return self.diffusion_decoder.loss(latents, noise, timesteps, clip_embeddings)
+
+    def reconstruct(
+        self,
+        pixel_values: Tensor,
+        generators: Sequence[torch.Generator],
+        guidance_scale: float = 2.0,
+        num_steps: int = 50,
+        scheduler: Sampler = "ddpm",
+    ) -> Tensor:
+        """Pictures from images, uint8 `[b 3 s s]` -> uint8 `[b 3 s s]`; one generator per row."""
+        with evaluating(self):
+            condition = self.clip_embeddings(pixel_values)
+            return self._generate(condition, generators, guidance_scale, num_steps, scheduler)
+
+    def text_to_image(
+        self,
+        prompts: list[str],
+        generators: Sequence[torch.Generator],
+        guidance_scale: float = 2.0,
+        num_steps: int = 50,
+        scheduler: Sampler = "ddpm",
+    ) -> Tensor:
+        """Pictures from text -> uint8 `[b 3 s s]`: the diffusion model alone, one generator per row."""
+        with evaluating(self):
+            condition = self.text_encoder.encode_prompts(prompts)
+            return self._generate(condition, generators, guidance_scale, num_steps, scheduler)
+
+    def _generate(
+        self,
+        condition: Tensor,
+        generators: Sequence[torch.Generator],
+        guidance_scale: float,
+        num_steps: int,
+        scheduler: Sampler,
+    ) -> Tensor:
+        unconditional = self.text_encoder.encode_prompts([""])
+        return self.diffusion_decoder.generate(
+            condition, unconditional, generators, guidance_scale, num_steps, scheduler
+        )

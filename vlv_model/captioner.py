@@ -1,0 +1,198 @@
+"""The VLV captioner (stage 2): CLIP embeddings become the prefix of a language model.
+
+(arXiv 2507.07104, stage 2)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+from vlv_model import loading
+from vlv_model.caption_tokens import (
+    IGNORED,
+    GeneratedCaption,
+    decode_captions,
+    end_of_text_id,
+    tokenize_captions,
+)
+from vlv_model.checkpoint import load_checkpoint
+from vlv_model.config import Trainable
+from vlv_model.encoder import VLVEncoder
+from vlv_model.errors import ModelError
+from vlv_model.freezing import evaluating, freeze, thaw
+from vlv_model.text_encoder import TextEncoder
+
+
+class VLVCaptioner(nn.Module):
+    """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
+
+    base_parts = ("florence", "text_encoder", "language_model")
+    new_parts = (
+        *(f"encoder.{part}" for part in VLVEncoder.new_parts),
+        "language_projector",
+    )
+    trained_parts = (
+        *(f"encoder.{part}" for part in VLVEncoder.trained_parts),
+        "language_projector",
+        "language_model",
+    )
+
+    def __init__(
+        self,
+        encoder: VLVEncoder,
+        text_encoder: TextEncoder,
+        language_projector: nn.Module,
+        language_model: Qwen2ForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        super().__init__()
+        text_encoder.check_queries(encoder.num_queries)
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.language_projector = language_projector
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        rows = language_model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ModelError(
+                f"the caption tokenizer has {len(tokenizer)} tokens, the language model {rows}: "
+                "take both from one language model"
+            )
+        # Sampling defaults published with a language model (temperature, repetition penalty,
+        # other stop tokens) would otherwise join every call of generate.
+        language_model.generation_config = GenerationConfig()
+        self.set_trainable("projector+llm+encoder")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: loading.Model,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        for_training: bool = False,
+    ) -> VLVCaptioner:
+        """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
+
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder. A stage-2
+        checkpoint brings its stage-1 parent along. A stage-1 checkpoint leaves the language
+        projector random, which is refused unless `for_training`. Float32, on the CPU, in eval
+        mode. Raises ModelError or CheckpointError.
+        """
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        encoder = VLVEncoder.from_pretrained(config)
+        text_encoder = TextEncoder(*loading.load_text_encoder(config))
+        language_model = loading.load_language_model(config)
+        language_projector = build_language_projector(
+            text_encoder.width, language_model.config.hidden_size, config.projector_seed
+        )
+        tokenizer = loading.load_caption_tokenizer(config)
+        captioner = cls(encoder, text_encoder, language_projector, language_model, tokenizer)
+        if checkpoint is not None:
+            untrained = ("language_projector",) if for_training else ()
+            load_checkpoint(checkpoint, captioner, model=config, may_be_untrained=untrained)
+        return captioner.eval()
+
+    def set_trainable(self, trainable: Trainable) -> None:
+        """Choose what stage 2 trains; `encoder` means Florence-2's language model.
+
+        Queries, caption projector and text encoder stay as stage 1 left them. What is not trained
+        is frozen and held in eval mode.
+        """
+        if trainable not in get_args(Trainable):
+            raise ModelError(
+                f"trainable is '{trainable}', expected one of {', '.join(get_args(Trainable))}"
+            )
+        self.encoder.set_trainable(language_model=trainable.endswith("+encoder"), queries=False)
+        thaw(self.language_projector)
+        (thaw if "+llm" in trainable else freeze)(self.language_model)
+
+    def tokenize(self, captions: Sequence[str], max_tokens: int = 300) -> dict[str, Tensor]:
+        """Captions -> `input_ids attention_mask labels` `[b n]`; see `tokenize_captions`."""
+        return tokenize_captions(self.tokenizer, captions, max_tokens)
+
+    def clip_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """uint8 squares `[b 3 s s]` or float encoder pixels `[b 3 e e]` -> `[b q d]`."""
+        return self.text_encoder(self.encoder(pixel_values))
+
+    def prefix(self, pixel_values: Tensor) -> Tensor:
+        """uint8 squares `[b 3 s s]` or float encoder pixels `[b 3 e e]` -> `[b q h]`."""
+        dtype = next(self.language_projector.parameters()).dtype
+        prefix = self.language_projector(self.clip_embeddings(pixel_values).to(dtype))
+        return prefix.to(self.language_model.dtype)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        *,
+        num_label_tokens: Tensor | int | None = None,
+        encoder_pixel_values: Tensor | None = None,
+    ) -> Tensor:
+        """Stage-2 loss, a float32 scalar: summed cross-entropy / `num_label_tokens`.
+
+        pixel_values uint8 `[b 3 s s]` · input_ids, attention_mask, labels int64 `[b n]` as
+        `tokenize` makes them · encoder_pixel_values float `[b 3 e e]` spares the preprocessing.
+        num_label_tokens is this batch's own count unless given: in data-parallel training give
+        the global batch's, since the mean of the ranks' means is another number.
+        """
+        pixels = pixel_values if encoder_pixel_values is None else encoder_pixel_values
+        prefix = self.prefix(pixels)  # [b q h]
+        num_queries = prefix.shape[1]
+        embeddings = self.language_model.get_input_embeddings()(input_ids)  # [b n h]
+        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        hidden = self.language_model.model(
+            inputs_embeds=torch.cat([prefix, embeddings], dim=1),
+            attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state  # [b q+n h]
+        # Each position predicts the next: the last query's the first caption token. A vocabulary
+        # of 150,000 makes logits dear, so they are taken where there is a label only.
+        is_label = labels != IGNORED
+        logits = self.language_model.lm_head(hidden[:, num_queries - 1 : -1][is_label])  # [l v]
+        total = F.cross_entropy(logits.float(), labels[is_label], reduction="sum")
+        return total / (is_label.sum() if num_label_tokens is None else num_label_tokens)
+
+    # An engine that wraps the module calls forward; everybody else reads better with a name.
+    loss = forward
+
+    def generate(
+        self, pixel_values: Tensor, num_beams: int = 1, max_new_tokens: int = 300
+    ) -> list[GeneratedCaption]:
+        """Captions of uint8 squares `[b 3 s s]` (or float encoder pixels), by beam search.
+
+        One beam is greedy search. Rows do not see each other: all prefixes are equally long. A
+        caption ends at `end_of_text_id`, or is cut at `max_new_tokens`, which count it too.
+        """
+        end_of_text = end_of_text_id(self.tokenizer)
+        with evaluating(self):
+            prefix = self.prefix(pixel_values)
+            new_ids = self.language_model.generate(
+                inputs_embeds=prefix,
+                attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.int64),
+                do_sample=False,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end_of_text,
+                pad_token_id=end_of_text,
+            )  # [b n]: the new tokens only, since the prefix came as embeddings
+        return decode_captions(self.tokenizer, new_ids)
+
+
+def build_language_projector(width: int, hidden_size: int, seed: int) -> nn.Sequential:
+    """Linear(width->h)-GELU-Linear(h->h), randomly initialised from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(width, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+        )

@@ -1,0 +1,148 @@
+"""The frozen diffusion decoder: VAE, UNet and noise schedule of Stable Diffusion.
+
+Stage 1 needs its loss (the gradient passes through the UNet into the conditioning), pictures need
+its sampler with classifier-free guidance (Ho & Salimans 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from vlv_model.errors import ModelError
+from vlv_model.freezing import freeze
+from vlv_model.preprocessing import pixels_from_vae
+
+Sampler = Literal["ddpm", "ddim"]
+
+
+class DiffusionDecoder(nn.Module):
+    """Frozen VAE and UNet. Latents are float32 `[b c h w]`, c=4 and h=w=s/8 for an s x s image."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        noise_scheduler: DDPMScheduler,
+        image_size: int,
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self.unet = unet
+        self.noise_scheduler = noise_scheduler
+        self.image_size = image_size
+        self._check_parts()
+        freeze(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image's latents."""
+        side = self.image_size // self._vae_factor
+        return self.vae.config.latent_channels, side, side
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the noise schedule; draw `timesteps` from 0 to this, exclusive."""
+        return self.noise_scheduler.config.num_train_timesteps
+
+    @torch.no_grad()
+    def encode(self, vae_pixels: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Pixels in [-1, 1] `[b 3 s s]` -> a sample of their latents, scaled, `[b c h w]`.
+
+        `posterior_noise` `[b c h w]` makes the sample the caller's; without it the device's
+        global random generator is used.
+        """
+        posterior = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist
+        if posterior_noise is None:
+            sample = posterior.sample()
+        else:
+            sample = posterior.mean + posterior.std * posterior_noise.to(posterior.std)
+        return sample.float() * self.vae.config.scaling_factor
+
+    def loss(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, clip_embeddings: Tensor
+    ) -> Tensor:
+        """Mean squared error of the UNet's output, a float32 scalar.
+
+        latents, noise `[b c h w]` · timesteps int64 `[b]` · clip_embeddings `[b q d]` or, one
+        condition for all, `[1 q d]`. The target is the noise, or the velocity where the schedule's
+        configuration says `v_prediction` (Salimans & Ho 2022).
+        """
+        noise = noise.to(latents)
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = noise
+        noise_pred = self._predict(noisy_latents, timesteps, clip_embeddings)
+        return F.mse_loss(noise_pred.float(), target.float())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        clip_embeddings: Tensor,
+        unconditional: Tensor,
+        generators: Sequence[torch.Generator],
+        guidance_scale: float = 2.0,
+        num_steps: int = 50,
+        scheduler: Sampler = "ddpm",
+    ) -> Tensor:
+        """Sample pictures: CLIP embeddings `[b q d]` -> uint8 `[b 3 s s]`.
+
+        `unconditional` `[1 n d]` is the empty prompt's. `generators` holds one generator per row,
+        on the model's device or the CPU, so that a row's picture does not depend on its batch.
+        `ddpm` is ancestral sampling, `ddim` is deterministic after the first noise.
+        """
+        batch = clip_embeddings.shape[0]
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators for {batch} rows: give one per row")
+        kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[scheduler]
+        sampler = kind.from_config(self.noise_scheduler.config)
+        sampler.set_timesteps(num_steps, device=clip_embeddings.device)
+        latents = self._noise(generators).to(clip_embeddings.device) * sampler.init_noise_sigma
+        unconditional = unconditional.expand(batch, -1, -1)
+        for t in sampler.timesteps:
+            # Two passes: the empty prompt has 77 positions, the queries may be fewer.
+            guided = self._predict(latents, t, clip_embeddings).float()
+            free = self._predict(latents, t, unconditional).float()
+            noise_pred = free + guidance_scale * (guided - free)
+            latents = sampler.step(noise_pred, t, latents, generator=list(generators)).prev_sample
+        latents = latents / self.vae.config.scaling_factor
+        return pixels_from_vae(self.vae.decode(latents.to(self.vae.dtype)).sample)
+
+    def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        batch, dtype = noisy_latents.shape[0], self.unet.dtype
+        condition = condition.expand(batch, -1, -1).to(dtype)
+        return self.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=condition).sample
+
+    def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        rows = [torch.randn(self.latent_shape, generator=g, device=g.device) for g in generators]
+        return torch.stack(rows)
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _check_parts(self) -> None:
+        if self.image_size % self._vae_factor:
+            raise ModelError(
+                f"image_size is {self.image_size}, the VAE shrinks by {self._vae_factor}: "
+                f"choose a multiple of {self._vae_factor}"
+            )
+        channels = self.vae.config.latent_channels
+        if channels != self.unet.config.in_channels:
+            raise ModelError(
+                f"the VAE has {channels} latent channels, the UNet expects "
+                f"{self.unet.config.in_channels}: take both from one diffusion model"
+            )
+        prediction_type = self.noise_scheduler.config.prediction_type
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"the scheduler's prediction_type is '{prediction_type}', expected 'epsilon' or "
+                "'v_prediction': choose a diffusion model of one of these kinds"
+            )

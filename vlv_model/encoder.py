@@ -1,0 +1,153 @@
+"""The VLV encoder: an image becomes caption embeddings, in Florence-2 with learnable queries.
+
+The vision tower's features and the task prompt go through the BART encoder; the BART decoder is
+fed learnable queries instead of text and cross-attends to them. (arXiv 2507.07104, stage 1)
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import Florence2Model, PreTrainedTokenizerBase
+
+from vlv_model import loading
+from vlv_model.checkpoint import load_checkpoint
+from vlv_model.errors import ModelError
+from vlv_model.freezing import freeze, thaw
+from vlv_model.preprocessing import encoder_pixels
+
+
+class VLVEncoder(nn.Module):
+    """uint8 squares `[b 3 s s]` -> caption embeddings `[b q d]`, d the text encoder's width.
+
+    Vision tower, its projector and the shared token embeddings are frozen for good; the BART
+    encoder and decoder, the queries and the caption projector are trainable (`set_trainable`).
+    """
+
+    base_parts = ("florence", "text_encoder")  # the pretrained parts it was trained upon
+    # Trained in stage 1, by prefix; the first two exist in no pretrained model.
+    new_parts = ("learnable_queries", "caption_projector")
+    trained_parts = (
+        *new_parts,
+        "florence.language_model.encoder",
+        "florence.language_model.decoder",
+    )
+
+    def __init__(
+        self,
+        florence: Florence2Model,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        width: int,
+        num_queries: int,
+        encoder_image_size: int,
+        prompt: str,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.florence = florence
+        self.encoder_image_size = encoder_image_size
+        d_model = florence.config.text_config.d_model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.learnable_queries = nn.Parameter(torch.randn(1, num_queries, d_model))
+            self.caption_projector = nn.Sequential(
+                nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, width)
+            )
+        # Florence-2's processor: image features, then <s> sentence </s>, without padding.
+        sentence = tokenizer(prompt, add_special_tokens=False).input_ids
+        prompt_ids = torch.tensor([[tokenizer.bos_token_id, *sentence, tokenizer.eos_token_id]])
+        self.register_buffer("prompt_ids", prompt_ids, persistent=False)
+        self._check_positions()
+        self.set_trainable(language_model=True, queries=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: loading.Model, checkpoint: str | os.PathLike[str] | None = None
+    ) -> VLVEncoder:
+        """Build from pretrained Florence-2, then load the trained weights, if any, strictly.
+
+        `model` is a ModelConfig, a folder with model.json, or a stage-1 checkpoint's folder.
+        Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        """
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        florence, tokenizer = loading.load_florence(config)
+        encoder = cls(
+            florence,
+            tokenizer,
+            width=loading.text_encoder_width(config),
+            num_queries=config.num_queries,
+            encoder_image_size=config.encoder_image_size,
+            prompt=config.prompt,
+            seed=config.projector_seed,
+        ).eval()
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, encoder, model=config, prefix="encoder.")
+        return encoder
+
+    def set_trainable(self, *, language_model: bool, queries: bool) -> None:
+        """Choose what takes gradients: Florence-2's language model; queries and projector."""
+        # Part by part: a frozen Florence-2 would no longer pass train() on to its language model.
+        freeze(self.florence.vision_tower)
+        freeze(self.florence.multi_modal_projector)
+        (thaw if language_model else freeze)(self.florence.language_model)
+        for embeddings in self._shared_embeddings():
+            freeze(embeddings)
+        (thaw if queries else freeze)(self.caption_projector)
+        self.learnable_queries.requires_grad_(queries)
+
+    @property
+    def num_queries(self) -> int:
+        """Learnable queries = caption embeddings per image."""
+        return self.learnable_queries.shape[1]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """uint8 squares `[b 3 s s]`, or float encoder pixels `[b 3 e e]` -> `[b q d]`.
+
+        Float input is taken as resized and normalised already (`preprocessing.encoder_pixels`).
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = encoder_pixels(pixel_values, self.encoder_image_size)
+        bart = self.florence.language_model
+        dtype = self.learnable_queries.dtype
+        with torch.no_grad():  # both are frozen: no gradient is kept for them
+            image_features = self.florence.get_image_features(pixel_values).pooler_output  # [b i m]
+            prompt = bart.shared(self.prompt_ids)  # [1 p m]
+        batch = image_features.shape[0]
+        inputs = torch.cat([image_features, prompt.expand(batch, -1, -1)], dim=1).to(dtype)
+        memory = bart.encoder(inputs_embeds=inputs).last_hidden_state  # [b i+p m]
+        hidden = bart.decoder(
+            inputs_embeds=self.learnable_queries.expand(batch, -1, -1),
+            encoder_hidden_states=memory,
+            use_cache=False,
+        ).last_hidden_state  # [b q m]
+        return self.caption_projector(hidden)  # [b q d]
+
+    def _shared_embeddings(self) -> list[nn.Module]:
+        """The token embeddings: three modules that share one (tied) table."""
+        bart = self.florence.language_model
+        return [bart.shared, bart.encoder.embed_tokens, bart.decoder.embed_tokens]
+
+    def _check_positions(self) -> None:
+        text = self.florence.config.text_config
+        vision = self.florence.config.vision_config
+        grid = self.encoder_image_size
+        for stride, size, pad in zip(
+            vision.patch_stride, vision.patch_size, vision.patch_padding, strict=True
+        ):
+            grid = (grid + 2 * pad - size) // stride + 1
+        needed = {"num_queries": self.num_queries}
+        needed["image features and prompt"] = 1 + grid**2 + self.prompt_ids.shape[1]
+        for what, length in needed.items():
+            if length > text.max_position_embeddings:
+                raise ModelError(
+                    f"{what}: {length} positions, Florence-2's language model has "
+                    f"{text.max_position_embeddings}: lower num_queries or encoder_image_size"
+                )
+        if not 1 <= grid <= vision.max_position_embeddings:
+            raise ModelError(
+                f"encoder_image_size {self.encoder_image_size} gives a {grid} x {grid} grid, the "
+                f"vision tower has positions for 1 to {vision.max_position_embeddings} a side"
+            )
