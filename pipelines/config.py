@@ -174,7 +174,7 @@ class Setting:
         if field.is_required():
             self.default = "required"
         else:
-            default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = field.get_default(call_default_factory=True)
             self.default = _default_words(default)
 
 

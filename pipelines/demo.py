@@ -148,12 +148,12 @@ class _Demo:
         world, config = self.folder / "world", self.config
         world.mkdir(exist_ok=True)
         with self.phase("ingest"), serve(world) as web:
-            if not (world / "metadata.parquet").is_file():
-                common = {"seed": config.seed, "num_broken": config.broken_urls}
-                if config.photos:
-                    write_photos(world, web.base_url, config.photos, **common)
-                else:
-                    write_world(world, web.base_url, config.scenes, **common)
+            # The same files byte by byte at every attempt, as long as the port is the same.
+            seed, broken = config.seed, config.broken_urls
+            if config.photos:
+                write_photos(world, web.base_url, config.photos, seed=seed, num_broken=broken)
+            else:
+                write_world(world, web.base_url, config.scenes, seed=seed, num_broken=broken)
             job = self.job(
                 IngestConfig,
                 "ingest",

@@ -38,6 +38,31 @@ class RayConfig(Config):
     )
 
 
+# What libraries say at every start and what nobody can act upon, by the logger that says it.
+_NOISE = {
+    "DeepSpeed": "Setting accelerator to CPU",
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+    "ray.data._internal.progress": "Progress bars disabled",
+}
+
+
+def quiet_libraries() -> None:
+    """Keep the console for our own bars and errors; the libraries' log files keep all."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return _NOISE[record.name] not in record.getMessage()
+
+
+def _quiet_ray_data() -> None:
+    # Its loggers are set up when ray.data is imported; the file handlers are left as they are.
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.get_name() == "console":
+            handler.setLevel(logging.WARNING)
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to Ray for the duration of a job; a Ray that is already connected is shared."""
@@ -46,6 +71,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    quiet_libraries()
     # Faster failure detection on short runs, and each line of a worker printed once.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -54,6 +80,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if address:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     else:
+        # The core worker logs a restartable actor's big arguments as an error on every start.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         store = config.object_store_gb
         ray.init(
             "local",
@@ -128,6 +156,7 @@ def run_chunks(
     if not pending:
         return
     context = ray.data.DataContext.get_current()
+    _quiet_ray_data()
     context.enable_progress_bars = False  # ours counts rows and failures, not blocks
     context.target_max_block_size = None  # a chunk is never cut in two
     totals = Counter(table.counts())

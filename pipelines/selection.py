@@ -115,7 +115,8 @@ class ReadImages:
         arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
         reader = RowReader(RowIndex(self.files, *arrays.values()))
         pixels: list[bytes | None] = []
-        statuses, errors = [], []
+        statuses: list[str] = []
+        errors: list[str | None] = []
         for position in range(plan.num_rows):
             try:
                 square = reader.square(position, self.image_size)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import enable_progress_bars
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ModelError
@@ -208,19 +211,34 @@ def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:
     )
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence transformers' bars over tensors; those of downloads from the hub stay."""
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    if were_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
     source, subfolder = part_source(config, part)
-    model, report = _load(
-        part,
-        source,
-        lambda: kind.from_pretrained(
+    with without_bars():
+        model, report = _load(
+            part,
             source,
-            subfolder=subfolder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
+            lambda: kind.from_pretrained(
+                source,
+                subfolder=subfolder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+        )
     _check_complete(part, source, sorted(report["missing_keys"]))
     return model
 

@@ -34,6 +34,8 @@ from transformers import (
     RobertaTokenizer,
 )
 
+from vlv_model.loading import without_bars
+
 # All sizes of the tiny world are here.
 NUM_QUERIES = 16
 IMAGE_SIZE = 64  # VAE f=8: latents [4 8 8]
@@ -136,7 +138,7 @@ def write_tiny_models(folder: str | os.PathLike[str], seed: int = 0) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_bars():
         torch.manual_seed(seed)
         _write_florence(folder / "florence")
         _write_diffusion(folder / "diffusion")

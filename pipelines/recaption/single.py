@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.recaption.config import CaptionConfig
+from pipelines.runtime import quiet_libraries
 from vlv_model.errors import DataError
 
 
@@ -13,6 +14,7 @@ def caption_file(config: CaptionConfig) -> str:
 
     Raises DataError for a file that is no image, CheckpointError without a trained captioner.
     """
+    quiet_libraries()
     import torch
     from PIL import Image
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Prepared:
 class Stage:
     """A model whose `forward(**inputs)` is its loss, and how a batch becomes those inputs."""
 
-    name: str
+    name: Literal["stage1", "stage2"]
     model: nn.Module
     columns: list[str]  # of the table, beside the image
     prepare: Callable[[Batch], Prepared]

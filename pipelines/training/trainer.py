@@ -165,6 +165,7 @@ def _worker(loop: dict[str, Any]) -> None:
     )
     model = ModelConfig(**loop["model"])
     parent = Path(loop["parent"]) if loop["parent"] else None
+    config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
         config = build(Stage1Config, loop["config"])
         stage = stage1(config, model, parent)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from pipelines.config import load
@@ -39,7 +41,7 @@ def test_schedule_spans_exactly_the_run(schedule: str) -> None:
     rates = [learning_rate(train, step) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert 0 < rates[99] < 0.02
     assert rates[100] == pytest.approx(0, abs=1e-12)
 
