@@ -25,9 +25,8 @@ from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath, dump, load
 from pipelines.runtime import RayConfig, ray_session
-from pipelines.storage import write_atomically
+from pipelines.storage import refuse_strangers, write_atomically
 from vlv_model.config import Config
-from vlv_model.errors import RunError
 
 C = TypeVar("C", bound=Config)
 
@@ -93,15 +92,15 @@ class _Demo:
         self.config = config
         self.configs = configs
         self.folder = Path(config.run_dir)
+        self.settings = {k: v for k, v in dump(config).items() if k not in ("run_dir", "ray")}
         self.seconds: dict[str, float] = {}
 
     def claim(self) -> None:
         """Continue the demo that the folder holds; move a demo with other settings aside."""
-        settings = {k: v for k, v in dump(self.config).items() if k not in ("run_dir", "ray")}
         marker = self.folder / MARKER
         if marker.is_file():
             held = json.loads(marker.read_text())
-            if held["settings"] == settings:
+            if held["settings"] == self.settings:
                 self.seconds = held["seconds"]
                 return
             aside = next(
@@ -111,11 +110,8 @@ class _Demo:
             )
             self.folder.rename(aside)
             print(f"{self.folder} held a demo with other settings: it is {aside} now")
-        elif self.folder.is_dir() and (strangers := sorted(p.name for p in self.folder.iterdir())):
-            raise RunError(
-                f"run_dir={self.folder} is not empty and holds no demo ({strangers[0]}, …): "
-                "choose another run_dir"
-            )
+        else:
+            refuse_strangers(self.folder, (), "demo", "run_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._note()
 
@@ -130,8 +126,7 @@ class _Demo:
             self._note()
 
     def _note(self) -> None:
-        settings = {k: v for k, v in dump(self.config).items() if k not in ("run_dir", "ray")}
-        content = {"settings": settings, "seconds": self.seconds}
+        content = {"settings": self.settings, "seconds": self.seconds}
         write_atomically(self.folder / MARKER, json.dumps(content, indent=2))
 
     def job(self, cls: type[C], name: str, *settings: str) -> C:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,8 @@ class Table:
         Raises RunError when the folder holds something else, naming the settings that differ.
         """
         if not self.exists:
-            strangers = [p.name for p in self.folder.glob("*") if p.name not in ("_plan",)]
-            if strangers:
-                raise RunError(
-                    f"output folder {self.folder} is not empty and holds no table of ours "
-                    f"({strangers[0]}, …): choose another data.output"
-                )
+            # A job that was killed while it planned leaves these, and no table yet.
+            refuse_strangers(self.folder, ("_plan", "_commits"), "table", "data.output")
             return False
         described = self.describe()
         if described["kind"] != kind:
@@ -141,6 +138,20 @@ class Table:
         write_parquet(self.part(chunk), rows, **options)
         write_atomically(self.folder / "_commits" / f"{chunk:06d}.json", commit.to_json())
         return commit
+
+
+def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
+    """Raise RunError when `folder` is not a folder, or holds what no job of ours left there."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{setting}={folder} is a file: give a folder for the {what}")
+    names = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    # Hidden files of 32 hex digits are temporary ones of `write_atomically`.
+    strangers = [n for n in names if n not in ours and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
+    if strangers:
+        raise RunError(
+            f"{setting}={folder} is not empty and holds no {what} of ours ({strangers[0]}, …): "
+            f"choose another {setting}"
+        )
 
 
 def refuse_difference(

@@ -20,12 +20,17 @@ from typing import Any
 from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
 from pipelines.runtime import check_resources, ray_session
-from pipelines.storage import parquet_files, refuse_difference, write_atomically
+from pipelines.storage import (
+    parquet_files,
+    refuse_difference,
+    refuse_strangers,
+    write_atomically,
+)
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink, heldout_losses
 from vlv_model.config import ModelConfig
-from vlv_model.errors import DataError, RunError
+from vlv_model.errors import DataError
 
 RESULT = "result.json"
 
@@ -246,11 +251,7 @@ def _claim(run_dir: Path, identity: dict[str, Any]) -> None:
     if file.is_file():
         refuse_difference(run_dir, json.loads(file.read_text()), identity, "run_dir")
         return
-    if run_dir.is_dir() and (strangers := [p.name for p in run_dir.iterdir()]):
-        raise RunError(
-            f"run_dir={run_dir} is not empty and holds no run of ours ({strangers[0]}, …): "
-            "choose another run_dir"
-        )
+    refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(identity, indent=2))
 
