@@ -8,7 +8,6 @@ whatever is wrong into one line that names the setting.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 import textwrap
@@ -32,7 +31,7 @@ C = TypeVar("C", bound=Config)
 
 
 def is_url(path: str) -> bool:
-    """True for `s3://…` and the like, which are the same place for every machine."""
+    """True for `s3://…` and the like."""
     return "://" in path
 
 
@@ -41,20 +40,29 @@ def in_submitted_copy(folder: Path) -> bool:
     return "working_dir_files" in folder.parts
 
 
-def _output(path: str) -> str:
+def _local(path: str) -> Path:
+    if not path.strip():
+        raise ValueError("it is empty: give a path")
     if is_url(path):
-        return path
-    expanded = Path(path).expanduser()
+        raise ValueError(f"'{path}' is a URL: give a path on storage that all machines share")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"'{path}': {error}") from None
+
+
+def _output(path: str) -> str:
+    expanded = _local(path)
     if not expanded.is_absolute() and in_submitted_copy(Path.cwd()):
         raise ValueError(
             f"'{path}' is relative, but this job runs in Ray's temporary copy of the working "
-            "directory, where results are deleted: give an absolute path or a URL"
+            "directory, where results are deleted: give an absolute path"
         )
     return os.path.abspath(expanded)
 
 
 def _input(path: str) -> str:
-    return path if is_url(path) else os.path.abspath(Path(path).expanduser())
+    return os.path.abspath(_local(path))
 
 
 OutputPath = Annotated[str, AfterValidator(_output)]
@@ -78,7 +86,7 @@ def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"cannot read '{override}': settings are given as key=value")
-        _insert(values, key, _parse_value(key, text))
+        _insert(values, key, _parse_value(cls, key, text))
     return build(cls, values)
 
 
@@ -103,7 +111,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise ConfigError(f"--config {file}: {reason}") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"--config {file}: not valid YAML{where}") from None
@@ -114,10 +122,29 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return values
 
 
-def _parse_value(key: str, text: str) -> Any:
+# PyYAML lets errors of the constructors that its tags name through.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def _annotation(cls: type[Config], dotted: str) -> Any:
+    """The type of a setting, or None where there is no such setting."""
+    annotation: Any = cls
+    for name in dotted.split("."):
+        section = _section(annotation)
+        if section is None or name not in section.model_fields:
+            return None
+        annotation = section.model_fields[name].annotation
+    return annotation
+
+
+def _parse_value(cls: type[Config], key: str, text: str) -> Any:
+    annotation = _annotation(cls, key)
+    if _type_words(annotation) == "text":  # to the letter: a path may look like YAML
+        optional = type(None) in get_args(annotation)
+        return None if optional and text in ("none", "null") else text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _YAML_ERRORS:
         raise ConfigError(f"{key}: cannot read the value '{text}'") from None
 
 
@@ -286,11 +313,11 @@ def parse(
             if option == "--config":
                 config_file = value
             else:
-                overrides.append(f"{aliases[option]}={json.dumps(value)}")
+                overrides.append(f"{aliases[option]}={value}")
         elif word.startswith("-"):
             raise ConfigError(f"unknown option '{option}': settings are given as key=value")
         elif "" in aliases and not separator:
-            overrides.append(f"{aliases['']}={json.dumps(word)}")
+            overrides.append(f"{aliases['']}={word}")
         else:
             overrides.append(word)
     config = load(cls, config_file, overrides)

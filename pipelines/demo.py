@@ -12,6 +12,7 @@ runs/demo/
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -25,7 +26,8 @@ from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath, dump, load
 from pipelines.runtime import RayConfig, ray_session
-from pipelines.storage import refuse_strangers, write_atomically
+from pipelines.storage import Table, exclusive, read_json_object, refuse_strangers, write_atomically
+from pipelines.tiny_world.dataset import find_photos
 from vlv_model.config import Config
 
 C = TypeVar("C", bound=Config)
@@ -62,7 +64,7 @@ def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
     """
     demo = _Demo(config, configs)
     demo.claim()
-    with ray_session(config.ray):
+    with exclusive(demo.folder, "run_dir"), ray_session(config.ray):
         ingested = demo.ingest()
         stage1 = demo.stage1()
         stage2 = demo.stage2()
@@ -96,12 +98,17 @@ class _Demo:
         self.seconds: dict[str, float] = {}
 
     def claim(self) -> None:
-        """Continue the demo that the folder holds; move a demo with other settings aside."""
+        """Continue the demo that the folder holds; move a demo with other settings aside.
+
+        What is wrong with the settings is said before anything is moved.
+        """
+        if self.config.photos:
+            find_photos(self.config.photos)
         marker = self.folder / MARKER
-        if marker.is_file():
-            held = json.loads(marker.read_text())
-            if held["settings"] == self.settings:
-                self.seconds = held["seconds"]
+        if os.path.isfile(marker):
+            held = read_json_object(marker)
+            if held.get("settings") == self.settings:
+                self.seconds = held.get("seconds", {})
                 return
             aside = next(
                 folder
@@ -141,8 +148,11 @@ class _Demo:
         from pipelines.tiny_world.server import serve
 
         world, config = self.folder / "world", self.config
+        images = Table(self.folder / "images")
+        if images.exists and not images.pending():
+            return images.counts()
         world.mkdir(exist_ok=True)
-        with self.phase("ingest"), serve(world) as web:
+        with self.phase("ingest"), serve(world, keep_port=images.exists) as web:
             # The same files byte by byte at every attempt, as long as the port is the same.
             seed, broken = config.seed, config.broken_urls
             if config.photos:

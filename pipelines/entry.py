@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,15 @@ from vlv_model.errors import VLVError
 C = TypeVar("C", bound=Config)
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+# Ray Data adds to the message of an error in a step where that step stood.
+_RAYS_POSTSCRIPT = " Failed to apply UDF transform"
+
+# What a user's paths can run into anywhere: full, read-only, not permitted, names that are too long.
+_REFUSED_BY_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR,
+}  # fmt: skip
 
 
 def main(
@@ -37,9 +47,13 @@ def main(
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED_BY_SYSTEM:
+            print(f"error: {error.strerror}: {error.filename or 'writing'}", file=sys.stderr)
+            return BAD_INPUT
         for cause in causes_of(error):
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):
-                print(f"error: {cause}", file=sys.stderr)
+                line = str(cause).partition(_RAYS_POSTSCRIPT)[0]
+                print(f"error: {line}", file=sys.stderr)
                 return BAD_INPUT
         raise
     return 0

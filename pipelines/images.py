@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.schemas import OK, require_columns
-from pipelines.storage import read_schema
+from pipelines.storage import read_schema, readable
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
     return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < share
+
+
+class UndecodableImage(DataError):
+    """The bytes of a row are no image that can be decoded."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +60,33 @@ class RowIndex:
         """A name for this set of keys, whatever their order."""
         return hashlib.sha256(np.sort(self.keys).tobytes()).hexdigest()[:16]
 
+    def layout(self) -> str:
+        """A name for the places of the rows: another one when a file was written anew."""
+        digest = hashlib.sha256()
+        for array in (self.keys, self.file, self.group, self.row):
+            digest.update(array.tobytes())
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+
     @classmethod
-    def open(cls, files: Sequence[Path], needed: Sequence[str]) -> RowIndex:
-        """Index the rows of status `ok`. Raises DataError for missing columns, an empty table,
-        and a key that occurs twice.
+    def open(cls, files: Sequence[Path], texts: Sequence[str] = ()) -> RowIndex:
+        """Index the rows of status `ok` that have a text in each of the columns `texts`.
+
+        Raises DataError for missing columns, columns of another type, an unreadable file, a table
+        without a usable row, and a key that occurs twice.
         """
         columns: dict[str, list[np.ndarray]] = {"keys": [], "file": [], "group": [], "row": []}
         for number, path in enumerate(files):
             schema = read_schema(path)
-            require_columns(schema, ["key", "image", *needed], str(path))
-            with pq.ParquetFile(path) as parquet:
+            _check_columns(path, schema, texts)
+            names = ["key", *(["status"] if "status" in schema.names else []), *texts]
+            with readable(path), pq.ParquetFile(path) as parquet:
                 for group in range(parquet.num_row_groups):
-                    names = [n for n in ("key", "status") if n in schema.names]
                     table = parquet.read_row_group(group, columns=names)
-                    usable = np.ones(table.num_rows, dtype=bool)
-                    if "status" in names:
-                        usable = np.asarray(table["status"].to_pylist(), dtype=object) == OK
-                    rows = np.flatnonzero(usable).astype(np.int32)
+                    if table["key"].null_count:
+                        raise DataError(f"{path}: {table['key'].null_count} rows have no key")
+                    rows = np.flatnonzero(_usable(table, texts)).astype(np.int32)
                     columns["keys"].append(table["key"].to_numpy()[rows].astype(np.int64))
                     columns["file"].append(np.full(len(rows), number, np.int32))
                     columns["group"].append(np.full(len(rows), group, np.int32))
@@ -82,7 +97,8 @@ class RowIndex:
         }
         keys = arrays["keys"]
         if not len(keys):
-            raise DataError(f"{files[0].parent} holds no row of status 'ok': nothing to train on")
+            with_texts = "".join(f" with a {name}" for name in texts)
+            raise DataError(f"{files[0].parent} holds no row of status 'ok'{with_texts}")
         order = np.argsort(keys, kind="stable")
         if (repeated := keys[order][1:][np.diff(keys[order]) == 0]).size:
             raise DataError(
@@ -90,6 +106,28 @@ class RowIndex:
                 "each image must be one row"
             )
         return cls(list(files), *(arrays[name][order] for name in columns))
+
+
+def _check_columns(path: Path, schema: pa.Schema, texts: Sequence[str]) -> None:
+    require_columns(schema, ["key", "image", *texts], str(path))
+    if not pa.types.is_integer(schema.field("key").type):
+        found = schema.field("key").type
+        raise DataError(f"{path}: column 'key' is {found}, expected int64 as ingest writes it")
+    for name in texts:
+        kind = schema.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{path}: column {name!r} is {kind}, expected text")
+
+
+def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
+    """Mask of the rows of status `ok` whose texts are not blank."""
+    mask = pa.array(np.ones(table.num_rows, dtype=bool))
+    if "status" in table.column_names:
+        mask = pc.fill_null(pc.equal(table["status"], OK), False)
+    for name in texts:
+        filled = pc.not_equal(pc.utf8_trim_whitespace(table[name]), "")
+        mask = pc.and_(mask, pc.fill_null(filled, False))
+    return np.asarray(mask.to_pylist(), dtype=bool)
 
 
 class RowReader:
@@ -103,33 +141,43 @@ class RowReader:
 
     def row(self, position: int) -> dict[str, Any]:
         """`image` (its bytes) and the columns asked for, of one row."""
-        group = self._group(int(self.index.file[position]), int(self.index.group[position]))
-        values = group.slice(int(self.index.row[position]), 1).to_pylist()[0]
+        file = int(self.index.file[position])
+        group = self._group(file, int(self.index.group[position]))
+        rows = group.slice(int(self.index.row[position]), 1).to_pylist()
+        key = int(self.index.keys[position])
+        if not rows or rows[0].pop("key") != key:
+            raise DataError(
+                f"{self.index.files[file]} was changed while it was in use: the row of key {key} is "
+                "no longer in its place"
+            )
+        values = rows[0]
         if isinstance(values["image"], dict):
             values["image"] = values["image"]["bytes"]
         return values
 
     def square(self, position: int, image_size: int) -> torch.Tensor:
-        """The row's image as uint8 `[3 image_size image_size]`; DataError if it is no image."""
+        """The row's image as uint8 `[3 image_size image_size]`; UndecodableImage if it is none."""
         from PIL import Image
 
         from vlv_model.preprocessing import square_image
 
+        content = self.row(position)["image"]
         try:
-            with Image.open(io.BytesIO(self.row(position)["image"])) as image:
+            with Image.open(io.BytesIO(content or b"")) as image:
                 return square_image(image, image_size)
         except Exception as error:
             # Ingest let only sound images through, so this table was damaged or made elsewhere.
             key = self.index.keys[position]
-            raise DataError(f"the image of key {key} cannot be decoded: {error}") from error
+            raise UndecodableImage(f"the image of key {key} cannot be decoded: {error}") from error
 
     def _group(self, file: int, group: int) -> pa.Table:
         where = (file, group)
         if where in self._groups:
             self._groups.move_to_end(where)
             return self._groups[where]
-        with pq.ParquetFile(self.index.files[file]) as parquet:
-            table = parquet.read_row_group(group, columns=["image", *self.columns])
+        path = self.index.files[file]
+        with readable(path), pq.ParquetFile(path) as parquet:
+            table = parquet.read_row_group(group, columns=["key", "image", *self.columns])
         self._groups[where] = table
         self._cached += table.nbytes
         while self._cached > CACHE_BYTES and len(self._groups) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
@@ -33,9 +34,9 @@ class ModelSettings(ModelConfig):
         if self.path is None:
             return ModelConfig(**given), None
         folder = Path(self.path)
-        if (folder / "run.json").is_file():
+        if os.path.isfile(folder / "run.json"):
             folder = latest_checkpoint(folder) or folder
-            if not (folder / "checkpoint.json").is_file():
+            if not os.path.isfile(folder / "checkpoint.json"):
                 raise CheckpointError(
                     f"model.path={self.path}: this run has no finished checkpoint yet: "
                     "let its training reach one"

@@ -23,10 +23,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.buckets import Buckets
-from pipelines.ingest.metadata import fingerprint, input_bytes, our_columns
+from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
+from pipelines.ingest.readers import read_parquet
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import OK, PAIR_ROW, require_columns, url_key, with_image_feature
-from pipelines.storage import Table, parquet_files, read_schema, write_parquet
+from pipelines.storage import (
+    IMAGE_ROW_GROUP,
+    Table,
+    parquet_files,
+    read_schema,
+    readable,
+    write_parquet,
+)
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,8 +75,8 @@ def write_pairs(
     Only images of status `ok` with a caption that is not blank become pairs. Of several captions
     of an image the first counts. The counts: `pairs`, `images_without_caption`,
     `captions_without_image`, `repeated_captions`, `blank_captions`.
-    Raises DataError for a missing column and where not one caption finds its image, RunError
-    where `output` holds another run.
+    Raises DataError for a missing column, one of another type, a damaged file, and where not one
+    caption finds its image; RunError where `output` holds another run.
     """
     image_files, caption_files = parquet_files(images), parquet_files(captions, "data.captions")
     identity = {
@@ -84,9 +92,8 @@ def write_pairs(
     about = table.describe()
     if table.pending():
         with ray_session(ray or RayConfig()):
-            run_chunks(
-                table, partial(_stages, table=table, join_on=join_on), "pairs", about["images"]
-            )
+            stages = partial(_stages, table=table, join_on=join_on)
+            run_chunks(table, stages, "pairs", about["images"], row_group_size=IMAGE_ROW_GROUP)
     pairs = table.counts().get(OK, 0)
     if not pairs:
         raise DataError(
@@ -127,9 +134,8 @@ def _plan(
     chunks: list[dict[str, Any]] = []
     images = 0
     for file in image_files:
-        require_columns(read_schema(file), ["image", join_on], str(file))
-        with pq.ParquetFile(file) as parquet:
-            images += _usable_rows(parquet)
+        images += _usable_rows(file, join_on)
+        with readable(file), pq.ParquetFile(file) as parquet:
             rows = _ROWS_PER_CHUNK  # so that a file begins a chunk
             for group in range(parquet.num_row_groups):
                 if rows >= _ROWS_PER_CHUNK:
@@ -141,11 +147,26 @@ def _plan(
     return {"chunks": len(chunks), "images": images, **counts}
 
 
-def _usable_rows(parquet: pq.ParquetFile) -> int:
-    if "status" not in parquet.schema_arrow.names:
-        return int(parquet.metadata.num_rows)
-    batches = parquet.iter_batches(_BATCH_ROWS, columns=["status"])
-    return sum(pc.sum(pc.equal(batch["status"], OK)).as_py() or 0 for batch in batches)
+def _usable_rows(file: Path, join_on: JoinOn) -> int:
+    """Images of status `ok` in a file; columns that no pair can be made of are refused here."""
+    schema = read_schema(file)
+    require_columns(schema, ["image", join_on], str(file))
+    for field in PAIR_ROW:
+        _column(schema.empty_table(), field, file)
+    names = [name for name in ("status", join_on) if name in schema.names]
+    total = 0
+    for rows in read_parquet(file, names, _BATCH_ROWS):
+        usable = _usable(rows, file)
+        _joinable(usable[join_on], join_on, f"{file}: column '{join_on}'")
+        total += usable.num_rows
+    return total
+
+
+def _usable(rows: pa.Table, file: Path) -> pa.Table:
+    """The rows of status `ok`; all of a table that has no status."""
+    if "status" not in rows.column_names:
+        return rows
+    return rows.filter(pc.equal(as_text(rows["status"], f"{file}: column 'status'"), OK))
 
 
 def _sort_captions(
@@ -159,14 +180,14 @@ def _sort_captions(
         names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
         join_column = names.get(join_on, join_on)
         require_columns(schema, [join_column, caption_column], str(file))
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[join_column, caption_column]):
-                text = batch[caption_column].cast(pa.string())
-                has_text = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False)
-                usable = pc.and_(has_text, batch[join_column].is_valid())
-                counts["blank_captions"] += len(text) - usable.true_count
-                keys = _keys(batch[join_column].filter(usable), join_on)
-                buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
+        for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):
+            text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
+            has_text = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False)
+            usable = pc.and_(has_text, rows[join_column].is_valid())
+            counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()
+            named = rows[join_column].filter(usable)
+            keys = _keys(named, join_on, f"{file}: column '{join_column}'")
+            buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
     for i, rows in enumerate(buckets.sorted()):
         keys = rows["key"].to_numpy()
         first = np.ones(len(keys), bool)
@@ -179,12 +200,27 @@ def _sort_captions(
     return dict(counts)
 
 
-def _keys(column: pa.Array | pa.ChunkedArray, join_on: JoinOn) -> pa.Array:
+def _keys(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
     """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null."""
+    column = _joinable(column, join_on, where)
     if join_on == "key":
+        return column
+    keys = [None if url is None else url_key(url) for url in column.to_pylist()]
+    return pa.chunked_array([pa.array(keys, pa.int64())])
+
+
+def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
+    """A join column as URLs or as int64 keys; DataError, which begins with `where`, for others."""
+    if join_on == "url":
+        return as_text(column, where)
+    if not pa.types.is_integer(column.type):  # a rounded key is another image's, or nobody's
+        raise DataError(f"{where} is {column.type}, expected the int64 keys that ingest wrote")
+    try:
         return column.cast(pa.int64())
-    urls = column.to_pylist()
-    return pa.array([None if url is None else url_key(url) for url in urls], pa.int64())
+    except pa.ArrowInvalid:
+        raise DataError(
+            f"{where} is {column.type} and has values beyond int64: read its 64 bits as signed"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------- join
@@ -199,20 +235,17 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
     (chunk,) = chunks["chunk"].to_pylist()
     (source,) = pq.read_table(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
-    with pq.ParquetFile(source["file"]) as parquet:
-        rows = parquet.read_row_groups(source["groups"])
-    if "status" in rows.column_names:
-        rows = rows.filter(pc.equal(rows["status"], OK))
-    captions = _captions_of(_keys(rows[join_on], join_on), table.folder / "_plan")
+    file = Path(source["file"])
+    with readable(file), pq.ParquetFile(file) as parquet:
+        rows = _usable(parquet.read_row_groups(source["groups"]), file)
+    keys = _keys(rows[join_on], join_on, f"{file}: column '{join_on}'")
+    captions = _captions_of(keys, table.folder / "_plan")
     found = captions.is_valid()
     rows, captions = rows.filter(found), captions.filter(found)
     if "key" not in rows.column_names:  # a table of the user's, joined by URL
-        rows = rows.append_column("key", _keys(rows["url"], "url"))
+        rows = rows.append_column("key", keys.filter(found))
     pairs = pa.table(
-        [
-            captions if name == "caption" else _column(rows, name, PAIR_ROW.field(name).type)
-            for name in PAIR_ROW.names
-        ],
+        [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),
     )
     if not pairs.num_rows:  # Ray Data passes on no empty block
@@ -220,10 +253,18 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     return pairs.append_column("chunk", pa.array([chunk] * pairs.num_rows, pa.int64()))
 
 
-def _column(rows: pa.Table, name: str, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    if name in rows.column_names:
+def _column(rows: pa.Table, field: pa.Field, file: Path) -> pa.Array | pa.ChunkedArray:
+    name, kind = field.name, field.type
+    if name not in rows.column_names:
+        return pa.array([OK if name == "status" else None] * rows.num_rows, kind)
+    if pa.types.is_string(kind):
+        return as_text(rows[name], f"{file}: column '{name}'")
+    try:
         return rows[name].cast(kind)
-    return pa.array([OK if name == "status" else None] * rows.num_rows, kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{file}: column '{name}' is {rows[name].type} and cannot be read as {kind}: rename it"
+        ) from None
 
 
 def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from pipelines.storage import Table
+from pipelines.storage import Table, exclusive
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 
@@ -34,7 +34,10 @@ class RayConfig(Config):
         None, ge=1, description="CPUs of a Ray of the job's own; default: all"
     )
     object_store_gb: float | None = Field(
-        None, gt=0, description="object store of a Ray of the job's own, in GB; default: Ray's"
+        None,
+        ge=0.1,
+        le=10_000,
+        description="object store of a Ray of the job's own, in GB; default: Ray's",
     )
 
 
@@ -78,7 +81,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"no Ray answers at {address} ({' '.join(str(error).split())[:160]}): start it, or "
+                "leave ray.address and RAY_ADDRESS out"
+            ) from None
     else:
         # The core worker logs a restartable actor's big arguments as an error on every start.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -158,9 +167,11 @@ def run_chunks(
     context = ray.data.DataContext.get_current()
     _quiet_ray_data()
     context.enable_progress_bars = False  # ours counts rows and failures, not blocks
+    context.raise_original_map_exception = True  # so that a refusal keeps its class
     context.target_max_block_size = None  # a chunk is never cut in two
     totals = Counter(table.counts())
-    with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
+    held = exclusive(table.folder, "data.output")
+    with held, tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
         bar.set_postfix_str(summary(totals))
         for start in range(0, len(pending), CHUNKS_PER_WAVE):
             wave = pending[start : start + CHUNKS_PER_WAVE]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath
-from pipelines.images import RowIndex, RowReader, in_holdout
+from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
 from pipelines.runtime import RayConfig, check_resources, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files, write_parquet
@@ -37,12 +37,12 @@ class Selection(Config):
     holdout: float = Field(0.02, gt=0, lt=1, description="share held out: the same as in training")
     limit: int | None = Field(None, ge=1, description="at most this many images, by smallest key")
     rows_per_chunk: int = Field(
-        256, ge=1, description="rows of a chunk, the unit that is committed"
+        256, ge=1, le=65_536, description="rows of a chunk, the unit that is committed"
     )
 
     def index(self) -> RowIndex:
         """The selected rows, sorted by key. Raises DataError when there are none."""
-        index = RowIndex.open(parquet_files(self.input), [])
+        index = RowIndex.open(parquet_files(self.input))
         if self.split != "all":
             held = in_holdout(index.keys, self.holdout)
             index = index.select(held if self.split == "holdout" else ~held)
@@ -73,7 +73,7 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table
         "data.holdout": data.holdout if data.split != "all" else None,
         "data.limit": data.limit,
         "rows": len(index),
-        "keys": index.digest(),
+        "layout": index.layout(),
         **identity,
     }
     if table.check_free(kind, identity):
@@ -123,7 +123,7 @@ class ReadImages:
                 pixels.append(square.numpy().tobytes())
                 statuses.append(OK)
                 errors.append(None)
-            except DataError as error:
+            except UndecodableImage as error:
                 pixels.append(None)
                 statuses.append(status("decode", "corrupt"))
                 errors.append(str(error)[:200])

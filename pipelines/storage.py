@@ -14,12 +14,14 @@ with an underscore are passed over by Arrow, datasets and Spark.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlv_model.errors import DataError, RunError
+from vlv_model.errors import DataError, RunError, VLVError
 
 TABLE_FILE = "_table.json"
+LOCK_FILE = ".lock"
+
+# Rows of a row group in tables of images. A reader of one image takes its whole row group, and
+# training reads single images in random order: at 256 rows it would read 256 times too much.
+IMAGE_ROW_GROUP = 16
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -48,6 +55,44 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     pq.write_table(table, temporary, compression="zstd", **options)
     os.replace(temporary, path)
+
+
+def read_json_object(path: Path, error: type[VLVError] = RunError) -> dict[str, Any]:
+    """A JSON file that a job of ours wrote; `error` in one line where it is damaged or gone."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or "it is not JSON"
+        raise error(f"{path} cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: expected a JSON object")
+    return content
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make an output folder; RunError in one line where the file system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
+
+
+@contextmanager
+def exclusive(folder: Path, setting: str) -> Iterator[None]:
+    """Hold a folder for this process; RunError while another one on this machine holds it.
+
+    The lock goes with the process, however it ends.
+    """
+    make_folder(folder, setting)
+    with open(folder / LOCK_FILE, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"{setting}={folder} is in use by a job that is still going: wait for its end"
+            ) from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -72,18 +117,14 @@ class Table:
 
     @property
     def exists(self) -> bool:
-        return (self.folder / TABLE_FILE).is_file()
+        return os.path.isfile(self.folder / TABLE_FILE)  # False for names that no file can have
 
     def describe(self) -> dict[str, Any]:
         """Content of `_table.json`: kind, identity, chunks, and what the planner noted."""
-        try:
-            return json.loads((self.folder / TABLE_FILE).read_text())
-        except FileNotFoundError:
-            raise DataError(
-                f"{self.folder} is not a table of ours: it has no {TABLE_FILE}"
-            ) from None
-        except ValueError:
-            raise DataError(f"{self.folder / TABLE_FILE} is damaged: it is not JSON") from None
+        about = read_json_object(self.folder / TABLE_FILE)
+        if missing := {"kind", "identity", "chunks"} - set(about):
+            raise RunError(f"{self.folder / TABLE_FILE} is damaged: it lacks {min(missing)}")
+        return about
 
     def check_free(self, kind: str, identity: Mapping[str, Any]) -> bool:
         """True when the table exists and is this run's; False when the folder is free.
@@ -111,13 +152,19 @@ class Table:
 
     def pending(self) -> list[int]:
         """Chunks that no job has finished yet, in order."""
-        done = {int(p.stem) for p in (self.folder / "_commits").glob("*.json")}
-        return [chunk for chunk in range(self.describe()["chunks"]) if chunk not in done]
+        done = {path.stem for path in self._commit_files()}
+        chunks = range(self.describe()["chunks"])
+        return [chunk for chunk in chunks if f"{chunk:06d}" not in done]
 
     def commits(self) -> list[Commit]:
         """All finished chunks, in order."""
-        files = sorted((self.folder / "_commits").glob("*.json"))
-        return [Commit(**json.loads(file.read_text())) for file in files]
+        try:
+            return [Commit(**read_json_object(file)) for file in self._commit_files()]
+        except TypeError:
+            raise RunError(f"{self.folder / '_commits'} holds a file that is no commit") from None
+
+    def _commit_files(self) -> list[Path]:
+        return sorted((self.folder / "_commits").glob("[0-9]*.json"))
 
     def counts(self) -> dict[str, int]:
         """Rows by status over all finished chunks, `ok` first, then by name."""
@@ -142,10 +189,10 @@ class Table:
 
 def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
     """Raise RunError when `folder` is not a folder, or holds what no job of ours left there."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{setting}={folder} is a file: give a folder for the {what}")
-    names = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    make_folder(folder, setting)
+    names = sorted(p.name for p in folder.iterdir())
     # Hidden files of 32 hex digits are temporary ones of `write_atomically`.
+    ours = {*ours, LOCK_FILE}
     strangers = [n for n in names if n not in ours and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
     if strangers:
         raise RunError(
@@ -174,7 +221,7 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
     Raises DataError where there is nothing, and where a table of ours is not finished.
     """
     place = Path(path)
-    if place.is_file():
+    if os.path.isfile(place):  # False for names that no file can have, where Path raises
         return [place]
     table = Table(place)
     if table.exists:
@@ -185,24 +232,40 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
             )
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:
-        files = sorted(p for p in place.glob("**/*.parquet") if not p.name.startswith((".", "_")))
+        found = place.glob("**/*.parquet") if os.path.isdir(place) else ()
+        files = sorted(p for p in found if p.is_file() and _is_data(p.relative_to(place)))
     if not files:
-        what = "has no Parquet files" if place.is_dir() else "does not exist"
+        what = "has no Parquet files" if os.path.isdir(place) else "does not exist"
         raise DataError(f"{setting}={path} {what}: expected a Parquet file or a folder of them")
     return files
 
 
-def read_schema(file: Path) -> pa.Schema:
-    """Schema of one Parquet file; DataError where it is none."""
+def _is_data(path: Path) -> bool:
+    """False in folders and for files that Arrow, datasets and Spark pass over too."""
+    return not any(part.startswith((".", "_")) for part in path.parts)
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn what Arrow says of a damaged Parquet file into one DataError line that names it."""
     try:
-        return pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file: {str(error)[:120]}") from None
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not a readable Parquet file: {str(error)[:160]}") from error
+
+
+def read_schema(file: Path) -> pa.Schema:
+    """Schema of one Parquet file; DataError where it is none, or names a column twice."""
+    with readable(file):
+        schema = pq.read_schema(file)
+    if repeated := [name for name, n in Counter(schema.names).items() if n > 1]:
+        raise DataError(f"{file} has several columns named {repeated[0]!r}: rename all but one")
+    return schema
 
 
 def read_rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of some columns, one after the other, in the order of the files."""
     for file in files:
-        with pq.ParquetFile(file) as parquet:
+        with readable(file), pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(256, columns=columns):
                 yield from batch.to_pylist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating
-from vlv_model.preprocessing import vae_pixels
+from vlv_model.preprocessing import pixels_from_vae, vae_pixels
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -26,6 +27,7 @@ class VLVAutoEncoder(nn.Module):
     """Encoder (trainable), text encoder and diffusion decoder (both frozen)."""
 
     base_parts = ("florence", "text_encoder", "unet", "vae")
+    passed_over = VLVEncoder.passed_over
     new_parts = tuple(f"encoder.{part}" for part in VLVEncoder.new_parts)
     trained_parts = tuple(f"encoder.{part}" for part in VLVEncoder.trained_parts)
 
@@ -49,14 +51,18 @@ class VLVAutoEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: loading.Model, checkpoint: str | os.PathLike[str] | None = None
+        cls,
+        model: loading.Model | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **parts: Any,
     ) -> VLVAutoEncoder:
         """Build from pretrained parts, then load the trained weights, if any, strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a stage-1 checkpoint's folder.
-        Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
+        too: its encoder is opened); `parts` are fields of ModelConfig that win over it. Float32,
+        on the CPU, in eval mode. Raises ModelError or CheckpointError.
         """
-        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
         text_encoder = TextEncoder(*loading.load_text_encoder(config))
         decoder = DiffusionDecoder(*loading.load_diffusion(config), image_size=config.image_size)
@@ -90,18 +96,16 @@ class VLVAutoEncoder(nn.Module):
     ) -> Tensor:
         """Stage-1 loss, a float32 scalar.
 
-        pixel_values: uint8 squares `[b 3 s s]`, or float VAE pixels in [-1, 1] together with
-        encoder_pixel_values, float `[b 3 e e]`, ImageNet-normalised · noise `[b c h w]` ·
-        timesteps int64 `[b]` · posterior_noise `[b c h w]`: the VAE's sampling noise.
+        pixel_values: squares `[b 3 s s]`, uint8 or float in [-1, 1] · noise `[b c h w]` ·
+        timesteps int64 `[b]` · posterior_noise `[b c h w]`: the VAE's sampling noise, zeros for
+        the posterior's mean; without it the global generator draws, as in `latent_dist.sample()` ·
+        encoder_pixel_values float `[b 3 e e]`, ImageNet-normalised, spares the preprocessing;
+        without it the encoder sees the same squares, float ones rounded to uint8.
         """
         latents = self.latents(pixel_values, posterior_noise)
         if encoder_pixel_values is None:
-            if pixel_values.dtype != torch.uint8:
-                raise ModelError(
-                    f"pixel_values are {pixel_values.dtype} without encoder_pixel_values: give "
-                    "uint8 squares, or float VAE pixels together with encoder_pixel_values"
-                )
-            encoder_pixel_values = pixel_values
+            is_uint8 = pixel_values.dtype == torch.uint8
+            encoder_pixel_values = pixel_values if is_uint8 else pixels_from_vae(pixel_values)
         clip_embeddings = self.clip_embeddings(encoder_pixel_values)
         return self.denoising_loss(latents, noise, timesteps, clip_embeddings)
 
@@ -109,7 +113,10 @@ class VLVAutoEncoder(nn.Module):
     loss = forward
 
     def latents(self, pixel_values: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """uint8 squares or float VAE pixels `[b 3 s s]` -> scaled latents `[b c h w]`."""
+        """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> scaled latents `[b c h w]`.
+
+        `posterior_noise` `[b c h w]` as in `loss`.
+        """
         if pixel_values.dtype == torch.uint8:
             pixel_values = vae_pixels(pixel_values)
         return self.diffusion_decoder.encode(pixel_values, posterior_noise)

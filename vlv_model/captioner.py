@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class VLVCaptioner(nn.Module):
     """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
 
     base_parts = ("florence", "text_encoder", "language_model")
+    passed_over = ()  # it has all that a checkpoint holds
     new_parts = (
         *(f"encoder.{part}" for part in VLVEncoder.new_parts),
         "language_projector",
@@ -73,19 +74,20 @@ class VLVCaptioner(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: loading.Model,
+        model: loading.Model | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         for_training: bool = False,
+        **parts: Any,
     ) -> VLVCaptioner:
         """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder. A stage-2
-        checkpoint brings its stage-1 parent along. A stage-1 checkpoint leaves the language
-        projector random, which is refused unless `for_training`. Float32, on the CPU, in eval
-        mode. Raises ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder; `parts` are
+        fields of ModelConfig that win over it. A stage-2 checkpoint brings its stage-1 parent
+        along. A stage-1 checkpoint leaves the language projector random, which is refused unless
+        `for_training`. Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
         """
-        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
         text_encoder = TextEncoder(*loading.load_text_encoder(config))
         language_model = loading.load_language_model(config)

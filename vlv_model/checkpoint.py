@@ -1,61 +1,45 @@
-"""Checkpoints of trained weights: `model.safetensors` with `checkpoint.json` beside it.
+"""Checkpoints of trained weights: saved from a module, loaded into one, merged with their parents.
 
-Only what was trained is written. A stage-2 checkpoint names its stage-1 parent, which holds the
-queries and the caption projector, by a path relative to itself and by digest. No pickle anywhere.
+Only what was trained is written, in float32; loads are strict. The files themselves are described
+in `vlv_model.checkpoint_files`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlv_model import loading
-from vlv_model.config import Config, ModelConfig
+from vlv_model.checkpoint_files import (
+    Chain,
+    CheckpointInfo,
+    CheckpointMetadata,
+    Parent,
+    check_weights,
+    read_chain,
+    read_checkpoint,
+    read_weights,
+    write_checkpoint,
+)
+from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
-from vlv_model.fingerprint import fingerprint_parts, same_fingerprint, sha256_of
-from vlv_model.loading import CHECKPOINT_FILE, one_line
+from vlv_model.fingerprint import fingerprint_parts, same_fingerprint
+from vlv_model.sources import resolve_model
 
-WEIGHTS_FILE = "model.safetensors"
-FORMAT_VERSION = 1
+__all__ = [
+    "CheckpointInfo",
+    "CheckpointMetadata",
+    "load_checkpoint",
+    "merge_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+    "stages_of",
+]
+
 LISTED = 4  # names in an error message
-
-
-class CheckpointMetadata(Config):
-    """What the trainer says about a checkpoint; the rest of checkpoint.json follows from it."""
-
-    stage: Literal["stage1", "stage2"] = Field(description="which loss trained these weights")
-    step: int = Field(ge=0, description="optimiser updates done in this stage")
-    rows_seen: int = Field(ge=0, description="training rows seen in this stage, repeats counted")
-    config: dict[str, Any] = Field(description="the resolved settings of the run")
-    model: ModelConfig = Field(description="pretrained parts and sizes, folders absolute")
-    parent: str | None = Field(None, description="checkpoint folder that this one builds upon")
-
-
-class Parent(Config):
-    """The checkpoint whose weights are applied first."""
-
-    path: str = Field(description="its folder, relative to this checkpoint's folder")
-    sha256: str = Field(description="digest of its weights file")
-
-
-class CheckpointInfo(CheckpointMetadata):
-    """The content of checkpoint.json."""
-
-    format_version: int = Field(description="version of this layout")
-    parent: Parent | None = Field(None, description="the checkpoint applied first")  # type: ignore[assignment]
-    base_models: dict[str, str] = Field(description="fingerprint of each pretrained part")
-    tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
-    sha256: str = Field(description="digest of the weights file")
 
 
 def save_checkpoint(
@@ -63,63 +47,25 @@ def save_checkpoint(
     module: nn.Module,
     metadata: CheckpointMetadata,
     home: str | os.PathLike[str] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the trainable weights of `module` (those that require gradients) and checkpoint.json.
+    """Write the trainable weights of `module` (those that require gradients), in float32.
 
-    `home` is where the folder will lie in the end, where that is another place: the parent's path
-    is kept relative to it. All or nothing: written beside `folder` and renamed. Raises CheckpointError when `folder`
-    exists already or the parent is no checkpoint.
+    `weights` are those weights by name, where the module does not hold them itself: gathered from
+    ZeRO-3's partitions, or the float32 masters of bfloat16 ones. `home` is where the folder will
+    lie in the end, where that is another place: the parent's path is kept relative to it. All or
+    nothing. Raises CheckpointError when `folder` exists already, the parent is no checkpoint or
+    the weights are not the trainable ones of `module`, whole.
     """
-    folder = Path(folder).absolute()
-    if folder.exists():
-        raise CheckpointError(f"'{folder}' exists already: save each checkpoint to a new folder")
-    weights = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
+    weights = _trainable_weights(module, weights)
+    config, _ = resolve_model(metadata.model)
+    about = {
+        **metadata.model_dump(exclude={"parent", "model"}),
+        "model": config,
+        "base_models": fingerprint_parts(config, module.base_parts),
+        "parent": _parent_of(Path(home or folder).absolute(), metadata.parent),
     }
-    if not weights:
-        raise CheckpointError(f"{type(module).__name__} has no trainable weights to save")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(weights, temporary / WEIGHTS_FILE)
-        config, _ = loading.resolve_model(metadata.model)
-        info = CheckpointInfo(
-            format_version=FORMAT_VERSION,
-            base_models=fingerprint_parts(config, module.base_parts),
-            tensors={name: list(tensor.shape) for name, tensor in weights.items()},
-            sha256=sha256_of(temporary / WEIGHTS_FILE),
-            **metadata.model_dump(exclude={"parent", "model"}),
-            model=config,
-            parent=_parent_of(Path(home or folder).absolute(), metadata.parent),
-        )
-        text = info.model_dump_json(indent=2)
-        (temporary / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other users
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
-    return folder
-
-
-def read_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInfo:
-    """checkpoint.json of a checkpoint's folder. Raises CheckpointError when there is none."""
-    path = Path(folder) / CHECKPOINT_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"'{path}' has format version {version}, this program reads {FORMAT_VERSION}: "
-                "use the version of the program that wrote it"
-            )
-        return CheckpointInfo.model_validate(content)
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(
-            f"'{folder}' is no checkpoint, expected a folder with {CHECKPOINT_FILE} and "
-            f"{WEIGHTS_FILE}: {one_line(problem)}"
-        ) from problem
+    return write_checkpoint(folder, weights, about)
 
 
 def load_checkpoint(
@@ -134,21 +80,24 @@ def load_checkpoint(
 
     Every tensor must have its place and shape; a trained part comes whole or not at all; each
     of `module.new_parts`, which no pretrained model fills, must come from somewhere unless it is
-    in `may_be_untrained`. `model` is what the module was built from: its parts must have the
-    fingerprints of those trained upon. `prefix` stands before the module's names in the file.
-    Raises CheckpointError, before anything was changed.
+    in `may_be_untrained`. Only `module.passed_over`, parts of a stage-2 checkpoint that the module
+    does not have, are left in the file. `model` is what the module was built from: its parts must
+    have the fingerprints of those trained upon. `prefix` stands before the module's names in the
+    file. Raises CheckpointError, before anything was changed.
     """
-    chain = _chain(Path(folder))
+    chain = read_chain(folder)
     if model is not None:
         _check_base_models(chain, fingerprint_parts(model, module.base_parts))
     weights: dict[str, Tensor] = {}
     for path, info in chain:
-        tensors = _read_weights(path, info)
+        tensors = read_weights(path, info)
+        if info.stage == "stage2":
+            tensors = {n: t for n, t in tensors.items() if not _in_any(n, module.passed_over)}
         _check_names(path, tensors, module, prefix)
         weights |= tensors
     filled = {name.removeprefix(prefix) for name in weights}
     for part in module.new_parts:
-        if part not in may_be_untrained and not any(_in_part(name, part) for name in filled):
+        if part not in may_be_untrained and not any(_in_any(name, [part]) for name in filled):
             raise CheckpointError(
                 f"'{folder}' leaves {prefix}{part} untrained: give a checkpoint of the stage that "
                 "trains it"
@@ -160,6 +109,59 @@ def load_checkpoint(
     return chain[-1][1]
 
 
+def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Write a checkpoint to `target` that stands alone: `folder`'s weights and all its parents'.
+
+    Where both have a tensor the child's is taken. What `folder` says about itself is kept, but for
+    the parent, which is gone. Returns `target`'s absolute path; raises CheckpointError when it
+    exists already or anything in the chain is missing or damaged.
+    """
+    chain = read_chain(folder)
+    weights: dict[str, Tensor] = {}
+    for path, info in chain:
+        weights |= read_weights(path, info)
+    own = {"format_version", "tensors", "sha256", "parent", "merged_stages"}
+    merged_stages = _stages(chain)[:-1]
+    about = chain[-1][1].model_dump(exclude=own) | {"merged_stages": merged_stages}
+    return write_checkpoint(target, weights, about)
+
+
+def stages_of(folder: str | os.PathLike[str]) -> list[str]:
+    """Stages that trained the weights of a checkpoint and its parents, the oldest first.
+
+    Reads every file of the chain and raises CheckpointError where one is missing or damaged, so
+    that a run can be refused before any model is loaded.
+    """
+    chain = read_chain(folder)
+    for path, info in chain:
+        check_weights(path, info)
+    return _stages(chain)
+
+
+def _stages(chain: Chain) -> list[str]:
+    return [stage for _, info in chain for stage in (*info.merged_stages, info.stage)]
+
+
+def _trainable_weights(module: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """float32 weights on the CPU, checked against the parameters that require gradients."""
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise CheckpointError(f"{type(module).__name__} has no trainable weights to save")
+    weights = trainable if given is None else given
+    # ZeRO-3 leaves an empty shell in a parameter's place, which still knows the whole shape.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trainable.items()}
+    misfits = _misfits(weights, shapes)
+    empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
+    if empty:
+        misfits = [*misfits, f"{len(empty)} tensors empty ({_listed(empty)})"]
+    if misfits:
+        raise CheckpointError(
+            f"the weights to save are not the trainable ones of {type(module).__name__}: "
+            f"{'; '.join(misfits)}: gather the whole tensors from all workers first"
+        )
+    return {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in weights.items()}
+
+
 def _parent_of(folder: Path, parent: str | None) -> Parent | None:
     if parent is None:
         return None
@@ -167,77 +169,44 @@ def _parent_of(folder: Path, parent: str | None) -> Parent | None:
     return Parent(path=os.path.relpath(Path(parent).absolute(), folder), sha256=info.sha256)
 
 
-def _chain(folder: Path) -> list[tuple[Path, CheckpointInfo]]:
-    """The checkpoint and all its parents, the oldest first."""
-    chain = [(folder, read_checkpoint(folder))]
-    while (parent := chain[0][1].parent) is not None:
-        path = (chain[0][0] / parent.path).resolve()
-        if any(path == known.resolve() for known, _ in chain):
-            raise CheckpointError(f"'{folder}' is its own ancestor: its parent chain is a circle")
-        if not path.is_dir():
-            raise CheckpointError(
-                f"the parent of '{chain[0][0]}' is not at '{path}': keep both at the places that "
-                "they had to each other"
-            )
-        info = read_checkpoint(path)
-        if info.sha256 != parent.sha256:
-            raise CheckpointError(
-                f"'{path}' is not the parent that '{chain[0][0]}' was trained upon: its weights "
-                f"have digest {info.sha256[:12]}, expected {parent.sha256[:12]}"
-            )
-        chain.insert(0, (path, info))
-    return chain
-
-
-def _read_weights(folder: Path, info: CheckpointInfo) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"'{folder}' lacks {WEIGHTS_FILE}: copy the whole folder")
-    digest = sha256_of(path)
-    if digest != info.sha256:
-        raise CheckpointError(
-            f"'{path}' is damaged: its digest is {digest[:12]}, {CHECKPOINT_FILE} says "
-            f"{info.sha256[:12]}: copy it again"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as problem:
-        raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
-
-
 def _check_names(folder: Path, tensors: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
     """Unexpected, missing and misshapen tensors of one checkpoint, named."""
     shapes = {prefix + name: p.shape for name, p in module.named_parameters()}
     parts = [prefix + part for part in module.trained_parts]
-    trained = {name for name in shapes if any(_in_part(name, part) for part in parts)}
-    present = [part for part in parts if any(_in_part(name, part) for name in tensors)]
-    expected = {name for name in trained if any(_in_part(name, part) for part in present)}
-    problems = {
-        "unexpected": sorted(tensors.keys() - trained),
-        "missing": sorted(expected - tensors.keys()),
-        "of another shape": [
-            f"{name} {list(tensors[name].shape)} for {list(shapes[name])}"
-            for name in sorted(tensors.keys() & expected)
-            if tensors[name].shape != shapes[name]
-        ],
-    }
-    found = [
-        f"{len(names)} tensors {what} ({', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)})"
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
+    present = [part for part in parts if any(_in_any(name, [part]) for name in tensors)]
+    expected = {name: shape for name, shape in shapes.items() if _in_any(name, present)}
+    if misfits := _misfits(tensors, expected):
         raise CheckpointError(
-            f"'{folder}' does not fit {type(module).__name__}: {'; '.join(found)}: "
+            f"'{folder}' does not fit {type(module).__name__}: {'; '.join(misfits)}: "
             "give a checkpoint of this model and stage"
         )
 
 
-def _in_part(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """How `tensors` differ from the names and shapes expected, a phrase for each way."""
+    ways = {
+        "unexpected": sorted(tensors.keys() - shapes.keys()),
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} for {list(shapes[name])}"
+            for name in sorted(tensors.keys() & shapes.keys())
+            if list(tensors[name].shape) != list(shapes[name])
+        ],
+    }
+    return [
+        f"{len(names)} tensors {way} ({_listed(names)})" for way, names in ways.items() if names
+    ]
 
 
-def _check_base_models(chain: list[tuple[Path, CheckpointInfo]], found: dict[str, str]) -> None:
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)
+
+
+def _in_any(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _check_base_models(chain: Chain, found: dict[str, str]) -> None:
     for folder, info in chain:
         for part in info.base_models.keys() & found.keys():
             trained, here = info.base_models[part], found[part]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 # Florence-2's processor replaces the task token by this sentence; the token itself is never fed.
 MORE_DETAILED_CAPTION = "Describe with a paragraph what is shown in the image."
@@ -16,7 +17,23 @@ Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
 class Config(BaseModel):
     """Base of every group of settings: frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python and pydantic, YAML's `true`, `yes` and `on` are the number 1.
+        values = value if isinstance(value, list | tuple) else [value]
+        field = cls.model_fields[info.field_name or ""]
+        if any(isinstance(v, bool) for v in values) and not _takes_bool(field.annotation):
+            raise PydanticCustomError("no_bool", "Input should not be true or false")
+        return value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_bool(kind) for kind in get_args(annotation))
 
 
 class ModelConfig(Config):
@@ -57,7 +74,9 @@ class ModelConfig(Config):
         ge=8,
         description="side to which that square is resized for the vision tower",
     )
-    prompt: str = Field(MORE_DETAILED_CAPTION, description="sentence that Florence-2 is asked")
+    prompt: str = Field(
+        MORE_DETAILED_CAPTION, min_length=1, description="sentence that Florence-2 is asked"
+    )
     projector_seed: int = Field(
-        0, description="seed of the queries and projectors before any training"
+        0, ge=0, lt=2**63, description="seed of the queries and projectors before any training"
     )

@@ -54,8 +54,8 @@ class DiffusionDecoder(nn.Module):
     def encode(self, vae_pixels: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
         """Pixels in [-1, 1] `[b 3 s s]` -> a sample of their latents, scaled, `[b c h w]`.
 
-        `posterior_noise` `[b c h w]` makes the sample the caller's; without it the device's
-        global random generator is used.
+        `posterior_noise` `[b c h w]` makes the sample the caller's: zeros give the posterior's
+        mean. Without it the device's global generator draws, as in `latent_dist.sample()`.
         """
         posterior = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist
         if posterior_noise is None:

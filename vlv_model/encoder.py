@@ -7,6 +7,7 @@ fed learnable queries instead of text and cross-attends to them. (arXiv 2507.071
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class VLVEncoder(nn.Module):
     """
 
     base_parts = ("florence", "text_encoder")  # the pretrained parts it was trained upon
+    passed_over = ("language_projector", "language_model")  # of a stage-2 checkpoint
     # Trained in stage 1, by prefix; the first two exist in no pretrained model.
     new_parts = ("learnable_queries", "caption_projector")
     trained_parts = (
@@ -48,6 +50,9 @@ class VLVEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.florence = florence
+        # A sinusoid buffer before this layer is float32 where an engine casts parameters only
+        # (DeepSpeed), and would promote the features beyond the layer's weight.
+        florence.multi_modal_projector.image_projection.register_forward_pre_hook(_as_weight)
         self.encoder_image_size = encoder_image_size
         d_model = florence.config.text_config.d_model
         with torch.random.fork_rng(devices=[]):
@@ -65,14 +70,19 @@ class VLVEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: loading.Model, checkpoint: str | os.PathLike[str] | None = None
+        cls,
+        model: loading.Model | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **parts: Any,
     ) -> VLVEncoder:
         """Build from pretrained Florence-2, then load the trained weights, if any, strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a stage-1 checkpoint's folder.
-        Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
+        too: its language model is passed over); `parts` are fields of ModelConfig that win over
+        it, such as `florence="folder or hub id"`. Float32, on the CPU, in eval mode. Raises
+        ModelError or CheckpointError.
         """
-        config, checkpoint = loading.resolve_checkpoint(model, checkpoint)
+        config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         florence, tokenizer = loading.load_florence(config)
         encoder = cls(
             florence,
@@ -151,3 +161,7 @@ class VLVEncoder(nn.Module):
                 f"encoder_image_size {self.encoder_image_size} gives a {grid} x {grid} grid, the "
                 f"vision tower has positions for 1 to {vision.max_position_embeddings} a side"
             )
+
+
+def _as_weight(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.to(layer.weight.dtype) for value in inputs)

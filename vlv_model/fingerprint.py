@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlv_model.config import ModelConfig
-from vlv_model.loading import local_folder, part_source
+from vlv_model.sources import local_folder, part_source
 
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16

@@ -1,15 +1,12 @@
-"""Where pretrained parts come from: a ModelConfig, a model folder or a checkpoint; strict loads.
+"""Loads of pretrained parts: strict, safetensors only, float32.
 
-Every load here is safetensors only (a pickle can run code), float32 (Qwen2.5 is published in
-bfloat16, in which updates of 1e-5 round away) and complete: a tensor that the file lacks would
-silently stay random, so it is an error.
+A pickle can run code; Qwen2.5 is published in bfloat16, in which updates of 1e-5 round away; a
+tensor that the file lacks would silently stay random. So each of them is an error or converted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -32,83 +26,25 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, ModelError
+from vlv_model.errors import ModelError
+from vlv_model.sources import Model, one_line, part_source, resolve_checkpoint, resolve_model
 
-CHECKPOINT_FILE = "checkpoint.json"
-MODEL_FILE = "model.json"
-DIFFUSION_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-Model = ModelConfig | str | os.PathLike[str]
-
-
-def resolve_model(model: Model) -> tuple[ModelConfig, Path | None]:
-    """The ModelConfig that `model` stands for, and the checkpoint folder if it is one.
-
-    `model` is a ModelConfig, a folder with `model.json` (a ModelConfig whose paths are relative to
-    that folder) or a folder with `checkpoint.json` (its `model` section, all paths absolute).
-    Local folders come back absolute, hub ids as they are. Raises ModelError or CheckpointError.
-    """
-    if isinstance(model, ModelConfig):
-        return _with_absolute_folders(model, Path.cwd()), None
-    folder = Path(model)
-    if (folder / CHECKPOINT_FILE).is_file():
-        path = folder / CHECKPOINT_FILE
-    elif (folder / MODEL_FILE).is_file():
-        path = folder / MODEL_FILE
-    else:
-        raise ModelError(
-            f"'{folder}' holds neither {CHECKPOINT_FILE} nor {MODEL_FILE}: give a checkpoint's "
-            "folder, a model folder such as vlv_model.tiny writes, or a ModelConfig"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        config = ModelConfig.model_validate(
-            content["model"] if path.name == CHECKPOINT_FILE else content
-        )
-    except (ValueError, KeyError, TypeError) as problem:
-        error = CheckpointError if path.name == CHECKPOINT_FILE else ModelError
-        raise error(f"'{path}' cannot be read as a model: {one_line(problem)}") from problem
-    config = _with_absolute_folders(config, folder.resolve())
-    return config, folder if path.name == CHECKPOINT_FILE else None
-
-
-def resolve_checkpoint(
-    model: Model, checkpoint: str | os.PathLike[str] | None
-) -> tuple[ModelConfig, Path | None]:
-    """`resolve_model`, with the checkpoint named apart or found in `model`, but not both."""
-    config, found = resolve_model(model)
-    if checkpoint is None:
-        return config, found
-    if found is not None and found.resolve() != Path(checkpoint).resolve():
-        raise CheckpointError(
-            f"two checkpoints: '{found}' as the model and '{checkpoint}': give one of them"
-        )
-    return config, Path(checkpoint)
-
-
-def part_source(config: ModelConfig, part: str) -> tuple[str, str]:
-    """Folder or hub id of a part, and the subfolder in it ("" for none).
-
-    `part` is `florence`, `language_model`, `vae`, `unet`, `text_encoder`, `tokenizer` or
-    `scheduler`. Raises ModelError when a local folder does not exist.
-    """
-    own: str | None = getattr(config, part)
-    if own is not None:
-        source, subfolder = own, ""
-    else:
-        source, subfolder = config.diffusion, part
-    path = Path(source, subfolder)
-    if not path.is_dir() and (Path(source).is_dir() or not _HUB_ID.fullmatch(source)):
-        raise ModelError(
-            f"{part}: there is no folder '{path}', and '{source}' is no hub id (owner/name): "
-            f"set the model's '{part if own else 'diffusion'}' to a pretrained folder or hub id"
-        )
-    return source, subfolder
+__all__ = [
+    "Model",
+    "load_caption_tokenizer",
+    "load_diffusion",
+    "load_florence",
+    "load_language_model",
+    "load_text_encoder",
+    "resolve_checkpoint",
+    "resolve_model",
+    "text_encoder_width",
+    "without_bars",
+]
 
 
 def load_florence(
@@ -138,6 +74,7 @@ def load_text_encoder(config: ModelConfig) -> tuple[CLIPTextModel, CLIPTokenizer
 def text_encoder_width(config: ModelConfig) -> int:
     """Width of the text encoder's embeddings, read from its configuration alone."""
     source, subfolder = part_source(config, "text_encoder")
+    _check_kind("text_encoder", source, subfolder, "model_type", CLIPTextConfig.model_type)
     return _load(
         "text_encoder",
         source,
@@ -180,37 +117,6 @@ def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     )
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder of a local or cached pretrained part; None for a hub id that is not cached."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
-def one_line(problem: BaseException) -> str:
-    """The first line of an exception, or pydantic's first finding, short enough to be read."""
-    if isinstance(problem, ValidationError):
-        finding = problem.errors()[0]
-        return f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:
-    def absolute(value: str) -> str:
-        path = Path(base, value).expanduser()
-        return str(path.resolve()) if path.exists() or not _HUB_ID.fullmatch(value) else value
-
-    named = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
-    values = {name: getattr(config, name) for name in named}
-    return config.model_copy(
-        update={name: absolute(value) for name, value in values.items() if value is not None}
-    )
-
-
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Silence transformers' bars over tensors; those of downloads from the hub stay."""
@@ -227,6 +133,7 @@ def without_bars() -> Iterator[None]:
 
 def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
     source, subfolder = part_source(config, part)
+    _check_kind(part, source, subfolder, "model_type", kind.config_class.model_type)
     with without_bars():
         model, report = _load(
             part,
@@ -245,6 +152,7 @@ def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
 
 def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
     source, subfolder = part_source(config, part)
+    _check_kind(part, source, subfolder, "_class_name", kind.__name__)
     model, report = _load(
         part,
         source,
@@ -258,6 +166,22 @@ def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
     )
     _check_complete(part, source, sorted(report["missing_keys"]))
     return model
+
+
+def _check_kind(part: str, source: str, subfolder: str, key: str, expected: str) -> None:
+    # Before the load: a class reads another's configuration without a word, fills what it lacks
+    # with defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
+    def read() -> Any:
+        path = cached_file(source, "config.json", subfolder=subfolder)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    content = _load(part, source, read)
+    found = content.get(key) if isinstance(content, dict) else None
+    if found != expected:
+        raise ModelError(
+            f"{part}: config.json in '{Path(source, subfolder)}' says {key} {found!r}, expected "
+            f"{expected!r}: set the model's '{part}' to a folder of that kind"
+        )
 
 
 def _check_complete(part: str, source: str, missing: list[str]) -> None:

@@ -34,7 +34,7 @@ from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import chunk_file, write_plan
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, FILTERED, IMAGE_ROW, OK, status, with_image_feature
-from pipelines.storage import Table
+from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
 
 KIND = "image"
@@ -116,8 +116,8 @@ def ingest(config: IngestConfig) -> dict[str, int]:
         )
     if table.pending():
         with ray_session(config.ray):
-            stages = partial(_stages, config=config)
-            run_chunks(table, stages, "ingest", table.describe()["planned_rows"])
+            stages, rows = partial(_stages, config=config), table.describe()["planned_rows"]
+            run_chunks(table, stages, "ingest", rows, row_group_size=IMAGE_ROW_GROUP)
     return table.counts()
 
 

@@ -12,11 +12,11 @@ A value that the metadata leave empty (null, NaN) does not pass, unless the rule
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.schemas import require_columns
 from vlv_model.config import Config
@@ -54,6 +54,16 @@ class FilterConfig(Config):
     optional: tuple[Rule, ...] = Field(
         (), description="rules that pass where the metadata lack their column or value"
     )
+
+    @model_validator(mode="after")
+    def _some_ratio_passes(self) -> Self:
+        low, high = self.min_aspect_ratio, self.max_aspect_ratio
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"min_aspect_ratio={low:g} is above max_aspect_ratio={high:g}: "
+                "no image could pass, give the smaller one as the minimum"
+            )
+        return self
 
     def rules(self) -> list[str]:
         """Names of the rules that are set, in the order in which they are counted."""

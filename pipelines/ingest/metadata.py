@@ -6,23 +6,18 @@ and `width` and `height`, which only the filters use).
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.ingest.filters import FilterConfig, check_columns
+from pipelines.ingest.readers import SUFFIXES, format_of, read_tables
 from pipelines.schemas import METADATA_ROW, require_columns
-from pipelines.storage import read_schema
 from vlv_model.errors import ConfigError, DataError
 
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
@@ -42,8 +37,6 @@ _TYPES = {name: METADATA_ROW.field(name).type for name in METADATA_ROW.names} | 
     "width": pa.float64(),  # LAION's are integers in one release, floats in the next
     "height": pa.float64(),
 }
-_BATCH_ROWS = 16_384
-_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 
 
 # --------------------------------------------------------------------------------------- input
@@ -54,17 +47,18 @@ def input_files(path: str) -> list[Path]:
 
     Raises DataError where there are none.
     """
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = (p for p in place.rglob("*") if p.is_file() and p.name[0] not in "._")
-        files = sorted(p for p in found if _format(p) in _SUFFIXES)
+    # os.path says False of names that no file can have, where Path raises.
+    if os.path.isfile(path):
+        return [Path(path)]
+    if is_folder := os.path.isdir(path):
+        found = (p for p in Path(path).rglob("*") if p.is_file() and p.name[0] not in "._")
+        files = sorted(p for p in found if format_of(p) in SUFFIXES)
     else:
-        files = sorted(p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file())
+        files = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
     if not files:
-        what = "holds no metadata" if place.is_dir() else "does not exist"
-        raise DataError(f"data.input={path} {what}: expected {', '.join(_SUFFIXES)} files")
+        what = "holds no metadata" if is_folder else "does not exist"
+        shown = path if len(path) <= 200 else f"{path[:200]}…"
+        raise DataError(f"data.input={shown} {what}: expected {', '.join(SUFFIXES)} files")
     return files
 
 
@@ -73,22 +67,26 @@ def input_bytes(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def fingerprint(files: Iterable[Path]) -> dict[str, str]:
-    """What tells one list from another: per file its size and a digest of its two ends."""
+def fingerprint(files: Sequence[Path]) -> dict[str, str]:
+    """What tells one list from another: per file its size and a digest of its two ends.
+
+    Files go by their path in the folder that they have in common, so a moved list is the same.
+    Raises DataError for a file that cannot be opened.
+    """
+    common = os.path.commonpath([file.parent for file in files])
     prints = {}
     for file in files:
-        size, end = file.stat().st_size, 1 << 16
-        with open(file, "rb") as stream:
-            head = stream.read(end)
-            stream.seek(max(0, size - end))
-            digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
-        prints[file.name] = f"{size} bytes, {digest}"
+        end = 1 << 16
+        try:
+            with open(file, "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                head = stream.read(end)
+                stream.seek(max(0, size - end))
+                digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        prints[file.relative_to(common).as_posix()] = f"{size} bytes, {digest}"
     return prints
-
-
-def _format(file: Path) -> str:
-    name = file.with_suffix("") if file.suffix == ".gz" else file
-    return name.suffix.lower()
 
 
 def our_columns(schema: pa.Schema, extra: Mapping[str, str], where: str) -> dict[str, str]:
@@ -118,11 +116,8 @@ def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) ->
     Raises DataError for a file that cannot be read, lacks `url` or a filter's column, or has
     values of another kind than its columns should have.
     """
-    reader = _READERS.get(_format(file))
-    if reader is None:
-        raise DataError(f"{file}: metadata are read from {', '.join(_SUFFIXES)} files")
     found: dict[str, str] = {}
-    for batch in reader(file):
+    for batch in read_tables(file):
         if not found:
             found = our_columns(batch.schema, extra, str(file))
             _check(found, batch.schema, filters, str(file))
@@ -140,7 +135,9 @@ def _check(found: Mapping[str, str], schema: pa.Schema, filters: FilterConfig, w
 
 
 def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:
-    if pa.types.is_string(column.type) and not pa.types.is_string(_TYPES[ours]):
+    if pa.types.is_string(_TYPES[ours]):
+        return as_text(column, f"{file}: column '{theirs}'")
+    if pa.types.is_string(column.type):
         column = pc.if_else(pc.equal(column, ""), None, column)
     try:
         return column.cast(_TYPES[ours], safe=False)
@@ -151,72 +148,20 @@ def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.Chu
         ) from None
 
 
-def _parquet(file: Path) -> Iterator[pa.Table]:
-    schema = read_schema(file)
-    with pq.ParquetFile(file) as parquet:
-        if not parquet.metadata.num_rows:
-            yield schema.empty_table()  # its columns are checked all the same
-        for batch in parquet.iter_batches(_BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
+def as_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """A column of texts, or of bytes that are UTF-8, as strings; DataError for any other."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (_is_text(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{where} is {column.type}, expected text: rename it, or give another one")
+    try:
+        texts = column.cast(pa.string())
+        texts.validate(full=True)  # Parquet's readers take any bytes for a string
+    except pa.ArrowInvalid:
+        raise DataError(f"{where} has values that are not UTF-8: write it anew as text") from None
+    return texts
 
 
-def _text(file: Path) -> IO[str]:
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-    return opener(file, "rt", encoding="utf-8", newline="")
-
-
-def _csv(file: Path) -> Iterator[pa.Table]:
-    csv.field_size_limit(1 << 24)
-    with _text(file) as lines:
-        try:
-            rows = csv.reader(lines, delimiter="\t" if _format(file) == ".tsv" else ",")
-            names = next(rows, [])
-            yield pa.table({name: pa.array([], pa.string()) for name in names})
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                # Short lines are filled up; what is beyond the header has no name.
-                columns = {
-                    name: pa.array([row[i] if i < len(row) else None for row in batch], pa.string())
-                    for i, name in enumerate(names)
-                }
-                yield pa.table(columns)
-        except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
-            raise DataError(f"{file} cannot be read as CSV: {error}") from None
-
-
-def _jsonl(file: Path) -> Iterator[pa.Table]:
-    names: dict[str, None] = {}
-    with _text(file) as lines:
-        number = 0
-        try:
-            while batch := list(islice(lines, _BATCH_ROWS)):
-                rows = []
-                for line in batch:
-                    number += 1
-                    if line.strip():
-                        rows.append(dict(json.loads(line)))
-                        names.update(dict.fromkeys(rows[-1]))
-                yield pa.table(
-                    {n: pa.array([_plain(row.get(n)) for row in rows], pa.string()) for n in names}
-                )
-        except (ValueError, TypeError, OSError, EOFError) as error:
-            raise DataError(f"{file} line {number} is not a JSON object: {error}") from None
-
-
-def _plain(value: Any) -> str | None:
-    """A JSON value as text; null and NaN are null."""
-    if value is None or value != value:
-        return None
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _unknown(file: Path) -> Iterator[pa.Table]:
-    raise DataError(f"{file}: metadata are read from {', '.join(_SUFFIXES)} files (or .gz of text)")
-
-
-_READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
-    ".parquet": _parquet,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-}
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return strings or types.is_binary(kind) or types.is_large_binary(kind)

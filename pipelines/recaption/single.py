@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from pipelines.recaption.config import CaptionConfig
 from pipelines.runtime import quiet_libraries
-from vlv_model.errors import DataError
+from vlv_model.errors import ConfigError, DataError
 
 
 def caption_file(config: CaptionConfig) -> str:
@@ -18,23 +19,29 @@ def caption_file(config: CaptionConfig) -> str:
     import torch
     from PIL import Image
 
+    from pipelines.ingest.decode import DecodeError, Opened
+    from pipelines.ingest.encode import ImageConfig
     from pipelines.recaption.predictor import model_fingerprint
     from vlv_model.captioner import VLVCaptioner
     from vlv_model.preprocessing import square_image
 
+    model, checkpoint = config.model.resolve()
+    upright = ImageConfig(resize="no", format="png")  # sRGB, EXIF orientation applied
     try:
-        with Image.open(Path(config.image)) as image:
-            model, checkpoint = config.model.resolve()
-            square = square_image(image, model.image_size)
-    except FileNotFoundError:
-        raise DataError(f"there is no file {config.image}: give the path of an image") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{config.image} cannot be read as an image: {error}") from None
+        content = Opened(Path(config.image).read_bytes(), upright.max_pixels).store(upright).data
+    except (OSError, DecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{config.image} cannot be read as an image: {reason}") from None
+    with Image.open(io.BytesIO(content)) as image:
+        square = square_image(image, model.image_size)
     model_fingerprint(model, checkpoint, config.generate)  # refuses an untrained captioner
+    if config.use_gpu and not torch.cuda.is_available():
+        raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
-    captioner = VLVCaptioner.from_pretrained(model, checkpoint)
-    captioner.to("cuda" if use_gpu else "cpu")
-    pixel_values = square[None].to("cuda" if use_gpu else "cpu")  # uint8 [1 3 s s]
+    device = torch.device("cuda" if use_gpu else "cpu")
+    dtype = torch.bfloat16 if config.generate.precision == "bfloat16" else torch.float32
+    captioner = VLVCaptioner.from_pretrained(model, checkpoint).to(device, dtype)
+    pixel_values = square[None].to(device)  # uint8 [1 3 s s]
     (caption,) = captioner.generate(
         pixel_values, config.generate.num_beams, config.generate.max_new_tokens
     )

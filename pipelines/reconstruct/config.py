@@ -18,7 +18,9 @@ class DiffusionConfig(Config):
     num_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
     guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1 is none")
     sampler: Literal["ddpm", "ddim"] = Field("ddpm", description="ddpm (ancestral) or ddim")
-    seed: int = Field(42, description="with the image's key, the seed of its picture")
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="with the image's key, the seed of its picture"
+    )
     batch_size: int = Field(16, ge=1, description="pictures that are sampled at once")
 
 

@@ -11,19 +11,22 @@ from vlv_model.errors import CheckpointError
 def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     """Reconstruct what the output table still lacks; returns its rows by status.
 
-    Raises CheckpointError without a stage-1 checkpoint, and what `open_table` raises.
+    From a stage-1 run its encoder is looked at, from a stage-2 run the encoder as stage 2 left it.
+    Raises CheckpointError without a trained encoder, and what `open_table` raises.
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.reconstruct.predictor import ReconstructImages
     from vlv_model.checkpoint import read_checkpoint
 
     model, checkpoint = config.model.resolve()
-    if checkpoint is None or (info := read_checkpoint(checkpoint)).stage != "stage1":
+    if checkpoint is None:
         raise CheckpointError(
-            "model.path has to name a stage-1 run or checkpoint: its encoder is what is looked at"
+            "model.path has to name a run or a checkpoint: its encoder is what is looked at"
         )
+    info = read_checkpoint(checkpoint)
     identity = {
         "weights": info.sha256,
+        "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
         **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
     }

@@ -12,11 +12,12 @@ stage 2 joins, holds captions. The scores are synthetic.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from urllib.parse import urljoin
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from PIL import Image
 
 from pipelines.storage import write_parquet
 from pipelines.tiny_world import scenes
-from pipelines.tiny_world.server import HOSTILE
+from pipelines.tiny_world.server import HOSTILE, quote_path
 from vlv_model.errors import DataError
 
 ALT_TEXTS = ("photo", "untitled", "image", "Click to enlarge", "", "thumbnail", "IMG_{:04d}")
@@ -75,6 +76,23 @@ def drawing_seed(seed: int, split: scenes.Split, index: int) -> int:
     return int(words[0]) << 32 | int(words[1])
 
 
+def find_photos(folder: str | Path) -> list[Path]:
+    """The user's photographs in a folder and those below it: jpg, png and webp files, sorted.
+
+    Raises DataError where there is no such folder, or no photograph in it.
+    """
+    if not os.path.isdir(folder):  # False for names that no file can have, where Path raises
+        is_file = os.path.exists(folder)
+        raise DataError(
+            f"photos={str(folder)[:200]} {'is a file' if is_file else 'does not exist'}: "
+            "expected a folder of jpg, png or webp files"
+        )
+    found = (p for p in Path(folder).rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
+    if not (photos := sorted(p for p in found if p.is_file())):
+        raise DataError(f"photos={folder} holds no photographs: expected jpg, png or webp files")
+    return photos
+
+
 def write_photos(
     folder: str | Path,
     base_url: str,
@@ -82,39 +100,60 @@ def write_photos(
     seed: int = 0,
     num_broken: int = 0,
 ) -> WorldFiles:
-    """The same from a folder of the user's photographs (jpg, png, webp; also in subfolders).
+    """The same from a folder of the user's photographs, see `find_photos`.
 
-    Captions come from `index.jsonl` beside them (lines of `{"file": …, "captions": [...]}`, the
-    first caption counts); a photograph without one is captioned by the words of its file name.
-    Raises DataError for a folder without photographs or an index that cannot be read.
+    They keep their paths, below `images/`. Captions come from `index.jsonl` beside them (lines of
+    `{"file": …, "captions": [...]}`, the first caption counts); a photograph without one is
+    captioned by the words of its file name. Raises DataError for a folder without photographs, a
+    photograph that cannot be copied, and an index that cannot be read.
     """
     photos, folder = Path(photos), Path(folder)
-    found = sorted(p for p in photos.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
-    if not found:
-        raise DataError(f"{photos} holds no photographs: expected jpg, png or webp files in it")
+    found = find_photos(photos)
     known = _read_index(photos / "index.jsonl")
     files, sizes, captions = [], [], []
     for photo in found:
         name = photo.relative_to(photos).as_posix()
-        file = f"images/{name.removeprefix('images/')}"
+        file = f"images/{name}"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(photo, folder / file)
+        try:
+            shutil.copyfile(photo, folder / file)
+        except OSError as error:
+            raise DataError(f"{photo} cannot be copied: {error.strerror}") from None
         files.append(file)
         sizes.append(_size(photo))
-        captions.append(known.get(name) or " ".join(photo.stem.replace("_", "-").split("-")))
+        captions.append(known.get(name) or _words(photo.stem))
     return _write_tables(folder, base_url, files, sizes, captions, num_broken, seed)
 
 
+def _words(stem: str) -> str:
+    """What the name of a photograph says; bytes of it that are not UTF-8 become U+FFFD."""
+    return " ".join(os.fsencode(stem).decode(errors="replace").replace("_", "-").split("-"))
+
+
 def _read_index(file: Path) -> dict[str, str]:
+    """The first caption of each photograph that the index names, by its path in the folder."""
     if not file.exists():
         return {}
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {line["file"]: line["captions"][0] for line in lines if line["captions"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'{file}: expected lines of {{"file": …, "captions": […]}} ({error!r})'
-        ) from None
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    known = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            match json.loads(line or "null"):
+                case {"file": str(name), "captions": [str(caption), *_]}:
+                    caption.encode()  # raises for a lone surrogate, which is no text
+                    known[name] = caption
+                case None | {"file": str(), "captions": []}:
+                    pass
+                case _:
+                    raise ValueError("a path and a list of texts are expected")
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f'{file} line {number} is not {{"file": …, "captions": […]}}: {str(error)[:120]}'
+            ) from None
+    return known
 
 
 def _size(photo: Path) -> tuple[int, int]:
@@ -140,7 +179,7 @@ def _write_tables(
     # The query keeps hostile URLs apart: repeated ones would count once.
     root = urljoin(base_url, "/hostile/")
     broken = [f"{root}{names[i % len(names)]}?{i}" for i in range(num_broken)]
-    good = [f"{base_url}/{quote(file)}" for file in files]
+    good = [f"{base_url}/{quote_path(file)}" for file in files]
     urls = [*good, *broken]
     wide, high = zip(*sizes, *([(scenes.SIDE, scenes.SIDE)] * num_broken), strict=True)
     n = len(urls)

@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from pipelines.tiny_world import scenes
+from vlv_model.errors import RunError
 
 HOST = "127.0.0.1"
 PORT_FILE = ".port"  # in the served folder: the port of last time
@@ -47,7 +48,7 @@ class Web:
 
     def url(self, path: str) -> str:
         """URL of a file of the folder, by its path in it."""
-        return f"{self.base_url}/{quote(path)}"
+        return f"{self.base_url}/{quote_path(path)}"
 
     def hostile(self, name: str) -> str:
         """URL of one of the `HOSTILE` answers."""
@@ -56,15 +57,21 @@ class Web:
         return f"{self.base_url}/hostile/{name}"
 
 
+def quote_path(path: str) -> str:
+    """A path as a URL spells it; names that are not UTF-8 keep their bytes."""
+    return quote(path, errors="surrogateescape")
+
+
 @contextmanager
-def serve(folder: str | Path, port: int | None = None) -> Iterator[Web]:
+def serve(folder: str | Path, port: int | None = None, keep_port: bool = False) -> Iterator[Web]:
     """Serve `folder` on 127.0.0.1 from threads of this process until the block is left.
 
     Without `port` it is the port of last time, so that URLs of an earlier run stay good, or a
-    free one where there was none or it is taken; `port=0` always takes a free one.
+    free one where there was none or it is taken; `port=0` always takes a free one. `keep_port`
+    is for a folder whose URLs are in use already: RunError where last time's port cannot be had.
     """
     folder = Path(folder)
-    web = _open(folder, port)
+    web = _open(folder, port, keep_port)
     (folder / PORT_FILE).write_text(str(web.server.server_address[1]))
     thread = threading.Thread(target=web.server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -77,14 +84,30 @@ def serve(folder: str | Path, port: int | None = None) -> Iterator[Web]:
         thread.join()
 
 
-def _open(folder: Path, port: int | None) -> Web:
+def _open(folder: Path, port: int | None, keep_port: bool) -> Web:
     if port is not None:
         return Web(folder, port)
-    memory = folder / PORT_FILE
+    last = _last_port(folder)
+    if keep_port and not last:
+        raise RunError(f"{folder / PORT_FILE} does not tell the earlier port: remove {folder}")
     try:
-        return Web(folder, int(memory.read_text()) if memory.exists() else 0)
-    except (OSError, ValueError):  # the port is taken, or the file is not ours
+        return Web(folder, last)
+    except OSError:
+        if keep_port:
+            raise RunError(
+                f"port {last} of the earlier attempt is in use by another program: "
+                f"free it, or remove {folder}"
+            ) from None
         return Web(folder, 0)
+
+
+def _last_port(folder: Path) -> int:
+    """The port of last time; 0, which stands for any free one, where none is remembered."""
+    try:
+        port = int((folder / PORT_FILE).read_text())
+    except (OSError, ValueError):
+        return 0
+    return port if 0 < port < 2**16 else 0
 
 
 # -------------------------------------------------------------------------------------- answers
@@ -98,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet: the job's own output is what a user reads."""
 
     def answer(self, web: Web) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path, errors="surrogateescape")
         web.requests[path] += 1
         try:
             if path.startswith("/hostile/") and (answer := HOSTILE.get(path[9:])):

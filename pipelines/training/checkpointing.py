@@ -16,10 +16,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.storage import write_atomically
 from vlv_model.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FOLDER = "checkpoints"
 _TAG = "optimizer"
@@ -55,6 +58,26 @@ def is_finished(folder: Path) -> bool:
         return complete and (folder / "checkpoint.json").is_file()
     except (OSError, ValueError, KeyError):
         return False
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights, whole and in float32, on every rank's CPU. Called by all together.
+
+    Under ZeRO-3 a parameter is spread over the workers, and under bfloat16 the weights that training
+    goes on with are DeepSpeed's float32 masters: both are asked of DeepSpeed.
+    """
+    import torch
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Without ZeRO and bfloat16 there is no master: the parameter is it.
+            kept_by_deepspeed = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+            master = safe_get_full_fp32_param(parameter) if kept_by_deepspeed else None
+            whole = parameter if master is None else master
+            weights[name] = whole.detach().to("cpu", torch.float32).view(whole.shape).clone()
+    return weights
 
 
 def save_optimizer(engine: Any, folder: Path, world_rank: int, world_size: int) -> None:

@@ -69,7 +69,9 @@ class TrainConfig(Config):
         "float32", description="arithmetic; bfloat16 keeps float32 master weights"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
-    seed: int = Field(42, description="seed of the row order, noise, timesteps and dropout")
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"
+    )
     eval_every: int = Field(2_000, ge=1, description="steps between evaluations on the holdout")
     eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")

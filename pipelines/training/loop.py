@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipelines.images import RowIndex, RowReader
 from pipelines.training.checkpointing import (
     checkpoint_name,
+    gathered_weights,
     load_optimizer,
     save_optimizer,
     step_of,
@@ -28,6 +29,7 @@ from pipelines.training.deepspeed_config import deepspeed_config
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
 from vlv_model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
+from vlv_model.config import ModelConfig
 from vlv_model.errors import VLVError
 
 
@@ -55,7 +57,7 @@ class Trainer:
         self,
         stage: Stage,
         train: TrainConfig,
-        image_size: int,
+        model_config: ModelConfig,
         rows: RowIndex,
         holdout: RowIndex,
         worker: Worker,
@@ -65,7 +67,7 @@ class Trainer:
     ) -> None:
         self.stage = stage
         self.train_config = train
-        self.image_size = image_size
+        self.model_config = model_config
         self.holdout = RowReader(holdout, stage.columns)
         self.worker = worker
         self.emit = emit if worker.world_rank == 0 else lambda event: None
@@ -81,7 +83,7 @@ class Trainer:
         import deepspeed
 
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self.stage.model)
+            load_checkpoint(checkpoint, self.stage.model, model=self.model_config)
             self.step = step_of(checkpoint)
         self.stage.model.to(self.worker.device)
         train = self.train_config
@@ -103,7 +105,7 @@ class Trainer:
     def run(self) -> None:
         """All updates that are left, with an evaluation before the first and after the last."""
         train = self.train_config
-        if self.step == 0:
+        if self.step in (0, train.steps):  # the latter: killed between the last save and its end
             self.evaluate()
         waiting = time.perf_counter()
         for step, batches in self.reader.steps(self.step):
@@ -128,7 +130,7 @@ class Trainer:
                 self.save()
             waiting = time.perf_counter()
 
-    def update(self, step: int, batches: list[Prepared]) -> tuple[float, float]:
+    def update(self, step: int, batches: list[Prepared]) -> tuple[float, float | None]:
         """One optimiser update; returns the global batch's loss and the gradient's norm.
 
         The loss is a mean over the *global* batch: each micro-batch's mean counts by its share of
@@ -152,7 +154,13 @@ class Trainer:
                 loss = self._sum_over_workers(loss)
                 self._refuse_non_finite(loss, step, batches)
             self.engine.step()
-        return loss, float(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.engine.get_global_grad_norm()  # None without ZeRO
+        if norm is not None and not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"the gradient of step {step + 1} is not finite: lower train.learning_rate; the "
+                "last checkpoint is from before it"
+            )
+        return loss, None if norm is None else float(norm)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -179,9 +187,10 @@ class Trainer:
         """Report a checkpoint to Ray Train, which stores it in the run folder."""
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
             folder = Path(temporary) / checkpoint_name(self.step)
+            weights = gathered_weights(self.stage.model)
             if self.worker.world_rank == 0:
                 home = self.checkpoints / checkpoint_name(self.step)
-                save_checkpoint(folder, self.stage.model, self.metadata(self.step), home)
+                save_checkpoint(folder, self.stage.model, self.metadata(self.step), home, weights)
             save_optimizer(self.engine, folder, self.worker.world_rank, self.worker.world_size)
             ray.train.report(
                 {"step": self.step},
@@ -191,7 +200,7 @@ class Trainer:
         self.emit({"event": "checkpoint", "step": self.step})
 
     def _read(self, reader: RowReader, rows: Sequence[tuple[int, int]]) -> Prepared:
-        return self.stage.prepare(Batch.read(reader, rows, self.image_size))
+        return self.stage.prepare(Batch.read(reader, rows, self.model_config.image_size))
 
     def _to_device(self, batch: Prepared) -> dict[str, torch.Tensor]:
         return {name: value.to(self.worker.device) for name, value in batch.inputs.items()}

@@ -35,10 +35,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return events
 
 
-def heldout_losses(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, held-out loss) of all evaluations."""
+def heldout_losses(run_dir: Path) -> dict[int, float]:
+    """Held-out loss by step, of all evaluations; one that was repeated counts once."""
     events = read_metrics(run_dir)
-    return [(e["step"], e["heldout_loss"]) for e in events if e["event"] == "eval"]
+    return {e["step"]: e["heldout_loss"] for e in events if e["event"] == "eval"}
 
 
 class MetricsSink:

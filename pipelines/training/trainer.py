@@ -1,19 +1,8 @@
-"""A training job from its settings to its result: checks, Ray Train, and what is left behind.
-
-<run_dir>/run.json       what the run is: its settings and the data that it was given
-<run_dir>/checkpoints/   see checkpointing
-<run_dir>/parent/        the checkpoint that the run started from, so the folder stands alone
-<run_dir>/metrics.jsonl  see metrics
-<run_dir>/result.json    written last
-"""
+"""A training job from its settings to its result: checks, Ray Train, and the loop on its workers."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +10,15 @@ from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
 from pipelines.runtime import check_resources, ray_session
 from pipelines.storage import (
+    exclusive,
     parquet_files,
-    refuse_difference,
-    refuse_strangers,
-    write_atomically,
+    read_json_object,
 )
-from pipelines.training import checkpointing
+from pipelines.training import checkpointing, run_folder
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.metrics import MetricsSink, heldout_losses
+from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
-from vlv_model.errors import DataError
-
-RESULT = "result.json"
-
-# Settings that may change when a run is continued: they say how it is run, not what it computes.
-FREE = ("ray", "run_dir", "train.wandb", "train.max_failures", "train.keep_checkpoints",
-        "train.checkpoint_every", "train.prefetch", "train.cpus_per_worker")  # fmt: skip
+from vlv_model.errors import DataError, VLVError
 
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
@@ -47,30 +29,20 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     """
     run_dir = Path(config.run_dir)
     model, checkpoint = config.model.resolve()
+    run_folder.check_start(config, checkpoint)
     files = parquet_files(config.data.input)
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
-    train_rows, holdout_rows = split(RowIndex.open(files, columns), config.data.holdout)
-    identity = _identity(config, model, checkpoint, [train_rows, holdout_rows])
-    _claim(run_dir, identity)
-    if (run_dir / RESULT).is_file():
-        print(f"{run_dir} is finished: nothing to train")
-        return json.loads((run_dir / RESULT).read_text())
-    parent = _keep_parent(run_dir, checkpoint)
-    with ray_session(config.ray):
-        _fit(config, run_dir, model, parent, [str(file) for file in files])
-    losses = heldout_losses(run_dir)
-    last = checkpointing.latest_checkpoint(run_dir)
-    if last is None or not losses:
-        raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")
-    result = {
-        "loss_before": losses[0][1],
-        "loss_after": losses[-1][1],
-        "steps": config.train.steps,
-        "rows_seen": config.train.steps * config.train.global_batch_size,
-        "checkpoint": str(last.relative_to(run_dir)),
-    }
-    write_atomically(run_dir / RESULT, json.dumps(result, indent=2))
-    return result
+    rows = split(RowIndex.open(files, columns), config.data.holdout)
+    identity = run_folder.identity(config, model, checkpoint, files, rows)
+    with exclusive(run_dir, "run_dir"):
+        run_folder.claim(run_dir, identity)
+        if (run_dir / run_folder.RESULT).is_file():
+            print(f"{run_dir} is finished: nothing to train")
+            return read_json_object(run_dir / run_folder.RESULT)
+        parent = run_folder.keep_parent(run_dir, checkpoint)
+        with ray_session(config.ray):
+            _fit(config, run_dir, model, parent, [str(file) for file in files])
+        return run_folder.write_result(config, run_dir)
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
@@ -109,10 +81,11 @@ def _fit(
     needed = {"CPU": train.num_workers * train.cpus_per_worker}
     needed |= {"GPU": train.num_workers} if train.use_gpu else {}
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
-    _tidy(run_dir, train.keep_checkpoints)
+    run_folder.tidy(run_dir, train.keep_checkpoints)
     last = checkpointing.latest_checkpoint(run_dir)
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
     events = Queue(actor_options={"num_cpus": 0})
+    refusals = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -123,6 +96,7 @@ def _fit(
             "checkpoint": str(last) if last else None,
             "files": files,
             "events": events,
+            "refusals": refusals,
         },
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
@@ -143,10 +117,29 @@ def _fit(
     with MetricsSink(events, run_dir, stage, train.steps, dump(config), train.wandb):
         trainer.fit()
     events.shutdown()
+    refusals.shutdown()
 
 
 def _worker(loop: dict[str, Any]) -> None:
-    """What each worker of Ray Train runs; imports are here, since only workers need them."""
+    """What each worker of Ray Train runs: the training, unless its input was refused before.
+
+    A lost machine is worth another attempt, a bad row or a bad setting is not: Ray Train restarts
+    after both, so the second time says at once what the first one found.
+    """
+    refusals = loop["refusals"]
+    if not refusals.empty():
+        refused = refusals.get()
+        refusals.put(refused)  # for the other workers
+        raise refused
+    try:
+        _train_on_worker(loop)
+    except VLVError as error:
+        refusals.put(type(error)(str(error)))
+        raise
+
+
+def _train_on_worker(loop: dict[str, Any]) -> None:
+    # Imports are here, since only workers need them.
     use_gpu = loop["config"]["train"]["use_gpu"]
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -193,7 +186,7 @@ def _worker(loop: dict[str, Any]) -> None:
     trainer = Trainer(
         stage,
         config.train,
-        model.image_size,
+        model,
         rows,
         holdout,
         worker,
@@ -213,71 +206,3 @@ def _resume_from(given: str | None) -> Path | None:
     if reported is not None:
         return Path(reported.path)
     return Path(given) if given else None
-
-
-def _tidy(run_dir: Path, keep: int) -> None:
-    """Before a fit: drop unfinished and surplus checkpoints, and Ray Train's notes on them.
-
-    Ray Train's snapshot is not written atomically and refers to checkpoints by name; we find the
-    newest finished one ourselves, so each fit starts with clean notes.
-    """
-    folder = run_dir / checkpointing.FOLDER
-    kept = list(checkpointing.finished_checkpoints(run_dir))[:keep]
-    for other in folder.glob("step-*"):
-        if other not in kept:
-            shutil.rmtree(other)
-    for snapshot in folder.glob("checkpoint_manager_snapshot*"):
-        snapshot.unlink()
-
-
-def _keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Copy the checkpoint that the run starts from into its folder, once; returns the copy."""
-    if checkpoint is None:
-        return None
-    kept = run_dir / "parent"
-    if not kept.is_dir():
-        temporary = run_dir / ".parent"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for name in ("model.safetensors", "checkpoint.json"):
-            shutil.copy2(checkpoint / name, temporary / name)
-        temporary.rename(kept)
-    return kept
-
-
-def _claim(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Make the folder this run's, or refuse one that holds another run or something else."""
-    file = run_dir / "run.json"
-    if file.is_file():
-        refuse_difference(run_dir, json.loads(file.read_text()), identity, "run_dir")
-        return
-    refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(identity, indent=2))
-
-
-def _identity(
-    config: Stage1Config | Stage2Config,
-    model: ModelConfig,
-    checkpoint: Path | None,
-    indexes: list[RowIndex],
-) -> dict[str, Any]:
-    """All that decides what the run computes, flat, so that a difference can be named."""
-    values = {**dump(config), "model": model.model_dump()}
-    flat = {k: v for k, v in _flatten(values) if not k.startswith(FREE)}
-    flat["rows"] = [len(index) for index in indexes]
-    flat["keys"] = [index.digest() for index in indexes]
-    if checkpoint is not None:
-        digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
-        flat["parent"] = digest[:16]
-    return flat
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flatten(value, f"{prefix}{name}.")
-        else:
-            flat.append((prefix + name, value))
-    return flat

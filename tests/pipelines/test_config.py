@@ -21,6 +21,7 @@ class Inner(Config):
 
 class Outer(Config):
     run_dir: OutputPath = Field(description="where")
+    name: str | None = Field(None, description="what it is called")
     train: Inner = Inner()
 
 
@@ -49,7 +50,10 @@ def test_config_is_frozen() -> None:
         ("train.schedule=step", ["train.schedule", "cosine", "linear"]),
         ("train=5", ["train"]),
         ("train.steps", ["train.steps", "key=value"]),
-        ("run_dir=[", ["run_dir"]),
+        ("train.steps=2020-99-99", ["train.steps"]),
+        ("train.steps=!!int ''", ["train.steps"]),
+        ("train.learning_rate=.inf", ["train.learning_rate"]),
+        ("train.steps=true", ["train.steps"]),
         ("run_dir.x=1", ["run_dir"]),
     ],
 )
@@ -94,7 +98,7 @@ def test_dump_can_be_loaded_again() -> None:
 def test_help_shows_every_setting_with_type_default_and_meaning() -> None:
     text = help_text(Outer, "job", "Does it.")
     assert [s.key for s in settings(Outer)] == [
-        "run_dir", "train.learning_rate", "train.schedule", "train.steps"
+        "run_dir", "name", "train.learning_rate", "train.schedule", "train.steps"
     ]  # fmt: skip
     for words in (
         "run_dir (text, required)",
@@ -131,7 +135,21 @@ def test_relative_output_in_rays_copy_is_refused(
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match=r"run_dir.*'runs/a' is relative.*absolute"):
         load(Outer, None, ["run_dir=runs/a"])
-    assert load(Outer, None, ["run_dir=s3://b/a"]).run_dir == "s3://b/a"
+    assert load(Outer, None, ["run_dir=/runs/a"]).run_dir == "/runs/a"
+
+
+@pytest.mark.parametrize("path", ["/a #1", "2020-01-01", "001", "no", "*.x", "a: b", "[", "null"])
+def test_paths_are_taken_to_the_letter(path: str) -> None:
+    assert load(Outer, None, [f"run_dir={path}"]).run_dir == str(Path.cwd() / path)
+    assert load(Outer, None, ["run_dir=/a", f"name={path}"]).name == (
+        None if path == "null" else path
+    )
+
+
+@pytest.mark.parametrize("path", ["s3://b/a", "file:///a", "", " ", "~nobody-of-this-name/x"])
+def test_places_that_cannot_be_written_to_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="run_dir"):
+        load(Outer, None, [f"run_dir={path}"])
 
 
 @pytest.mark.parametrize("size", ["tiny", "full"])

@@ -135,6 +135,108 @@ def test_a_stopped_join_is_continued_and_a_finished_one_kept(tmp_path: Path) -> 
     assert table.part(0).stat().st_mtime_ns == others
 
 
+def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Path) -> None:
+    pq.write_table(image_rows(list(range(40))), tmp_path / "mine.parquet")
+    teacher = captions_file(tmp_path, [{"url": url(i), "caption": "c"} for i in range(40)])
+    write_pairs(str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"))
+    (file,) = parquet_files(str(tmp_path / "pairs"))
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert groups == [16, 16, 8]
+
+
+def test_captions_in_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 3)
+    for i in (0, 1):
+        (tmp_path / f"teacher/{i}").mkdir(parents=True)
+        captions_file(tmp_path / f"teacher/{i}", [{"url": url(i), "caption": f"c{i}"}])
+    write_pairs(images, str(tmp_path / "teacher"), str(tmp_path / "pairs"))
+    captions_file(tmp_path / "teacher/0", [{"url": url(0), "caption": "x0"}])  # of one size
+    with pytest.raises(RunError, match=r"holds another run \(data\.captions"):
+        write_pairs(images, str(tmp_path / "teacher"), str(tmp_path / "pairs"))
+
+
+def chunked(*values: Any, kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(values, kind)])
+
+
+@pytest.mark.parametrize(
+    ("join_on", "column", "values", "message"),
+    [
+        ("key", "key", chunked("abc"), "column 'key' is string, expected the int64 keys"),
+        ("key", "key", chunked("7"), "column 'key' is string, expected the int64 keys"),
+        ("key", "key", chunked(7.0), "column 'key' is double, expected the int64 keys"),
+        ("key", "key", chunked(2**63, kind=pa.uint64()), "column 'key' is uint64 .* beyond int64"),
+        ("url", "url", chunked(5), "column 'url' is int64, expected text"),
+        ("url", "url", chunked(b"http://\xff/"), "column 'url' has values that are not UTF-8"),
+        ("url", "caption", chunked(["a"]), "column 'caption' is list.*, expected text"),
+        ("url", "caption", chunked({"a": "b"}), "column 'caption' is struct.*, expected text"),
+        ("url", "caption", chunked(b"\xff"), "column 'caption' has values that are not UTF-8"),
+    ],
+)
+def test_columns_of_another_type_are_one_line(
+    tmp_path: Path, join_on: Any, column: str, values: pa.ChunkedArray, message: str
+) -> None:
+    images = image_table(tmp_path / "images", 3)
+    rows = pa.table({"key": [url_key(url(0))], "url": [url(0)], "caption": ["x"]})
+    rows = rows.set_column(rows.column_names.index(column), column, values)
+    pq.write_table(rows, tmp_path / "teacher.parquet")
+    with pytest.raises(DataError, match=rf"teacher\.parquet: {message}"):
+        write_pairs(
+            images, str(tmp_path / "teacher.parquet"), str(tmp_path / "pairs"), join_on=join_on
+        )
+    if column == "caption":
+        return
+    mine = image_rows([0])
+    mine = mine.set_column(mine.schema.get_field_index(column), column, values)
+    pq.write_table(mine, tmp_path / "mine.parquet")
+    teacher = captions_file(tmp_path, rows_of(0), "sound.parquet")
+    with pytest.raises(DataError, match=rf"mine\.parquet: {message}"):
+        write_pairs(
+            str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"), join_on=join_on
+        )
+
+
+def rows_of(i: int) -> list[dict[str, Any]]:
+    return [{"key": url_key(url(i)), "url": url(i), "caption": "x"}]
+
+
+def test_bytes_that_are_utf8_are_joined(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 2)
+    rows = [{"url": url(1).encode(), "caption": b"one"}]
+    write_pairs(images, captions_file(tmp_path, rows), str(tmp_path / "pairs"))
+    assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
+
+
+def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 3)
+    teacher = Path(captions_file(tmp_path, rows_of(0)))
+    sound = teacher.read_bytes()
+    broken_pages(teacher)
+    with pytest.raises(DataError, match=r"teacher\.parquet is not a readable Parquet file"):
+        write_pairs(images, str(teacher), str(tmp_path / "pairs"))
+    teacher.write_bytes(sound)
+    pq.write_table(image_rows([0]).drop_columns(["status"]), tmp_path / "mine.parquet")
+    broken_pages(tmp_path / "mine.parquet")
+    with pytest.raises(DataError, match=r"mine\.parquet is not a readable Parquet file"):
+        write_pairs(str(tmp_path / "mine.parquet"), str(teacher), str(tmp_path / "pairs"))
+
+
+def broken_pages(file: Path) -> None:
+    """Overwrite the columns of a Parquet file; the footer stays sound."""
+    group = pq.read_metadata(file).row_group(0)
+    end = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    file.write_bytes(b"PAR1" + b"\xff" * end + file.read_bytes()[4 + end :])
+
+
+def test_pictures_of_another_type_are_one_line(tmp_path: Path) -> None:
+    mine = pa.table({"key": [url_key(url(0))], "url": [url(0)], "image": [b"bytes alone"]})
+    pq.write_table(mine, tmp_path / "mine.parquet")
+    teacher = captions_file(tmp_path, rows_of(0))
+    with pytest.raises(DataError, match=r"mine\.parquet: column 'image' is binary"):
+        write_pairs(str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"))
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 3)
     teacher = captions_file(tmp_path, [{"url": url(0), "caption": "x"}])

@@ -3,7 +3,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.storage import Table, parquet_files, read_rows, write_atomically, write_parquet
+from pipelines.storage import (
+    Table,
+    exclusive,
+    parquet_files,
+    read_rows,
+    read_schema,
+    write_atomically,
+    write_parquet,
+)
 from vlv_model.errors import DataError, RunError
 
 
@@ -73,3 +81,66 @@ def test_atomic_writes_leave_no_temporary_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.json", "[]")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "[]"
+
+
+def test_what_a_killed_planner_leaves_is_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / "_plan").mkdir()
+    (tmp_path / "_commits").mkdir()
+    (tmp_path / f"._table.json.{'0' * 32}").write_text("{")
+    assert not Table(tmp_path).check_free("image", {})
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with exclusive(tmp_path, "run_dir"):
+        with pytest.raises(RunError, match="still going"), exclusive(tmp_path, "run_dir"):
+            pass
+        assert not Table(tmp_path).check_free("image", {})  # the lock is no stranger
+    with exclusive(tmp_path, "run_dir"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"'])
+def test_a_damaged_table_file_is_one_line(tmp_path: Path, text: str) -> None:
+    table = begun(tmp_path / "t")
+    (tmp_path / "t/_table.json").write_text(text)
+    with pytest.raises(RunError, match=r"_table\.json"):
+        table.pending()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"chunk": 0}'])
+def test_a_damaged_commit_is_one_line(tmp_path: Path, text: str) -> None:
+    table = begun(tmp_path / "t")
+    (tmp_path / "t/_commits/000000.json").write_text(text)
+    with pytest.raises(RunError, match="_commits"):
+        table.counts()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300, "nul\0"])
+def test_an_impossible_output_folder_is_one_line(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be made a folder"):
+        Table(tmp_path / place).check_free("image", {})
+
+
+def test_plans_and_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    for name in ("a.parquet", "_plan/b.parquet", ".hidden/c.parquet", "below/d.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / name, rows(1))
+    found = parquet_files(str(tmp_path))
+    assert [str(f.relative_to(tmp_path)) for f in found] == ["a.parquet", "below/d.parquet"]
+
+
+def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.parquet").write_text("not Parquet at all")
+    with pytest.raises(DataError, match=r"text\.parquet"):
+        read_schema(tmp_path / "text.parquet")
+    write_parquet(tmp_path / "torn.parquet", rows(1000))
+    content = bytearray((tmp_path / "torn.parquet").read_bytes())
+    content[4:200] = b"\xff" * 196  # the pages, not the footer
+    (tmp_path / "torn.parquet").write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"torn\.parquet"):
+        list(read_rows([tmp_path / "torn.parquet"], ["key"]))
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    write_parquet(tmp_path / "twice.parquet", twice)
+    with pytest.raises(DataError, match="several columns named 'a'"):
+        read_schema(tmp_path / "twice.parquet")

@@ -4,6 +4,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, Florence2ForConditionalGeneration
 
 from tests.vlv_model import reference
+from tests.vlv_model.deepspeed_cast import cast_parameters
 from tests.vlv_model.drawings import scenes
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import MORE_DETAILED_CAPTION
@@ -62,9 +63,23 @@ def test_every_way_to_give_the_pixels_gives_the_same_loss(autoencoder, squares):
     assert torch.allclose(loss, in_parts, atol=1e-6)
 
 
-def test_float_pixels_alone_are_refused(autoencoder, squares):
-    with pytest.raises(ModelError, match="without encoder_pixel_values"):
-        autoencoder.loss(vae_pixels(squares), **draws(4))
+def test_float_pixels_alone_are_rounded_to_squares_for_the_encoder(autoencoder, squares):
+    batch = draws(4)
+    with torch.no_grad():
+        expected = autoencoder.loss(squares, **batch)
+        assert torch.allclose(autoencoder.loss(vae_pixels(squares), **batch), expected, atol=1e-6)
+
+
+def test_posterior_noise_of_zeros_gives_the_mean_and_none_the_global_draw(autoencoder, squares):
+    decoder = autoencoder.diffusion_decoder
+    posterior = decoder.vae.encode(vae_pixels(squares)).latent_dist
+    scale = decoder.vae.config.scaling_factor
+    mean = autoencoder.latents(squares, torch.zeros(4, 4, 8, 8))
+    torch.manual_seed(5)
+    drawn = autoencoder.latents(squares)
+    torch.manual_seed(5)
+    assert torch.allclose(mean, posterior.mean * scale)
+    assert torch.allclose(drawn, posterior.sample() * scale)
 
 
 def test_gradients_reach_exactly_the_encoders_trained_parts(autoencoder, squares):
@@ -144,6 +159,18 @@ def test_bfloat16_weights_give_a_float32_loss(autoencoder, squares):
         loss = autoencoder.to(torch.bfloat16).loss(squares, **draws(4))
     assert loss.dtype == torch.float32
     assert abs(loss - expected) < 0.05
+
+
+def test_parameters_cast_without_buffers_train_as_in_float32(autoencoder, squares):
+    """DeepSpeed's bfloat16: each parameter is cast, each buffer left in float32."""
+    with torch.no_grad():
+        expected = autoencoder.loss(squares, **draws(4))
+    cast_parameters(autoencoder)
+    loss = autoencoder.loss(squares, **draws(4))
+    loss.backward()
+    assert abs(loss - expected) < 0.05
+    trained = [p for p in autoencoder.parameters() if p.requires_grad]
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in trained)
 
 
 def test_a_text_encoder_of_another_width_is_refused(autoencoder):

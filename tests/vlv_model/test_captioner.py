@@ -3,6 +3,7 @@ import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from tests.vlv_model import reference
+from tests.vlv_model.deepspeed_cast import cast_parameters
 from vlv_model.caption_tokens import GeneratedCaption, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ModelError
@@ -181,6 +182,21 @@ def test_bfloat16_weights_give_a_float32_loss(captioner, squares):
         loss = captioner.loss(squares, **batch)
     assert loss.dtype == torch.float32
     assert abs(loss - expected) < 0.05
+    assert len(captioner.generate(squares, max_new_tokens=3)) == 4
+
+
+def test_parameters_cast_without_buffers_train_as_in_float32(captioner, squares):
+    """DeepSpeed's bfloat16: each parameter is cast, each buffer left in float32."""
+    batch = batch_of(captioner)
+    with torch.no_grad():
+        expected = captioner.loss(squares, **batch)
+    cast_parameters(captioner)
+    assert captioner.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    loss = captioner.loss(squares, **batch)
+    loss.backward()
+    assert abs(loss - expected) < 0.05
+    trained = [p for p in captioner.parameters() if p.requires_grad]
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in trained)
     assert len(captioner.generate(squares, max_new_tokens=3)) == 4
 
 

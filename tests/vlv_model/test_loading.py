@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
+from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError, ModelError
 from vlv_model.loading import (
     load_caption_tokenizer,
@@ -65,6 +67,82 @@ def test_parts_can_be_named_one_by_one(models, config):
     assert VLVAutoEncoder.from_pretrained(own).latent_shape == (4, 8, 8)
     with pytest.raises(ModelError, match="vae: there is no folder"):
         load_diffusion(config)
+
+
+def test_parts_given_by_name_make_a_model_or_win_over_one(models, monkeypatch):
+    monkeypatch.chdir(models)
+    named = {"florence": "florence", "diffusion": models / "diffusion", "encoder_image_size": 128}
+    encoder = VLVEncoder.from_pretrained(num_queries=5, **named)
+    assert encoder.num_queries == 5
+    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5, 64)
+    assert resolve_checkpoint(None, None, named)[0].language_model == "Qwen/Qwen2.5-3B"
+    config, _ = resolve_checkpoint(models, None, {"num_queries": 5})
+    assert (config.num_queries, config.florence) == (5, str(models / "florence"))
+    autoencoder = VLVAutoEncoder.from_pretrained(models, image_size=32)
+    assert autoencoder.latent_shape == (4, 4, 4)
+    captioner = VLVCaptioner.from_pretrained(models, for_training=True, num_queries=5)
+    assert captioner.encoder.num_queries == 5
+
+
+def test_a_checkpoint_alone_brings_its_model(models):
+    config, _ = resolve_model(models)
+    (models / "checkpoint.json").write_text(json.dumps({"model": config.model_dump()}))
+    assert resolve_checkpoint(None, models) == (config, models)
+
+
+@pytest.mark.parametrize("kind", [VLVEncoder, VLVAutoEncoder, VLVCaptioner])
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        ({"florense": "x"}, "no part or size 'florense': did you mean 'florence'"),
+        ({"zzz": "x"}, "no part or size 'zzz': expected one of florence, "),
+        ({"num_queries": 0}, "these parts make no model: num_queries: "),
+        ({"num_queries": True}, "these parts make no model: num_queries: "),
+        ({"prompt": ""}, "these parts make no model: prompt: "),
+        ({"projector_seed": -1}, "these parts make no model: projector_seed: "),
+        ({"projector_seed": 2**63}, "these parts make no model: projector_seed: "),
+    ],
+)
+def test_unknown_and_unfit_parts_are_named_in_one_line(tiny, kind, parts, match):
+    with pytest.raises(ModelError, match=match) as error:
+        kind.from_pretrained(tiny, **parts)
+    message_of(error)
+
+
+WRONG_KINDS = {
+    "florence": ("language_model", load_florence, "model_type 'qwen2', expected 'florence2'"),
+    "language_model": ("florence", load_language_model, "'florence2', expected 'qwen2'"),
+    "text_encoder": ("language_model", load_text_encoder, "'qwen2', expected 'clip_text_model'"),
+    "unet": ("diffusion/vae", load_diffusion, "'AutoencoderKL', expected 'UNet2DConditionModel'"),
+    "vae": ("diffusion/unet", load_diffusion, "'UNet2DConditionModel', expected 'AutoencoderKL'"),
+}
+
+
+@pytest.mark.parametrize("part", WRONG_KINDS)
+def test_a_folder_of_another_kind_is_refused(models, config, part):
+    folder, load, match = WRONG_KINDS[part]
+    with pytest.raises(ModelError, match=f"{part}: .*{match}") as error:
+        load(config.model_copy(update={part: str(models / folder)}))
+    message_of(error)
+
+
+def test_the_text_encoders_width_is_not_read_from_another_kind(models, config):
+    other = config.model_copy(update={"text_encoder": str(models / "language_model")})
+    with pytest.raises(ModelError, match=r"text_encoder: .*expected 'clip_text_model'"):
+        text_encoder_width(other)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", "null", '{"model_type": ["qwen2"]}', "\xff"])
+@pytest.mark.parametrize("part", ["florence", "language_model", "text_encoder", "vae"])
+def test_a_broken_configuration_is_refused_before_anything_is_built(
+    models, config, monkeypatch, part, content
+):
+    folder = models if part in ("florence", "language_model") else models / "diffusion"
+    (folder / part / "config.json").write_bytes(content.encode("latin-1"))
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args: pytest.fail("a model is built"))
+    with pytest.raises(ModelError, match=part) as error:
+        WRONG_KINDS[part][1](config)
+    message_of(error)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

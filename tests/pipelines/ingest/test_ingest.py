@@ -99,6 +99,17 @@ def test_a_list_becomes_a_table_and_a_rerun_does_nothing(
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Path) -> None:
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 40)
+        ingest(config_of(tmp_path, rows_per_chunk=64))
+    (file,) = parquet_files(str(tmp_path / "out"))
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert groups == [16, 16, 8]
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_other_readers_see_pictures(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     with serve(tmp_path) as web:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import buckets
+from pipelines.config import build
 from pipelines.ingest import plan as planning
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import (
@@ -174,6 +175,27 @@ def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
     assert fingerprint([file]) != before
 
 
+def test_fingerprint_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "list" / folder).mkdir(parents=True)
+        (tmp_path / "list" / folder / "l.csv").write_text(f"url\nhttp://{folder}/\n")
+    before = fingerprint(input_files(str(tmp_path / "list")))
+    assert list(before) == ["a/l.csv", "b/l.csv"]
+    (tmp_path / "list").rename(tmp_path / "moved")
+    assert fingerprint(input_files(str(tmp_path / "moved"))) == before
+    (tmp_path / "moved/a/l.csv").write_text("url\nhttp://c/\n")
+    assert fingerprint(input_files(str(tmp_path / "moved"))) != before
+    with pytest.raises(DataError, match=r"gone\.csv cannot be read: No such file"):
+        fingerprint([tmp_path / "gone.csv"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "y" * 5000])
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="does not exist") as raised:
+        input_files(str(tmp_path / name))
+    assert len(str(raised.value)) < 400
+
+
 # ------------------------------------------------------------------------------------------ plan
 
 
@@ -251,6 +273,12 @@ def test_a_filter_without_its_column_is_refused_unless_optional(tmp_path: Path) 
     rows = [{"url": "http://a/", "punsafe": None}, {"url": "http://b/", "punsafe": 0.9}]
     plan = make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"])
     assert (plan.rows, plan.dropped) == (1, {"filtered:punsafe": 1})
+
+
+def test_ratios_that_no_image_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^min_aspect_ratio=2 is above max_aspect_ratio=0\.5"):
+        build(FilterConfig, {"min_aspect_ratio": 2, "max_aspect_ratio": 0.5})
+    assert build(FilterConfig, {"min_aspect_ratio": 1, "max_aspect_ratio": 1}).rules()
 
 
 def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import urllib.error
 import urllib.request
 from io import BytesIO
@@ -13,9 +14,9 @@ import pytest
 from PIL import Image
 
 from pipelines.tiny_world import scenes
-from pipelines.tiny_world.dataset import drawing_seed, write_photos, write_world
-from pipelines.tiny_world.server import HOSTILE, serve
-from vlv_model.errors import DataError
+from pipelines.tiny_world.dataset import drawing_seed, find_photos, write_photos, write_world
+from pipelines.tiny_world.server import HOSTILE, PORT_FILE, serve
+from vlv_model.errors import DataError, RunError
 
 
 def _get(url: str) -> bytes:
@@ -65,6 +66,26 @@ def test_the_port_is_remembered_and_given_up_when_taken(tmp_path: Path) -> None:
         assert again.base_url == last
 
 
+def test_a_port_that_is_to_be_kept_is_kept_or_refused(tmp_path: Path) -> None:
+    with serve(tmp_path) as first:
+        port = first.base_url.rpartition(":")[2]
+        with pytest.raises(RunError, match=f"port {port} of the earlier attempt is in use"):
+            serve(tmp_path, keep_port=True).__enter__()
+        assert (tmp_path / PORT_FILE).read_text() == port
+    with serve(tmp_path, keep_port=True) as again:
+        assert again.base_url == first.base_url
+
+
+@pytest.mark.parametrize("memory", [None, "", "no port", "99999", "-1"])
+def test_without_a_remembered_port_none_is_kept(tmp_path: Path, memory: str | None) -> None:
+    if memory is not None:
+        (tmp_path / PORT_FILE).write_text(memory)
+    with pytest.raises(RunError, match="does not tell the earlier port"):
+        serve(tmp_path, keep_port=True).__enter__()
+    with serve(tmp_path) as web:  # any free one
+        assert web.base_url
+
+
 def test_nothing_outside_the_folder_is_served(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "web").mkdir()
@@ -101,10 +122,101 @@ def test_photographs_are_captioned_by_index_or_by_name(tmp_path: Path) -> None:
     assert {(row["WIDTH"], row["HEIGHT"]) for row in sizes} == {(40, 30), (20, 10)}
 
 
+def photograph(file: Path, colour: str = "red") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file
+
+
+def test_photographs_of_one_name_are_all_kept(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name, colour in (("a.png", "red"), ("images/a.png", "lime"), ("b/a.png", "blue")):
+        photograph(photos / name, colour)
+    with serve(tmp_path) as web:
+        files = write_photos(tmp_path, web.base_url, photos)
+        urls = pq.read_table(files.teacher)["url"].to_pylist()
+        shown = {Image.open(BytesIO(_get(url))).getpixel((0, 0)) for url in urls}
+    assert shown == {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
+
+
+def test_what_is_no_photograph_is_passed_over(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    good = photograph(photos / "good.png")
+    (photos / "folder.jpg").mkdir()
+    (photos / "dangling.jpg").symlink_to(photos / "nowhere.jpg")
+    (photos / "loop.jpg").symlink_to(photos / "loop.jpg")
+    os.mkfifo(photos / "pipe.png")
+    assert find_photos(photos) == [good]
+    files = write_photos(tmp_path, "http://127.0.0.1:1", photos)
+    assert files.num_images == 1
+
+
+def test_names_that_are_not_utf8_are_served(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 100%.png")
+    try:
+        photograph(tmp_path / "photos" / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with serve(tmp_path) as web:
+        files = write_photos(tmp_path, web.base_url, tmp_path / "photos")
+        (row,) = pq.read_table(files.teacher).to_pylist()
+        assert row["url"].endswith("/images/caf%E9%20100%25.png")
+        assert row["caption"] == "caf\N{REPLACEMENT CHARACTER} 100%"
+        assert _get(row["url"]) == _get(web.url(f"images/{name}"))
+
+
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(DataError, match="holds no photographs"):
-        write_photos(tmp_path / "world", "http://127.0.0.1:1", tmp_path)
+    for photos, message in [
+        (tmp_path, "holds no photographs"),
+        (tmp_path / "notes.txt", "is a file"),
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / ("x" * 300), "does not exist"),
+    ]:
+        for refuse in (find_photos, lambda p: write_photos(tmp_path / "w", "http://a", p)):
+            with pytest.raises(DataError, match=f"photos=.* {message}"):
+                refuse(photos)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "a.png", "captions": [5]}',
+        '{"file": "a.png", "captions": "red"}',
+        '{"file": "a.png", "captions": [null, "red"]}',
+        '{"file": "a.png", "captions": ["\\ud800"]}',
+        '{"file": 5, "captions": ["red"]}',
+        '{"file": "a.png"}',
+        '["file", "captions"]',
+        "red",
+        "[" * 100_000,
+    ],
+)
+def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path, line: str) -> None:
+    photograph(tmp_path / "photos/a.png")
+    (tmp_path / "photos/index.jsonl").write_text('{"file": "x", "captions": []}\n\n' + line)
+    with pytest.raises(DataError, match=r"index\.jsonl line 3 is not \{") as raised:
+        write_photos(tmp_path, "http://127.0.0.1:1", tmp_path / "photos")
+    assert len(str(raised.value)) < 400
+
+
+def test_an_index_that_is_no_text_file_is_one_line(tmp_path: Path) -> None:
+    index = photograph(tmp_path / "photos/a.png").with_name("index.jsonl")
+    index.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"index\.jsonl cannot be read"):
+        write_photos(tmp_path, "http://127.0.0.1:1", tmp_path / "photos")
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(DataError, match=r"index\.jsonl cannot be read"):
+        write_photos(tmp_path, "http://127.0.0.1:1", tmp_path / "photos")
+
+
+def test_an_index_may_have_a_mark_and_line_separators_in_captions(tmp_path: Path) -> None:
+    index = photograph(tmp_path / "photos/a.png").with_name("index.jsonl")
+    text = '{"file": "a.png", "captions": ["red\u2028and blue"]}\r\n'
+    index.write_text(text, encoding="utf-8-sig", newline="")
+    files = write_photos(tmp_path, "http://127.0.0.1:1", tmp_path / "photos")
+    assert pq.read_table(files.teacher)["caption"].to_pylist() == ["red\u2028and blue"]
 
 
 def test_shared_photographs_have_human_captions(tmp_path: Path, shared_dir: Path) -> None:

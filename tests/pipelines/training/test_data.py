@@ -81,6 +81,42 @@ def test_missing_column_and_no_usable_row_are_refused(tmp_path: Path) -> None:
         RowIndex.open(write_table(tmp_path / "b", [10, 20]), [])
 
 
+@pytest.mark.parametrize(
+    ("column", "line"),
+    [
+        (pa.array([1.5, 2.0]), "column 'key' is double"),
+        (pa.array(["1", "2"]), "column 'key' is string"),
+        (pa.array([1, None]), "1 rows have no key"),
+    ],
+)
+def test_keys_have_to_be_integers(tmp_path: Path, column: pa.Array, line: str) -> None:
+    table = pa.table({"key": column, "image": [b"", b""]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=line):
+        RowIndex.open([tmp_path / "t.parquet"])
+
+
+def test_rows_without_a_text_are_left_out(tmp_path: Path) -> None:
+    texts = ["a cat", "", None, "  ", "a dog"]
+    table = pa.table({"key": range(5), "image": [b""] * 5, "caption": texts})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert RowIndex.open([tmp_path / "t.parquet"], ["caption"]).keys.tolist() == [0, 4]
+    pq.write_table(table.append_column("n", pa.array(range(5))), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column 'n' is int64, expected text"):
+        RowIndex.open([tmp_path / "t.parquet"], ["n"])
+
+
+def test_a_table_that_changes_under_a_reader_is_noticed(tmp_path: Path) -> None:
+    paths = write_table(tmp_path, [1, 2, 3, 4], files=1)
+    index = RowIndex.open(paths)
+    layout = index.layout()
+    write_table(tmp_path, [4, 3, 2, 1], files=1)
+    assert RowIndex.open(paths).digest() == index.digest()  # the same keys
+    assert RowIndex.open(paths).layout() != layout  # elsewhere
+    with pytest.raises(DataError, match="was changed while it was in use"):
+        RowReader(index).row(0)
+
+
 def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
     rows = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")

@@ -59,17 +59,13 @@ def losses(run_dir: Path) -> list[float]:
     return [event["loss"] for event in read_metrics(run_dir) if event["event"] == "step"]
 
 
-def heldout(run_dir: Path) -> dict[int, float]:
-    return dict(heldout_losses(run_dir))
-
-
 def test_heldout_loss_falls_and_every_step_is_told_once(unbroken: Path) -> None:
     result = json.loads((unbroken / "result.json").read_text())
     assert result["loss_after"] < result["loss_before"]
     assert result["rows_seen"] == STEPS * 8
     steps = [e["step"] for e in read_metrics(unbroken) if e["event"] == "step"]
     assert steps == list(range(1, STEPS + 1))
-    assert [step for step, _ in heldout_losses(unbroken)] == [0, 6, 12]
+    assert list(heldout_losses(unbroken)) == [0, 6, 12]
 
 
 def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) -> None:
@@ -120,9 +116,7 @@ def test_wandb_wrote_the_run_offline(unbroken: Path) -> None:
                 name = item.key or "/".join(item.nested_key)
                 logged.setdefault(name, []).append(float(item.value_json))
     assert logged["stage1/loss"] == pytest.approx(losses(unbroken))
-    assert logged["stage1/heldout_loss"] == pytest.approx(
-        [loss for _, loss in heldout_losses(unbroken)]
-    )
+    assert logged["stage1/heldout_loss"] == pytest.approx(list(heldout_losses(unbroken).values()))
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -167,7 +161,7 @@ def test_a_killed_worker_changes_no_loss(
     killer.join()
     assert killed
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
-    assert heldout(run_dir) == pytest.approx(heldout(unbroken), rel=1e-6)
+    assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
 
 
 def test_a_killed_job_continues_from_the_last_whole_checkpoint(
@@ -185,7 +179,7 @@ def test_a_killed_job_continues_from_the_last_whole_checkpoint(
         file.write('{"event": "st')
     train(stage1_config(pair_table, tiny_models, run_dir))
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
-    assert heldout(run_dir) == pytest.approx(heldout(unbroken), rel=1e-6)
+    assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
 
 
 class Engine:
@@ -273,7 +267,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
     tokens = captioner.tokenize(batch.columns["caption"])
     with torch.no_grad():
         expected = captioner.loss(batch.pixel_values, **tokens).item()
-    assert heldout(stage2_run)[0] == pytest.approx(expected, rel=1e-5)
+    assert heldout_losses(stage2_run)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_recaption_and_reconstruct_give_one_row_per_image(

@@ -1,0 +1,138 @@
+"""The folder of a training run: whose it is, what it started from, and how it ended.
+
+<run_dir>/run.json       what the run is: its settings, data and models
+<run_dir>/checkpoints/   see checkpointing
+<run_dir>/parent/        what the run started from, so that the folder stands alone
+<run_dir>/metrics.jsonl  see metrics
+<run_dir>/result.json    written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import dump
+from pipelines.images import RowIndex
+from pipelines.storage import (
+    read_json_object,
+    refuse_difference,
+    refuse_strangers,
+    write_atomically,
+)
+from pipelines.training import checkpointing
+from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.metrics import heldout_losses
+from vlv_model.config import ModelConfig
+from vlv_model.errors import CheckpointError
+
+RESULT = "result.json"
+
+# Settings that may change when a run is continued: they say how it is run, not what it computes.
+FREE = ("ray", "run_dir", "data.input", "data.output", "train.wandb", "train.max_failures",
+        "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch",
+        "train.cpus_per_worker", "train.use_gpu")  # fmt: skip
+
+
+def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
+    """Refuse what could only fail on a worker, after the models were loaded."""
+    from vlv_model.checkpoint import stages_of
+
+    stages = stages_of(checkpoint) if checkpoint else []
+    if isinstance(config, Stage2Config) and "stage1" not in stages:
+        raise CheckpointError(
+            "model.path has to name a stage-1 run or checkpoint: stage 2 reads what the encoder "
+            "learned to say there"
+        )
+    if isinstance(config, Stage1Config) and "stage2" in stages:
+        raise CheckpointError("model.path names a stage-2 run: stage 1 goes on from stage 1 only")
+
+
+def identity(
+    config: Stage1Config | Stage2Config,
+    model: ModelConfig,
+    checkpoint: Path | None,
+    files: list[Path],
+    rows: tuple[RowIndex, RowIndex],
+) -> dict[str, Any]:
+    """All that decides what the run computes, flat, so that a difference can be named."""
+    from vlv_model import VLVAutoEncoder, VLVCaptioner
+    from vlv_model.fingerprint import fingerprint_parts
+
+    values = {**dump(config), "model": model.model_dump()}
+    flat = {k: v for k, v in _flatten(values) if not k.startswith(FREE)}
+    flat["rows"] = [len(index) for index in rows]
+    flat["keys"] = [index.digest() for index in rows]
+    flat["bytes"] = sum(file.stat().st_size for file in files)
+    parts = (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).base_parts
+    flat |= {f"model.{k} digest": v for k, v in fingerprint_parts(model, parts).items()}
+    if checkpoint is not None:
+        digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
+        flat["parent"] = digest[:16]
+    return flat
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{prefix}{name}.")
+        else:
+            flat.append((prefix + name, value))
+    return flat
+
+
+def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder this run's, or refuse one that holds another run or something else."""
+    file = run_dir / "run.json"
+    if file.is_file():
+        refuse_difference(run_dir, read_json_object(file), identity, "run_dir")
+        return
+    refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(identity, indent=2))
+
+
+def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
+    """Keep what the run starts from in its folder: one checkpoint, merged with its own parents."""
+    if checkpoint is None:
+        return None
+    from vlv_model.checkpoint import merge_checkpoint
+
+    kept = run_dir / "parent"
+    return kept if kept.is_dir() else merge_checkpoint(checkpoint, kept)
+
+
+def tidy(run_dir: Path, keep: int) -> None:
+    """Before a fit: drop unfinished and surplus checkpoints, and Ray Train's notes on them.
+
+    Ray Train's snapshot is not written atomically and refers to checkpoints by name; we find the
+    newest finished one ourselves, so each fit starts with clean notes.
+    """
+    folder = run_dir / checkpointing.FOLDER
+    kept = list(checkpointing.finished_checkpoints(run_dir))[:keep]
+    for other in folder.glob("step-*"):
+        if other not in kept:
+            shutil.rmtree(other)
+    for snapshot in folder.glob("checkpoint_manager_snapshot*"):
+        snapshot.unlink()
+
+
+def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str, Any]:
+    losses = heldout_losses(run_dir)
+    last = checkpointing.latest_checkpoint(run_dir)
+    if last is None or config.train.steps not in losses:
+        raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")
+    result = {
+        "loss_before": losses[min(losses)],
+        "loss_after": losses[config.train.steps],
+        "steps": config.train.steps,
+        "rows_seen": config.train.steps * config.train.global_batch_size,
+        "checkpoint": str(last.relative_to(run_dir)),
+    }
+    write_atomically(run_dir / RESULT, json.dumps(result, indent=2))
+    return result

@@ -1,0 +1,164 @@
+"""A checkpoint's folder: `model.safetensors` with `checkpoint.json` beside it. No pickle anywhere.
+
+A stage-2 checkpoint names its stage-1 parent, which holds the queries and the caption projector,
+by a path relative to itself and by digest. This module knows the files; what the tensors mean to
+a module is `vlv_model.checkpoint`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlv_model.config import Config, ModelConfig
+from vlv_model.errors import CheckpointError
+from vlv_model.fingerprint import sha256_of
+from vlv_model.sources import CHECKPOINT_FILE, one_line
+
+WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+
+StageName = Literal["stage1", "stage2"]
+
+
+class CheckpointMetadata(Config):
+    """What the trainer says about a checkpoint; the rest of checkpoint.json follows from it."""
+
+    stage: StageName = Field(description="which loss trained these weights")
+    step: int = Field(ge=0, description="optimiser updates done in this stage")
+    rows_seen: int = Field(ge=0, description="training rows seen in this stage, repeats counted")
+    config: dict[str, Any] = Field(description="the resolved settings of the run")
+    model: ModelConfig = Field(description="pretrained parts and sizes, folders absolute")
+    parent: str | None = Field(None, description="checkpoint folder that this one builds upon")
+
+
+class Parent(Config):
+    """The checkpoint whose weights are applied first."""
+
+    path: str = Field(description="its folder, relative to this checkpoint's folder")
+    sha256: str = Field(description="digest of its weights file")
+
+
+class CheckpointInfo(CheckpointMetadata):
+    """The content of checkpoint.json."""
+
+    format_version: int = Field(description="version of this layout")
+    parent: Parent | None = Field(None, description="the checkpoint applied first")  # type: ignore[assignment]
+    merged_stages: list[StageName] = Field(
+        [], description="stages of the parents whose weights are in this file, the oldest first"
+    )
+    base_models: dict[str, str] = Field(description="fingerprint of each pretrained part")
+    tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
+    sha256: str = Field(description="digest of the weights file")
+
+
+Chain = list[tuple[Path, CheckpointInfo]]
+"""A checkpoint and all its parents, the oldest first."""
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInfo:
+    """checkpoint.json of a checkpoint's folder. Raises CheckpointError when there is none."""
+    path = Path(folder) / CHECKPOINT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"'{path}' has format version {version}, this program reads {FORMAT_VERSION}: "
+                "use the version of the program that wrote it"
+            )
+        return CheckpointInfo.model_validate(content)
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(
+            f"'{folder}' is no checkpoint, expected a folder with {CHECKPOINT_FILE} and "
+            f"{WEIGHTS_FILE}: {one_line(problem)}"
+        ) from problem
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str], weights: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> Path:
+    """Write weights and checkpoint.json, all or nothing: beside `folder`, which is then renamed.
+
+    `about` holds the fields of CheckpointInfo that do not follow from the weights. Raises
+    CheckpointError when `folder` exists already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise CheckpointError(f"'{folder}' exists already: save each checkpoint to a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(dict(weights), temporary / WEIGHTS_FILE)
+        info = CheckpointInfo(
+            format_version=FORMAT_VERSION,
+            tensors={name: list(tensor.shape) for name, tensor in weights.items()},
+            sha256=sha256_of(temporary / WEIGHTS_FILE),
+            **about,
+        )
+        text = info.model_dump_json(indent=2)
+        (temporary / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other users
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
+    return folder
+
+
+def read_chain(folder: str | os.PathLike[str]) -> Chain:
+    """The manifests of a checkpoint and all its parents, the oldest first.
+
+    Raises CheckpointError for a parent that is missing or another than the one built upon.
+    """
+    folder = Path(folder)
+    chain = [(folder, read_checkpoint(folder))]
+    while (parent := chain[0][1].parent) is not None:
+        path = (chain[0][0] / parent.path).resolve()
+        if any(path == known.resolve() for known, _ in chain):
+            raise CheckpointError(f"'{folder}' is its own ancestor: its parent chain is a circle")
+        if not path.is_dir():
+            raise CheckpointError(
+                f"the parent of '{chain[0][0]}' is not at '{path}': keep both at the places that "
+                "they had to each other"
+            )
+        info = read_checkpoint(path)
+        if info.sha256 != parent.sha256:
+            raise CheckpointError(
+                f"'{path}' is not the parent that '{chain[0][0]}' was trained upon: its weights "
+                f"have digest {info.sha256[:12]}, expected {parent.sha256[:12]}"
+            )
+        chain.insert(0, (path, info))
+    return chain
+
+
+def check_weights(folder: Path, info: CheckpointInfo) -> Path:
+    """The weights file of a checkpoint; CheckpointError unless it has the manifest's digest."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"'{folder}' lacks {WEIGHTS_FILE}: copy the whole folder")
+    digest = sha256_of(path)
+    if digest != info.sha256:
+        raise CheckpointError(
+            f"'{path}' is damaged: its digest is {digest[:12]}, {CHECKPOINT_FILE} says "
+            f"{info.sha256[:12]}: copy it again"
+        )
+    return path
+
+
+def read_weights(folder: Path, info: CheckpointInfo) -> dict[str, Tensor]:
+    """The tensors of one checkpoint, without its parents', on the CPU."""
+    path = check_weights(folder, info)
+    try:
+        return load_file(path)
+    except SafetensorError as problem:
+        raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
