@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.config import InputPath
-from pipelines.model import ModelSettings
 from pipelines.runtime import RayConfig
 from pipelines.selection import ActorConfig, Selection
+from pipelines.training.model import ModelSettings
 from vlv_model.config import Config
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import InputPath, OutputPath
-from pipelines.model import ModelSettings
 from pipelines.runtime import RayConfig
+from pipelines.training.model import ModelSettings
 from vlv_model.config import Config, Trainable
 
 
