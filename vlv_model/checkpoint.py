@@ -113,7 +113,7 @@ def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[s
     """Write a checkpoint to `target` that stands alone: `folder`'s weights and all its parents'.
 
     Where both have a tensor the child's is taken. What `folder` says about itself is kept, but for
-    the parent, which is gone. Returns `target`'s absolute path; raises CheckpointError when it
+    the parent, which is gone, and for the base models, which are those of all. Returns `target`'s absolute path; raises CheckpointError when it
     exists already or anything in the chain is missing or damaged.
     """
     chain = read_chain(folder)
@@ -122,7 +122,11 @@ def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[s
         weights |= read_weights(path, info)
     own = {"format_version", "tensors", "sha256", "parent", "merged_stages"}
     merged_stages = _stages(chain)[:-1]
-    about = chain[-1][1].model_dump(exclude=own) | {"merged_stages": merged_stages}
+    base_models: dict[str, str] = {}
+    for _, info in chain:  # stage 1 knows the UNet's fingerprint, stage 2 the language model's
+        base_models |= info.base_models
+    about = chain[-1][1].model_dump(exclude=own)
+    about |= {"merged_stages": merged_stages, "base_models": base_models}
     return write_checkpoint(target, weights, about)
 
 

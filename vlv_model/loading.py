@@ -134,6 +134,17 @@ def without_bars() -> Iterator[None]:
 def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
     source, subfolder = part_source(config, part)
     _check_kind(part, source, subfolder, "model_type", kind.config_class.model_type)
+    return _load_weights(part, source, subfolder, kind, dtype=torch.float32)
+
+
+def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
+    source, subfolder = part_source(config, part)
+    _check_kind(part, source, subfolder, "_class_name", kind.__name__)
+    return _load_weights(part, source, subfolder, kind, torch_dtype=torch.float32)
+
+
+def _load_weights(part: str, source: str, subfolder: str, kind: Any, **dtype: torch.dtype) -> Any:
+    """The part with all its weights; the two libraries differ in the name of the data type."""
     with without_bars():
         model, report = _load(
             part,
@@ -141,29 +152,11 @@ def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
             lambda: kind.from_pretrained(
                 source,
                 subfolder=subfolder,
-                dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                **dtype,
             ),
         )
-    _check_complete(part, source, sorted(report["missing_keys"]))
-    return model
-
-
-def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
-    source, subfolder = part_source(config, part)
-    _check_kind(part, source, subfolder, "_class_name", kind.__name__)
-    model, report = _load(
-        part,
-        source,
-        lambda: kind.from_pretrained(
-            source,
-            subfolder=subfolder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        ),
-    )
     _check_complete(part, source, sorted(report["missing_keys"]))
     return model
 

@@ -370,7 +370,7 @@ def test_a_merged_chain_stands_alone(tmp_path, chain):
     (a, b, c), captioner = chain
     expected = load_file(a / "model.safetensors") | load_file(b / "model.safetensors")
     expected |= load_file(c / "model.safetensors")
-    own = read_checkpoint(c)
+    own, first = read_checkpoint(c), read_checkpoint(a)
     merged = merge_checkpoint(c, tmp_path / "merged")
     for run in ("run1", "run2", "run3"):
         shutil.rmtree(tmp_path / run)
@@ -379,7 +379,9 @@ def test_a_merged_chain_stands_alone(tmp_path, chain):
     assert all(torch.equal(written[n], t) for n, t in expected.items())
     assert same_weights(VLVCaptioner.from_pretrained(merged), captioner)
     info = read_checkpoint(merged)
-    changed = {"parent", "tensors", "sha256", "merged_stages"}
+    changed = {"parent", "tensors", "sha256", "merged_stages", "base_models"}
+    assert info.base_models == {**first.base_models, **own.base_models}  # the UNet's too
+    assert "unet" in info.base_models
     assert info.model_dump(exclude=changed) == own.model_dump(exclude=changed)
     assert (info.parent, info.step) == (None, 9)
     with pytest.raises(CheckpointError, match="exists already"):
