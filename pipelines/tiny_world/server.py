@@ -24,6 +24,7 @@ from pipelines.tiny_world import scenes
 from vlv_model.errors import RunError
 
 HOST = "127.0.0.1"
+USUAL_PORT = 38471
 PORT_FILE = ".port"  # in the served folder: the port of last time
 STALL_SECONDS = 60.0  # what /hostile/slow waits, unless the server is closed before
 LARGE_BYTES = 4 << 30  # what /hostile/large says that it will send
@@ -66,8 +67,8 @@ def quote_path(path: str) -> str:
 def serve(folder: str | Path, port: int | None = None, keep_port: bool = False) -> Iterator[Web]:
     """Serve `folder` on 127.0.0.1 from threads of this process until the block is left.
 
-    Without `port` it is the port of last time, so that URLs of an earlier run stay good, or a
-    free one where there was none or it is taken; `port=0` always takes a free one. `keep_port`
+    Without `port` it is the port of last time, so that URLs of an earlier run stay good, or the
+    usual one, so that they are the same on every machine, or a free one where that is taken; `port=0` always takes a free one. `keep_port`
     is for a folder whose URLs are in use already: RunError where last time's port cannot be had.
     """
     folder = Path(folder)
@@ -91,7 +92,7 @@ def _open(folder: Path, port: int | None, keep_port: bool) -> Web:
     if keep_port and not last:
         raise RunError(f"{folder / PORT_FILE} does not tell the earlier port: remove {folder}")
     try:
-        return Web(folder, last)
+        return Web(folder, last or USUAL_PORT)
     except OSError:
         if keep_port:
             raise RunError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
         if (run_dir / run_folder.RESULT).is_file():
             print(f"{run_dir} is finished: nothing to train")
             return read_json_object(run_dir / run_folder.RESULT)
+        print(f"{len(rows[0]):,} rows to train on, {len(rows[1]):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, checkpoint)
         with ray_session(config.ray):
             _fit(config, run_dir, model, parent, [str(file) for file in files])
