@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,15 +87,19 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return flat
 
 
+def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run or something else; RunError names what differs."""
+    if os.path.isfile(run_dir / "run.json"):
+        refuse_difference(run_dir, read_json_object(run_dir / "run.json"), identity, "run_dir")
+    else:
+        refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
+
+
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder this run's, or refuse one that holds another run or something else."""
-    file = run_dir / "run.json"
-    if file.is_file():
-        refuse_difference(run_dir, read_json_object(file), identity, "run_dir")
-        return
-    refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(identity, indent=2))
+    """Make a folder that `check_free` has passed this run's."""
+    check_free(run_dir, identity)
+    if not (run_dir / "run.json").is_file():
+        write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
 
 
 def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:

@@ -35,6 +35,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     rows = split(RowIndex.open(files, columns), config.data.holdout)
     identity = run_folder.identity(config, model, checkpoint, files, rows)
+    run_folder.check_free(run_dir, identity)  # before a stranger's folder gets a lock file
     with exclusive(run_dir, "run_dir"):
         run_folder.claim(run_dir, identity)
         if (run_dir / run_folder.RESULT).is_file():

@@ -84,7 +84,7 @@ def test_missing_or_empty_dataset(
 
 
 def models_for(name: str, tiny_models: Path, tmp_path: Path) -> Path:
-    if name in ("stage1", "stage2"):
+    if name == "stage1":
         return tiny_models
     return checkpoint("stage2" if name == "recaption" else "stage1", tiny_models, tmp_path / name)
 
@@ -121,7 +121,23 @@ def test_table_without_the_needed_column(
 def test_pairs_without_captions(job: Job, tmp_path: Path, tiny_models: Path) -> None:
     pq.write_table(IMAGE_ROW.empty_table(), tmp_path / "t.parquet")
     paths = [f"data.input={tmp_path / 't.parquet'}", f"run_dir={tmp_path / 'r'}"]
-    refused(job("stage2", *paths, f"model.path={tiny_models}"), "'caption'", "alt_text")
+    model = checkpoint("stage1", tiny_models, tmp_path / "model")
+    refused(job("stage2", *paths, f"model.path={model}"), "'caption'", "alt_text")
+
+
+def test_stage2_without_stage1(
+    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+) -> None:
+    """It would train upon random queries that it keeps frozen."""
+    paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
+    refused(job("stage2", *paths, f"model.path={tiny_models}"), "model.path", "stage-1")
+    assert not (tmp_path / "r").exists()
+
+
+def test_stage1_upon_stage2(job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path) -> None:
+    paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
+    model = checkpoint("stage2", tiny_models, tmp_path / "model")
+    refused(job("stage1", *paths, f"model.path={model}"), "model.path", "stage-2")
 
 
 def test_table_without_a_usable_row(job: Job, tmp_path: Path, tiny_models: Path) -> None:
