@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+# Two test processes, a file to each at a time: most of a test of a cluster is waiting.
+TWO := -n 2 --dist loadfile
 
 .PHONY: demo test fast check format lint types gpu clean
 
@@ -10,11 +12,11 @@ demo: $(INSTALLED)  ## the whole path on this machine; PHOTOS=FOLDER takes your 
 	$(RUN) jobs/demo.py $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
 
 test: $(INSTALLED)  ## all tests but the GPU's: the fast ones first, then whole jobs and clusters
-	$(RUN) -m pytest -m "not gpu and not end_to_end"
-	$(RUN) -m pytest -m "end_to_end and not gpu"
+	$(RUN) -m pytest $(TWO) -m "not gpu and not end_to_end"
+	$(RUN) -m pytest $(TWO) -m "end_to_end and not gpu"
 
 fast: $(INSTALLED)  ## the fast tests alone
-	$(RUN) -m pytest -m "not gpu and not end_to_end"
+	$(RUN) -m pytest $(TWO) -m "not gpu and not end_to_end"
 
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu

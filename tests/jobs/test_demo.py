@@ -31,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "demo"
     with open(run_dir.with_suffix(".log"), "w") as log:
         first = subprocess.Popen(command(run_dir), cwd=ROOT, stdout=log, stderr=log)
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 500
         while not any(e["event"] == "step" for e in read_metrics(run_dir / "stage1")):
             assert first.poll() is None, run_dir.with_suffix(".log").read_text()
             assert time.monotonic() < deadline, run_dir.with_suffix(".log").read_text()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipelines.storage import Table, parquet_files, read_rows
@@ -23,7 +24,7 @@ from tests.jobs.conftest import ROOT
 pytestmark = pytest.mark.end_to_end
 
 BIN = Path(sys.executable).parent
-SCENES, BROKEN = 60, 12
+SCENES, BROKEN = 60, 2
 
 
 @dataclass
@@ -70,7 +71,7 @@ def head() -> Iterator[Head]:
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
         listing = [str(BIN / "ray"), "job", "list", "--address", address]
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while subprocess.run(listing, env=environment, capture_output=True).returncode:
             assert process.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline, (folder / "head.log").read_text()
@@ -80,9 +81,10 @@ def head() -> Iterator[Head]:
         # Never `ray stop`: it ends every Ray on the machine.
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(3)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -97,7 +99,7 @@ def submit(head: Head) -> Submit:
         command += ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--"]
         return subprocess.run(
             [*command, *job, *settings],
-            cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
 
     return run
@@ -106,7 +108,7 @@ def submit(head: Head) -> Submit:
 def test_the_five_jobs_one_after_the_other(
     submit: Submit, tiny_models: Path, tmp_path: Path
 ) -> None:
-    world, steps = tmp_path / "world", ["train.steps=3", "train.wandb=offline", "data.holdout=0.2"]
+    world, steps = tmp_path / "world", ["train.steps=3", "train.num_workers=1", "data.holdout=0.2"]
     images, pairs, captions = tmp_path / "images", tmp_path / "pairs", tmp_path / "captions"
 
     def succeed(name: str, *settings: str) -> None:

@@ -139,7 +139,7 @@ def test_another_run_in_the_folder_is_refused(
 
 def kill_a_worker_after(run_dir: Path, step: int, killed: list[int]) -> None:
     """SIGKILL one training process of this test's Ray once `step` has been reached."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if any(e["event"] == "checkpoint" and e["step"] >= step for e in read_metrics(run_dir)):
             for process in psutil.Process().children(recursive=True):
