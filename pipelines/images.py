@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.schemas import OK, require_columns
+from pipelines.schemas import OK, has_text, require_columns
 from pipelines.storage import read_schema, readable
 from vlv_model.errors import DataError
 
@@ -125,8 +125,7 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
     if "status" in table.column_names:
         mask = pc.fill_null(pc.equal(table["status"], OK), False)
     for name in texts:
-        filled = pc.not_equal(pc.utf8_trim_whitespace(table[name]), "")
-        mask = pc.and_(mask, pc.fill_null(filled, False))
+        mask = pc.and_(mask, has_text(table[name]))
     return np.asarray(mask.to_pylist(), dtype=bool)
 
 

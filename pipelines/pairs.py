@@ -26,7 +26,7 @@ from pipelines.buckets import Buckets
 from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
 from pipelines.ingest.readers import read_parquet
 from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.schemas import OK, PAIR_ROW, require_columns, url_key, with_image_feature
+from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
 from pipelines.storage import (
     IMAGE_ROW_GROUP,
     Table,
@@ -182,8 +182,7 @@ def _sort_captions(
         require_columns(schema, [join_column, caption_column], str(file))
         for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):
             text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
-            has_text = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False)
-            usable = pc.and_(has_text, rows[join_column].is_valid())
+            usable = pc.and_(has_text(text), rows[join_column].is_valid())
             counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()
             named = rows[join_column].filter(usable)
             keys = _keys(named, join_on, f"{file}: column '{join_column}'")

@@ -7,6 +7,7 @@ import json
 from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlv_model.errors import DataError
 
@@ -125,6 +126,11 @@ def url_key(url: str) -> int:
     """`key` of an image: 64 bits of BLAKE2b over its normalised URL, as a signed integer."""
     digest = hashlib.blake2b(normalise_url(url).encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def has_text(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Mask of the values of a text column that are neither null nor blank."""
+    return pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
 
 
 def require_columns(found: pa.Schema, needed: list[str], where: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
-from pipelines.runtime import RayConfig, check_resources, run_chunks
+from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files, write_parquet
 from vlv_model.config import Config
@@ -156,7 +156,7 @@ def run_actors(
     """Pass what `table` still lacks through a pool of actors of the class `step`.
 
     Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
-    model; a chunk is committed as soon as it is through.
+    model; a chunk is committed as soon as it is through. A finished table needs no Ray.
     """
     import ray.data
 
@@ -171,7 +171,9 @@ def run_actors(
             step, fn_constructor_args=arguments, compute=pool, **device, **blocks
         )
 
-    if table.pending():
-        needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
+    if not table.pending():
+        return
+    needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
+    with ray_session(config):
         check_resources(config, needed, f"actors.num_actors={actors.num_actors}")
-    run_chunks(table, stages, title, table.describe()["planned_rows"])
+        run_chunks(table, stages, title, table.describe()["planned_rows"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pipelines.recaption.config import RecaptionConfig
-from pipelines.runtime import ray_session
 from pipelines.selection import open_table, run_actors
 
 
@@ -19,14 +18,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     fingerprint = model_fingerprint(model, checkpoint, config.generate)
     table = open_table("caption", config.data, {"model": fingerprint})
     arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
-    with ray_session(config.ray):
-        run_actors(
-            table,
-            model.image_size,
-            CaptionImages,
-            arguments,
-            config.actors,
-            config.ray,
-            title="recaption",
-        )
+    run_actors(
+        table, model.image_size, CaptionImages, arguments, config.actors, config.ray, "recaption"
+    )
     return table.counts()

@@ -39,6 +39,14 @@ def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: Gen
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def open_captioner(
+    model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
+) -> VLVCaptioner:
+    """The trained captioner on `device`, in the arithmetic of the settings."""
+    dtype = torch.bfloat16 if generate.precision == "bfloat16" else torch.float32
+    return VLVCaptioner.from_pretrained(model, checkpoint).to(device, dtype)
+
+
 class CaptionImages:
     """Captions the squares of a chunk; the model is loaded once, when the actor starts."""
 
@@ -51,9 +59,7 @@ class CaptionImages:
         use_gpu: bool,
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        dtype = torch.bfloat16 if generate.precision == "bfloat16" else torch.float32
-        captioner = VLVCaptioner.from_pretrained(model, checkpoint)
-        self.captioner = captioner.to(self.device, dtype)
+        self.captioner = open_captioner(model, checkpoint, generate, self.device)
         self.image_size = model.image_size
         self.generate = generate
         self.fingerprint = fingerprint

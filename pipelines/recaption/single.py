@@ -21,8 +21,7 @@ def caption_file(config: CaptionConfig) -> str:
 
     from pipelines.ingest.decode import DecodeError, Opened
     from pipelines.ingest.encode import ImageConfig
-    from pipelines.recaption.predictor import model_fingerprint
-    from vlv_model.captioner import VLVCaptioner
+    from pipelines.recaption.predictor import model_fingerprint, open_captioner
     from vlv_model.preprocessing import square_image
 
     model, checkpoint = config.model.resolve()
@@ -39,8 +38,7 @@ def caption_file(config: CaptionConfig) -> str:
         raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
-    dtype = torch.bfloat16 if config.generate.precision == "bfloat16" else torch.float32
-    captioner = VLVCaptioner.from_pretrained(model, checkpoint).to(device, dtype)
+    captioner = open_captioner(model, checkpoint, config.generate, device)
     pixel_values = square[None].to(device)  # uint8 [1 3 s s]
     (caption,) = captioner.generate(
         pixel_values, config.generate.num_beams, config.generate.max_new_tokens

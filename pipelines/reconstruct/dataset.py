@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pipelines.reconstruct.config import ReconstructConfig
-from pipelines.runtime import ray_session
 from pipelines.selection import open_table, run_actors
 from vlv_model.errors import CheckpointError
 
@@ -32,14 +31,13 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     }
     table = open_table("reconstruction", config.data, identity)
     arguments = (model, checkpoint, config.diffusion, config.actors.use_gpu)
-    with ray_session(config.ray):
-        run_actors(
-            table,
-            model.image_size,
-            ReconstructImages,
-            arguments,
-            config.actors,
-            config.ray,
-            title="reconstruct",
-        )
+    run_actors(
+        table,
+        model.image_size,
+        ReconstructImages,
+        arguments,
+        config.actors,
+        config.ray,
+        "reconstruct",
+    )
     return table.counts()

@@ -60,13 +60,14 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights, whole and in float32, on every rank's CPU. Called by all together.
+def gathered_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The trainable weights, whole, on the CPU of the ranks that `keep` them; empty on others.
 
+    Called by all ranks together, since gathering needs all; kept where they are written, since
+    all ranks of a machine could not hold them.
     Under ZeRO-3 a parameter is spread over the workers, and under bfloat16 the weights that training
     goes on with are DeepSpeed's float32 masters: both are asked of DeepSpeed.
     """
-    import torch
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
@@ -75,8 +76,8 @@ def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
             # Without ZeRO and bfloat16 there is no master: the parameter is it.
             kept_by_deepspeed = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
             master = safe_get_full_fp32_param(parameter) if kept_by_deepspeed else None
-            whole = parameter if master is None else master
-            weights[name] = whole.detach().to("cpu", torch.float32).view(whole.shape).clone()
+            if keep:
+                weights[name] = (parameter if master is None else master).detach().cpu()
     return weights
 
 

@@ -28,8 +28,7 @@ from pipelines.training.data import Batch, GlobalOrder, StepReader, mix
 from pipelines.training.deepspeed_config import deepspeed_config
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
-from vlv_model.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
-from vlv_model.config import ModelConfig
+from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
 from vlv_model.errors import VLVError
 
 
@@ -57,7 +56,7 @@ class Trainer:
         self,
         stage: Stage,
         train: TrainConfig,
-        model_config: ModelConfig,
+        image_size: int,
         rows: RowIndex,
         holdout: RowIndex,
         worker: Worker,
@@ -67,7 +66,7 @@ class Trainer:
     ) -> None:
         self.stage = stage
         self.train_config = train
-        self.model_config = model_config
+        self.image_size = image_size
         self.holdout = RowReader(holdout, stage.columns)
         self.worker = worker
         self.emit = emit if worker.world_rank == 0 else lambda event: None
@@ -79,12 +78,12 @@ class Trainer:
         self.reader = StepReader(order, read, train, worker.world_rank)
 
     def start(self, checkpoint: Path | None) -> None:
-        """Put the model under DeepSpeed and, after an interruption, take up the last checkpoint."""
+        """Put the model under DeepSpeed and, after an interruption, take up its optimiser's state.
+
+        The model was opened from `checkpoint` already.
+        """
         import deepspeed
 
-        if checkpoint is not None:
-            load_checkpoint(checkpoint, self.stage.model, model=self.model_config)
-            self.step = step_of(checkpoint)
         self.stage.model.to(self.worker.device)
         train = self.train_config
         trainable = [p for p in self.stage.model.parameters() if p.requires_grad]
@@ -99,6 +98,7 @@ class Trainer:
             dist_init_required=False,
         )
         if checkpoint is not None:
+            self.step = step_of(checkpoint)
             load_optimizer(self.engine, checkpoint, self.worker.world_size)
         self.emit({"event": "start", "step": self.step})
 
@@ -187,8 +187,9 @@ class Trainer:
         """Report a checkpoint to Ray Train, which stores it in the run folder."""
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
             folder = Path(temporary) / checkpoint_name(self.step)
-            weights = gathered_weights(self.stage.model)
-            if self.worker.world_rank == 0:
+            writes = self.worker.world_rank == 0
+            weights = gathered_weights(self.stage.model, keep=writes)
+            if writes:
                 home = self.checkpoints / checkpoint_name(self.step)
                 save_checkpoint(folder, self.stage.model, self.metadata(self.step), home, weights)
             save_optimizer(self.engine, folder, self.worker.world_rank, self.worker.world_size)
@@ -200,7 +201,7 @@ class Trainer:
         self.emit({"event": "checkpoint", "step": self.step})
 
     def _read(self, reader: RowReader, rows: Sequence[tuple[int, int]]) -> Prepared:
-        return self.stage.prepare(Batch.read(reader, rows, self.model_config.image_size))
+        return self.stage.prepare(Batch.read(reader, rows, self.image_size))
 
     def _to_device(self, batch: Prepared) -> dict[str, torch.Tensor]:
         return {name: value.to(self.worker.device) for name, value in batch.inputs.items()}

@@ -165,14 +165,15 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
     model = ModelConfig(**loop["model"])
+    last = _resume_from(loop["checkpoint"])
     parent = Path(loop["parent"]) if loop["parent"] else None
     config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
         config = build(Stage1Config, loop["config"])
-        stage = stage1(config, model, parent)
+        stage = stage1(config, model, last or parent)
     else:
         config = build(Stage2Config, loop["config"])
-        stage = stage2(config, model, parent)
+        stage = stage2(config, model, last or parent)
     index = RowIndex.open([Path(file) for file in loop["files"]], stage.columns)
     rows, holdout = split(index, config.data.holdout)
 
@@ -189,7 +190,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     trainer = Trainer(
         stage,
         config.train,
-        model,
+        model.image_size,
         rows,
         holdout,
         worker,
@@ -197,7 +198,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         metadata=metadata,
         checkpoints=Path(config.run_dir) / checkpointing.FOLDER,
     )
-    trainer.start(_resume_from(loop["checkpoint"]))
+    trainer.start(last)
     trainer.run()
 
 
