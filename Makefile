@@ -8,8 +8,8 @@ TWO := -n 2 --dist loadfile
 
 .PHONY: demo test fast check format lint types gpu clean
 
-demo: $(INSTALLED)  ## the whole path on this machine; PHOTOS=FOLDER takes your photographs, ARGS='key=value …' settings
-	$(RUN) jobs/demo.py $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
+demo: $(INSTALLED)  ## the whole path on this machine; FULL=1 trains all of it, PHOTOS=FOLDER takes your photographs
+	$(RUN) jobs/demo.py $(if $(FULL),full=true) $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
 
 test: $(INSTALLED)  ## all tests but the GPU's: the fast ones first, then whole jobs and clusters
 	$(RUN) -m pytest $(TWO) -m "not gpu and not end_to_end"

@@ -9,7 +9,8 @@ was killed.
 import sys
 from pathlib import Path
 
-from pipelines.demo import DemoConfig, run_demo
+from pipelines.demo.config import DemoConfig
+from pipelines.demo.run import run_demo
 from pipelines.entry import main
 
 

@@ -135,6 +135,7 @@ class RowReader:
     def __init__(self, index: RowIndex, columns: Sequence[str] = ()) -> None:
         self.index = index
         self.columns = list(columns)
+        self.columns_read = ["key", "image", *columns]  # and nothing else of the table
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached = 0
 
@@ -176,7 +177,7 @@ class RowReader:
             return self._groups[where]
         path = self.index.files[file]
         with readable(path), pq.ParquetFile(path) as parquet:
-            table = parquet.read_row_group(group, columns=["key", "image", *self.columns])
+            table = parquet.read_row_group(group, columns=self.columns_read)
         self._groups[where] = table
         self._cached += table.nbytes
         while self._cached > CACHE_BYTES and len(self._groups) > 1:

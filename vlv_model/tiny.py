@@ -38,20 +38,28 @@ from vlv_model.loading import without_bars
 
 # All sizes of the tiny world are here.
 NUM_QUERIES = 16
+TEXT_POSITIONS = 20  # a scene's caption has 13 or 14 words, two special tokens, and some padding
 IMAGE_SIZE = 64  # VAE f=8: latents [4 8 8]
-ENCODER_IMAGE_SIZE = 128  # vision strides 4 * 2 * 2: a grid of 8 x 8 image features
+ENCODER_IMAGE_SIZE = 128  # vision strides 8 * 2 * 1: a grid of 8 x 8 image features
+
+NUM_LOCATIONS = 16  # Florence-2's words for places, 1000 in the original
+
+# Of transformers that are 32 to 128 wide. The published models' 0.02 suits widths of 1,000: here it
+# leaves attention flat for a thousand steps.
+INIT_STD = 0.1
 
 VISION: dict[str, Any] = {
     "depths": [1, 1, 1],
-    "patch_size": [7, 3, 3],
-    "patch_stride": [4, 2, 2],
-    "patch_padding": [3, 1, 1],
+    "patch_size": [9, 3, 3],
+    "patch_stride": [8, 2, 1],
+    "patch_padding": [4, 1, 1],
     "patch_prenorm": [False, True, True],
     "embed_dim": [32, 64, 128],
     "num_heads": [1, 2, 4],
     "num_groups": [1, 2, 4],
     "window_size": 4,
     "projection_dim": 64,
+    "initializer_range": INIT_STD,
     "max_position_embeddings": 16,
 }
 BART: dict[str, Any] = {
@@ -65,31 +73,28 @@ BART: dict[str, Any] = {
     "max_position_embeddings": 160,  # 65 image features + the prompt, at most a token per byte
     "attention_dropout": 0.1,
     "activation_dropout": 0.1,
+    "init_std": INIT_STD,
 }
 VAE: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 64],
+    "block_out_channels": [8, 16, 32, 64],
     "layers_per_block": 1,
     "latent_channels": 4,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,  # a group to a channel would forget the colours
     "sample_size": IMAGE_SIZE,
 }
 UNET: dict[str, Any] = {
     "sample_size": 8,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [48, 96],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [64, 96],
     "layers_per_block": 1,
-    "attention_head_dim": [
-        2,
-        4,
-    ],  # diffusers' name for the number of heads, as in SD 2.1
+    "attention_head_dim": [2, 4],  # diffusers' name for the number of heads, as in SD 2.1
     "cross_attention_dim": 64,
     "use_linear_projection": True,
     "norm_num_groups": 16,
 }
-CONDITIONING_GAIN = 6.0  # see _listening_unet; 12 was no better
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -97,16 +102,19 @@ SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
 }
 CLIP_TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "max_position_embeddings": 77,
+    "max_position_embeddings": TEXT_POSITIONS,
     "hidden_act": "gelu",
 }
+# About what a caption projector of this width gives before any training: stage 1 then starts where
+# the text encoder was trained. (By default they are 0.02, and it starts far outside.)
+TOKEN_EMBEDDING_STD = 0.3
 QWEN: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -114,6 +122,7 @@ QWEN: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
+    "initializer_range": INIT_STD,
     "tie_word_embeddings": True,
 }
 
@@ -126,7 +135,7 @@ tiny small medium large big huge thin thick one two three four five
 red green blue yellow orange purple pink brown black white gray cyan magenta teal navy
 circle square triangle rectangle star diamond cross ring heart hexagon pentagon ellipse oval line
 circles squares triangles rectangles stars diamonds crosses rings hearts hexagons lines
-Describe paragraph what shown
+object objects Describe Locate paragraph category name with their descriptions what shown
 """
 SCENE_WORDS = SCENE_TEXT.split()
 
@@ -164,9 +173,10 @@ def _write_florence(folder: Path) -> None:
     ]  # BART's order: its config counts on ids 0, 1, 2
     merges = _merges(_spaced_words())
     vocab = _vocab(special + sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
-    vocab |= {"<mask>": len(vocab), "<image>": len(vocab) + 1}
+    added = ["<mask>", "<image>", *(f"<loc_{i}>" for i in range(NUM_LOCATIONS))]
+    vocab |= {token: len(vocab) + i for i, token in enumerate(added)}
     tokenizer = RobertaTokenizer(vocab=vocab, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": added[1:]})
     config = Florence2Config(
         vision_config=VISION,
         text_config={"model_type": "bart", "vocab_size": len(vocab), **BART},
@@ -181,7 +191,7 @@ def _write_diffusion(folder: Path) -> None:
     merges = _merges([word.lower() for word in SCENE_WORDS], end_of_word="</w>")
     vocab = _vocab(alphabet + [f"{byte}</w>" for byte in alphabet], merges)
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_POSITIONS)
     text_config = CLIPTextConfig(
         vocab_size=len(vocab),
         bos_token_id=tokenizer.bos_token_id,
@@ -191,11 +201,15 @@ def _write_diffusion(folder: Path) -> None:
     )
     vae = AutoencoderKL(**VAE)
     with torch.no_grad():  # a narrow posterior, as trained VAEs have: a sample is nearly its mean
-        vae.quant_conv.bias[VAE["latent_channels"] :] = -10.0  # of the log-variance
+        vae.quant_conv.bias[VAE["latent_channels"] :] = -8.0  # of the log-variance
     vae.register_to_config(scaling_factor=_scaling_factor(vae))
-    CLIPTextModel(text_config).save_pretrained(folder / "text_encoder")
+    text_encoder = CLIPTextModel(text_config)
+    with torch.no_grad():
+        text_encoder.embeddings.token_embedding.weight.normal_(std=TOKEN_EMBEDDING_STD)
+        text_encoder.embeddings.position_embedding.weight.normal_(std=TOKEN_EMBEDDING_STD / 2)
+    text_encoder.save_pretrained(folder / "text_encoder")
     vae.save_pretrained(folder / "vae")
-    _listening_unet().save_pretrained(folder / "unet")
+    UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
     DDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     tokenizer.save_pretrained(folder / "tokenizer")
     index = {
@@ -229,20 +243,6 @@ def _write_language_model(folder: Path) -> None:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _listening_unet() -> UNet2DConditionModel:
-    """A random UNet whose output depends on its conditioning.
-
-    As diffusers initialises it, cross-attention adds so little to the residual stream that 150
-    steps of stage 1 lower the loss by 0.05 only; with its values and outputs enlarged, by 0.13.
-    """
-    unet = UNet2DConditionModel(**UNET)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
-                parameter.mul_(CONDITIONING_GAIN)
-    return unet
 
 
 def _scaling_factor(vae: AutoencoderKL) -> float:

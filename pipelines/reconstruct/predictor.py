@@ -47,8 +47,7 @@ class ReconstructImages:
         size, pictures = self.diffusion.batch_size, []
         for start in range(0, len(keys), size):
             generators = [
-                torch.Generator().manual_seed((self.diffusion.seed ^ key) & (2**63 - 1))
-                for key in keys[start : start + size]
+                row_generator(self.diffusion.seed, key) for key in keys[start : start + size]
             ]
             batch = self.autoencoder.reconstruct(
                 images[start : start + size].to(self.device),
@@ -57,11 +56,17 @@ class ReconstructImages:
                 num_steps=self.diffusion.num_steps,
                 scheduler=self.diffusion.sampler,
             )
-            pictures += [_png(picture) for picture in batch.cpu()]
+            pictures += [png(picture) for picture in batch.cpu()]
         return pictures
 
 
-def _png(picture: torch.Tensor) -> bytes:
+def row_generator(seed: int, key: int) -> torch.Generator:
+    """Where the noise of one row's picture comes from."""
+    return torch.Generator().manual_seed((seed ^ key) & (2**63 - 1))
+
+
+def png(picture: torch.Tensor) -> bytes:
+    """A picture uint8 `[3 h w]` as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -25,6 +25,7 @@ from pipelines.report.html import (
     tag,
     time_table,
 )
+from pipelines.report.proof import Proof, proof_cards, proof_section
 from pipelines.schemas import OK
 from pipelines.storage import write_atomically
 
@@ -61,6 +62,7 @@ class DemoReport:
     gallery: list[GalleryItem] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, in their order
     versions: dict[str, str] = field(default_factory=dict)
+    proof: Proof | None = None  # figures on held-out test scenes; photographs have none
 
 
 def write_report(file: Path, report: DemoReport) -> None:
@@ -72,7 +74,9 @@ def render(report: DemoReport) -> str:
     """The page as text."""
     content = [
         notes(report.notes),
+        cards(proof_cards(report.proof), "Does it work?") if report.proof else Html(),
         cards(_cards(report)),
+        proof_section(report.proof) if report.proof else Html(),
         _ingest(report),
         _training(report),
         _gallery(report),
@@ -136,10 +140,10 @@ def _training(report: DemoReport) -> Html:
 
 
 def _gallery(report: DemoReport) -> Html:
-    lead = (
-        "Held-out images. The reconstruction is drawn from the caption embeddings alone. "
-        "Marked words differ from the teacher’s caption."
-    )
+    lead = "Held-out images. The reconstruction is drawn from the caption embeddings alone"
+    if any(item.from_caption for item in report.gallery):
+        lead += ", and beside it, as the ceiling, what the same decoder draws from the true caption"
+    lead += ". Marked words differ from the teacher’s caption."
     return section("gallery", "What the model sees", lead, gallery(report.gallery))
 
 

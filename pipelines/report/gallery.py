@@ -1,4 +1,7 @@
-"""Gallery: original, reconstruction, generated caption and the teacher's, side by side."""
+"""Gallery: original, reconstruction, generated caption and the teacher's, side by side.
+
+Where there is a picture drawn from the true caption, it stands beside them as the ceiling.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ class GalleryItem:
     caption: str | None  # generated
     target: str | None  # the teacher's
     status: str
+    from_caption: bytes | None = None  # drawn from the true caption: the ceiling
+    held_out: bool = False  # shows a combination of colour and shape that training never did
 
 
 def gallery(items: Sequence[GalleryItem], limit: int = 12) -> Html:
@@ -41,12 +46,13 @@ def gallery(items: Sequence[GalleryItem], limit: int = 12) -> Html:
 
 def _item(item: GalleryItem) -> Html:
     scene = item.target or f"key {item.key}"
-    pictures = tag(
-        "div",
+    pictures = [
         _picture(item.original, "original", f"Original: {scene}"),
         _picture(item.reconstruction, "reconstruction", f"Reconstruction of: {scene}"),
-        class_="pictures",
-    )
+    ]
+    if item.from_caption is not None:
+        ceiling = _picture(item.from_caption, "from true caption", f"Drawn from the words: {scene}")
+        pictures.append(ceiling)
     same = item.caption is not None and item.caption == item.target
     words = tag(
         "dl",
@@ -60,9 +66,12 @@ def _item(item: GalleryItem) -> Html:
         _caption(item.target, Html()),
     )
     foot = [tag("span", f"key {item.key}")]
+    if item.held_out:
+        foot.append(tag("span", "held-out combination", class_="tag"))
     if item.status != OK:
         foot.append(tag("span", item.status, class_="badge"))
-    return tag("li", pictures, words, tag("p", *foot, class_="key"))
+    shown = tag("div", *pictures, class_="pictures")
+    return tag("li", shown, words, tag("p", *foot, class_="key"))
 
 
 def _caption(caption: str | None, marked: Html) -> Html:

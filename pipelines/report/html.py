@@ -192,14 +192,14 @@ class Card:
     target: str | None = None  # id of the section that tells more
 
 
-def cards(figures: Iterable[Card]) -> Html:
-    """Key figures in the order of the path that a row takes."""
+def cards(figures: Iterable[Card], label: str = "Key figures") -> Html:
+    """Key figures in the order given; `label` tells a screen reader what they are about."""
     items = []
     for card in figures:
         label = tag("a", card.label, href=f"#{card.target}") if card.target else card.label
         parts = (("label", label), ("value", card.value), ("note", card.note))
         items.append(tag("li", *(tag("span", part, class_=name) for name, part in parts)))
-    return tag("ol", *items, class_="cards", aria_label="Key figures")
+    return tag("ol", *items, class_="cards", aria_label=label)
 
 
 def notes(lines: Sequence[str]) -> Html:

@@ -6,9 +6,10 @@ A scene is its attributes alone, so it has one caption, and the caption one scen
 objects stand and how large they are to the pixel is drawn from a seed, within bounds that leave
 size and relation beyond doubt:
 
-- every shape fits the square of half side r; large r is 11.5 to 12.5 px, small r 6 to 7 px;
-- along the axis of the relation the objects are at least 2 px apart;
-- across it their centres differ by at most half of their distance along it.
+- every shape fits the square of half side r; large r is 13 to 14 px, small r 8.5 to 9.5 px;
+- along the axis of the relation the objects stand near a quarter and three quarters of the
+  picture, at least 1 px apart; across it near its middle; each is moved by up to 3 px both ways;
+- so their centres differ across it by less than half of their distance along it.
 
 Splits: a scene belongs to one split for ever, by a hash of its caption, whatever the seed. Four
 of the 24 colour-shape pairs are never drawn for training or validation; every scene with one of
@@ -47,9 +48,11 @@ HELD_OUT = frozenset(
 """Colour-shape pairs that only the test split has; each colour and shape is seen in others."""
 
 SIDE = 64  # of the picture, in pixels
-RADIUS = {"large": (11.5, 12.5), "small": (6.0, 7.0)}
+RADIUS = {"large": (13.0, 14.0), "small": (8.5, 9.5)}
 MARGIN = 1.0  # between an object and the edge
-GAP = 2.0  # least distance of the objects along the relation's axis
+GAP = 1.0  # least distance of the objects along the relation's axis
+APART = 31.0  # distance of the places that the objects' centres are near to
+JITTER = 3.0  # at most, of a centre, both ways
 SUPERSAMPLING = 4  # the picture is drawn this much larger, then averaged: smooth edges
 
 Split = Literal["train", "validation", "test"]
@@ -165,29 +168,26 @@ def _shuffled(seed: int, split: Split, held_out: bool) -> Iterator[Scene]:
 
 def draw(scene: Scene, seed: int) -> Image.Image:
     """The scene as an RGB picture of 64x64, antialiased; `seed` places its objects."""
-    rng = np.random.default_rng(seed)
     scale = SUPERSAMPLING
     picture = Image.new("RGB", (SIDE * scale, SIDE * scale), BACKGROUNDS[scene.background])
     pencil = ImageDraw.Draw(picture)
-    for thing, (x, y, r) in zip((scene.first, scene.second), _place(scene, rng), strict=True):
+    for thing, (x, y, r) in zip((scene.first, scene.second), places(scene, seed), strict=True):
         outline = [(scale * (x + r * u), scale * (y + r * v)) for u, v in _outline(thing.shape)]
         pencil.polygon(outline, fill=COLOURS[thing.colour])
     return picture.reduce(scale)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centre and half side (x, y, r) of both objects, in pixels."""
-    r1, r2 = (rng.uniform(*RADIUS[thing.size]) for thing in (scene.first, scene.second))
-    slack = SIDE - 2 * MARGIN - 2 * r1 - 2 * r2 - GAP
-    before, until_second = np.sort(rng.uniform(0, slack, size=2))  # the rest is after both
-    along1 = MARGIN + before + r1
-    along2 = MARGIN + until_second + 2 * r1 + GAP + r2
-    across1 = rng.uniform(MARGIN + r1, SIDE - MARGIN - r1)
-    apart = rng.uniform(-0.5, 0.5) * (along2 - along1)
-    across2 = float(np.clip(across1 + apart, MARGIN + r2, SIDE - MARGIN - r2))
-    if scene.relation == "left of":
-        return [(along1, across1, r1), (along2, across2, r2)]
-    return [(across1, along1, r1), (across2, along2, r2)]
+def places(scene: Scene, seed: int) -> list[tuple[float, float, float]]:
+    """Centre and half side (x, y, r) of both objects as `draw` places them, in pixels."""
+    rng = np.random.default_rng(seed)
+    found = []
+    radii = [rng.uniform(*RADIUS[thing.size]) for thing in (scene.first, scene.second)]
+    for anchor, r in zip((SIDE / 2 - APART / 2, SIDE / 2 + APART / 2), radii, strict=True):
+        room = min(JITTER, SIDE / 2 - APART / 2 - MARGIN - r, (APART - GAP - sum(radii)) / 2)
+        along = anchor + rng.uniform(-room, room)
+        across = SIDE / 2 + rng.uniform(-JITTER, JITTER)
+        found.append((along, across, r) if scene.relation == "left of" else (across, along, r))
+    return found
 
 
 @cache
@@ -197,7 +197,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         return tuple(zip(np.cos(angles).tolist(), np.sin(angles).tolist(), strict=True))
     if shape == "square":
-        return ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
+        return ((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8))
     if shape == "triangle":
         return ((0.0, -1.0), (1.0, 0.9), (-1.0, 0.9))
     a = 0.34  # half the width of the cross's arms

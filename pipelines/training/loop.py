@@ -74,7 +74,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.step = 0
         order = GlobalOrder(len(rows), train.seed)
-        read = partial(self._read, RowReader(rows, stage.columns))
+        self.rows = RowReader(rows, stage.columns)
+        read = partial(self._read, self.rows)
         self.reader = StepReader(order, read, train, worker.world_rank)
 
     def start(self, checkpoint: Path | None) -> None:
@@ -181,7 +182,8 @@ class Trainer:
                 total += loss * batch.weight
                 weight += batch.weight
         loss = self._sum_over_workers(total) / self._sum_over_workers(weight)
-        self.emit({"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count})
+        event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
+        self.emit({**event, "columns_read": self.rows.columns_read})
 
     def save(self) -> None:
         """Report a checkpoint to Ray Train, which stores it in the run folder."""

@@ -41,6 +41,11 @@ def heldout_losses(run_dir: Path) -> dict[int, float]:
     return {e["step"]: e["heldout_loss"] for e in events if e["event"] == "eval"}
 
 
+def columns_read(run_dir: Path) -> list[str]:
+    """Columns of the input table that the training read, as its workers say."""
+    return next(e["columns_read"] for e in read_metrics(run_dir) if e["event"] == "eval")
+
+
 class MetricsSink:
     """The driver's end of the queue; use as a context manager around the training."""
 
@@ -95,7 +100,7 @@ class MetricsSink:
         elif event["event"] == "eval":
             self._heldout = f", held-out {event['heldout_loss']:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):
-            values = {k: v for k, v in event.items() if k not in ("event", "step")}
+            values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self.run.log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
 
     def _forget_after(self, step: int) -> None:

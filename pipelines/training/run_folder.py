@@ -27,7 +27,7 @@ from pipelines.storage import (
 )
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.metrics import heldout_losses
+from pipelines.training.metrics import columns_read, heldout_losses
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
 
@@ -138,6 +138,7 @@ def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str
         "steps": config.train.steps,
         "rows_seen": config.train.steps * config.train.global_batch_size,
         "checkpoint": str(last.relative_to(run_dir)),
+        "columns_read": columns_read(run_dir),
     }
     write_atomically(run_dir / RESULT, json.dumps(result, indent=2))
     return result

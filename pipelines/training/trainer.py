@@ -26,7 +26,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     """Run a stage to its end, or continue it where it was killed; returns its result.
 
     The result holds `loss_before` and `loss_after` (held-out), `steps`, `rows_seen`,
-    `checkpoint`. Raises DataError, CheckpointError, RunError for what the user has to mend.
+    `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
     """
     run_dir = Path(config.run_dir)
     model, checkpoint = config.model.resolve()

@@ -12,7 +12,16 @@ import pytest
 from pipelines.schemas import IMAGE_ROW
 from tests.jobs.conftest import ROOT, Ended, Job
 
-JOBS = ["ingest", "stage1", "stage2", "recaption", "reconstruct", "caption", "demo", "tiny_models"]
+JOBS = [
+    "ingest",
+    "stage1",
+    "stage2",
+    "recaption",
+    "reconstruct",
+    "caption",
+    "demo",
+    "pretrain_tiny",
+]
 OUTPUT = {"stage1": "run_dir", "stage2": "run_dir"}  # the others: data.output
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.demo.config import DemoConfig
+from pipelines.demo.run import Demo
 from pipelines.storage import Table, parquet_files, read_rows
 from pipelines.training.metrics import read_metrics
 from tests.jobs.conftest import ROOT
 
 pytestmark = pytest.mark.end_to_end
 
-SCENES, BROKEN = 60, 8
+SCENES, BROKEN, TEST_SCENES = 60, 8, 12
 
 
 def command(run_dir: Path) -> list[str]:
-    settings = [f"run_dir={run_dir}", f"scenes={SCENES}", f"broken_urls={BROKEN}"]
-    return [sys.executable, "jobs/demo.py", *settings, "stage1_steps=6", "stage2_steps=6"]
+    scenes = [f"scenes={SCENES}", f"test_scenes={TEST_SCENES}", f"broken_urls={BROKEN}"]
+    steps = ["stage1_steps=4", "stage2_steps=6"]
+    return [sys.executable, "jobs/demo.py", f"run_dir={run_dir}", *scenes, *steps]
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +51,43 @@ def test_summary_holds_the_figures(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["ingest"]["ok"] == SCENES
     assert sum(summary["ingest"].values()) == SCENES + BROKEN
-    for stage in ("stage1", "stage2"):
-        assert summary[stage]["loss_after"] < summary[stage]["loss_before"]
-    assert set(summary["seconds"]) == {"ingest", "stage1", "stage2", "recaption", "reconstruct"}
+    assert summary["stage2"]["loss_after"] < summary["stage2"]["loss_before"]
+    phases = {"ingest", "stage1", "stage2", "control/stage2", "recaption", "reconstruct", "proof"}
+    assert set(summary["seconds"]) == phases
     assert summary["versions"]["torch"].startswith("2.13")
 
 
-def test_every_held_out_image_has_one_caption(demo: Path) -> None:
+def test_stage1_reads_no_caption(demo: Path) -> None:
+    stage1 = json.loads((demo / "summary.json").read_text())["stage1"]
+    assert stage1["columns_read"] == ["key", "image"]
+    assert stage1["warm_start"] is True
+
+
+def test_every_test_scene_is_judged(demo: Path) -> None:
     captions = [row["key"] for row in read_rows(parquet_files(str(demo / "captions")), ["key"])]
-    assert len(captions) == len(set(captions)) > 0
-    images = {
-        row["key"]
-        for row in read_rows(parquet_files(str(demo / "images")), ["key", "status"])
-        if row["status"] == "ok"
-    }
-    assert set(captions) < images
+    assert len(captions) == len(set(captions)) == TEST_SCENES
+    tables = ("images", "test_images")
+    trained, judged = (
+        {row["key"] for row in read_rows(parquet_files(str(demo / table)), ["key"])}
+        for table in tables
+    )
+    assert set(captions) == judged
+    assert not trained & judged
     assert Table(demo / "pairs").counts() == {"ok": SCENES}
+
+    summary = json.loads((demo / "summary.json").read_text())
+    for scores in (summary["captions"], summary["control"]):
+        assert scores["scenes"] == scores["scenes_held_out_combinations"] == TEST_SCENES / 2
+        for name in ("attributes", "attributes_held_out_combinations"):
+            assert set(scores[name]) == {"size", "colour", "shape", "relation", "background"}
+            assert all(0 <= share <= 1 for share in scores[name].values())
+    pictures = summary["reconstruction"]
+    assert pictures["floor"] < pictures["ceiling"] <= 1
+    assert pictures["pictures"] == TEST_SCENES
+    losses = summary["denoising"]
+    assert losses["true_caption"] < losses["encoder"] < losses["no_caption"]
+    gap = losses["no_caption"] - losses["true_caption"]
+    assert losses["gap_closed"] == pytest.approx((losses["no_caption"] - losses["encoder"]) / gap)
 
 
 def test_report_stands_alone(demo: Path) -> None:
@@ -78,7 +102,7 @@ def test_report_stands_alone(demo: Path) -> None:
     text = (demo / "report.html").read_text()
     Links().feed(text)
     assert not outside
-    assert "random weights" in text
+    assert "held-out combination" in text
 
 
 def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
@@ -89,9 +113,7 @@ def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
 
 
 def test_other_settings_move_it_aside(demo: Path) -> None:
-    import pipelines.demo as module
-
-    config = module.DemoConfig(run_dir=str(demo), scenes=SCENES + 1)
-    module._Demo(config, ROOT / "jobs/configs/tiny").claim()
+    config = DemoConfig(run_dir=str(demo), scenes=SCENES + 1)
+    Demo(config, ROOT / "jobs/configs/tiny").claim()
     assert (demo.with_name("demo-1") / "report.html").is_file()
     assert [p.name for p in demo.iterdir()] == ["demo.json"]

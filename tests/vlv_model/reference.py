@@ -109,8 +109,9 @@ def stage1_loss(vae, unet, vae_pixels, noise, timesteps, posterior_noise, clip_e
     latents = (mean + deviation * posterior_noise) * vae.config.scaling_factor
     alpha = alphas_cumprod()[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    noise_pred = unet(noisy, timesteps, clip_embeddings, return_dict=False)[0]
-    return ((noise_pred - noise) ** 2).mean()
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    predicted = unet(noisy, timesteps, clip_embeddings, return_dict=False)[0]
+    return ((predicted - velocity) ** 2).mean()
 
 
 def qwen(model, x):

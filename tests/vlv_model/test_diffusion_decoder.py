@@ -44,17 +44,19 @@ def test_latents_are_scaled_samples(decoder, squares):
     assert torch.allclose(sampled, decoder.encode(pixels, torch.randn(4, 4, 8, 8)), atol=1e-5)
 
 
-def test_v_prediction_trains_towards_the_velocity(decoder):
-    decoder = with_schedule(decoder, prediction_type="v_prediction")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_is_what_the_schedule_says(decoder, prediction_type):
+    decoder = with_schedule(decoder, prediction_type=prediction_type)
     latents, noise, condition = (torch.randn(2, *s) for s in ((4, 8, 8), (4, 8, 8), (16, 64)))
     timesteps = torch.tensor([10, 900])
     alpha = reference.alphas_cumprod()[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    target = {"epsilon": noise, "v_prediction": velocity}[prediction_type]
     with torch.no_grad():
         output = decoder.unet(noisy, timesteps, condition).sample
         loss = decoder.loss(latents, noise, timesteps, condition)
-    assert torch.allclose(loss, (output - velocity).square().mean(), atol=1e-6)
+    assert torch.allclose(loss, (output - target).square().mean(), atol=1e-6)
 
 
 def test_one_condition_serves_all_rows(decoder, empty):
@@ -100,6 +102,7 @@ def test_a_rows_picture_does_not_depend_on_its_batch(decoder, empty, scheduler):
 
 def test_ddpm_sampling_equals_the_written_out_formula(decoder, empty):
     """Ho et al. 2020, equation 11 with the fixed small variance, on every 100th timestep."""
+    decoder = with_schedule(decoder, prediction_type="epsilon")
     condition, scale = torch.randn(1, 16, 64), 2.0
     ours = decoder.generate(condition, empty, generators(1), scale, num_steps=10)
 

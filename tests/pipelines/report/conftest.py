@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,52 @@ def picture(scene: scenes.Scene, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     scenes.draw(scene, seed=1).save(buffer, kind)
     return buffer.getvalue()
+
+
+def attributes(*shares: float) -> dict[str, float]:
+    return dict(zip(("size", "colour", "shape", "relation", "background"), shares, strict=True))
+
+
+@pytest.fixture(scope="session")
+def proof() -> dict[str, Any]:
+    """Figures as the demo puts them into summary.json, each of them another."""
+    return {
+        "captions": {
+            "exact_match": 0.97,
+            "exact_match_held_out_combinations": 0.88,
+            "attributes": attributes(0.995, 0.99, 0.985, 1.0, 0.994),
+            "attributes_held_out_combinations": attributes(0.981, 0.96, 0.931, 0.998, 0.993),
+            "scenes": 201,
+            "scenes_held_out_combinations": 199,
+        },
+        "control": {
+            "exact_match": 0.02,
+            "exact_match_held_out_combinations": 0.0,
+            "attributes": attributes(0.61, 0.42, 0.38, 0.72, 0.883),
+            "attributes_held_out_combinations": attributes(0.6, 0.31, 0.27, 0.7, 0.87),
+            "scenes": 201,
+            "scenes_held_out_combinations": 199,
+        },
+        "reconstruction": {
+            "attributes": 0.93,
+            "ceiling": 0.95,
+            "floor": 0.35,
+            "pictures": 128,
+            "by_attribute": {
+                "reconstruction": attributes(0.956, 0.94, 0.884, 0.97, 0.91),
+                "ceiling": attributes(0.973, 0.951, 0.9, 0.992, 0.946),
+                "floor": attributes(0.5, 0.17, 0.25, 0.51, 0.33),
+            },
+        },
+        "denoising": {
+            "true_caption": 0.11,
+            "encoder": 0.14,
+            "no_caption": 0.31,
+            "wrong_caption": 0.6,
+            "gap_closed": 0.85,
+        },
+        "stage1": {"warm_start": True, "steps": 1060, "columns_read": ["key", "image"]},
+    }
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,26 @@ def test_marked_words(parse, caption, target, marked):
         assert parse(answer).text == caption
 
 
+def test_gallery_shows_the_picture_of_the_true_caption_beside_the_others(report, parse):
+    item = report.gallery[0]
+    with_ceiling = replace(item, from_caption=report.gallery[1].original)
+    first, second = parse(gallery([with_ceiling, item])).all("li")
+    names = [caption.text for caption in first.all("figcaption")]
+    assert names == ["original", "reconstruction", "from true caption"]
+    _, _, data = first.all("img")[2].attributes["src"].partition(",")
+    assert base64.b64decode(data) == report.gallery[1].original
+    assert len(second.all("figure")) == 2  # what is not there leaves no gap
+    assert "ceiling" not in parse(render(report)).text
+    assert "as the ceiling" in parse(render(replace(report, gallery=[with_ceiling]))).text
+
+
+def test_gallery_tags_held_out_combinations(report, parse):
+    items = [replace(report.gallery[0], held_out=held_out) for held_out in (True, False)]
+    first, second = parse(gallery(items)).all("li")
+    assert [tag.text for tag in first.all("span", of_class="tag")] == ["held-out combination"]
+    assert not second.all("span", of_class="tag")
+
+
 def test_gallery_shows_at_most_the_limit(report, parse):
     document = parse(gallery(report.gallery, limit=2))
     assert len(document.all("li")) == 2

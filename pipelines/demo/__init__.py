@@ -1,0 +1,1 @@
+"""The whole path on one machine: the jobs one after the other, judged on scenes never seen."""

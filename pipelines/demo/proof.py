@@ -1,0 +1,187 @@
+"""The proof on the tiny world's test scenes: what is said and drawn of them, against the truth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.reconstruct.config import DiffusionConfig
+from pipelines.reconstruct.predictor import png, row_generator
+from pipelines.storage import parquet_files, read_rows, write_parquet
+from pipelines.tiny_world import scenes
+from pipelines.tiny_world.denoising import denoising_losses, gap_closed
+from pipelines.tiny_world.scoring import score_captions, score_pictures
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
+from vlv_model.freezing import evaluating
+from vlv_model.sources import resolve_model
+
+FROM_CAPTION = "from_caption.parquet"
+DENOISED = 256  # test scenes whose denoising loss is taken, each at eight timesteps
+
+
+@dataclass(frozen=True)
+class TestScenes:
+    """The images that ingest made of the test split, in the order of their keys."""
+
+    __test__ = False  # no class of tests
+
+    keys: list[int]
+    truths: list[scenes.Scene]
+    squares: Tensor  # uint8 [n 3 64 64]
+
+    @classmethod
+    def read(cls, folder: Path) -> TestScenes:
+        """Those of a demo's folder."""
+        teacher = parquet_files(str(folder / "world" / "test" / "teacher.parquet"))
+        captions = {row["url"]: row["caption"] for row in read_rows(teacher, ["url", "caption"])}
+        rows = read_rows(
+            parquet_files(str(folder / "test_images")), ["key", "url", "status", "image"]
+        )
+        found = sorted(
+            (row for row in rows if row["status"] == "ok"), key=lambda row: int(row["key"])
+        )
+        truths = [scenes.parse(captions[row["url"]]) for row in found]
+        pictures = np.stack([_pixels(row["image"]["bytes"]) for row in found])
+        return cls(
+            keys=[int(row["key"]) for row in found],
+            truths=[truth for truth in truths if truth is not None],
+            squares=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+        )
+
+
+def write_untrained(folder: Path, models: Path) -> Path:
+    """A stage-1 checkpoint of no steps: the queries and the projector as they were drawn.
+
+    It is what stage 2 of the control starts from: all that it knows of a picture is what the
+    pretrained Florence-2 does. Returns the folder.
+    """
+    if not folder.is_dir():
+        model, _ = resolve_model(models)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        metadata = CheckpointMetadata(stage="stage1", step=0, rows_seen=0, config={}, model=model)
+        save_checkpoint(folder, VLVAutoEncoder.from_pretrained(model), metadata)
+    return folder
+
+
+def prove(folder: Path, test: TestScenes, diffusion: DiffusionConfig) -> dict[str, Any]:
+    """All figures, from the demo's tables and its stage-1 encoder; see `docs/method.md`.
+
+    Writes the pictures drawn from true captions beside the tables, for the report.
+    """
+    from pipelines.training.model import ModelSettings
+
+    autoencoder = VLVAutoEncoder.from_pretrained(
+        *ModelSettings(path=str(folder / "stage1")).resolve()
+    )
+    return {
+        "captions": _captions(test, folder / "captions"),
+        "control": _captions(test, folder / "control" / "captions"),
+        "reconstruction": _reconstruction(autoencoder, test, folder, diffusion),
+        "denoising": denoising(autoencoder, test.squares[:DENOISED], test.truths[:DENOISED]),
+    }
+
+
+def denoising(
+    autoencoder: VLVAutoEncoder, squares: Tensor, truths: Sequence[scenes.Scene]
+) -> dict[str, float]:
+    """Denoising loss by condition on fixed noise, and the share of the gap that is closed."""
+    with evaluating(autoencoder):
+        text = autoencoder.text_encoder.encode_prompts([scenes.caption(scene) for scene in truths])
+        conditions = {
+            "true_caption": text,
+            "encoder": torch.cat([autoencoder.clip_embeddings(part) for part in squares.split(64)]),
+            "no_caption": autoencoder.text_encoder.encode_prompts([""]),
+            "wrong_caption": text.roll(1, dims=0),
+        }
+        mean = torch.zeros(len(squares), *autoencoder.latent_shape)
+        latents = autoencoder.latents(squares, posterior_noise=mean)
+        losses = denoising_losses(autoencoder.diffusion_decoder, latents, conditions, seed=0)
+    return {**losses, "gap_closed": gap_closed(losses)}
+
+
+def _captions(test: TestScenes, table: Path) -> dict[str, Any]:
+    """Scores of a caption table, of scenes with and without a held-out combination."""
+    rows = read_rows(parquet_files(str(table)), ["key", "caption"])
+    said: Mapping[int, str | None] = {int(row["key"]): row["caption"] for row in rows}
+    scored = {}
+    for held_out in (False, True):
+        chosen = [
+            (truth, said.get(key))
+            for key, truth in zip(test.keys, test.truths, strict=True)
+            if scenes.is_held_out(truth) == held_out
+        ]
+        truths, captions = zip(*chosen, strict=True)
+        scored[held_out] = score_captions(truths, captions), len(chosen)
+    (seen, count), (unseen, count_unseen) = scored[False], scored[True]
+    return {
+        "exact_match": seen["exact_match"],
+        "exact_match_held_out_combinations": unseen["exact_match"],
+        "attributes": seen["attributes"],
+        "attributes_held_out_combinations": unseen["attributes"],
+        "scenes": count,
+        "scenes_held_out_combinations": count_unseen,
+    }
+
+
+def _reconstruction(
+    autoencoder: VLVAutoEncoder, test: TestScenes, folder: Path, diffusion: DiffusionConfig
+) -> dict[str, Any]:
+    """How much of a scene is in its reconstruction, and in pictures from true and wrong text."""
+    table = parquet_files(str(folder / "reconstructions"))
+    drawn = {
+        int(row["key"]): _pixels(row["image"]["bytes"])
+        for row in read_rows(table, ["key", "status", "image"])
+        if row["status"] == "ok"
+    }
+    chosen = [i for i, key in enumerate(test.keys) if key in drawn]
+    keys, truths = [test.keys[i] for i in chosen], [test.truths[i] for i in chosen]
+    texts = [scenes.caption(truth) for truth in truths]
+    from_caption = _text_to_image(autoencoder, texts, keys, diffusion)
+    from_wrong = _text_to_image(autoencoder, texts[1:] + texts[:1], keys, diffusion)
+    images = [{"bytes": png(picture), "path": None} for picture in from_caption]
+    write_parquet(folder / FROM_CAPTION, pa.table({"key": keys, "image": images}))
+    pictures = {
+        "reconstruction": [drawn[key] for key in keys],
+        "ceiling": [picture.permute(1, 2, 0).numpy() for picture in from_caption],
+        "floor": [picture.permute(1, 2, 0).numpy() for picture in from_wrong],
+    }
+    scores = {name: score_pictures(truths, shown) for name, shown in pictures.items()}
+    mean = {name: score.pop("attributes") for name, score in scores.items()}
+    return {
+        "attributes": mean["reconstruction"],
+        "ceiling": mean["ceiling"],
+        "floor": mean["floor"],
+        "by_attribute": scores,
+        "pictures": len(keys),
+    }
+
+
+def _text_to_image(
+    autoencoder: VLVAutoEncoder, texts: list[str], keys: list[int], diffusion: DiffusionConfig
+) -> list[Tensor]:
+    """Pictures uint8 `[3 64 64]`, from the noise that the reconstructions of these keys had."""
+    size, pictures = diffusion.batch_size, []
+    for start in range(0, len(texts), size):
+        batch = autoencoder.text_to_image(
+            texts[start : start + size],
+            [row_generator(diffusion.seed, key) for key in keys[start : start + size]],
+            guidance_scale=diffusion.guidance_scale,
+            num_steps=diffusion.num_steps,
+            scheduler=diffusion.sampler,
+        )
+        pictures += list(batch)
+    return pictures
+
+
+def _pixels(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))

@@ -1,0 +1,39 @@
+"""Settings of the tiny models' pretraining."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipelines.config import InputPath, OutputPath
+from vlv_model.config import Config
+
+
+class PretrainConfig(Config):
+    """Everything that `jobs/pretrain_tiny.py` needs to know."""
+
+    output: OutputPath = Field(description="folder that the models are written to")
+    stage1: InputPath | None = Field(
+        None,
+        description="a finished stage-1 run upon these models: its weights are put beside them, "
+        "into the folder stage1 next to `output`",
+    )
+    seed: int = Field(0, ge=0, description="seed of the weights, the drawings and the training")
+    pictures: int = Field(12_000, ge=64, description="training scenes that are drawn")
+    validation_pictures: int = Field(256, ge=32, description="scenes that the figures are taken on")
+    vae_steps: int = Field(1_800, ge=1, description="updates of the VAE, 16 pictures each")
+    text_encoder_steps: int = Field(
+        1_500, ge=1, description="updates of the CLIP text encoder alone, 256 pairs each"
+    )
+    text_to_image_steps: int = Field(
+        3_500, ge=1, description="updates of the CLIP text encoder and the UNet, 32 pictures each"
+    )
+    vision_steps: int = Field(
+        1_000, ge=1, description="updates of Florence-2's vision tower, 32 pictures each"
+    )
+    florence_steps: int = Field(
+        1_500, ge=1, description="updates of Florence-2's language model, 32 pictures each"
+    )
+    language_model_steps: int = Field(
+        600, ge=1, description="updates of the language model, 64 texts each"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core")

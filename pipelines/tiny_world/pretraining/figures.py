@@ -1,0 +1,77 @@
+"""How good the pretrained parts are, on scenes of the validation split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from pipelines.tiny_world.denoising import denoising_losses
+from pipelines.tiny_world.pretraining import florence
+from pipelines.tiny_world.pretraining.fitting import Pictures
+from pipelines.tiny_world.pretraining.vae import encode
+from pipelines.tiny_world.scenes import caption
+from vlv_model.diffusion_decoder import DiffusionDecoder
+from vlv_model.loading import load_diffusion, load_text_encoder
+from vlv_model.preprocessing import encoder_pixels
+from vlv_model.sources import resolve_model
+from vlv_model.text_encoder import TextEncoder
+
+SPECIAL = (0, 1, 2)  # <s>, <pad>, </s>
+
+
+@torch.no_grad()
+def of_vae(vae: AutoencoderKL, pictures: Pictures) -> dict[str, float]:
+    """Root mean squared error of decoded pictures, in steps of 255."""
+    decoded = vae.decode(encode(vae, pictures)).sample.clamp(-1, 1)
+    error = F.mse_loss(decoded, pictures.vae_pixels(torch.arange(pictures.count)))
+    return {"rmse_of_255": float(error.sqrt()) * 127.5}
+
+
+def of_text_to_image(folder: Path, pictures: Pictures) -> dict[str, float]:
+    """Denoising loss with the true caption, with none, and with that of another picture."""
+    model, _ = resolve_model(folder)
+    decoder = DiffusionDecoder(*load_diffusion(model), image_size=model.image_size)
+    text_encoder = TextEncoder(*load_text_encoder(model))
+    true = text_encoder.encode_prompts([caption(scene) for scene in pictures.scenes])
+    conditions = {
+        "true_caption": true,
+        "no_caption": text_encoder.encode_prompts([""]),
+        "wrong_caption": true.roll(1, dims=0),
+    }
+    latents = encode(decoder.vae, pictures) * decoder.vae.config.scaling_factor
+    return denoising_losses(decoder, latents, conditions, pictures.seed)
+
+
+@torch.no_grad()
+def of_florence(
+    model: Any, tokenizer: Any, image_size: int, pictures: Pictures
+) -> dict[str, float]:
+    """Share of the target's words, and of its places, that are the most likely next token."""
+    right, total = {"labels": 0, "locations": 0}, {"labels": 0, "locations": 0}
+    pixels = encoder_pixels(pictures.squares, image_size)
+    for task in florence.PROMPTS:
+        batch = florence.batch(model, tokenizer, image_size, pictures, task)
+        logits = model(pixel_values=pixels, **batch).logits
+        labels, hits = batch["labels"], logits.argmax(-1) == batch["labels"]
+        is_location = labels >= tokenizer.convert_tokens_to_ids("<loc_0>")
+        is_special = torch.isin(labels, torch.tensor([-100, *SPECIAL]))
+        kinds = {"locations": is_location, "labels": ~is_location & ~is_special}
+        for kind, mask in kinds.items():
+            right[kind] += int(hits[mask].sum())
+            total[kind] += int(mask.sum())
+    return {f"{kind}_right": right[kind] / total[kind] for kind in right}
+
+
+@torch.no_grad()
+def of_language_model(model: Any, tokenizer: Any, pictures: Pictures) -> dict[str, float]:
+    """Cross-entropy per token of canonical captions, in nats."""
+    total = count = 0.0
+    for scene in pictures.scenes:
+        ids = [*tokenizer(caption(scene)).input_ids, tokenizer.eos_token_id]
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        total, count = total + float(loss) * (len(ids) - 1), count + len(ids) - 1
+    return {"loss_per_token": total / count}

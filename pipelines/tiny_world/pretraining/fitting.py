@@ -1,0 +1,98 @@
+"""What the trainings of all parts share: pictures of training scenes, and the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipelines.tiny_world import scenes
+from pipelines.tiny_world.dataset import drawing_seed
+from vlv_model.preprocessing import vae_pixels
+
+WARMUP_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Drawn scenes of one split."""
+
+    split: scenes.Split
+    seed: int
+    count: int
+
+    @cached_property
+    def scenes(self) -> list[scenes.Scene]:
+        """The scene of each picture."""
+        return scenes.sample(self.seed, self.count, self.split)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """The pictures, uint8 `[n 3 64 64]`."""
+        pictures = [
+            np.asarray(scenes.draw(scene, drawing_seed(self.seed, self.split, i)))
+            for i, scene in enumerate(self.scenes)
+        ]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+    def vae_pixels(self, rows: Tensor) -> Tensor:
+        """The VAE's pixels of some rows, `[b 3 64 64]` in [-1, 1]."""
+        return vae_pixels(self.squares[rows])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a part's training went."""
+
+    steps: int
+    seconds: float
+    loss: float  # mean of the last twentieth of the steps
+
+
+def fit(
+    name: str,
+    models: Iterable[nn.Module],
+    loss_of: Callable[[torch.Generator], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> Fitted:
+    """Train `models` on the losses that `loss_of` gives, each from fresh draws of its generator.
+
+    AdamW, linear warm-up, cosine to zero, gradients clipped to norm 1.
+    """
+    # A dict: modules may share weights.
+    every = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    parameters = list(every.values())
+    for model in models:
+        model.eval()  # tiny models underfit: dropout and drop-path would only be noise
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    losses, started = [], time.perf_counter()
+    with tqdm(total=steps, desc=name, unit="step", mininterval=5) as bar:
+        for _ in range(steps):
+            loss = loss_of(generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
+            bar.update()
+    last = losses[-max(1, steps // 20) :]
+    return Fitted(steps, round(time.perf_counter() - started, 1), float(np.mean(last)))

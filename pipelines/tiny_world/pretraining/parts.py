@@ -1,0 +1,202 @@
+"""Pretraining of the tiny models, part by part: what is shipped in `pipelines/tiny_world/pretrained`.
+
+    VAE ─▶ CLIP text encoder, on pairs ─▶ text to image (text encoder and UNet)
+    Florence-2's vision tower, on patches ─▶ its language model, on sequences
+    language model: on its own
+
+Only scenes of the training split are drawn or worded; the figures are taken on the validation
+split, with the weights as they are on disk (float16). A part that is finished is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Florence2ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
+
+from pipelines.config import dump
+from pipelines.storage import read_json_object, refuse_strangers, write_atomically
+from pipelines.tiny_world.pretraining import figures
+from pipelines.tiny_world.pretraining.config import PretrainConfig
+from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures
+from pipelines.tiny_world.pretraining.florence import train_florence
+from pipelines.tiny_world.pretraining.language_model import train_language_model
+from pipelines.tiny_world.pretraining.shipping import ship_stage1
+from pipelines.tiny_world.pretraining.text_encoder import train_text_encoder
+from pipelines.tiny_world.pretraining.text_to_image import train_text_to_image
+from pipelines.tiny_world.pretraining.vae import encode, train_vae
+from pipelines.tiny_world.pretraining.vision import train_vision
+from vlv_model.errors import RunError
+from vlv_model.loading import without_bars
+from vlv_model.tiny import ENCODER_IMAGE_SIZE, write_tiny_models
+
+RECORD = "pretraining.json"
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Train what the output folder still lacks; returns the record: settings, times, figures.
+
+    Raises RunError where the folder holds models of other settings, or anything else.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with without_bars():
+        training = _Pretraining(config)
+        training.begin()
+        training.part("vae", training.vae)
+        training.part("text_encoder", training.text_encoder)
+        training.part("text_to_image", training.text_to_image)
+        training.part("vision", training.vision)
+        training.part("florence", training.florence)
+        training.part("language_model", training.language_model)
+        if config.stage1:
+            folder = Path(config.output)
+            ship_stage1(config.stage1, folder, folder.parent / "stage1")
+    return training.record
+
+
+class _Pretraining:
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        self.diffusion = self.folder / "diffusion"
+        self.pictures = Pictures("train", config.seed, config.pictures)
+        self.held_out = Pictures("validation", config.seed, config.validation_pictures)
+        self.record = self._claim()
+
+    def _claim(self) -> dict[str, Any]:
+        settings = {
+            k: v for k, v in dump(self.config).items() if k not in ("output", "stage1", "threads")
+        }
+        file = self.folder / RECORD
+        if file.is_file():
+            record = read_json_object(file)
+            if record.get("settings") != settings:
+                raise RunError(
+                    f"output={self.folder} holds models that were pretrained with other settings: "
+                    "choose another folder, or remove it"
+                )
+            return record
+        refuse_strangers(self.folder, (), "pretraining", "output")
+        versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
+        versions["python"] = platform.python_version()
+        return {"settings": settings, "parts": {}, "versions": versions}
+
+    def _note(self) -> None:
+        write_atomically(self.folder / RECORD, json.dumps(self.record, indent=2) + "\n")
+
+    def begin(self) -> None:
+        """Write the untrained models, unless they are there already."""
+        self._note()
+        if not (self.folder / "model.json").is_file():  # written last
+            write_tiny_models(self.folder, self.config.seed)
+
+    def part(self, name: str, train: Callable[[], tuple[Fitted, dict[str, float]]]) -> None:
+        """Train a part unless the record has it; then note how it went."""
+        if name in self.record["parts"]:
+            return
+        fitted, measured = train()
+        rounded = {key: float(f"{value:.4g}") for key, value in measured.items()}
+        self.record["parts"][name] = {**asdict(fitted), **rounded}
+        self._note()
+        shown = ", ".join(f"{key} {value}" for key, value in rounded.items())
+        print(f"{name}: {shown} ({fitted.seconds:.0f} s)", flush=True)
+
+    # ------------------------------------------------------------------------------- parts
+
+    def vae(self) -> tuple[Fitted, dict[str, float]]:
+        vae = AutoencoderKL.from_pretrained(self.diffusion / "vae")
+        fitted = train_vae(vae, self.pictures, self.config.vae_steps, self.config.seed)
+        _save(vae, self.diffusion / "vae")
+        return fitted, figures.of_vae(_load(AutoencoderKL, self.diffusion / "vae"), self.held_out)
+
+    def text_encoder(self) -> tuple[Fitted, dict[str, float]]:
+        folder, tokenizer = self.diffusion / "text_encoder", self._clip_tokenizer()
+        model = CLIPTextModel.from_pretrained(folder)
+        steps, seed = self.config.text_encoder_steps, self.config.seed
+        fitted = train_text_encoder(model, tokenizer, self.latents, self.pictures, steps, seed)
+        _save(model, folder)
+        return fitted, {"loss": fitted.loss}
+
+    def text_to_image(self) -> tuple[Fitted, dict[str, float]]:
+        text_encoder = _load(CLIPTextModel, self.diffusion / "text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(self.diffusion / "unet")
+        scheduler = DDPMScheduler.from_pretrained(self.diffusion / "scheduler")
+        fitted = train_text_to_image(
+            text_encoder,
+            self._clip_tokenizer(),
+            unet,
+            scheduler,
+            self.latents,
+            self.pictures,
+            self.config.text_to_image_steps,
+            self.config.seed,
+        )
+        _save(text_encoder, self.diffusion / "text_encoder")
+        _save(unet, self.diffusion / "unet")
+        return fitted, figures.of_text_to_image(self.folder, self.held_out)
+
+    def vision(self) -> tuple[Fitted, dict[str, float]]:
+        folder = self.folder / "florence"
+        model = Florence2ForConditionalGeneration.from_pretrained(folder).eval()
+        steps, seed = self.config.vision_steps, self.config.seed
+        fitted = train_vision(model, ENCODER_IMAGE_SIZE, self.pictures, steps, seed)
+        _save(model, folder)
+        return fitted, {"loss": fitted.loss}
+
+    def florence(self) -> tuple[Fitted, dict[str, float]]:
+        folder, tokenizer = self.folder / "florence", self._tokenizer("florence")
+        model = _load(Florence2ForConditionalGeneration, folder)
+        size, steps, seed = ENCODER_IMAGE_SIZE, self.config.florence_steps, self.config.seed
+        fitted = train_florence(model, tokenizer, size, self.pictures, steps, seed)
+        _save(model, folder)
+        model = _load(Florence2ForConditionalGeneration, folder)
+        return fitted, figures.of_florence(model, tokenizer, size, self.held_out)
+
+    def language_model(self) -> tuple[Fitted, dict[str, float]]:
+        folder, tokenizer = self.folder / "language_model", self._tokenizer("language_model")
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+        steps, seed = self.config.language_model_steps, self.config.seed
+        fitted = train_language_model(model, tokenizer, self.pictures, steps, seed)
+        _save(model, folder)
+        model = _load(Qwen2ForCausalLM, folder)
+        return fitted, figures.of_language_model(model, tokenizer, self.held_out)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Scaled latents of the training pictures, `[n 4 8 8]`."""
+        vae = _load(AutoencoderKL, self.diffusion / "vae")
+        return encode(vae, self.pictures) * vae.config.scaling_factor
+
+    def _clip_tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.diffusion / "tokenizer")
+
+    def _tokenizer(self, part: str) -> Any:
+        kind = AutoTokenizer if part == "florence" else PreTrainedTokenizerFast
+        return kind.from_pretrained(self.folder / part)
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.to(memory_format=torch.contiguous_format).half().save_pretrained(folder)
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    """The part as everybody else opens it: float32 from the float16 on disk, in eval mode."""
+    return kind.from_pretrained(folder).float().eval()

@@ -1,0 +1,42 @@
+"""Stage-1 weights beside the models that they were trained upon, without a path of any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pipelines.storage import read_json_object, write_atomically
+from pipelines.training.model import ModelSettings
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint
+from vlv_model.errors import CheckpointError, RunError
+from vlv_model.sources import resolve_model
+
+
+def ship_stage1(run: str | os.PathLike[str], models: Path, target: Path) -> Path:
+    """Write the newest checkpoint of a stage-1 run to `target`; its model is `models`, relatively.
+
+    Raises CheckpointError where the run was trained upon other models, RunError where `target`
+    exists. Returns `target`.
+    """
+    if target.exists():
+        raise RunError(f"{target} exists already: remove it to put another stage 1 in its place")
+    _, checkpoint = ModelSettings(path=str(run)).resolve()
+    if checkpoint is None:
+        raise CheckpointError(f"stage1={run} is no stage-1 run or checkpoint")
+    info = read_checkpoint(checkpoint)
+    model, _ = resolve_model(models)
+    metadata = CheckpointMetadata(
+        stage="stage1",
+        step=info.step,
+        rows_seen=info.rows_seen,
+        config={"train": info.config.get("train", {})},
+        model=model,
+    )
+    save_checkpoint(target, VLVAutoEncoder.from_pretrained(model, checkpoint), metadata)
+    about = read_json_object(target / "checkpoint.json")
+    for part in ("florence", "diffusion", "language_model"):
+        about["model"][part] = os.path.relpath(about["model"][part], target.resolve())
+    write_atomically(target / "checkpoint.json", json.dumps(about, indent=2) + "\n")
+    return target

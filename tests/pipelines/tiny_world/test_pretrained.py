@@ -1,0 +1,75 @@
+"""The weights that are shipped: what they are, and that the method works upon them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.demo.proof import denoising
+from pipelines.tiny_world import pretrained, scenes
+from pipelines.tiny_world.pretraining.fitting import Pictures
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.checkpoint import stages_of
+
+MODELS, STAGE1 = pretrained.FOLDER / pretrained.MODELS, pretrained.FOLDER / pretrained.STAGE1
+
+
+def test_all_weights_are_small_and_safe() -> None:
+    files = [file for file in pretrained.FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    kinds = {file.suffix for file in files} - {".pyc"}
+    assert kinds <= {".py", ".json", ".txt", ".safetensors"}
+    for file in MODELS.rglob("*.safetensors"):
+        assert {t.dtype for t in load_file(file).values()} == {torch.float16}, file
+
+
+def test_the_record_is_of_the_training_split_and_of_the_script() -> None:
+    record = json.loads((MODELS / "pretraining.json").read_text())
+    parts = ["vae", "text_encoder", "text_to_image", "vision", "florence", "language_model"]
+    assert sorted(record["parts"]) == sorted(parts)
+    for name in parts:
+        assert record["parts"][name]["steps"] == record["settings"][f"{name}_steps"]
+    model = json.loads((STAGE1 / "checkpoint.json").read_text())["model"]
+    for part in ("florence", "diffusion", "language_model"):
+        assert not Path(model[part]).is_absolute()
+
+
+def test_the_stage1_weights_fit_the_models_wherever_they_lie() -> None:
+    assert stages_of(STAGE1) == ["stage1"]
+    VLVAutoEncoder.from_pretrained(STAGE1)  # fingerprints of all base models are checked
+
+
+@pytest.fixture
+def test_pictures() -> Pictures:
+    return Pictures("test", 11, 64)
+
+
+def test_the_encoder_tells_more_than_no_caption_on_unseen_scenes(test_pictures: Pictures) -> None:
+    autoencoder = VLVAutoEncoder.from_pretrained(STAGE1)
+    losses = denoising(autoencoder, test_pictures.squares, test_pictures.scenes)
+    assert losses["true_caption"] < losses["no_caption"] < losses["wrong_caption"]
+    assert losses["gap_closed"] > 0.5
+
+
+def test_a_few_dozen_steps_beat_no_caption(test_pictures: Pictures) -> None:
+    """From the pretrained parts alone, on pictures of training scenes, without one caption."""
+    torch.manual_seed(0)
+    autoencoder = VLVAutoEncoder.from_pretrained(MODELS).train()
+    pictures = Pictures("train", 5, 256)
+    trainable = [p for p in autoencoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        rows = torch.randint(pictures.count, (16,), generator=generator)
+        noise = torch.randn(16, 4, 8, 8, generator=generator)
+        timesteps = torch.randint(1000, (16,), generator=generator)
+        loss = autoencoder.loss(pictures.squares[rows], noise, timesteps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+    losses = denoising(autoencoder, test_pictures.squares, test_pictures.scenes)
+    assert losses["encoder"] < losses["no_caption"]
+    assert not any(scenes.is_held_out(scene) for scene in pictures.scenes)

@@ -1,0 +1,145 @@
+"""The pretraining script, for a handful of steps, and the rules that its data keeps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.tiny_world import scenes
+from pipelines.tiny_world.pretraining.config import PretrainConfig
+from pipelines.tiny_world.pretraining.fitting import Pictures
+from pipelines.tiny_world.pretraining.florence import PROMPTS, annotation
+from pipelines.tiny_world.pretraining.parts import pretrain
+from pipelines.tiny_world.pretraining.shipping import ship_stage1
+from pipelines.tiny_world.pretraining.vision import KINDS, patch_labels
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint
+from vlv_model.errors import CheckpointError, RunError
+from vlv_model.sources import resolve_model
+from vlv_model.tiny import write_tiny_models
+
+PARTS = ["vae", "text_encoder", "text_to_image", "vision", "florence", "language_model"]
+STEPS = {f"{part}_steps": 2 for part in PARTS}
+
+
+def config(output: Path, **settings: int) -> PretrainConfig:
+    return PretrainConfig(
+        output=str(output), pictures=64, validation_pictures=32, threads=1, **(STEPS | settings)
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pretraining") / "models"
+    pretrain(config(output))
+    return output
+
+
+def test_what_is_written_is_float16_and_opens_as_any_model(models: Path) -> None:
+    files = list(models.rglob("*.safetensors"))
+    assert len(files) == 5  # florence, VAE, text encoder, UNet, language model
+    for file in files:
+        kinds = {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()}
+        assert kinds == {torch.float16}, file
+    autoencoder = VLVAutoEncoder.from_pretrained(models)
+    assert all(p.dtype == torch.float32 for p in autoencoder.parameters())
+
+
+def test_the_record_tells_how_each_part_went(models: Path) -> None:
+    record = json.loads((models / "pretraining.json").read_text())
+    assert list(record["parts"]) == PARTS
+    for part in record["parts"].values():
+        assert part["steps"] == 2
+        assert part["seconds"] > 0
+    losses = record["parts"]["text_to_image"]
+    assert min(losses[f"{name}_caption"] for name in ("true", "no", "wrong")) > 0
+    assert record["settings"]["seed"] == 0
+
+
+def test_finished_parts_are_not_trained_again(models: Path) -> None:
+    before = {file: file.read_bytes() for file in models.rglob("*") if file.is_file()}
+    record = pretrain(config(models))
+    assert list(record["parts"]) == PARTS
+    assert {file: file.read_bytes() for file in models.rglob("*") if file.is_file()} == before
+
+
+def test_other_settings_are_refused(models: Path) -> None:
+    with pytest.raises(RunError, match="pretrained with other settings"):
+        pretrain(config(models, vae_steps=3))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("…")
+    with pytest.raises(RunError, match="is not empty"):
+        pretrain(config(tmp_path))
+
+
+def test_pictures_are_of_their_split_alone() -> None:
+    for seed in (0, 7):
+        train, validation = Pictures("train", seed, 9_000), Pictures("validation", seed, 256)
+        assert {scenes.split_of(scene) for scene in train.scenes} == {"train"}
+        assert {scenes.split_of(scene) for scene in validation.scenes} == {"validation"}
+        assert not any(scenes.is_held_out(scene) for scene in train.scenes + validation.scenes)
+
+
+def test_annotations_are_no_captions() -> None:
+    pictures = Pictures("train", 0, 40)
+    for i, scene in enumerate(pictures.scenes):
+        targets = [annotation(pictures, i, task) for task in PROMPTS]
+        for target in targets:
+            assert not any(size in target for size in scenes.SIZES)
+            assert "left" not in target
+            assert "above" not in target
+            colours = sum(target.count(thing.colour) for thing in (scene.first, scene.second))
+            shapes = sum(target.count(thing.shape) for thing in (scene.first, scene.second))
+            assert not (colours and shapes)  # which colour a shape has is never told
+
+
+def test_boxes_are_where_the_objects_are_drawn() -> None:
+    pictures = Pictures("train", 0, 20)
+    for i, square in enumerate(pictures.squares):
+        places = annotation(pictures, i, "<OD>").split("<loc_")[1:5]
+        x1, y1, x2, y2 = (int(place.split(">")[0]) for place in places)
+        inside = square[:, 4 * y1 : 4 * y2 + 4, 4 * x1 : 4 * x2 + 4].float()
+        assert (inside - square[:, :1, :1]).abs().amax() > 40  # an object is in its box
+
+
+def test_patches_are_labelled_with_what_covers_them() -> None:
+    pictures = Pictures("train", 0, 30)
+    labels = patch_labels(pictures, 8)
+    for scene, square, patches in zip(pictures.scenes, pictures.squares, labels, strict=True):
+        words = {
+            tuple(kind[n - 1] for kind, n in zip(KINDS, patch, strict=True))
+            for patch in patches.tolist()
+            if patch[0]
+        }
+        things = {(o.shape, o.colour, o.size) for o in (scene.first, scene.second)}
+        assert words == things
+        middle = square.unflatten(1, (8, 8)).unflatten(3, (8, 8))[:, :, 4, :, 4].flatten(1)  # [3 p]
+        plain = (middle - square[:, :1, 0]).abs().amax(0) < 10
+        assert plain[patches[:, 0] == 0].float().mean() > 0.97
+
+
+def test_shipped_stage1_weights_open_wherever_they_are_moved(models: Path, tmp_path: Path) -> None:
+    config, _ = resolve_model(models)
+    trained = VLVAutoEncoder.from_pretrained(config)
+    with torch.no_grad():
+        trained.encoder.learnable_queries.add_(1)
+    about = CheckpointMetadata(
+        stage="stage1", step=5, rows_seen=9, config={"run_dir": str(tmp_path)}, model=config
+    )
+    run = save_checkpoint(tmp_path / "run", trained, about)
+    shipped = ship_stage1(run, models, models.parent / "stage1")
+    assert str(tmp_path) not in (shipped / "checkpoint.json").read_text()
+    assert read_checkpoint(shipped).step == 5
+    moved = Path(shutil.copytree(models.parent, tmp_path / "elsewhere")) / "stage1"
+    opened = VLVAutoEncoder.from_pretrained(moved)
+    assert torch.equal(opened.encoder.learnable_queries, trained.encoder.learnable_queries)
+    with pytest.raises(RunError, match="exists already"):
+        ship_stage1(run, models, shipped)
+    other = write_tiny_models(tmp_path / "other", seed=3)
+    with pytest.raises(CheckpointError, match="trained upon another"):
+        ship_stage1(run, other, tmp_path / "third")
