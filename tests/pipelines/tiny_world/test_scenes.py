@@ -102,7 +102,8 @@ def test_pictures_show_what_captions_say(scene: Scene, seed: int) -> None:
     assert abs(distance[1 - axis]) <= 0.5 * distance[axis] + 2
     for thing, low, high in ((scene.first, low1, high1), (scene.second, low2, high2)):
         side = (high - low).max() + 1
-        assert (side > 17) == (thing.size == "large")
+        between = 2 * 11.25 * (0.8 if thing.shape == "square" else 1) - 1  # of the two sizes
+        assert (side > between) == (thing.size == "large")
 
 
 def test_drawing_is_deterministic_and_jittered() -> None:
