@@ -73,11 +73,17 @@ class TextEncoder(nn.Module):
         No attention mask, as Stable Diffusion was trained; the empty prompt is the unconditional
         side of classifier-free guidance.
         """
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return self.encode_ids(tokens.input_ids.to(self.clip.final_layer_norm.weight.device))
+        ids = prompt_ids(self.tokenizer, prompts, self.max_length)
+        return self.encode_ids(ids.to(self.clip.final_layer_norm.weight.device))
+
+
+def prompt_ids(tokenizer: CLIPTokenizer, prompts: list[str], max_length: int) -> Tensor:
+    """Prompts, cut or padded to `max_length` tokens, int64 `[b max_length]`."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    return tokens.input_ids

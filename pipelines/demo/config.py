@@ -13,6 +13,14 @@ from vlv_model.config import Config
 LOGICAL_CPUS = 4
 
 
+_FEWER_STOPS = {"eval_every": 250, "eval_rows": 256, "checkpoint_every": 250}
+FULL: dict[str, dict[str, float]] = {
+    "stage1": {"steps": 800, "learning_rate": 1e-3, "warmup_steps": 50, **_FEWER_STOPS},
+    "stage2": {"steps": 2_000, **_FEWER_STOPS},
+}
+"""What a full training sets otherwise than jobs/configs/tiny, under `train`."""
+
+
 class DemoConfig(Config):
     """Everything that `jobs/demo.py` needs to know."""
 
@@ -24,7 +32,7 @@ class DemoConfig(Config):
     )
     full: bool = Field(
         False,
-        description="train stage 1 from the pretrained parts, on ten times the scenes (hours on "
+        description="train stage 1 from the pretrained parts, on five times the scenes (hours on "
         "two cores), rather than from the shipped stage-1 weights",
     )
     scenes: int | None = Field(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
+from pipelines.images import RowIndex, RowReader
 from pipelines.reconstruct.config import DiffusionConfig
-from pipelines.reconstruct.predictor import png, row_generator
+from pipelines.reconstruct.predictor import png, sampled
 from pipelines.storage import parquet_files, read_rows, write_parquet
 from pipelines.tiny_world import scenes
-from pipelines.tiny_world.denoising import denoising_losses, gap_closed
+from pipelines.tiny_world.denoising import denoising_losses, gap_closed, text_conditions
 from pipelines.tiny_world.scoring import score_captions, score_pictures
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
@@ -44,18 +42,14 @@ class TestScenes:
         """Those of a demo's folder."""
         teacher = parquet_files(str(folder / "world" / "test" / "teacher.parquet"))
         captions = {row["url"]: row["caption"] for row in read_rows(teacher, ["url", "caption"])}
-        rows = read_rows(
-            parquet_files(str(folder / "test_images")), ["key", "url", "status", "image"]
-        )
-        found = sorted(
-            (row for row in rows if row["status"] == "ok"), key=lambda row: int(row["key"])
-        )
-        truths = [scenes.parse(captions[row["url"]]) for row in found]
-        pictures = np.stack([_pixels(row["image"]["bytes"]) for row in found])
+        table = parquet_files(str(folder / "test_images"))
+        urls = {row["key"]: row["url"] for row in read_rows(table, ["key", "url"])}
+        squares = _squares(folder / "test_images")
+        truths = [scenes.parse(captions[urls[key]]) for key in squares]
         return cls(
-            keys=[int(row["key"]) for row in found],
+            keys=list(squares),
             truths=[truth for truth in truths if truth is not None],
-            squares=torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
+            squares=torch.stack(list(squares.values())),
         )
 
 
@@ -96,12 +90,10 @@ def denoising(
 ) -> dict[str, float]:
     """Denoising loss by condition on fixed noise, and the share of the gap that is closed."""
     with evaluating(autoencoder):
-        text = autoencoder.text_encoder.encode_prompts([scenes.caption(scene) for scene in truths])
+        captions = [scenes.caption(scene) for scene in truths]
         conditions = {
-            "true_caption": text,
+            **text_conditions(autoencoder.text_encoder, captions),
             "encoder": torch.cat([autoencoder.clip_embeddings(part) for part in squares.split(64)]),
-            "no_caption": autoencoder.text_encoder.encode_prompts([""]),
-            "wrong_caption": text.roll(1, dims=0),
         }
         mean = torch.zeros(len(squares), *autoencoder.latent_shape)
         latents = autoencoder.latents(squares, posterior_noise=mean)
@@ -137,12 +129,7 @@ def _reconstruction(
     autoencoder: VLVAutoEncoder, test: TestScenes, folder: Path, diffusion: DiffusionConfig
 ) -> dict[str, Any]:
     """How much of a scene is in its reconstruction, and in pictures from true and wrong text."""
-    table = parquet_files(str(folder / "reconstructions"))
-    drawn = {
-        int(row["key"]): _pixels(row["image"]["bytes"])
-        for row in read_rows(table, ["key", "status", "image"])
-        if row["status"] == "ok"
-    }
+    drawn = _squares(folder / "reconstructions")
     chosen = [i for i, key in enumerate(test.keys) if key in drawn]
     keys, truths = [test.keys[i] for i in chosen], [test.truths[i] for i in chosen]
     texts = [scenes.caption(truth) for truth in truths]
@@ -152,10 +139,13 @@ def _reconstruction(
     write_parquet(folder / FROM_CAPTION, pa.table({"key": keys, "image": images}))
     pictures = {
         "reconstruction": [drawn[key] for key in keys],
-        "ceiling": [picture.permute(1, 2, 0).numpy() for picture in from_caption],
-        "floor": [picture.permute(1, 2, 0).numpy() for picture in from_wrong],
+        "ceiling": from_caption,
+        "floor": from_wrong,
     }
-    scores = {name: score_pictures(truths, shown) for name, shown in pictures.items()}
+    scores = {
+        name: score_pictures(truths, [picture.permute(1, 2, 0).numpy() for picture in shown])
+        for name, shown in pictures.items()
+    }
     mean = {name: score.pop("attributes") for name, score in scores.items()}
     return {
         "attributes": mean["reconstruction"],
@@ -170,18 +160,15 @@ def _text_to_image(
     autoencoder: VLVAutoEncoder, texts: list[str], keys: list[int], diffusion: DiffusionConfig
 ) -> list[Tensor]:
     """Pictures uint8 `[3 64 64]`, from the noise that the reconstructions of these keys had."""
-    size, pictures = diffusion.batch_size, []
-    for start in range(0, len(texts), size):
-        batch = autoencoder.text_to_image(
-            texts[start : start + size],
-            [row_generator(diffusion.seed, key) for key in keys[start : start + size]],
-            guidance_scale=diffusion.guidance_scale,
-            num_steps=diffusion.num_steps,
-            scheduler=diffusion.sampler,
-        )
-        pictures += list(batch)
-    return pictures
+
+    def draw(rows: slice, **sampling: Any) -> Tensor:
+        return autoencoder.text_to_image(texts[rows], **sampling)
+
+    return sampled(diffusion, keys, draw)
 
 
-def _pixels(encoded: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+def _squares(table: Path) -> dict[int, Tensor]:
+    """The images of a table by key, in the order of the keys, uint8 `[3 64 64]`."""
+    index = RowIndex.open(parquet_files(str(table)))
+    reader = RowReader(index)
+    return {int(key): reader.square(i, scenes.SIDE) for i, key in enumerate(index.keys)}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.config import dump, load
-from pipelines.demo.config import DemoConfig
+from pipelines.demo.config import FULL, DemoConfig
 from pipelines.runtime import ray_session
 from pipelines.storage import Table, exclusive, read_json_object, refuse_strangers, write_atomically
 from pipelines.tiny_world.dataset import find_photos
@@ -176,10 +176,10 @@ class Demo:
             return train(
                 self.job(
                     Stage1Config,
-                    "stage1_full" if self.config.full else "stage1",
+                    "stage1",
                     f"data.input={self.folder / 'images'}",
                     f"model.path={self._models() / (STAGE1 if self.warm_start else MODELS)}",
-                    *self._training(self.folder / "stage1", self.config.stage1_steps),
+                    *self._training("stage1", "stage1", self.config.stage1_steps),
                 )
             )
 
@@ -192,12 +192,12 @@ class Demo:
         with self.phase(run):
             job = self.job(
                 Stage2Config,
-                "stage2_full" if self.config.full else "stage2",
+                "stage2",
                 f"data.input={self.folder / 'images'}",
                 f"data.captions={self.folder / 'world' / 'teacher.parquet'}",
                 f"data.output={self.folder / 'pairs'}",
                 f"model.path={encoder}",
-                *self._training(self.folder / run, self.config.stage2_steps),
+                *self._training("stage2", run, self.config.stage2_steps),
             )
             return train(with_pairs(job))
 
@@ -265,6 +265,9 @@ class Demo:
             copy.rename(models)
         return models
 
-    def _training(self, run: Path, steps: int | None) -> list[str]:
-        settings = [f"run_dir={run}", f"train.seed={self.config.seed}"]
+    def _training(self, stage: str, run: str, steps: int | None) -> list[str]:
+        """Settings of a training in the folder `run`; of equal ones the last counts."""
+        settings = [f"run_dir={self.folder / run}", f"train.seed={self.config.seed}"]
+        if self.config.full:
+            settings += [f"train.{name}={value}" for name, value in FULL[stage].items()]
         return settings + ([f"train.steps={steps}"] if steps else [])

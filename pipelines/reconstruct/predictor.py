@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -44,25 +46,36 @@ class ReconstructImages:
 
     def _reconstruct(self, pixels: pa.ChunkedArray, keys: list[int]) -> list[bytes]:
         images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]
-        size, pictures = self.diffusion.batch_size, []
-        for start in range(0, len(keys), size):
-            generators = [
-                row_generator(self.diffusion.seed, key) for key in keys[start : start + size]
-            ]
-            batch = self.autoencoder.reconstruct(
-                images[start : start + size].to(self.device),
-                generators,
-                guidance_scale=self.diffusion.guidance_scale,
-                num_steps=self.diffusion.num_steps,
-                scheduler=self.diffusion.sampler,
-            )
-            pictures += [png(picture) for picture in batch.cpu()]
-        return pictures
+
+        def draw(rows: slice, **sampling: Any) -> torch.Tensor:
+            return self.autoencoder.reconstruct(images[rows].to(self.device), **sampling)
+
+        return [png(picture) for picture in sampled(self.diffusion, keys, draw)]
 
 
-def row_generator(seed: int, key: int) -> torch.Generator:
-    """Where the noise of one row's picture comes from."""
-    return torch.Generator().manual_seed((seed ^ key) & (2**63 - 1))
+def sampled(
+    diffusion: DiffusionConfig, keys: Sequence[int], draw: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """A picture uint8 `[3 s s]` on the CPU for each key, drawn a batch at a time.
+
+    `draw(rows, generators=…, guidance_scale=…, num_steps=…, scheduler=…)` samples the pictures of a
+    slice of the rows; a row's noise depends on the seed and its key alone.
+    """
+    pictures: list[torch.Tensor] = []
+    for start in range(0, len(keys), diffusion.batch_size):
+        rows = slice(start, start + diffusion.batch_size)
+        batch = draw(
+            rows,
+            generators=[
+                torch.Generator().manual_seed((diffusion.seed ^ key) & (2**63 - 1))
+                for key in keys[rows]
+            ],
+            guidance_scale=diffusion.guidance_scale,
+            num_steps=diffusion.num_steps,
+            scheduler=diffusion.sampler,
+        )
+        pictures += list(batch.cpu())
+    return pictures
 
 
 def png(picture: torch.Tensor) -> bytes:

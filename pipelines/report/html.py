@@ -196,9 +196,9 @@ def cards(figures: Iterable[Card], label: str = "Key figures") -> Html:
     """Key figures in the order given; `label` tells a screen reader what they are about."""
     items = []
     for card in figures:
-        label = tag("a", card.label, href=f"#{card.target}") if card.target else card.label
-        parts = (("label", label), ("value", card.value), ("note", card.note))
-        items.append(tag("li", *(tag("span", part, class_=name) for name, part in parts)))
+        name = tag("a", card.label, href=f"#{card.target}") if card.target else card.label
+        parts = (("label", name), ("value", card.value), ("note", card.note))
+        items.append(tag("li", *(tag("span", part, class_=kind) for kind, part in parts)))
     return tag("ol", *items, class_="cards", aria_label=label)
 
 

@@ -14,7 +14,7 @@ OURS, OTHER = "ours", "other"
 
 def share(value: float | None) -> str:
     """A share from 0 to 1 in per cent, as `97.0 %`."""
-    return MISSING if not known(value) else percent(min(max(value, 0.0), 1.0), 1)
+    return MISSING if not known(value) else percent(_within(value), 1)
 
 
 def gap(value: float | None) -> str:
@@ -61,6 +61,11 @@ def shares_table(
 
 def meter(value: float | None, look: str) -> Html:
     """The share as a length; it repeats the figure before it, which a screen reader has."""
-    filled = min(max(value, 0.0), 1.0) if known(value) else 0.0
+    filled = _within(value) if known(value) else 0.0
     bar = tag("i", style=f"width:{100 * filled:.2f}%")
     return tag("span", bar, class_=f"meter {look}", aria_hidden="true")
+
+
+def _within(value: float) -> float:
+    """The nearest share from 0 to 1; max gives the first of equals, so no zero is negative."""
+    return max(0.0, min(value, 1.0))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlv_model.diffusion_decoder import DiffusionDecoder
+from vlv_model.text_encoder import TextEncoder
 
 NUM_TIMESTEPS = 8  # of each picture, evenly spread over the schedule
 BATCH_SIZE = 64
@@ -34,6 +35,16 @@ def denoising_losses(
                 loss = decoder.loss(latents[rows], noise[i][rows], timesteps, given)
                 totals[name] += float(loss) * len(rows)
     return {name: total / (count * NUM_TIMESTEPS) for name, total in totals.items()}
+
+
+def text_conditions(text_encoder: TextEncoder, captions: list[str]) -> dict[str, Tensor]:
+    """CLIP embeddings of the true captions, of none `[1 n d]`, and of another row's caption."""
+    true = text_encoder.encode_prompts(captions)
+    return {
+        "true_caption": true,
+        "no_caption": text_encoder.encode_prompts([""]),
+        "wrong_caption": true.roll(1, dims=0),
+    }
 
 
 def gap_closed(losses: Mapping[str, float]) -> float:

@@ -43,7 +43,7 @@ def heldout_losses(run_dir: Path) -> dict[int, float]:
 
 def columns_read(run_dir: Path) -> list[str]:
     """Columns of the input table that the training read, as its workers say."""
-    return next(e["columns_read"] for e in read_metrics(run_dir) if e["event"] == "eval")
+    return [e for e in read_metrics(run_dir) if e["event"] == "eval"][-1]["columns_read"]
 
 
 class MetricsSink:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from pipelines.tiny_world.denoising import denoising_losses
+from pipelines.tiny_world.denoising import denoising_losses, text_conditions
 from pipelines.tiny_world.pretraining import florence
 from pipelines.tiny_world.pretraining.fitting import Pictures
 from pipelines.tiny_world.pretraining.vae import encode
 from pipelines.tiny_world.scenes import caption
+from vlv_model.caption_tokens import IGNORED, tokenize_captions
 from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.loading import load_diffusion, load_text_encoder
 from vlv_model.preprocessing import encoder_pixels
@@ -36,12 +37,7 @@ def of_text_to_image(folder: Path, pictures: Pictures) -> dict[str, float]:
     model, _ = resolve_model(folder)
     decoder = DiffusionDecoder(*load_diffusion(model), image_size=model.image_size)
     text_encoder = TextEncoder(*load_text_encoder(model))
-    true = text_encoder.encode_prompts([caption(scene) for scene in pictures.scenes])
-    conditions = {
-        "true_caption": true,
-        "no_caption": text_encoder.encode_prompts([""]),
-        "wrong_caption": true.roll(1, dims=0),
-    }
+    conditions = text_conditions(text_encoder, [caption(scene) for scene in pictures.scenes])
     latents = encode(decoder.vae, pictures) * decoder.vae.config.scaling_factor
     return denoising_losses(decoder, latents, conditions, pictures.seed)
 
@@ -58,7 +54,7 @@ def of_florence(
         logits = model(pixel_values=pixels, **batch).logits
         labels, hits = batch["labels"], logits.argmax(-1) == batch["labels"]
         is_location = labels >= tokenizer.convert_tokens_to_ids("<loc_0>")
-        is_special = torch.isin(labels, torch.tensor([-100, *SPECIAL]))
+        is_special = torch.isin(labels, torch.tensor([IGNORED, *SPECIAL]))
         kinds = {"locations": is_location, "labels": ~is_location & ~is_special}
         for kind, mask in kinds.items():
             right[kind] += int(hits[mask].sum())
@@ -69,9 +65,5 @@ def of_florence(
 @torch.no_grad()
 def of_language_model(model: Any, tokenizer: Any, pictures: Pictures) -> dict[str, float]:
     """Cross-entropy per token of canonical captions, in nats."""
-    total = count = 0.0
-    for scene in pictures.scenes:
-        ids = [*tokenizer(caption(scene)).input_ids, tokenizer.eos_token_id]
-        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-        total, count = total + float(loss) * (len(ids) - 1), count + len(ids) - 1
-    return {"loss_per_token": total / count}
+    captions = [caption(scene) for scene in pictures.scenes]
+    return {"loss_per_token": float(model(**tokenize_captions(tokenizer, captions)).loss)}

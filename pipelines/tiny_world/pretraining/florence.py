@@ -13,8 +13,6 @@ target says which colour a shape has; sizes and relations are never named.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
@@ -22,7 +20,8 @@ from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerB
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.dataset import drawing_seed
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.pretraining.vision import features
+from pipelines.tiny_world.pretraining.vision import features, grid_side
+from vlv_model.caption_tokens import IGNORED
 from vlv_model.tiny import NUM_LOCATIONS
 
 PROMPTS = {
@@ -68,13 +67,13 @@ def batch(
     task: str,
 ) -> dict[str, Tensor]:
     """`input_ids` (image features, prompt) and `labels` of all pictures for one task, int64."""
-    side = image_size // math.prod(model.config.vision_config.patch_stride)
+    side = grid_side(model, image_size)
     inputs = [model.config.image_token_id] * (side**2 + 1) + tokenizer(PROMPTS[task]).input_ids
     labels = [tokenizer(annotation(pictures, i, task)).input_ids for i in range(pictures.count)]
     longest = max(map(len, labels))
     return {
         "input_ids": torch.tensor([inputs]).expand(pictures.count, -1),
-        "labels": torch.tensor([ids + [-100] * (longest - len(ids)) for ids in labels]),
+        "labels": torch.tensor([ids + [IGNORED] * (longest - len(ids)) for ids in labels]),
     }
 
 

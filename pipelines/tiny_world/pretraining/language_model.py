@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
 from pipelines.tiny_world.wording import web_text
+from vlv_model.caption_tokens import tokenize_captions
 
 BATCH_SIZE = 64
 
@@ -22,15 +23,10 @@ def train_language_model(
 ) -> Fitted:
     """Train in place on `web_text`, each text ended by the end-of-text token."""
     rng = np.random.default_rng(seed)
-    end = tokenizer.eos_token_id
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator).tolist()
-        texts = [[*tokenizer(web_text(pictures.scenes[row], rng)).input_ids, end] for row in rows]
-        longest = max(map(len, texts))
-        return model(
-            input_ids=torch.tensor([ids + [end] * (longest - len(ids)) for ids in texts]),
-            labels=torch.tensor([ids + [-100] * (longest - len(ids)) for ids in texts]),
-        ).loss
+        texts = [web_text(pictures.scenes[row], rng) for row in rows]
+        return model(**tokenize_captions(tokenizer, texts)).loss
 
     return fit("language model", [model], loss_of, steps=steps, learning_rate=2e-3, seed=seed)

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
 from pipelines.tiny_world.wording import web_text
+from vlv_model.text_encoder import prompt_ids
 
 BATCH_SIZE = 256
 TEMPERATURE = 0.05
@@ -39,7 +40,7 @@ def train_text_encoder(
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator)
         texts = [web_text(pictures.scenes[row], rng) for row in rows.tolist()]
-        tokens = tokenizer(texts, **padded(tokenizer)).input_ids
+        tokens = prompt_ids(tokenizer, texts, tokenizer.model_max_length)
         # The end of text is where a causal encoder has read everything.
         said = text_head(text_encoder(tokens).pooler_output)
         seen = image_tower(latents[rows])
@@ -54,16 +55,6 @@ def train_text_encoder(
 
     models = [text_encoder, image_tower, text_head]
     return fit("text encoder", models, loss_of, steps=steps, learning_rate=2e-3, seed=seed)
-
-
-def padded(tokenizer: CLIPTokenizer) -> dict[str, object]:
-    """How a prompt is tokenized: cut or padded to all positions, as Stable Diffusion's are."""
-    return {
-        "padding": "max_length",
-        "truncation": True,
-        "max_length": tokenizer.model_max_length,
-        "return_tensors": "pt",
-    }
 
 
 def _image_tower(channels: int, width: int) -> nn.Sequential:

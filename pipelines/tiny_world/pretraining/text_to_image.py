@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.pretraining.text_encoder import padded
 from pipelines.tiny_world.wording import web_text
+from vlv_model.text_encoder import prompt_ids
 
 EMPTY = 0.1  # share of texts that are empty, for classifier-free guidance
 BATCH_SIZE = 32
@@ -39,8 +39,9 @@ def train_text_to_image(
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator)
-        tokens = tokenizer([text(row) for row in rows.tolist()], **padded(tokenizer))
-        condition = text_encoder(tokens.input_ids).last_hidden_state
+        texts = [text(row) for row in rows.tolist()]
+        tokens = prompt_ids(tokenizer, texts, tokenizer.model_max_length)
+        condition = text_encoder(tokens).last_hidden_state
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(

@@ -9,6 +9,8 @@ of a sequence in hours.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,8 +40,8 @@ def train_vision(
         torch.manual_seed(seed)
         heads = nn.ModuleList([nn.Linear(width, 1 + len(words)) for words in KINDS])
         background_head = nn.Linear(width, len(scenes.BACKGROUNDS))
-    side = int((features(model, pictures, image_size, slice(0, 1)).shape[1] - 1) ** 0.5)
-    patches, backgrounds = patch_labels(pictures, side), background_labels(pictures)
+    patches = patch_labels(pictures, grid_side(model, image_size))
+    backgrounds = background_labels(pictures)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator)
@@ -60,16 +62,18 @@ def train_vision(
 
 @torch.no_grad()
 def features(
-    model: Florence2ForConditionalGeneration,
-    pictures: Pictures,
-    image_size: int,
-    rows: slice = slice(None),
+    model: Florence2ForConditionalGeneration, pictures: Pictures, image_size: int
 ) -> Tensor:
-    """Image features of some pictures, `[n 1+p m]`."""
-    parts = pictures.squares[rows].split(256)
+    """Image features of all pictures, `[n 1+p m]`."""
+    parts = pictures.squares.split(256)
     return torch.cat(
         [model.get_image_features(encoder_pixels(part, image_size)).pooler_output for part in parts]
     )
+
+
+def grid_side(model: Florence2ForConditionalGeneration, image_size: int) -> int:
+    """Patches on a side of what the tower makes of an image of that side."""
+    return image_size // math.prod(model.config.vision_config.patch_stride)
 
 
 def patch_labels(pictures: Pictures, side: int) -> Tensor:
