@@ -64,7 +64,7 @@ class VLVAutoEncoder(nn.Module):
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
-        text_encoder = TextEncoder(*loading.load_text_encoder(config))
+        text_encoder = TextEncoder(*loading.load_text_encoder(config), bottleneck=config.bottleneck)
         decoder = DiffusionDecoder(*loading.load_diffusion(config), image_size=config.image_size)
         autoencoder = cls(encoder, text_encoder, decoder).eval()
         if checkpoint is not None:

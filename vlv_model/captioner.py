@@ -89,7 +89,7 @@ class VLVCaptioner(nn.Module):
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
-        text_encoder = TextEncoder(*loading.load_text_encoder(config))
+        text_encoder = TextEncoder(*loading.load_text_encoder(config), bottleneck=config.bottleneck)
         language_model = loading.load_language_model(config)
         language_projector = build_language_projector(
             text_encoder.width, language_model.config.hidden_size, config.projector_seed

@@ -66,6 +66,11 @@ class ModelConfig(Config):
     num_queries: int = Field(
         77, ge=1, description="learnable queries = caption embeddings per image"
     )
+    bottleneck: bool = Field(
+        True,
+        description="caption embeddings pass through the frozen text encoder; false lets them "
+        "skip it, which is an ablation",
+    )
     image_size: int = Field(
         384, ge=8, description="side of the square that the VAE sees, in pixels"
     )

@@ -17,12 +17,19 @@ from vlv_model.freezing import freeze
 
 
 class TextEncoder(nn.Module):
-    """`[b q d]` caption embeddings, or token ids, or prompts -> CLIP embeddings `[b q d]`."""
+    """`[b q d]` caption embeddings, or token ids, or prompts -> CLIP embeddings `[b q d]`.
 
-    def __init__(self, clip: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+    With `bottleneck=False` caption embeddings pass by unchanged and prompts are still encoded: the
+    ablation that shows what the wall is good for.
+    """
+
+    def __init__(
+        self, clip: CLIPTextModel, tokenizer: CLIPTokenizer, *, bottleneck: bool = True
+    ) -> None:
         super().__init__()
         self.clip = clip
         self.tokenizer = tokenizer
+        self.bottleneck = bottleneck
         freeze(self)
 
     @property
@@ -44,12 +51,13 @@ class TextEncoder(nn.Module):
             )
 
     def forward(self, caption_embeddings: Tensor) -> Tensor:
-        """Caption embeddings `[b q d]` in place of token embeddings -> CLIP embeddings `[b q d]`.
+        """Caption embeddings `[b q d]` in place of token embeddings -> CLIP embeddings `[b q d]`."""
+        return self._encode(caption_embeddings) if self.bottleneck else caption_embeddings
 
-        CLIPTextModel itself takes ids only, so its parts are called in its own order.
-        """
+    def _encode(self, token_embeddings: Tensor) -> Tensor:
+        # CLIPTextModel itself takes ids only, so its parts are called in its own order.
         dtype = self.clip.final_layer_norm.weight.dtype
-        hidden = self.clip.embeddings(inputs_embeds=caption_embeddings.to(dtype))
+        hidden = self.clip.embeddings(inputs_embeds=token_embeddings.to(dtype))
         mask = create_causal_mask(
             config=self.clip.config,
             inputs_embeds=hidden,
@@ -64,7 +72,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids `[b n]` -> CLIP embeddings `[b n d]`, without an attention mask."""
-        return self(self.clip.embeddings.token_embedding(input_ids))
+        return self._encode(self.clip.embeddings.token_embedding(input_ids))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:

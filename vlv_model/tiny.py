@@ -39,7 +39,8 @@ from vlv_model.loading import without_bars
 # All sizes of the tiny world are here.
 NUM_QUERIES = 16
 TEXT_POSITIONS = 20  # a scene's caption has 13 or 14 words, two special tokens, and some padding
-IMAGE_SIZE = 64  # VAE f=8: latents [4 8 8]
+IMAGE_SIZE = 64
+LATENT_CHANNELS = 8  # VAE f=8: latents [8 8 8]; four lose the shapes of small objects
 ENCODER_IMAGE_SIZE = 128  # vision strides 8 * 2 * 1: a grid of 8 x 8 image features
 
 NUM_LOCATIONS = 16  # Florence-2's words for places, 1000 in the original
@@ -78,14 +79,16 @@ BART: dict[str, Any] = {
 VAE: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [8, 16, 32, 64],
+    "block_out_channels": [16, 32, 64, 64],
     "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 2,  # a group to a channel would forget the colours
+    "latent_channels": LATENT_CHANNELS,
+    "norm_num_groups": 4,  # a group to a channel would forget the colours
     "sample_size": IMAGE_SIZE,
 }
 UNET: dict[str, Any] = {
     "sample_size": 8,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "block_out_channels": [64, 96],
@@ -122,6 +125,7 @@ QWEN: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
+    "attention_dropout": 0.1,  # what is seen then counts more than which words go together
     "initializer_range": INIT_STD,
     "tie_word_embeddings": True,
 }

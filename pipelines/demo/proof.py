@@ -78,8 +78,8 @@ def prove(folder: Path, test: TestScenes, diffusion: DiffusionConfig) -> dict[st
         *ModelSettings(path=str(folder / "stage1")).resolve()
     )
     return {
-        "captions": _captions(test, folder / "captions"),
-        "control": _captions(test, folder / "control" / "captions"),
+        "captions": caption_scores(test, folder / "captions"),
+        "control": caption_scores(test, folder / "control" / "captions"),
         "reconstruction": _reconstruction(autoencoder, test, folder, diffusion),
         "denoising": denoising(autoencoder, test.squares[:DENOISED], test.truths[:DENOISED]),
     }
@@ -101,7 +101,7 @@ def denoising(
     return {**losses, "gap_closed": gap_closed(losses)}
 
 
-def _captions(test: TestScenes, table: Path) -> dict[str, Any]:
+def caption_scores(test: TestScenes, table: Path) -> dict[str, Any]:
     """Scores of a caption table, of scenes with and without a held-out combination."""
     rows = read_rows(parquet_files(str(table)), ["key", "caption"])
     said: Mapping[int, str | None] = {int(row["key"]): row["caption"] for row in rows}

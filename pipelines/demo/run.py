@@ -168,22 +168,24 @@ class Demo:
         folders = (f"data.input={world / 'metadata.parquet'}", f"data.output={table.folder}")
         return ingest(self.job(IngestConfig, "ingest", *folders))
 
-    def stage1(self) -> dict[str, Any]:
+    def stage1(self, run: str = "stage1", *settings: str) -> dict[str, Any]:
+        """Stage 1 in the folder `run`; `settings` win over the demo's."""
         from pipelines.training.config import Stage1Config
         from pipelines.training.trainer import train
 
-        with self.phase("stage1"):
+        with self.phase(run):
             return train(
                 self.job(
                     Stage1Config,
                     "stage1",
                     f"data.input={self.folder / 'images'}",
                     f"model.path={self._models() / (STAGE1 if self.warm_start else MODELS)}",
-                    *self._training("stage1", "stage1", self.config.stage1_steps),
+                    *self._training("stage1", run, self.config.stage1_steps),
+                    *settings,
                 )
             )
 
-    def stage2(self, run: str, encoder: Path) -> dict[str, Any]:
+    def stage2(self, run: str, encoder: Path, *settings: str) -> dict[str, Any]:
         """Stage 2 in the folder `run`, upon the encoder of a stage-1 run or checkpoint."""
         from pipelines.pairs import with_pairs
         from pipelines.training.config import Stage2Config
@@ -198,6 +200,7 @@ class Demo:
                 f"data.output={self.folder / 'pairs'}",
                 f"model.path={encoder}",
                 *self._training("stage2", run, self.config.stage2_steps),
+                *settings,
             )
             return train(with_pairs(job))
 

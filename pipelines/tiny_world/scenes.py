@@ -6,7 +6,7 @@ A scene is its attributes alone, so it has one caption, and the caption one scen
 objects stand and how large they are to the pixel is drawn from a seed, within bounds that leave
 size and relation beyond doubt:
 
-- every shape fits the square of half side r; large r is 13 to 14 px, small r 8.5 to 9.5 px;
+- every shape fits the square of half side r; large r is 13 to 14 px, small r 9.5 to 10.5 px;
 - along the axis of the relation the objects stand near a quarter and three quarters of the
   picture, at least 1 px apart; across it near its middle; each is moved by up to 3 px both ways;
 - so their centres differ across it by less than half of their distance along it.
@@ -48,7 +48,7 @@ HELD_OUT = frozenset(
 """Colour-shape pairs that only the test split has; each colour and shape is seen in others."""
 
 SIDE = 64  # of the picture, in pixels
-RADIUS = {"large": (13.0, 14.0), "small": (8.5, 9.5)}
+RADIUS = {"large": (13.0, 14.0), "small": (9.5, 10.5)}
 MARGIN = 1.0  # between an object and the edge
 GAP = 1.0  # least distance of the objects along the relation's axis
 APART = 31.0  # distance of the places that the objects' centres are near to

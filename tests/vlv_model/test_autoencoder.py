@@ -10,11 +10,12 @@ from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import MORE_DETAILED_CAPTION
 from vlv_model.errors import ModelError
 from vlv_model.preprocessing import encoder_pixels, vae_pixels
+from vlv_model.tiny import LATENT_CHANNELS
 
 
 def draws(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    noise, posterior_noise = torch.randn(2, count, 4, 8, 8, generator=generator)
+    noise, posterior_noise = torch.randn(2, count, LATENT_CHANNELS, 8, 8, generator=generator)
     timesteps = torch.randint(0, 1000, (count,), generator=generator)
     return {"noise": noise, "timesteps": timesteps, "posterior_noise": posterior_noise}
 
@@ -74,7 +75,7 @@ def test_posterior_noise_of_zeros_gives_the_mean_and_none_the_global_draw(autoen
     decoder = autoencoder.diffusion_decoder
     posterior = decoder.vae.encode(vae_pixels(squares)).latent_dist
     scale = decoder.vae.config.scaling_factor
-    mean = autoencoder.latents(squares, torch.zeros(4, 4, 8, 8))
+    mean = autoencoder.latents(squares, torch.zeros(4, *autoencoder.latent_shape))
     torch.manual_seed(5)
     drawn = autoencoder.latents(squares)
     torch.manual_seed(5)

@@ -36,18 +36,22 @@ def test_latents_are_scaled_samples(decoder, squares):
     noise = torch.randn(4, *decoder.latent_shape)
     mean = decoder.encode(pixels, torch.zeros_like(noise))
     deviation = (decoder.encode(pixels, noise) - mean) / noise
-    assert mean.shape == (4, 4, 8, 8)
+    assert mean.shape == (4, *decoder.latent_shape)
     assert deviation.min() > 0
     torch.manual_seed(3)
     sampled = decoder.encode(pixels)
     torch.manual_seed(3)
-    assert torch.allclose(sampled, decoder.encode(pixels, torch.randn(4, 4, 8, 8)), atol=1e-5)
+    assert torch.allclose(
+        sampled, decoder.encode(pixels, torch.randn(4, *decoder.latent_shape)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_target_is_what_the_schedule_says(decoder, prediction_type):
     decoder = with_schedule(decoder, prediction_type=prediction_type)
-    latents, noise, condition = (torch.randn(2, *s) for s in ((4, 8, 8), (4, 8, 8), (16, 64)))
+    latents, noise, condition = (
+        torch.randn(2, *s) for s in (decoder.latent_shape, decoder.latent_shape, (16, 64))
+    )
     timesteps = torch.tensor([10, 900])
     alpha = reference.alphas_cumprod()[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -60,7 +64,7 @@ def test_the_target_is_what_the_schedule_says(decoder, prediction_type):
 
 
 def test_one_condition_serves_all_rows(decoder, empty):
-    latents, noise = torch.randn(2, 3, 4, 8, 8)
+    latents, noise = torch.randn(2, 3, *decoder.latent_shape)
     timesteps = torch.tensor([0, 500, 999])
     with torch.no_grad():
         once = decoder.loss(latents, noise, timesteps, empty)
@@ -108,7 +112,7 @@ def test_ddpm_sampling_equals_the_written_out_formula(decoder, empty):
 
     generator = generators(1)[0]
     alphas = torch.cat([torch.ones(1), reference.alphas_cumprod()])  # alphas[t + 1]
-    x = torch.randn(1, 4, 8, 8, generator=generator)
+    x = torch.randn(1, *decoder.latent_shape, generator=generator)
     with torch.no_grad():
         for t in range(901, 0, -100):  # "leading" spacing, steps_offset 1
             free = decoder.unet(x, t, empty).sample
@@ -121,7 +125,7 @@ def test_ddpm_sampling_equals_the_written_out_formula(decoder, empty):
                 + alpha.sqrt() * (1 - before) / (1 - now) * x
             )
             variance = (1 - before) / (1 - now) * (1 - alpha)
-            x = x + variance.sqrt() * torch.randn(1, 4, 8, 8, generator=generator)
+            x = x + variance.sqrt() * torch.randn(1, *decoder.latent_shape, generator=generator)
         image = decoder.vae.decode(x / decoder.vae.config.scaling_factor).sample
     expected = ((image.clamp(-1, 1) + 1) * 127.5).round()
     assert (ours.float() - expected).abs().max() <= 1
@@ -133,6 +137,6 @@ def test_one_generator_per_row_is_demanded(decoder, empty):
 
 
 def test_parts_of_two_diffusion_models_are_refused(decoder):
-    vae = AutoencoderKL(latent_channels=8)
-    with pytest.raises(ModelError, match="8 latent channels, the UNet expects 4"):
+    vae = AutoencoderKL(latent_channels=5)
+    with pytest.raises(ModelError, match="5 latent channels, the UNet expects 8"):
         DiffusionDecoder(vae, decoder.unet, decoder.noise_scheduler, 64)

@@ -21,6 +21,7 @@ from vlv_model.loading import (
     resolve_model,
     text_encoder_width,
 )
+from vlv_model.tiny import LATENT_CHANNELS
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_hub_ids_stay_and_relative_folders_become_absolute(models, monkeypatch):
 def test_parts_can_be_named_one_by_one(models, config):
     shutil.move(models / "diffusion" / "vae", models / "another_vae")
     own = config.model_copy(update={"vae": str(models / "another_vae")})
-    assert VLVAutoEncoder.from_pretrained(own).latent_shape == (4, 8, 8)
+    assert VLVAutoEncoder.from_pretrained(own).latent_shape == (LATENT_CHANNELS, 8, 8)
     with pytest.raises(ModelError, match="vae: there is no folder"):
         load_diffusion(config)
 

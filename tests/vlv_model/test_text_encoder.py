@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.vlv_model import reference
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ModelError
+from vlv_model.text_encoder import TextEncoder
 
 PROMPTS = ["a large red circle", "", "two small squares left of a blue star"]
 
@@ -57,3 +62,20 @@ def test_more_queries_than_positions_are_refused(text_encoder):
     text_encoder.check_queries(20)
     with pytest.raises(ModelError, match="num_queries is 21, the text encoder has 20 positions"):
         text_encoder.check_queries(21)
+
+
+def test_without_the_bottleneck_embeddings_pass_by_and_prompts_do_not(text_encoder):
+    bypassed = TextEncoder(text_encoder.clip, text_encoder.tokenizer, bottleneck=False)
+    embeddings = torch.randn(2, 16, text_encoder.width)
+    assert torch.equal(bypassed(embeddings), embeddings)
+    assert torch.equal(bypassed.encode_prompts(PROMPTS), text_encoder.encode_prompts(PROMPTS))
+
+
+def test_the_models_are_built_without_the_bottleneck_where_the_settings_say_so(tiny, squares):
+    with torch.no_grad():
+        for kind in (VLVAutoEncoder, VLVCaptioner):
+            build = partial(kind.from_pretrained, tiny)
+            model = build(bottleneck=False)
+            assert torch.equal(model.clip_embeddings(squares), model.encoder(squares))
+            walled = build()
+            assert not torch.allclose(walled.clip_embeddings(squares), model.encoder(squares))

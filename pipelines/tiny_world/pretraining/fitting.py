@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from tqdm import tqdm
 
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.dataset import drawing_seed
+from pipelines.training.config import TrainConfig
+from pipelines.training.schedule import learning_rate as rate_of
 from vlv_model.preprocessing import vae_pixels
 
 WARMUP_STEPS = 100
@@ -64,35 +65,38 @@ def fit(
     steps: int,
     learning_rate: float,
     seed: int,
+    dropout: bool = False,
 ) -> Fitted:
     """Train `models` on the losses that `loss_of` gives, each from fresh draws of its generator.
 
-    AdamW, linear warm-up, cosine to zero, gradients clipped to norm 1.
+    AdamW, linear warm-up, cosine to zero, gradients clipped: as `TrainConfig` has them.
     """
+    train = TrainConfig(
+        steps=steps, learning_rate=learning_rate, warmup_steps=min(WARMUP_STEPS, steps - 1)
+    )
     # A dict: modules may share weights.
     every = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
     parameters = list(every.values())
     for model in models:
-        model.eval()  # tiny models underfit: dropout and drop-path would only be noise
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-        ),
+        model.train(dropout)  # most tiny models underfit: dropout would only be noise
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )
     generator = torch.Generator().manual_seed(seed)
     losses, started = [], time.perf_counter()
     with tqdm(total=steps, desc=name, unit="step", mininterval=5) as bar:
-        for _ in range(steps):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_of(train, step)
             loss = loss_of(generator)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
             optimizer.step()
-            schedule.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
             bar.update()
+    for model in models:
+        model.eval()
     last = losses[-max(1, steps // 20) :]
     return Fitted(steps, round(time.perf_counter() - started, 1), float(np.mean(last)))

@@ -32,7 +32,12 @@ from transformers import (
 )
 
 from pipelines.config import dump
-from pipelines.storage import read_json_object, refuse_strangers, write_atomically
+from pipelines.storage import (
+    read_json_object,
+    refuse_difference,
+    refuse_strangers,
+    write_atomically,
+)
 from pipelines.tiny_world.pretraining import figures
 from pipelines.tiny_world.pretraining.config import PretrainConfig
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures
@@ -43,7 +48,6 @@ from pipelines.tiny_world.pretraining.text_encoder import train_text_encoder
 from pipelines.tiny_world.pretraining.text_to_image import train_text_to_image
 from pipelines.tiny_world.pretraining.vae import encode, train_vae
 from pipelines.tiny_world.pretraining.vision import train_vision
-from vlv_model.errors import RunError
 from vlv_model.loading import without_bars
 from vlv_model.tiny import ENCODER_IMAGE_SIZE, write_tiny_models
 
@@ -88,11 +92,7 @@ class _Pretraining:
         file = self.folder / RECORD
         if file.is_file():
             record = read_json_object(file)
-            if record.get("settings") != settings:
-                raise RunError(
-                    f"output={self.folder} holds models that were pretrained with other settings: "
-                    "choose another folder, or remove it"
-                )
+            refuse_difference(self.folder, record["settings"], settings, "output")
             return record
         refuse_strangers(self.folder, (), "pretraining", "output")
         versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
@@ -181,7 +181,7 @@ class _Pretraining:
 
     @cached_property
     def latents(self) -> Tensor:
-        """Scaled latents of the training pictures, `[n 4 8 8]`."""
+        """Scaled latents of the training pictures, `[n c 8 8]`."""
         vae = _load(AutoencoderKL, self.diffusion / "vae")
         return encode(vae, self.pictures) * vae.config.scaling_factor
 

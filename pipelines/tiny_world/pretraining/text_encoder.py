@@ -1,4 +1,4 @@
-"""The CLIP text encoder: which text goes with which picture, among those of a batch.
+"""The CLIP text encoder: which caption goes with which picture, among those of a batch.
 
 CLIP's own objective (Radford et al. 2021) with a small convolutional image tower on the VAE's
 latents, which is thrown away. The text encoder learns words, their binding and their order from
@@ -7,14 +7,13 @@ it at a twentieth of the price of a UNet's step.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.wording import web_text
+from pipelines.tiny_world.scenes import caption
 from vlv_model.text_encoder import prompt_ids
 
 BATCH_SIZE = 256
@@ -29,9 +28,9 @@ def train_text_encoder(
     steps: int,
     seed: int,
 ) -> Fitted:
-    """Train in place on the scaled latents `[n 4 8 8]` of `pictures` and texts about them."""
+    """Train in place on the scaled latents `[n c 8 8]` of `pictures` and their captions."""
     width = text_encoder.config.hidden_size
-    rng = np.random.default_rng([seed, 1])
+    tokens = caption_ids(tokenizer, pictures)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         image_tower = _image_tower(latents.shape[1], width)
@@ -39,22 +38,23 @@ def train_text_encoder(
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator)
-        texts = [web_text(pictures.scenes[row], rng) for row in rows.tolist()]
-        tokens = prompt_ids(tokenizer, texts, tokenizer.model_max_length)
         # The end of text is where a causal encoder has read everything.
-        said = text_head(text_encoder(tokens).pooler_output)
+        said = text_head(text_encoder(tokens[rows]).pooler_output)
         seen = image_tower(latents[rows])
         scores = F.normalize(said, dim=-1) @ F.normalize(seen, dim=-1).T / TEMPERATURE
-        # A text that says little is true of several pictures of the batch: pictures of one text
-        # are no wrong answers to each other.
-        ids = {text: i for i, text in enumerate(texts)}
-        same = torch.tensor([ids[text] for text in texts])
-        target = (same[:, None] == same[None]).float()
+        # Pictures of one scene are no wrong answers to each other.
+        target = (tokens[rows][:, None] == tokens[rows][None]).all(-1).float()
         target = target / target.sum(dim=1, keepdim=True)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
     models = [text_encoder, image_tower, text_head]
     return fit("text encoder", models, loss_of, steps=steps, learning_rate=2e-3, seed=seed)
+
+
+def caption_ids(tokenizer: CLIPTokenizer, pictures: Pictures) -> Tensor:
+    """The captions of all pictures as the text encoder takes them, int64 `[n positions]`."""
+    captions = [caption(scene) for scene in pictures.scenes]
+    return prompt_ids(tokenizer, captions, tokenizer.model_max_length)
 
 
 def _image_tower(channels: int, width: int) -> nn.Sequential:

@@ -44,7 +44,7 @@ def _weights(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Pictures, count: int | None = None) -> Tensor:
-    """Posterior means of the first `count` pictures (default: all), unscaled, `[n 4 8 8]`."""
+    """Posterior means of the first `count` pictures (default: all), unscaled, `[n c 8 8]`."""
     rows = torch.arange(pictures.count if count is None else count)
     with evaluating(vae):
         return torch.cat(

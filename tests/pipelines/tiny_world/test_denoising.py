@@ -14,7 +14,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory):
 
 def test_conditions_are_compared_on_the_same_noise(decoder) -> None:
     generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(70, 4, 8, 8, generator=generator)  # more than a batch
+    latents = torch.randn(70, *decoder.latent_shape, generator=generator)  # more than a batch
     one = torch.randn(1, 16, 64, generator=generator)
     conditions = {"one": one, "repeated": one.repeat(70, 1, 1), "other": one + 1}
     losses = denoising_losses(decoder, latents, conditions, seed=0)
@@ -26,8 +26,10 @@ def test_conditions_are_compared_on_the_same_noise(decoder) -> None:
 
 
 def test_the_loss_is_the_mean_over_evenly_spread_timesteps(decoder) -> None:
-    latents, condition = torch.randn(3, 4, 8, 8), torch.randn(1, 16, 64)
-    noise = torch.randn(NUM_TIMESTEPS, 3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    latents, condition = torch.randn(3, *decoder.latent_shape), torch.randn(1, 16, 64)
+    noise = torch.randn(
+        NUM_TIMESTEPS, 3, *decoder.latent_shape, generator=torch.Generator().manual_seed(5)
+    )
     expected = [
         float(decoder.loss(latents, noise[i], torch.full((3,), 125 * i + 62), condition).detach())
         for i in range(8)

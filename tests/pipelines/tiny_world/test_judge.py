@@ -131,7 +131,7 @@ def test_of_three_objects_the_two_that_weigh_most_are_read() -> None:
 @pytest.mark.parametrize("colour", ["red", "cyan"])
 def test_objects_that_touch_are_told_apart(colour: str) -> None:
     """A large template between two small objects would explain more of the picture than one."""
-    picture = painted("gray", (COLOURS["red"], 24, 32, 8), (COLOURS[colour], 40, 32, 8))
+    picture = painted("gray", (COLOURS["red"], 22, 32, 10), (COLOURS[colour], 42, 32, 10))
     assert read(picture) == Reading(
         ("small", "small"), ("red", colour), ("circle", "circle"), "left of", "gray"
     )

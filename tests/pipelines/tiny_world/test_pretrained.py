@@ -63,7 +63,7 @@ def test_a_few_dozen_steps_beat_no_caption(test_pictures: Pictures) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         rows = torch.randint(pictures.count, (16,), generator=generator)
-        noise = torch.randn(16, 4, 8, 8, generator=generator)
+        noise = torch.randn(16, *autoencoder.latent_shape, generator=generator)
         timesteps = torch.randint(1000, (16,), generator=generator)
         loss = autoencoder.loss(pictures.squares[rows], noise, timesteps)
         optimizer.zero_grad()

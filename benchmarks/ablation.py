@@ -1,0 +1,146 @@
+"""Ablations on the tiny world, in the shape of the paper's tables.
+
+    python benchmarks/ablation.py runs/ablation [--seeds 0 1 2] [--stage1-steps 400] [--stage2-steps 300]
+
+For each seed every variant is trained by the jobs' own code upon the shipped pretrained parts: its
+stage 1 from nothing, its stage 2 on the same pairs, and its captions of test scenes are judged.
+Prints a table in Markdown (mean ± standard deviation over the seeds) and, as the last line, JSON.
+The same command continues a run that was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.demo.config import LOGICAL_CPUS, DemoConfig
+from pipelines.demo.run import Demo
+from pipelines.runtime import RayConfig, ray_session
+from vlv_model.config import Trainable
+from vlv_model.tiny import NUM_QUERIES
+
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "tiny"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: what its encoder is, and what its stage 2 trains."""
+
+    name: str
+    num_queries: int = NUM_QUERIES
+    bottleneck: bool = True
+    trainable: Trainable = "projector+llm"
+
+    @property
+    def encoder(self) -> str:
+        """Name of its stage-1 run: variants that differ in stage 2 alone share one."""
+        return f"{self.num_queries}-queries" + ("" if self.bottleneck else "-no-bottleneck")
+
+    def model_settings(self, seed: int) -> list[str]:
+        return [
+            f"model.num_queries={self.num_queries}",
+            f"model.bottleneck={str(self.bottleneck).lower()}",
+            f"model.projector_seed={seed}",
+        ]
+
+
+VARIANTS = (
+    Variant("projector only", trainable="projector"),
+    Variant("projector + LLM"),
+    Variant("projector + LLM + encoder", trainable="projector+llm+encoder"),
+    *(Variant(f"{n} queries", num_queries=n) for n in (NUM_QUERIES // 2, NUM_QUERIES // 4)),
+    Variant("bottleneck removed", bottleneck=False),
+)
+FIGURES = {
+    "gap_closed": "gap closed",
+    "exact_match": "exact match",
+    "exact_match_held_out_combinations": "held-out combinations",
+    "words": "attributes",
+    "words_held_out_combinations": "attributes, held-out",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scenes", type=int, default=4_000, help="training scenes")
+    parser.add_argument("--test-scenes", type=int, default=400)
+    parser.add_argument("--stage1-steps", type=int, default=400)
+    parser.add_argument("--stage2-steps", type=int, default=300)
+    given = parser.parse_args(arguments)
+    found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in VARIANTS}
+    with ray_session(RayConfig(num_cpus=LOGICAL_CPUS)):
+        for seed in given.seeds:
+            demo = Demo(
+                DemoConfig(
+                    run_dir=str(given.folder / f"seed-{seed}"),
+                    full=True,
+                    scenes=given.scenes,
+                    test_scenes=given.test_scenes,
+                    broken_urls=0,
+                    seed=seed,
+                    stage1_steps=given.stage1_steps,
+                    stage2_steps=given.stage2_steps,
+                ),
+                CONFIGS,
+            )
+            demo.claim()
+            demo.ingest()
+            for variant in VARIANTS:
+                found[variant.name].append(measure(demo, variant, seed))
+                print(f"seed {seed}, {variant.name}: {found[variant.name][-1]}", flush=True)
+    print(table(found))
+    print(json.dumps({"benchmark": "ablation", "seeds": given.seeds, "variants": found}))
+
+
+def measure(demo: Demo, variant: Variant, seed: int) -> dict[str, float]:
+    """Train a variant, unless it is finished, and judge it."""
+    from pipelines.demo.proof import TestScenes, caption_scores, denoising
+    from pipelines.training.model import ModelSettings
+    from vlv_model.autoencoder import VLVAutoEncoder
+
+    encoder = demo.folder / "encoders" / variant.encoder
+    captioner = demo.folder / "captioners" / variant.name.replace(" ", "-")
+    captions = demo.folder / "captions" / captioner.name
+    model = variant.model_settings(seed)
+    demo.stage1(f"encoders/{encoder.name}", *model)
+    trainable = f"train.trainable={variant.trainable}"
+    demo.stage2(f"captioners/{captioner.name}", encoder, trainable, *model)
+    demo.recaption(f"captions/{captions.name}", captioner)
+    test = TestScenes.read(demo.folder)
+    autoencoder = VLVAutoEncoder.from_pretrained(*ModelSettings(path=str(encoder)).resolve())
+    scores: dict[str, Any] = caption_scores(test, captions)
+    return {
+        "gap_closed": denoising(autoencoder, test.squares, test.truths)["gap_closed"],
+        "exact_match": scores["exact_match"],
+        "exact_match_held_out_combinations": scores["exact_match_held_out_combinations"],
+        "words": statistics.mean(scores["attributes"].values()),
+        "words_held_out_combinations": statistics.mean(
+            scores["attributes_held_out_combinations"].values()
+        ),
+    }
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Mean ± standard deviation of each figure, in per cent, as a Markdown table."""
+    lines = [f"| stage 2 | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 1) + "|"]
+    for name, runs in found.items():
+        cells = []
+        for figure in FIGURES:
+            values = [100 * run[figure] for run in runs]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
