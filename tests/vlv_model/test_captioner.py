@@ -125,12 +125,12 @@ def trained(captioner, squares):
     batch = batch_of(captioner, captions)
     captioner.train()
     torch.manual_seed(0)  # dropout
-    for _ in range(200):
+    for _ in range(400):
         loss = captioner.loss(squares, **batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if loss < 0.03:
+        if loss < 0.01:
             break
     return captioner.eval(), captions
 

@@ -80,7 +80,7 @@ def test_parts_given_by_name_make_a_model_or_win_over_one(models, monkeypatch):
     config, _ = resolve_checkpoint(models, None, {"num_queries": 5})
     assert (config.num_queries, config.florence) == (5, str(models / "florence"))
     autoencoder = VLVAutoEncoder.from_pretrained(models, image_size=32)
-    assert autoencoder.latent_shape == (4, 4, 4)
+    assert autoencoder.latent_shape == (LATENT_CHANNELS, 4, 4)
     captioner = VLVCaptioner.from_pretrained(models, for_training=True, num_queries=5)
     assert captioner.encoder.num_queries == 5
 

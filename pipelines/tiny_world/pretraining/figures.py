@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKL
 from pipelines.tiny_world.denoising import denoising_losses, text_conditions
 from pipelines.tiny_world.pretraining import florence
 from pipelines.tiny_world.pretraining.fitting import Pictures
+from pipelines.tiny_world.pretraining.language_model import partial_text
 from pipelines.tiny_world.pretraining.vae import encode
 from pipelines.tiny_world.scenes import caption
 from vlv_model.caption_tokens import IGNORED, tokenize_captions
@@ -64,6 +66,7 @@ def of_florence(
 
 @torch.no_grad()
 def of_language_model(model: Any, tokenizer: Any, pictures: Pictures) -> dict[str, float]:
-    """Cross-entropy per token of canonical captions, in nats."""
-    captions = [caption(scene) for scene in pictures.scenes]
-    return {"loss_per_token": float(model(**tokenize_captions(tokenizer, captions)).loss)}
+    """Cross-entropy per token of such texts as it was trained on, in nats."""
+    rng = np.random.default_rng(pictures.seed)
+    texts = [partial_text(scene, rng) for scene in pictures.scenes]
+    return {"loss_per_token": float(model(**tokenize_captions(tokenizer, texts)).loss)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.scenes import Object, Scene
+from pipelines.tiny_world.scenes import PHRASES, Object, Scene
 from vlv_model.caption_tokens import tokenize_captions
 
 BATCH_SIZE = 64
@@ -43,7 +43,8 @@ def partial_text(scene: Scene, rng: np.random.Generator) -> str:
     a large red object left of a small square on a gray background
     """
     first, second = (_partly(thing, rng) for thing in (scene.first, scene.second))
-    return f"a {first} {scene.relation} a {second} on a {scene.background} background"
+    relation = PHRASES[scene.relation]
+    return f"a {first} {relation} a {second} on a {scene.background} background"
 
 
 def _partly(thing: Object, rng: np.random.Generator) -> str:

@@ -105,7 +105,7 @@ def test_texts_of_the_language_model_pair_no_colour_with_a_shape() -> None:
     named = [*scenes.COLOURS, *scenes.SHAPES]
     for scene in scenes.sample(0, 200):
         text = partial_text(scene, rng)
-        before, after = text.split(f" {scene.relation} ")
+        before, after = text.split(f" {scenes.PHRASES[scene.relation]} ")
         phrases = (before, after.removesuffix(f" on a {scene.background} background"))
         for thing, phrase in zip((scene.first, scene.second), phrases, strict=True):
             assert phrase.split()[:2] == ["a", thing.size]
