@@ -82,6 +82,12 @@ class ModelConfig(Config):
     prompt: str = Field(
         MORE_DETAILED_CAPTION, min_length=1, description="sentence that Florence-2 is asked"
     )
+    projector_scale: float = Field(
+        1.0,
+        gt=0,
+        description="factor on the caption projector's last layer before any training; below 1 "
+        "the captions of all images start nearly alike, instead of as different noise",
+    )
     projector_seed: int = Field(
         0, ge=0, lt=2**63, description="seed of the queries and projectors before any training"
     )

@@ -46,6 +46,7 @@ class VLVEncoder(nn.Module):
         num_queries: int,
         encoder_image_size: int,
         prompt: str,
+        projector_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -61,6 +62,9 @@ class VLVEncoder(nn.Module):
             self.caption_projector = nn.Sequential(
                 nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, width)
             )
+        with torch.no_grad():
+            for parameter in self.caption_projector[-1].parameters():
+                parameter.mul_(projector_scale)
         # Florence-2's processor: image features, then <s> sentence </s>, without padding.
         sentence = tokenizer(prompt, add_special_tokens=False).input_ids
         prompt_ids = torch.tensor([[tokenizer.bos_token_id, *sentence, tokenizer.eos_token_id]])
@@ -91,6 +95,7 @@ class VLVEncoder(nn.Module):
             num_queries=config.num_queries,
             encoder_image_size=config.encoder_image_size,
             prompt=config.prompt,
+            projector_scale=config.projector_scale,
             seed=config.projector_seed,
         ).eval()
         if checkpoint is not None:

@@ -25,13 +25,13 @@ class PretrainConfig(Config):
         400, ge=1, description="updates of the CLIP text encoder alone, 256 pairs each"
     )
     text_to_image_steps: int = Field(
-        3_000, ge=1, description="updates of the CLIP text encoder and the UNet, 64 pictures each"
+        1_000, ge=1, description="updates of the CLIP text encoder and the UNet, 64 pictures each"
     )
     vision_steps: int = Field(
         1_200, ge=1, description="updates of Florence-2's vision tower, 32 pictures each"
     )
     florence_steps: int = Field(
-        1_500, ge=1, description="updates of Florence-2's language model, 32 pictures each"
+        2_500, ge=1, description="updates of Florence-2's language model, 32 pictures each"
     )
     language_model_steps: int = Field(
         400, ge=1, description="updates of the language model, 64 texts each"

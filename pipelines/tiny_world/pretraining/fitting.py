@@ -65,7 +65,6 @@ def fit(
     steps: int,
     learning_rate: float,
     seed: int,
-    dropout: bool = False,
 ) -> Fitted:
     """Train `models` on the losses that `loss_of` gives, each from fresh draws of its generator.
 
@@ -78,7 +77,7 @@ def fit(
     every = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
     parameters = list(every.values())
     for model in models:
-        model.train(dropout)  # most tiny models underfit: dropout would only be noise
+        model.eval()  # tiny models underfit: dropout and drop-path would only be noise
     optimizer = torch.optim.AdamW(
         parameters, learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )
@@ -96,7 +95,5 @@ def fit(
             losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
             bar.update()
-    for model in models:
-        model.eval()
     last = losses[-max(1, steps // 20) :]
     return Fitted(steps, round(time.perf_counter() - started, 1), float(np.mean(last)))
