@@ -60,6 +60,8 @@ def test_train_mode_has_dropout_but_wakes_no_frozen_part(encoder, squares):
     encoder.florence.train()
     encoder.florence.vision_tower.train()
     bart = encoder.florence.language_model
+    for layer in [*bart.encoder.layers, *bart.decoder.layers]:
+        layer.dropout = 0.1  # as published; the tiny one has none
     awake = {name for name, part in encoder.named_modules() if part.training}
     assert {"", "caption_projector", "florence.language_model.encoder.layers.0"} <= awake
     frozen = ("florence.vision_tower", "florence.multi_modal_projector")
@@ -118,3 +120,9 @@ def test_a_grid_beyond_the_vision_positions_is_refused(tiny):
     with pytest.raises(ModelError, match=r"gives a 17 x 17 grid") as error:
         VLVEncoder(florence, tokenizer, prompt="what", **sizes)
     assert "\n" not in str(error.value)
+
+
+def test_embeddings_can_start_nearly_alike(tiny, squares):
+    loud, quiet = (VLVEncoder.from_pretrained(tiny, projector_scale=x) for x in (1.0, 0.1))
+    with torch.no_grad():
+        assert torch.allclose(quiet(squares), 0.1 * loud(squares), atol=1e-6)
