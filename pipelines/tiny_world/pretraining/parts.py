@@ -195,6 +195,10 @@ class _Pretraining:
 
 def _save(model: Any, folder: Path) -> None:
     model.to(memory_format=torch.contiguous_format).half().save_pretrained(folder)
+    config = read_json_object(folder / "config.json")
+    # Where the part was loaded from: a path of the machine that trained it.
+    config.pop("_name_or_path", None)
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _load(kind: Any, folder: Path) -> Any:

@@ -21,6 +21,8 @@ def test_all_weights_are_small_and_safe() -> None:
     assert sum(file.stat().st_size for file in files) < 12e6
     kinds = {file.suffix for file in files} - {".pyc"}
     assert kinds <= {".py", ".json", ".txt", ".safetensors"}
+    for file in pretrained.FOLDER.rglob("config.json"):  # no path of who trained them
+        assert not json.loads(file.read_text()).get("_name_or_path"), file
     for file in MODELS.rglob("*.safetensors"):
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}, file
 
