@@ -56,6 +56,12 @@ class TrainConfig(Config):
     use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs reserved for each worker")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    pretrained_rate: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of pretrained weights, as a share of learning_rate; queries and "
+        "projectors, which start random, take the whole",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="fall of the learning rate to zero over exactly `steps`"
     )

@@ -87,14 +87,14 @@ class Trainer:
 
         self.stage.model.to(self.worker.device)
         train = self.train_config
-        trainable = [p for p in self.stage.model.parameters() if p.requires_grad]
+        groups = self.stage.parameter_groups(train.pretrained_rate)
         optimizer = torch.optim.AdamW(
-            trainable, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+            groups, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.stage.model,
             optimizer=optimizer,
-            model_parameters=trainable,
+            model_parameters=groups,
             config=deepspeed_config(train),
             dist_init_required=False,
         )
@@ -138,7 +138,7 @@ class Trainer:
         all images or label tokens, which differ between workers in stage 2.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.train_config, step)
+            group["lr"] = group["share"] * learning_rate(self.train_config, step)
         # Dropout depends on the step and the rank alone, so a resumed run repeats it.
         torch.manual_seed(mix(self.train_config.seed, step, self.worker.world_rank) >> 1)
         self.engine.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,19 @@ class Stage:
     model: nn.Module
     columns: list[str]  # of the table, beside the image
     prepare: Callable[[Batch], Prepared]
+    fresh: tuple[str, ...]  # how the names of parameters begin that start random
+
+    def parameter_groups(self, pretrained_rate: float) -> list[dict[str, Any]]:
+        """The trainable parameters for an optimiser; `share` is of the scheduled learning rate."""
+        fresh, pretrained = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (fresh if name.startswith(self.fresh) else pretrained).append(parameter)
+        groups = [
+            {"params": fresh, "share": 1.0},
+            {"params": pretrained, "share": pretrained_rate},
+        ]
+        return [group for group in groups if group["params"]]
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
@@ -47,7 +60,8 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
         inputs = {"pixel_values": batch.pixel_values, **random}
         return Prepared(batch.keys, inputs, weight=len(batch.keys))
 
-    return Stage("stage1", autoencoder, [], prepare)
+    fresh = ("encoder.learnable_queries", "encoder.caption_projector")
+    return Stage("stage1", autoencoder, [], prepare, fresh)
 
 
 def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
@@ -61,7 +75,7 @@ def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) ->
         inputs = {"pixel_values": batch.pixel_values, **tokens}
         return Prepared(batch.keys, inputs, weight=int((tokens["labels"] >= 0).sum()))
 
-    return Stage("stage2", captioner, [column], prepare)
+    return Stage("stage2", captioner, [column], prepare, fresh=("language_projector",))
 
 
 def draws(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pipelines.config import load
 from pipelines.images import RowIndex, RowReader
@@ -28,13 +29,14 @@ from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.trainer import split, train
+from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.errors import CheckpointError, DataError, RunError
 
 pytestmark = pytest.mark.end_to_end
 
 COMMON = [
     "data.holdout=0.2", "train.use_gpu=false", "train.global_batch_size=8", "train.eval_rows=16",
-    "train.micro_batch_size=2", "train.learning_rate=0.002",
+    "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01",
 ]  # fmt: skip
 STEPS = 12
 
@@ -84,6 +86,16 @@ def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) 
     weights_size = (kept[0] / "model.safetensors").stat().st_size
     state = kept[0] / "optimizer" / "mp_rank_00_model_states.pt"
     assert state.stat().st_size < 2 * weights_size  # the frozen ones are ten times as large
+
+
+def test_pretrained_weights_move_at_a_rate_of_their_own(unbroken: Path, tiny_models: Path) -> None:
+    start = VLVAutoEncoder.from_pretrained(tiny_models).state_dict()
+    end = load_file(next(iter(finished_checkpoints(unbroken))) / "model.safetensors")
+    moved = {name: (weight - start[name]).abs().mean().item() for name, weight in end.items()}
+    projector = moved["encoder.caption_projector.0.weight"]
+    for name, distance in moved.items():
+        if "fc1.weight" in name:
+            assert 0 < distance < projector / 10, name
 
 
 def wandb_records(file: Path) -> Iterator[bytes]:
