@@ -38,7 +38,8 @@ class Stage:
 
     def parameter_groups(self, pretrained_rate: float) -> list[dict[str, Any]]:
         """The trainable parameters for an optimiser; `share` is of the scheduled learning rate."""
-        fresh, pretrained = [], []
+        fresh: list[nn.Parameter] = []
+        pretrained: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (fresh if name.startswith(self.fresh) else pretrained).append(parameter)
