@@ -16,13 +16,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.demo.config import LOGICAL_CPUS, DemoConfig
 from pipelines.demo.run import Demo
 from pipelines.runtime import RayConfig, ray_session
 from vlv_model.config import Trainable
 from vlv_model.tiny import NUM_QUERIES
+
+if TYPE_CHECKING:
+    from pipelines.demo.proof import TestScenes
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "tiny"
 
@@ -76,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage1-steps", type=int, default=400)
     parser.add_argument("--stage2-steps", type=int, default=300)
     given = parser.parse_args(arguments)
+    from pipelines.demo.proof import TestScenes
+
     found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in VARIANTS}
     with ray_session(RayConfig(num_cpus=LOGICAL_CPUS)):
         for seed in given.seeds:
@@ -94,16 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             demo.claim()
             demo.ingest()
+            test = TestScenes.read(demo.folder)
             for variant in VARIANTS:
-                found[variant.name].append(measure(demo, variant, seed))
+                found[variant.name].append(measure(demo, test, variant, seed))
                 print(f"seed {seed}, {variant.name}: {found[variant.name][-1]}", flush=True)
     print(table(found))
     print(json.dumps({"benchmark": "ablation", "seeds": given.seeds, "variants": found}))
 
 
-def measure(demo: Demo, variant: Variant, seed: int) -> dict[str, float]:
+def measure(demo: Demo, test: TestScenes, variant: Variant, seed: int) -> dict[str, float]:
     """Train a variant, unless it is finished, and judge it."""
-    from pipelines.demo.proof import TestScenes, caption_scores, denoising
+    from pipelines.demo.proof import caption_scores, denoising
     from pipelines.training.model import ModelSettings
     from vlv_model.autoencoder import VLVAutoEncoder
 
@@ -115,7 +121,6 @@ def measure(demo: Demo, variant: Variant, seed: int) -> dict[str, float]:
     trainable = f"train.trainable={variant.trainable}"
     demo.stage2(f"captioners/{captioner.name}", encoder, trainable, *model)
     demo.recaption(f"captions/{captions.name}", captioner)
-    test = TestScenes.read(demo.folder)
     autoencoder = VLVAutoEncoder.from_pretrained(*ModelSettings(path=str(encoder)).resolve())
     scores: dict[str, Any] = caption_scores(test, captions)
     return {

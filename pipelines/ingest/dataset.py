@@ -25,15 +25,14 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath, dump
-from pipelines.ingest.answers import clean
-from pipelines.ingest.decode import DecodeError, Opened, sha256
 from pipelines.ingest.download import DownloadConfig, Downloader
 from pipelines.ingest.encode import ImageConfig
-from pipelines.ingest.filters import FilterConfig, image_failure
+from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import chunk_file, write_plan
 from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.schemas import DECODE, FILTERED, IMAGE_ROW, OK, status, with_image_feature
+from pipelines.schemas import IMAGE_ROW, OK, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
 
@@ -76,7 +75,11 @@ class IngestConfig(Config):
             "data.input": fingerprint(input_files(self.data.input)),
             "data.columns": values["data"]["columns"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},
-            **{f"image.{name}": value for name, value in values["image"].items()},
+            **{
+                f"image.{name}": value
+                for name, value in values["image"].items()
+                if name != "decode_timeout"
+            },
             "download.max_bytes": self.download.max_bytes,
             "download.respect_optout": self.download.respect_optout,
             "rows_per_chunk": self.rows_per_chunk,
@@ -156,12 +159,13 @@ def read_plan(chunks: pa.Table, folder: Path) -> pa.Table:
 
 def store_images(rows: pa.Table, image: ImageConfig, filters: FilterConfig) -> pa.Table:
     """Downloaded rows (`data`, `status`, `error`) as IMAGE_ROW rows, with their `chunk`."""
+    decode = decoder(image, filters)
     made = []
     for data, state, error in zip(
         rows["data"], rows["status"].to_pylist(), rows["error"].to_pylist(), strict=True
     ):
         if state == OK:  # one body at a time is copied out of the block
-            made.append(image_columns(data.as_py(), image, filters))
+            made.append(decode(data.as_py()))
         else:
             made.append({"status": state, "error": error})
     columns = [
@@ -172,26 +176,3 @@ def store_images(rows: pa.Table, image: ImageConfig, filters: FilterConfig) -> p
     ]
     table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
     return table.append_column("chunk", rows["chunk"])
-
-
-def image_columns(data: bytes, image: ImageConfig, filters: FilterConfig) -> dict[str, Any]:
-    """What the body of one URL adds to its row; every file ends as a row.
-
-    A row that a filter rules out keeps the image's own size and its sha256, but no bytes.
-    """
-    row: dict[str, Any] = {"status": OK}
-    try:
-        opened = Opened(data, image.max_pixels)
-        row |= {"original_width": opened.width, "original_height": opened.height}
-        row["sha256"] = sha256(data)
-        if rule := image_failure(filters, opened.width, opened.height):
-            return row | {"status": status(FILTERED, rule)}
-        stored = opened.store(image)
-    except DecodeError as error:
-        return {"status": status(DECODE, error.kind), "error": clean(str(error))}
-    return row | {
-        "image": {"bytes": stored.data, "path": None},
-        "width": stored.width,
-        "height": stored.height,
-        "phash": stored.phash,
-    }

@@ -42,7 +42,7 @@ from pipelines.ingest.encode import (
 )
 from pipelines.ingest.formats import READABLE, SNIFF_BYTES, image_format
 
-FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt"]
+FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `decode:` in a row's status."""
 

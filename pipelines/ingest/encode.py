@@ -35,6 +35,9 @@ class ImageConfig(Config):
     max_pixels: int = Field(
         64_000_000, ge=1, description="largest image that is decoded, in pixels by its header"
     )
+    decode_timeout: float = Field(
+        60.0, gt=0, description="seconds that one file may take to be decoded and stored"
+    )
 
 
 def resize(picture: Image.Image, config: ImageConfig) -> Image.Image:

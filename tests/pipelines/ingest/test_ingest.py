@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 
 from pipelines.config import build
-from pipelines.ingest.dataset import IngestConfig, image_columns, ingest
+from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.isolation import image_columns
 from pipelines.schemas import IMAGE_ROW, url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world

@@ -1,0 +1,95 @@
+"""The decoder's own process: what a file does to it costs that file a row, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.ingest.encode import ImageConfig
+from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.isolation import Decoder, image_columns
+
+
+def png(colour: str = "red", side: int = 40) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder(ImageConfig(size=32, decode_timeout=20.0), FilterConfig(min_short_side=20))
+    yield decoder
+    decoder.close()
+
+
+def pid_of(decoder: Decoder) -> int:
+    assert decoder._child is not None
+    return decoder._child.pid
+
+
+def test_rows_are_those_of_the_same_code_in_this_process(decoder: Decoder) -> None:
+    for data in (png(), png(side=10), png()[:60], b"no image", b""):
+        assert decoder(data) == image_columns(data, decoder.image, FilterConfig(min_short_side=20))
+
+
+@pytest.mark.parametrize("deadly", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_decoder_that_dies_costs_one_row(decoder: Decoder, deadly: signal.Signals) -> None:
+    assert decoder(png())["status"] == "ok"
+    first = pid_of(decoder)
+    os.kill(first, deadly)
+    died = decoder(png())
+    assert died["status"] == "decode:crashed"
+    assert deadly.name in died["error"]
+    assert decoder(png())["status"] == "ok"
+    assert pid_of(decoder) != first
+
+
+def test_a_decoder_that_hangs_costs_one_row(decoder: Decoder) -> None:
+    assert decoder(png())["status"] == "ok"
+    first = pid_of(decoder)
+    decoder.image = decoder.image.model_copy(update={"decode_timeout": 0.3})
+    os.kill(first, signal.SIGSTOP)
+    hung = decoder(png())
+    assert hung["status"] == "decode:timeout"
+    assert "0.3 seconds" in hung["error"]
+    assert not Path(f"/proc/{first}").exists()  # nothing is left behind
+    decoder.image = decoder.image.model_copy(update={"decode_timeout": 20.0})
+    assert decoder(png())["status"] == "ok"
+
+
+def test_the_decoder_may_not_fill_the_memory(decoder: Decoder) -> None:
+    decoder(png())
+    limits = Path(f"/proc/{pid_of(decoder)}/limits").read_text()
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max address space"))
+    assert int(line.split()[3]) == (1 << 30) + 32 * decoder.image.max_pixels
+
+
+def test_a_decoder_goes_with_the_process_that_it_served(decoder: Decoder) -> None:
+    decoder(png())
+    child = pid_of(decoder)
+    decoder._pipe.close()  # what the end of a process does
+    assert decoder._child is not None
+    assert decoder._child.wait(10) == 0
+    assert not Path(f"/proc/{child}/cmdline").exists()
+
+
+def test_every_nasty_file_is_a_row(shared_dir: Path) -> None:
+    decoder = Decoder(ImageConfig(size=64, max_pixels=20_000_000), FilterConfig())
+    index = (shared_dir / "nasty" / "index.jsonl").read_text().splitlines()
+    for line in index:
+        file = shared_dir / "nasty" / json.loads(line)["file"]
+        row = decoder(file.read_bytes())
+        assert row["status"] == "ok" or row["status"].startswith("decode:"), file
+        assert row["status"] not in ("decode:crashed", "decode:timeout"), file
+        if row["status"] == "ok":
+            stored = Image.open(io.BytesIO(row["image"]["bytes"]))
+            assert (stored.mode, stored.size) == ("RGB", (row["width"], row["height"])), file
+    decoder.close()
