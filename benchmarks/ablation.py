@@ -1,6 +1,6 @@
 """Ablations on the tiny world, in the shape of the paper's tables.
 
-    python benchmarks/ablation.py runs/ablation [--seeds 0 1 2] [--stage1-steps 400] [--stage2-steps 300]
+    python benchmarks/ablation.py runs/ablation [--seeds 0 1 2] [--stage1-steps 300] [--stage2-steps 300]
 
 For each seed every variant is trained by the jobs' own code upon the shipped pretrained parts: its
 stage 1 from nothing, its stage 2 on the same pairs, and its captions of test scenes are judged.
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=4_000, help="training scenes")
     parser.add_argument("--test-scenes", type=int, default=400)
-    parser.add_argument("--stage1-steps", type=int, default=400)
+    parser.add_argument("--stage1-steps", type=int, default=300)
     parser.add_argument("--stage2-steps", type=int, default=300)
     given = parser.parse_args(arguments)
     from pipelines.demo.proof import TestScenes

@@ -16,7 +16,7 @@ LOGICAL_CPUS = 4
 _FEWER_STOPS = {"eval_every": 250, "eval_rows": 256, "checkpoint_every": 250}
 FULL: dict[str, dict[str, float]] = {
     "stage1": {
-        "steps": 800,
+        "steps": 600,
         "learning_rate": 3e-3,
         "pretrained_rate": 0.2,
         "warmup_steps": 100,

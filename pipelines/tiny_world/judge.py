@@ -283,7 +283,5 @@ def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArr
         "square": far <= 0.8,
         "triangle": (abs(u) <= (v + 1) / 1.9) & (v <= 0.9),
         "cross": (far <= 1) & (near <= 0.34),
-        "diamond": far + near <= 1,
-        "rectangle": (abs(u) <= 1) & (abs(v) <= 0.5),
     }
     return inside[shape]

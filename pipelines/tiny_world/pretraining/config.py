@@ -28,7 +28,7 @@ class PretrainConfig(Config):
         1_000, ge=1, description="updates of the CLIP text encoder and the UNet, 64 pictures each"
     )
     vision_steps: int = Field(
-        1_800, ge=1, description="updates of Florence-2's vision tower, 32 pictures each"
+        1_200, ge=1, description="updates of Florence-2's vision tower, 32 pictures each"
     )
     florence_steps: int = Field(
         2_500, ge=1, description="updates of Florence-2's language model, 32 pictures each"

@@ -87,17 +87,14 @@ def _very_blurred(picture: Image.Image, _: np.random.Generator) -> np.ndarray:
     return pixels(picture.filter(ImageFilter.GaussianBlur(2.0)))
 
 
-@pytest.mark.parametrize(
-    ("damage", "allowed"),
-    [(_blurred, 1), (_noisy, 1), (_shifted, 1), (_pale, 1), (_very_blurred, 5)],
-)
-def test_damaged_pictures_are_read_right(damage, allowed: int) -> None:
+@pytest.mark.parametrize("damage", [_blurred, _very_blurred, _noisy, _shifted, _pale])
+def test_damaged_pictures_are_read_right(damage) -> None:
     rng = np.random.default_rng(0)
     wrong = []
     for seed, scene in enumerate(sample(2, 60, "test")):
         if read(damage(draw(scene, seed), rng)) != reading_of(scene):
             wrong.append(scene)
-    assert len(wrong) <= allowed, wrong  # so blurred, a small diamond is nearly a cross
+    assert len(wrong) <= 1, wrong
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
