@@ -6,7 +6,7 @@ which wait on disk and are sorted in memory one by one.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +22,10 @@ _LEAST, _KEYS = -(2**63), 2**64
 class Buckets:
     """Rows of one schema with an int64 `key`, on disk, apart by ranges of their key."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, input_bytes: int) -> None:
+    def __init__(self, schema: pa.Schema, input_bytes: int) -> None:
         """`input_bytes`, the size of what the rows are made from, sets the number of buckets."""
-        folder.mkdir(parents=True)
-        self.folder = folder
+        # On this machine's disk (TMPDIR), wherever the table is.
+        self._folder = tempfile.TemporaryDirectory(prefix="vlv-sort-")
         count = min(_MAX_BUCKETS, 1 + input_bytes // _BUCKET_BYTES)
         self.starts = np.array([_LEAST + _KEYS // count * i for i in range(count)], np.int64)
         self._files = [pa.OSFile(str(self._file(i)), "wb") for i in range(count)]
@@ -52,10 +52,10 @@ class Buckets:
 
     def remove(self) -> None:
         """Delete what lies on disk."""
-        shutil.rmtree(self.folder)
+        self._folder.cleanup()
 
     def _file(self, bucket: int) -> Path:
-        return self.folder / f"{bucket:04d}.arrow"
+        return Path(self._folder.name, f"{bucket:04d}.arrow")
 
     def _flush(self) -> None:
         if not self._waiting:

@@ -12,7 +12,8 @@ import os
 import sys
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -29,10 +30,13 @@ C = TypeVar("C", bound=Config)
 
 # ---------------------------------------------------------------------------------------- paths
 
+PROTOCOLS = ("s3", "gs", "hf")
+"""Of the URLs that tables and lists may lie at; gs needs gcsfs to be installed."""
 
-def is_url(path: str) -> bool:
+
+def is_url(path: str | Path) -> bool:
     """True for `s3://…` and the like."""
-    return "://" in path
+    return "://" in str(path)
 
 
 def in_submitted_copy(folder: Path) -> bool:
@@ -44,7 +48,7 @@ def _local(path: str) -> Path:
     if not path.strip():
         raise ValueError("it is empty: give a path")
     if is_url(path):
-        raise ValueError(f"'{path}' is a URL: give a path on storage that all machines share")
+        raise ValueError(f"'{path}' is a URL: give a path on a disk that all machines share")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -65,11 +69,27 @@ def _input(path: str) -> str:
     return os.path.abspath(_local(path))
 
 
+def _place(path: str, local: Callable[[str], str]) -> str:
+    if not is_url(path):
+        return local(path)
+    protocol = path.partition("://")[0]
+    if protocol not in PROTOCOLS:
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise ValueError(f"'{path}': expected a path or a URL of {known}")
+    return path.rstrip("/")
+
+
 OutputPath = Annotated[str, AfterValidator(_output)]
 """A place that a job writes to. Relative paths are the submitter's, or are refused."""
 
 InputPath = Annotated[str, AfterValidator(_input)]
 """A place that a job reads from; made absolute, since workers run in folders of their own."""
+
+OutputPlace = Annotated[str, AfterValidator(partial(_place, local=_output))]
+"""Where a table is written: an OutputPath, or a URL of an object store."""
+
+InputPlace = Annotated[str, AfterValidator(partial(_place, local=_input))]
+"""Where a table or a list is read: an InputPath, or a URL of an object store."""
 
 
 # ------------------------------------------------------------------------------------- building

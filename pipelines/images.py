@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipelines.places import open_parquet
 from pipelines.schemas import OK, has_text, require_columns
-from pipelines.storage import read_schema, readable
+from pipelines.storage import read_schema
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class RowIndex:
             schema = read_schema(path)
             _check_columns(path, schema, texts)
             names = ["key", *(["status"] if "status" in schema.names else []), *texts]
-            with readable(path), pq.ParquetFile(path) as parquet:
+            with open_parquet(path) as parquet:
                 for group in range(parquet.num_row_groups):
                     table = parquet.read_row_group(group, columns=names)
                     if table["key"].null_count:
@@ -176,7 +176,7 @@ class RowReader:
             self._groups.move_to_end(where)
             return self._groups[where]
         path = self.index.files[file]
-        with readable(path), pq.ParquetFile(path) as parquet:
+        with open_parquet(path) as parquet:
             table = parquet.read_row_group(group, columns=self.columns_read)
         self._groups[where] = table
         self._cached += table.nbytes

@@ -11,7 +11,6 @@ one at a time.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,21 +19,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.buckets import Buckets
 from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
 from pipelines.ingest.readers import read_parquet
-from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
-from pipelines.storage import (
-    IMAGE_ROW_GROUP,
-    Table,
-    parquet_files,
-    read_schema,
-    readable,
+from pipelines.places import (
+    open_parquet,
+    place,
+    read_parquet_file,
+    remove_folder,
     write_parquet,
 )
+from pipelines.runtime import RayConfig, ray_session, run_chunks
+from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
+from pipelines.storage import IMAGE_ROW_GROUP, Table, parquet_files, read_schema
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -128,14 +126,14 @@ def _plan(
 ) -> dict[str, int]:
     """Write `_plan/`: the captions by key and the row groups of each chunk; what was counted."""
     folder = table.folder / "_plan"
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     folder.mkdir(parents=True)
     counts = _sort_captions(folder, caption_files, caption_column, join_on)
     chunks: list[dict[str, Any]] = []
     images = 0
     for file in image_files:
         images += _usable_rows(file, join_on)
-        with readable(file), pq.ParquetFile(file) as parquet:
+        with open_parquet(file) as parquet:
             rows = _ROWS_PER_CHUNK  # so that a file begins a chunk
             for group in range(parquet.num_row_groups):
                 if rows >= _ROWS_PER_CHUNK:
@@ -174,7 +172,7 @@ def _sort_captions(
 ) -> dict[str, int]:
     """Write the captions as buckets sorted by key, every key once."""
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
-    buckets = Buckets(folder / "unsorted", _CAPTIONS, input_bytes(files))
+    buckets = Buckets(_CAPTIONS, input_bytes(files))
     for file in files:
         schema = read_schema(file)
         names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
@@ -195,7 +193,7 @@ def _sort_captions(
         counts["captions"] += int(first.sum())
         write_parquet(folder / f"captions-{i:04d}.parquet", rows.filter(pa.array(first)))
     buckets.remove()
-    np.save(folder / "starts.npy", buckets.starts)
+    write_parquet(folder / "starts.parquet", pa.table({"start": buckets.starts}))
     return dict(counts)
 
 
@@ -233,9 +231,9 @@ def _stages(chunks: Any, table: Table, join_on: JoinOn) -> Any:
 def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
     (chunk,) = chunks["chunk"].to_pylist()
-    (source,) = pq.read_table(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
-    file = Path(source["file"])
-    with readable(file), pq.ParquetFile(file) as parquet:
+    (source,) = read_parquet_file(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
+    file = place(source["file"])
+    with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
     keys = _keys(rows[join_on], join_on, f"{file}: column '{join_on}'")
     captions = _captions_of(keys, table.folder / "_plan")
@@ -272,11 +270,11 @@ def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
     if len(keys) == keys.null_count:
         return captions
     least, greatest = pc.min_max(keys).as_py().values()
-    starts = np.load(plan / "starts.npy")
+    starts = read_parquet_file(plan / "starts.parquet")["start"].to_numpy()
     first = int(np.searchsorted(starts, least, "right")) - 1
     last = int(np.searchsorted(starts, greatest, "right")) - 1
     for bucket in range(first, last + 1):
-        rows = pq.read_table(plan / f"captions-{bucket:04d}.parquet")
+        rows = read_parquet_file(plan / f"captions-{bucket:04d}.parquet")
         places = pc.index_in(keys, value_set=rows["key"].combine_chunks())
         captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(places))
     return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

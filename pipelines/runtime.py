@@ -14,7 +14,8 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from pipelines.storage import Table, exclusive
+from pipelines.places import exclusive
+from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 

@@ -7,19 +7,18 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipelines.config import InputPath, OutputPath
+from pipelines.config import InputPlace, OutputPlace
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
+from pipelines.places import open_parquet, place, write_parquet
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
-from pipelines.storage import Table, parquet_files, write_parquet
+from pipelines.storage import Table, parquet_files
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
@@ -29,8 +28,10 @@ PLAN = "_plan/rows.parquet"
 class Selection(Config):
     """Which images of a table a job works on, and where its own table goes."""
 
-    input: InputPath = Field(description="image table: what ingest wrote, or Parquet of its layout")
-    output: OutputPath = Field(description="folder of the table that is written")
+    input: InputPlace = Field(
+        description="image table: what ingest wrote, or Parquet of its layout"
+    )
+    output: OutputPlace = Field(description="folder of the table that is written")
     split: Literal["all", "train", "holdout"] = Field(
         "all", description="all images, or those that training used, or those held out from it"
     )
@@ -105,12 +106,12 @@ class ReadImages:
 
     def __init__(self, table: Table, image_size: int) -> None:
         self.folder = table.folder
-        self.files = [Path(file) for file in table.describe()["files"]]
+        self.files = [place(file) for file in table.describe()["files"]]
         self.image_size = image_size
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = block["chunk"].to_pylist()
-        with pq.ParquetFile(self.folder / PLAN) as parquet:
+        with open_parquet(self.folder / PLAN) as parquet:
             plan = parquet.read_row_group(chunk)
         arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
         reader = RowReader(RowIndex(self.files, *arrays.values()))

@@ -14,85 +14,48 @@ with an underscore are passed over by Arrow, datasets and Spark.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.config import is_url
+from pipelines.places import (
+    LOCK_FILE,
+    is_file,
+    is_folder,
+    make_folder,
+    open_parquet,
+    patiently,
+    place,
+    read_texts,
+    write_atomically,
+    write_parquet,
+)
 from vlv_model.errors import DataError, RunError, VLVError
 
 TABLE_FILE = "_table.json"
-LOCK_FILE = ".lock"
 
 # Rows of a row group in tables of images. A reader of one image takes its whole row group, and
 # training reads single images in random order: at 256 rows it would read 256 times too much.
 IMAGE_ROW_GROUP = 16
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is seen whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    data = content.encode() if isinstance(content, str) else content
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
-    """Write one Parquet file under a temporary name, then give it its own."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    pq.write_table(table, temporary, compression="zstd", **options)
-    os.replace(temporary, path)
-
-
 def read_json_object(path: Path, error: type[VLVError] = RunError) -> dict[str, Any]:
     """A JSON file that a job of ours wrote; `error` in one line where it is damaged or gone."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(patiently(lambda: path.read_text(encoding="utf-8"), path))
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or "it is not JSON"
         raise error(f"{path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise error(f"{path} is damaged: expected a JSON object")
     return content
-
-
-def make_folder(folder: Path, setting: str) -> None:
-    """Make an output folder; RunError in one line where the file system refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
-
-
-@contextmanager
-def exclusive(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder for this process; RunError while another one on this machine holds it.
-
-    The lock goes with the process, however it ends.
-    """
-    make_folder(folder, setting)
-    with open(folder / LOCK_FILE, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"{setting}={folder} is in use by a job that is still going: wait for its end"
-            ) from None
-        yield
 
 
 @dataclass(frozen=True)
@@ -111,13 +74,13 @@ class Table:
     """A folder of committed Parquet parts; see the module's text for its layout."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = place(folder)
 
     # ------------------------------------------------------------------ the driver's side
 
     @property
     def exists(self) -> bool:
-        return os.path.isfile(self.folder / TABLE_FILE)  # False for names that no file can have
+        return is_file(self.folder / TABLE_FILE)
 
     def describe(self) -> dict[str, Any]:
         """Content of `_table.json`: kind, identity, chunks, and what the planner noted."""
@@ -158,13 +121,16 @@ class Table:
 
     def commits(self) -> list[Commit]:
         """All finished chunks, in order."""
+        files = self._commit_files()
         try:
-            return [Commit(**read_json_object(file)) for file in self._commit_files()]
-        except TypeError:
+            if files and is_url(files[0]):
+                return [Commit(**json.loads(text)) for text in read_texts(files)]
+            return [Commit(**read_json_object(file)) for file in files]
+        except (TypeError, ValueError):
             raise RunError(f"{self.folder / '_commits'} holds a file that is no commit") from None
 
     def _commit_files(self) -> list[Path]:
-        return sorted((self.folder / "_commits").glob("[0-9]*.json"))
+        return sorted((self.folder / "_commits").glob("[0-9]*.json"), key=str)
 
     def counts(self) -> dict[str, int]:
         """Rows by status over all finished chunks, `ok` first, then by name."""
@@ -190,7 +156,7 @@ class Table:
 def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
     """Raise RunError when `folder` is not a folder, or holds what no job of ours left there."""
     make_folder(folder, setting)
-    names = sorted(p.name for p in folder.iterdir())
+    names = sorted(p.name for p in folder.iterdir()) if is_folder(folder) else []
     # Hidden files of 32 hex digits are temporary ones of `write_atomically`.
     ours = {*ours, LOCK_FILE}
     strangers = [n for n in names if n not in ours and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
@@ -220,10 +186,10 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
 
     Raises DataError where there is nothing, and where a table of ours is not finished.
     """
-    place = Path(path)
-    if os.path.isfile(place):  # False for names that no file can have, where Path raises
-        return [place]
-    table = Table(place)
+    where = place(path)
+    if is_file(where):
+        return [where]
+    table = Table(where)
     if table.exists:
         if pending := table.pending():
             raise DataError(
@@ -232,32 +198,24 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
             )
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:
-        found = place.glob("**/*.parquet") if os.path.isdir(place) else ()
-        files = sorted(p for p in found if p.is_file() and _is_data(p.relative_to(place)))
+        found = where.glob("**/*.parquet") if is_folder(where) else ()
+        inside = len(where.parts)
+        files = sorted((p for p in found if p.is_file() and _is_data(p.parts[inside:])), key=str)
     if not files:
-        what = "has no Parquet files" if os.path.isdir(place) else "does not exist"
+        what = "has no Parquet files" if is_folder(where) else "does not exist"
         raise DataError(f"{setting}={path} {what}: expected a Parquet file or a folder of them")
     return files
 
 
-def _is_data(path: Path) -> bool:
+def _is_data(names: Sequence[str]) -> bool:
     """False in folders and for files that Arrow, datasets and Spark pass over too."""
-    return not any(part.startswith((".", "_")) for part in path.parts)
-
-
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn what Arrow says of a damaged Parquet file into one DataError line that names it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not a readable Parquet file: {str(error)[:160]}") from error
+    return not any(name.startswith((".", "_")) for name in names)
 
 
 def read_schema(file: Path) -> pa.Schema:
     """Schema of one Parquet file; DataError where it is none, or names a column twice."""
-    with readable(file):
-        schema = pq.read_schema(file)
+    with open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
     if repeated := [name for name, n in Counter(schema.names).items() if n > 1]:
         raise DataError(f"{file} has several columns named {repeated[0]!r}: rename all but one")
     return schema
@@ -266,6 +224,6 @@ def read_schema(file: Path) -> pa.Schema:
 def read_rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of some columns, one after the other, in the order of the files."""
     for file in files:
-        with readable(file), pq.ParquetFile(file) as parquet:
+        with open_parquet(file) as parquet:
             for batch in parquet.iter_batches(256, columns=columns):
                 yield from batch.to_pylist()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pipelines.images import RowIndex, RowReader
+from pipelines.places import write_parquet
 from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.reconstruct.predictor import png, sampled
-from pipelines.storage import parquet_files, read_rows, write_parquet
+from pipelines.storage import parquet_files, read_rows
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.denoising import denoising_losses, gap_closed, text_conditions
 from pipelines.tiny_world.scoring import score_captions, score_pictures

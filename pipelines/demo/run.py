@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.config import dump, load
 from pipelines.demo.config import FULL, DemoConfig
+from pipelines.places import exclusive, write_atomically
 from pipelines.runtime import ray_session
-from pipelines.storage import Table, exclusive, read_json_object, refuse_strangers, write_atomically
+from pipelines.storage import Table, read_json_object, refuse_strangers
 from pipelines.tiny_world.dataset import find_photos
 from pipelines.tiny_world.pretrained import MODELS, STAGE1
 from vlv_model.config import Config

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from pipelines.config import InputPath, OutputPath, dump
+from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest.download import DownloadConfig, Downloader
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import chunk_file, write_plan
+from pipelines.places import place, read_parquet_file
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import IMAGE_ROW, OK, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
@@ -47,10 +47,10 @@ _CHUNKS_PER_DOWNLOADER = 4
 class IngestData(Config):
     """What is read, and where the table goes."""
 
-    input: InputPath = Field(
+    input: InputPlace = Field(
         description="list of URLs: a Parquet, CSV, TSV or JSONL file, a folder of them, or a glob"
     )
-    output: OutputPath = Field(description="folder of the image table")
+    output: OutputPlace = Field(description="folder of the image table")
     columns: dict[str, str] = Field(
         {}, description="spellings of columns that are not known: {their name: our name}"
     )
@@ -137,7 +137,7 @@ def _stages(chunks: Any, config: IngestConfig) -> Any:
     )
     whole_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     planned = chunks.map_batches(
-        partial(read_plan, folder=Path(config.data.output)), num_cpus=0, **whole_blocks
+        partial(read_plan, folder=place(config.data.output)), num_cpus=0, **whole_blocks
     )
     downloaded = planned.map_batches(
         Downloader,
@@ -153,7 +153,7 @@ def _stages(chunks: Any, config: IngestConfig) -> Any:
 def read_plan(chunks: pa.Table, folder: Path) -> pa.Table:
     """The planned METADATA_ROW rows of one chunk, with its number."""
     (chunk,) = chunks["chunk"].to_pylist()
-    rows = pq.read_table(chunk_file(folder, chunk))
+    rows = read_parquet_file(chunk_file(folder, chunk))
     return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
 
 

@@ -6,7 +6,6 @@ and `width` and `height`, which only the filters use).
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines.ingest.filters import FilterConfig, check_columns
 from pipelines.ingest.readers import SUFFIXES, format_of, read_tables
+from pipelines.places import is_file, is_folder, matching, place
 from pipelines.schemas import METADATA_ROW, require_columns
 from vlv_model.errors import ConfigError, DataError
 
@@ -47,16 +47,16 @@ def input_files(path: str) -> list[Path]:
 
     Raises DataError where there are none.
     """
-    # os.path says False of names that no file can have, where Path raises.
-    if os.path.isfile(path):
-        return [Path(path)]
-    if is_folder := os.path.isdir(path):
-        found = (p for p in Path(path).rglob("*") if p.is_file() and p.name[0] not in "._")
-        files = sorted(p for p in found if format_of(p) in SUFFIXES)
+    where = place(path)
+    if is_file(where):
+        return [where]
+    if folder := is_folder(where):
+        found = (p for p in where.rglob("*") if p.is_file() and p.name[0] not in "._")
+        files = sorted((p for p in found if format_of(p) in SUFFIXES), key=str)
     else:
-        files = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        files = matching(path)
     if not files:
-        what = "holds no metadata" if is_folder else "does not exist"
+        what = "holds no metadata" if folder else "does not exist"
         shown = path if len(path) <= 200 else f"{path[:200]}…"
         raise DataError(f"data.input={shown} {what}: expected {', '.join(SUFFIXES)} files")
     return files
@@ -73,19 +73,20 @@ def fingerprint(files: Sequence[Path]) -> dict[str, str]:
     Files go by their path in the folder that they have in common, so a moved list is the same.
     Raises DataError for a file that cannot be opened.
     """
-    common = os.path.commonpath([file.parent for file in files])
+    common = os.path.commonpath([str(file.parent) for file in files])
     prints = {}
     for file in files:
         end = 1 << 16
         try:
-            with open(file, "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
+            with file.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(0)
                 head = stream.read(end)
                 stream.seek(max(0, size - end))
                 digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}") from None
-        prints[file.relative_to(common).as_posix()] = f"{size} bytes, {digest}"
+        prints[str(file)[len(common) :].lstrip("/")] = f"{size} bytes, {digest}"
     return prints
 
 

@@ -8,7 +8,6 @@ those of the image table's parts. Memory does not grow with the list (pipelines/
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ import pyarrow.compute as pc
 from pipelines.buckets import Buckets
 from pipelines.ingest.filters import FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
+from pipelines.places import remove_folder, write_parquet
 from pipelines.schemas import METADATA_ROW, normalise_url, url_key
-from pipelines.storage import write_parquet
 from vlv_model.errors import DataError
 
 
@@ -55,10 +54,10 @@ def write_plan(
     different URLs have the same key.
     """
     plan_folder = folder / "_plan"
-    shutil.rmtree(plan_folder, ignore_errors=True)
+    remove_folder(plan_folder)
     plan_folder.mkdir(parents=True)
     dropped: Counter[str] = Counter()
-    buckets = Buckets(plan_folder / "buckets", METADATA_ROW, input_bytes(files))
+    buckets = Buckets(METADATA_ROW, input_bytes(files))
     read = 0
     for file in files:
         for batch in read_batches(file, columns, filters):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.storage import read_schema, readable
+from pipelines.config import is_url
+from pipelines.places import open_parquet
+from pipelines.storage import read_schema
 from vlv_model.errors import DataError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -52,7 +54,7 @@ def read_parquet(
 ) -> Iterator[pa.Table]:
     """Some columns, or all, of a Parquet file, at most `rows` rows at a time."""
     schema = read_schema(file)
-    with readable(file), pq.ParquetFile(file) as parquet:
+    with open_parquet(file) as parquet:
         if not parquet.metadata.num_rows:
             yield schema.empty_table()  # its columns are checked all the same
         for batch in parquet.iter_batches(rows, columns=columns):
@@ -60,8 +62,13 @@ def read_parquet(
 
 
 def _text(file: Path) -> IO[str]:
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-    return opener(file, "rt", encoding="utf-8-sig", newline="")
+    if not is_url(file):
+        opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+        return opener(file, "rt", encoding="utf-8-sig", newline="")
+    binary: Any = file.open("rb")
+    if file.suffix == ".gz":
+        binary = gzip.GzipFile(fileobj=binary)
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
 
 def _csv(file: Path) -> Iterator[pa.Table]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.places import write_atomically
 from pipelines.report.charts import before_after, change, heldout_ends, loss_chart
 from pipelines.report.gallery import GalleryItem, gallery
 from pipelines.report.html import (
@@ -27,7 +28,6 @@ from pipelines.report.html import (
 )
 from pipelines.report.proof import Proof, proof_cards, proof_section
 from pipelines.schemas import OK
-from pipelines.storage import write_atomically
 
 SUBTITLE = (
     "A run of the Vision-Language-Vision pipeline: web addresses become an image table, the images "

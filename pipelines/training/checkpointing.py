@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.storage import write_atomically
+from pipelines.places import write_atomically
 from vlv_model.errors import CheckpointError
 
 if TYPE_CHECKING:

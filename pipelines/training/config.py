@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.config import InputPath, OutputPath
+from pipelines.config import InputPlace, OutputPath, OutputPlace
 from pipelines.runtime import RayConfig
 from pipelines.training.model import ModelSettings
 from vlv_model.config import Config, Trainable
@@ -15,7 +15,9 @@ from vlv_model.config import Config, Trainable
 class ImageData(Config):
     """The images of stage 1."""
 
-    input: InputPath = Field(description="image table: what ingest wrote, or Parquet of its layout")
+    input: InputPlace = Field(
+        description="image table: what ingest wrote, or Parquet of its layout"
+    )
     holdout: float = Field(
         0.02,
         gt=0,
@@ -28,7 +30,7 @@ class ImageData(Config):
 class PairData(ImageData):
     """The image + caption pairs of stage 2."""
 
-    captions: InputPath | None = Field(
+    captions: InputPlace | None = Field(
         None,
         description="table of captions to join to data.input; default: data.input has them itself",
     )
@@ -36,7 +38,7 @@ class PairData(ImageData):
     join_on: Literal["key", "url"] = Field(
         "key", description="how data.captions names its images: by our `key`, or by URL"
     )
-    output: OutputPath | None = Field(
+    output: OutputPlace | None = Field(
         None, description="where the joined pair table is written; default: <run_dir>/pairs"
     )
 

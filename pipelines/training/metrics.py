@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.storage import write_atomically
+from pipelines.places import write_atomically
 
 FILE = "metrics.jsonl"
 

@@ -19,12 +19,8 @@ from typing import Any
 
 from pipelines.config import dump
 from pipelines.images import RowIndex
-from pipelines.storage import (
-    read_json_object,
-    refuse_difference,
-    refuse_strangers,
-    write_atomically,
-)
+from pipelines.places import write_atomically
+from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import columns_read, heldout_losses

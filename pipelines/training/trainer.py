@@ -9,12 +9,9 @@ from typing import Any
 
 from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
+from pipelines.places import exclusive, place
 from pipelines.runtime import check_resources, ray_session
-from pipelines.storage import (
-    exclusive,
-    parquet_files,
-    read_json_object,
-)
+from pipelines.storage import parquet_files, read_json_object
 from pipelines.training import checkpointing, run_folder
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
@@ -174,7 +171,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     else:
         config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, last or parent)
-    index = RowIndex.open([Path(file) for file in loop["files"]], stage.columns)
+    index = RowIndex.open([place(file) for file in loop["files"]], stage.columns)
     rows, holdout = split(index, config.data.holdout)
 
     def metadata(step: int) -> CheckpointMetadata:

@@ -32,12 +32,8 @@ from transformers import (
 )
 
 from pipelines.config import dump
-from pipelines.storage import (
-    read_json_object,
-    refuse_difference,
-    refuse_strangers,
-    write_atomically,
-)
+from pipelines.places import write_atomically
+from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
 from pipelines.tiny_world.pretraining import figures
 from pipelines.tiny_world.pretraining.config import PretrainConfig
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures

@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from pipelines.storage import read_json_object, write_atomically
+from pipelines.places import write_atomically
+from pipelines.storage import read_json_object
 from pipelines.training.model import ModelSettings
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint

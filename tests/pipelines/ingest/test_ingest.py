@@ -20,10 +20,12 @@ import pytest
 from PIL import Image
 
 from pipelines.config import build
+from pipelines.images import RowIndex, RowReader
 from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import image_columns
+from pipelines.places import place, read_parquet_file, write_atomically
 from pipelines.schemas import IMAGE_ROW, url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
@@ -237,3 +239,27 @@ def web_of_two(tmp_path: Path) -> Any:
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
     with serve(folder) as web:
         yield web
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_list_and_a_table_in_an_object_store(tmp_path: Path, bucket: str) -> None:
+    with serve(tmp_path) as web:
+        write_world(tmp_path, web.base_url, 20, num_broken=2)
+        write_atomically(
+            place(f"{bucket}/lists/a.parquet"), (tmp_path / "metadata.parquet").read_bytes()
+        )
+        data = {"input": f"{bucket}/lists", "output": f"{bucket}/tables/images"}
+        config = build(IngestConfig, {"data": data, **SETTINGS})
+        counts = ingest(config)
+        assert counts["ok"] == 20
+        asked = sum(web.requests.values())
+        table = Table(data["output"])
+        place(f"{bucket}/tables/images/_commits/000001.json").unlink()  # as a kill leaves it
+        assert table.pending() == [1]
+        assert ingest(config) == counts
+        assert asked < sum(web.requests.values()) < 2 * asked
+    rows = pa.concat_tables(read_parquet_file(file) for file in parquet_files(data["output"]))
+    listed = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
+    assert rows["key"].to_pylist() == sorted(url_key(url) for url in listed)
+    index = RowIndex.open(parquet_files(data["output"]))
+    assert RowReader(index).square(3, 64).shape == (3, 64, 64)

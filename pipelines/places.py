@@ -1,0 +1,243 @@
+"""Files where they lie: a local path, or a URL of an object store (`s3://`, `gs://`, `hf://`).
+
+Both are pathlib's paths: `UPath` of universal_pathlib has the same methods over fsspec. What
+differs is here. On a local disk a file is made whole by renaming it; in an object store a PUT is
+whole or is not there. Credentials and endpoints come from the environment, as the store's own
+tools read them (AWS_ENDPOINT_URL, …).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import io
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from pipelines.config import is_url
+from vlv_model.errors import DataError, RunError
+
+T = TypeVar("T")
+
+LOCK_FILE = ".lock"
+# A store that fails for a while is asked again after these seconds.
+_PATIENCE = (1.0, 2.0, 5.0, 15.0, 30.0)
+_LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
+_RENEW = 30.0
+
+
+def place(path: str | Path) -> Path:
+    """The path or URL as an object with pathlib's methods."""
+    if not is_url(path):
+        return Path(path)
+    # Listings are never cached: another process may have written since.
+    found: Any = UPath(str(path), use_listings_cache=False)
+    return found
+
+
+def is_file(path: Path) -> bool:
+    """False too for names that no file can have, where Path raises."""
+    return path.is_file() if is_url(path) else os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """An object store has no folders: there it is what something lies under."""
+    return path.is_dir() if is_url(path) else os.path.isdir(path)
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make an output folder; RunError in one line where the file system or the store refuses."""
+    try:
+        if is_url(folder):  # needs no folders, but a bucket that we may see
+            remote: Any = folder
+            remote.fs.info(remote.drive)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise RunError(f"{setting}={folder}: there is no such bucket: make it first") from None
+    except Exception as problem:  # stores raise errors of their own, without a common base
+        reason = getattr(problem, "strerror", None) or problem
+        raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder with all that is in it, if it is there."""
+    if not is_url(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        remote: Any = folder
+        remote.fs.rm(remote.path, recursive=True)
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that a glob pattern names, sorted."""
+    if not is_url(pattern):
+        return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    head, star, _ = pattern.partition("*")
+    root = place(head if star and head.endswith("/") else head.rpartition("/")[0])
+    rest = pattern[len(str(root).rstrip("/")) + 1 :]
+    return sorted((p for p in root.glob(rest) if p.is_file()), key=str)
+
+
+# --------------------------------------------------------------------------------- whole files
+
+
+def patiently(action: Callable[[], T], path: Path) -> T:
+    """Do something with a remote file, again after a pause where the store fails for a while."""
+    if not is_url(path):
+        return action()
+    for pause in _PATIENCE:
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, FileExistsError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return action()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is seen whole or not at all, also after a power cut."""
+    data = content.encode() if isinstance(content, str) else content
+    if is_url(path):
+        patiently(lambda: path.write_bytes(data), path)
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # of a full disk it would hold the rest
+        raise
+
+
+def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all."""
+    if is_url(path):
+        # In memory first: a remote file that is closed by an error would be kept, cut.
+        file = io.BytesIO()
+        pq.write_table(table, file, compression="zstd", **options)
+        patiently(lambda: path.write_bytes(file.getvalue()), path)
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        pq.write_table(table, temporary, compression="zstd", **options)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn what Arrow says of a damaged Parquet file into one DataError line that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not a readable Parquet file: {str(error)[:160]}") from error
+
+
+@contextmanager
+def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read from; DataError where it is none."""
+    with readable(file):
+        if not is_url(file):
+            with pq.ParquetFile(file) as parquet:
+                yield parquet
+            return
+        source = patiently(lambda: file.open("rb"), file)
+        with source, pq.ParquetFile(source, pre_buffer=True) as parquet:
+            yield parquet
+
+
+def read_parquet_file(file: Path) -> pa.Table:
+    """All of a small Parquet file."""
+    with open_parquet(file) as parquet:
+        return parquet.read()
+
+
+def read_texts(files: list[Path]) -> list[str]:
+    """The content of many small remote files, asked for at the same time."""
+    paths: list[Any] = [*files]
+    found = patiently(lambda: paths[0].fs.cat([path.path for path in paths]), files[0])
+    return [found[path.path].decode() for path in paths]
+
+
+# --------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def exclusive(folder: Path, setting: str) -> Iterator[None]:
+    """Hold a folder for this process; RunError while another one holds it.
+
+    On a local disk the lock goes with the process, however it ends, and holds on one machine. In
+    an object store it is a file that is renewed, and is taken over where nobody has for two
+    minutes.
+    """
+    make_folder(folder, setting)
+    held = _lease(folder, setting) if is_url(folder) else _file_lock(folder, setting)
+    with held:
+        yield
+
+
+def _in_use(folder: Path, setting: str) -> RunError:
+    return RunError(f"{setting}={folder} is in use by a job that is still going: wait for its end")
+
+
+@contextmanager
+def _file_lock(folder: Path, setting: str) -> Iterator[None]:
+    with open(folder / LOCK_FILE, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(folder, setting) from None
+        yield
+
+
+@contextmanager
+def _lease(folder: Path, setting: str) -> Iterator[None]:
+    lock, me = folder / LOCK_FILE, f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+    remote: Any = lock
+
+    def renew() -> None:
+        patiently(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
+
+    first = json.dumps({"owner": me, "time": time.time()}).encode()
+    try:
+        remote.fs.pipe_file(remote.path, first, mode="create")  # If-None-Match: one of us wins
+    except FileExistsError:
+        held = json.loads(lock.read_text())
+        if time.time() - held["time"] < _LEASE:
+            raise _in_use(folder, setting) from None
+        renew()
+    stop = threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(_RENEW):
+            renew()
+
+    keeper = threading.Thread(target=keep, daemon=True, name="lease")
+    keeper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        keeper.join()
+        if json.loads(lock.read_text()).get("owner") == me:
+            lock.unlink()

@@ -1,0 +1,163 @@
+"""Paths and URLs by the same methods, on a disk and on a real S3 server in this process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines import places
+from pipelines.places import (
+    exclusive,
+    matching,
+    open_parquet,
+    place,
+    read_parquet_file,
+    remove_folder,
+    write_atomically,
+    write_parquet,
+)
+from pipelines.storage import Table, parquet_files, read_rows
+from vlv_model.errors import DataError, RunError
+
+ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that is not there yet, on either kind of storage."""
+    if request.param == "disk":
+        return place(tmp_path / "a" / "b")
+    return place(request.getfixturevalue("bucket") + "/a/b")
+
+
+def test_files_are_written_and_read_alike(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.json", "{}")
+    write_parquet(folder / "x.parquet", ROWS, row_group_size=2)
+    assert (folder / "x.json").read_text() == "{}"
+    assert read_parquet_file(folder / "x.parquet").equals(ROWS)
+    with open_parquet(pickle.loads(pickle.dumps(folder)) / "x.parquet") as parquet:
+        assert parquet.read_row_group(1)["key"].to_pylist() == [3]
+    assert [p.name for p in matching(f"{folder}/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching(f"{str(folder)[:-1]}*/x.*")] == ["x.json", "x.parquet"]
+    assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.parquet"]
+    remove_folder(folder)
+    assert not folder.exists()
+    remove_folder(folder)  # twice is once
+
+
+def test_a_bucket_that_is_not_there_is_one_line(s3_server: str) -> None:
+    with pytest.raises(RunError, match=r"data\.output=s3://no-such-bucket/t: there is no such"):
+        places.make_folder(place("s3://no-such-bucket/t"), "data.output")
+
+
+def test_what_another_process_wrote_is_seen(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "one", "1")
+    assert len(list(folder.glob("*"))) == 1
+    write_atomically(place(str(folder)) / "two", "2")
+    assert len(list(folder.glob("*"))) == 2
+
+
+def test_a_damaged_file_is_one_line_that_names_it(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.parquet", b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
+        read_parquet_file(folder / "x.parquet")
+
+
+def test_a_table_lives_on_either(folder: Path) -> None:
+    table = Table(str(folder))
+    assert not table.check_free("image", {"a": 1})
+    table.create("image", {"a": 1}, 3)
+    table.write(2, ROWS)
+    table.write(0, ROWS)
+    with pytest.raises(DataError, match="not finished"):
+        parquet_files(str(folder))
+    again = Table(str(folder))
+    assert again.check_free("image", {"a": 1})
+    assert again.pending() == [1]
+    again.write(1, ROWS)
+    again.write(1, ROWS)  # twice is once
+    assert again.counts() == {"ok": 6, "download:dns": 3}
+    assert len(list(read_rows(parquet_files(str(folder)), ["key"]))) == 9
+    with pytest.raises(RunError, match="a: 1 there, 2 here"):
+        again.check_free("image", {"a": 2})
+
+
+def test_a_strangers_folder_is_refused(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "thesis.txt", "dear to somebody")
+    with pytest.raises(RunError, match=r"not empty.*thesis"):
+        Table(str(folder)).check_free("image", {})
+
+
+def test_a_folder_is_held_by_one_and_free_again(folder: Path) -> None:
+    again = exclusive(folder, "data.output")
+    with exclusive(folder, "data.output"), pytest.raises(RunError, match="in use"), again:
+        raise AssertionError("two hold it")
+    with exclusive(folder, "data.output"):
+        pass
+
+
+def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
+    folder = place(f"{bucket}/t")
+    lock = folder / places.LOCK_FILE
+    write_atomically(lock, json.dumps({"owner": "gone", "time": time.time() - 1000}))
+    with exclusive(folder, "data.output"):
+        assert json.loads(lock.read_text())["owner"] != "gone"
+    assert not lock.exists()
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_PATIENCE", (0.01,) * 4)
+    path, calls = place(f"{bucket}/x"), []
+
+    def fails_three_times() -> str:
+        calls.append(1)
+        if len(calls) <= 3:
+            raise OSError("SlowDown")
+        return "done"
+
+    assert places.patiently(fails_three_times, path) == "done"
+    assert len(calls) == 4
+    with pytest.raises(FileNotFoundError):  # that will not mend by itself
+        places.patiently(lambda: path.read_bytes(), path)
+
+
+def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    target = tmp_path / "x"
+    (tmp_path / "before").write_text("")
+
+    def write() -> None:
+        write_atomically(target, "x" * 100)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", lambda *a, **k: full.open("wb", buffering=0))
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert [p.name for p in tmp_path.iterdir()] == ["before"]
+
+
+def test_leases_are_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_RENEW", 0.05)
+    folder = place(f"{bucket}/t")
+    with exclusive(folder, "data.output"):
+        first = json.loads((folder / places.LOCK_FILE).read_text())["time"]
+        waited = threading.Event()
+        for _ in range(100):
+            waited.wait(0.05)
+            if json.loads((folder / places.LOCK_FILE).read_text())["time"] > first:
+                return
+    raise AssertionError("the lease was never renewed")
