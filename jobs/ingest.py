@@ -2,8 +2,11 @@
 
 Every URL that is tried becomes one row, with the image or with a status that says why there is
 none. The same command again continues a killed run, and does nothing when the table is complete.
+Into a table that is there only what is missing is fetched: new rows of the list, and with `retry`
+failed ones. Rows that changed filters rule out are marked, not deleted.
 
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6
+    python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 retry=timeout,http_5xx
 """
 
 from __future__ import annotations
@@ -12,17 +15,25 @@ import sys
 
 from pipelines.entry import main
 from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.ingest.runs import last_run
 from pipelines.runtime import counts_table
 from pipelines.storage import Table
 
 
 def run(config: IngestConfig) -> None:
     table = Table(config.data.output)
-    complete = table.exists and not table.pending()
+    before = last_run(table)
+    finished = before is not None and before.is_finished
     counts = ingest(config)
-    about = table.describe()
-    if complete:
+    run = last_run(table)
+    assert run is not None
+    about = run.describe()
+    if finished and before == run:
         print("this table is complete already: nothing was downloaded")
+    else:
+        print(
+            f"run {run.number}: {about['fetched']:,} rows fetched, {about['marked']:,} marked anew"
+        )
     print(counts_table(counts))
     for rule, rows in about["dropped"].items():
         print(f"not fetched: {rule} {rows:,}")

@@ -24,6 +24,7 @@ from pipelines.buckets import Buckets
 from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
 from pipelines.ingest.readers import read_parquet
 from pipelines.places import (
+    exclusive,
     open_parquet,
     place,
     read_parquet_file,
@@ -89,9 +90,12 @@ def write_pairs(
         table.create(KIND, identity, **notes)
     about = table.describe()
     if table.pending():
-        with ray_session(ray or RayConfig()):
+        with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()):
             stages = partial(_stages, table=table, join_on=join_on)
-            run_chunks(table, stages, "pairs", about["images"], row_group_size=IMAGE_ROW_GROUP)
+            write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
+            run_chunks(
+                table.pending(), stages, write, "pairs", about["images"], done=table.counts()
+            )
     pairs = table.counts().get(OK, 0)
     if not pairs:
         raise DataError(

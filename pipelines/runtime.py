@@ -6,16 +6,15 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
-from pipelines.places import exclusive
-from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 
@@ -132,47 +131,38 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
             )
 
 
-class _WriteChunk:
+def _write_chunk(rows: pa.Table, write: Callable[[int, pa.Table], Any]) -> pa.Table:
     """Last step of a chunk: its rows go into the table, a line of counts goes to the driver."""
-
-    def __init__(self, table: Table, row_group_size: int) -> None:
-        self.table = table
-        self.row_group_size = row_group_size
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        (chunk,) = rows["chunk"].unique().to_pylist()
-        rows = rows.drop_columns(["chunk"])
-        commit = self.table.write(chunk, rows, row_group_size=self.row_group_size)
-        statuses = json.dumps(commit.statuses)
-        return pa.table({"rows": [commit.rows], "statuses": [statuses]})
+    (chunk,) = rows["chunk"].unique().to_pylist()
+    rows = rows.drop_columns(["chunk"])
+    write(chunk, rows)
+    statuses = Counter(rows["status"].to_pylist())
+    return pa.table({"rows": [rows.num_rows], "statuses": [json.dumps(statuses)]})
 
 
 def run_chunks(
-    table: Table,
+    pending: Sequence[int],
     stages: Callable[[Any], Any],
+    write: Callable[[int, pa.Table], Any],
     title: str,
     total_rows: int,
-    row_group_size: int = 256,
+    done: Mapping[str, int],
 ) -> None:
-    """Pass every chunk that `table` still lacks through `stages` and commit what comes out.
+    """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
-    `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
+    `done` are the rows by status of earlier attempts, which the bar goes on from. `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
     dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
     `batch_size=None`, so that a chunk stays one block all the way.
     """
     import ray.data
 
-    pending = table.pending()
-    if not pending:
-        return
     context = ray.data.DataContext.get_current()
     _quiet_ray_data()
     context.enable_progress_bars = False  # ours counts rows and failures, not blocks
     context.raise_original_map_exception = True  # so that a refusal keeps its class
     context.target_max_block_size = None  # a chunk is never cut in two
-    totals = Counter(table.counts())
-    held = exclusive(table.folder, "data.output")
-    with held, tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
+    totals = Counter(done)
+    with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
         bar.set_postfix_str(summary(totals))
         for start in range(0, len(pending), CHUNKS_PER_WAVE):
             wave = pending[start : start + CHUNKS_PER_WAVE]
@@ -180,7 +170,7 @@ def run_chunks(
                 [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
             )
             written = stages(chunks).map_batches(
-                _WriteChunk(table, row_group_size), batch_size=None, batch_format="pyarrow"
+                partial(_write_chunk, write=write), batch_size=None, batch_format="pyarrow"
             )
             for row in written.iter_rows():
                 totals.update(json.loads(row["statuses"]))

@@ -53,9 +53,13 @@ IMAGE_ROW = pa.schema(
         ("phash", pa.string()),
         ("status", pa.string()),
         ("error", pa.string()),
+        ("run", pa.int32()),
     ]
 )
-"""Output of ingest. `image`, sizes and hashes are null unless `status` is ok (or filtered:…)."""
+"""Output of ingest. `image`, sizes and hashes are null unless `status` is ok (or filtered:…).
+
+`run` is the number of the run that fetched the row.
+"""
 
 PAIR_ROW = IMAGE_ROW.append(pa.field("caption", pa.string()))
 """Input of stage 2: an image row and the caption that it is to be taught."""

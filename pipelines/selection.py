@@ -7,6 +7,7 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import Field
 
 from pipelines.config import InputPlace, OutputPlace
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
-from pipelines.places import open_parquet, place, write_parquet
+from pipelines.places import exclusive, open_parquet, place, write_parquet
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files
@@ -23,6 +24,7 @@ from vlv_model.config import Config
 from vlv_model.errors import DataError
 
 PLAN = "_plan/rows.parquet"
+_ROW_GROUP = 256  # rows, of tables without photographs
 
 
 class Selection(Config):
@@ -175,6 +177,8 @@ def run_actors(
     if not table.pending():
         return
     needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
-    with ray_session(config):
+    with exclusive(table.folder, "data.output"), ray_session(config):
         check_resources(config, needed, f"actors.num_actors={actors.num_actors}")
-        run_chunks(table, stages, title, table.describe()["planned_rows"])
+        write = partial(table.write, row_group_size=_ROW_GROUP)
+        total, done = table.describe()["planned_rows"], table.counts()
+        run_chunks(table.pending(), stages, write, title, total, done)

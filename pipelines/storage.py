@@ -3,12 +3,13 @@
 A table is a folder:
 
     part-000007.parquet        one part for each chunk of the plan; its name depends on nothing else
-    _commits/000007.json       written after the part: rows and counts by status
+    _commits/000007.json       written after the part: rows, counts by status, the run that wrote it
     _table.json                what the table is: kind, identity (the settings that made it), chunks
     _plan/                     the input of each chunk, where a job has to remember it
 
 A part without its commit is unfinished work of a killed job: the rerun writes it anew under the
-same name. So every chunk is in the table once, however often a job is killed. Names that begin
+same name. So every chunk is in the table once, however often a job is killed. A later run of ingest
+replaces a part in place, whole or not at all, and then its commit. Names that begin
 with an underscore are passed over by Arrow, datasets and Spark.
 """
 
@@ -18,7 +19,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ class Commit:
     chunk: int
     rows: int
     statuses: dict[str, int] = field(default_factory=dict)
+    run: int = 1  # number of the run that wrote it last
 
     def to_json(self) -> str:
-        return json.dumps({"chunk": self.chunk, "rows": self.rows, "statuses": self.statuses})
+        return json.dumps(asdict(self))
 
 
 class Table:
@@ -96,7 +98,8 @@ class Table:
         """
         if not self.exists:
             # A job that was killed while it planned leaves these, and no table yet.
-            refuse_strangers(self.folder, ("_plan", "_commits"), "table", "data.output")
+            ours = ("_plan", "_commits", "_runs", "_chunks.parquet")
+            refuse_strangers(self.folder, ours, "table", "data.output")
             return False
         described = self.describe()
         if described["kind"] != kind:
@@ -144,13 +147,23 @@ class Table:
     def part(self, chunk: int) -> Path:
         return self.folder / f"part-{chunk:06d}.parquet"
 
-    def write(self, chunk: int, rows: pa.Table, **options: Any) -> Commit:
-        """Write a chunk's part and then its commit. Doing it twice gives the same table."""
+    def write(self, chunk: int, rows: pa.Table, run: int = 1, **options: Any) -> Commit:
+        """Write a chunk's part and then its commit. Doing it twice gives the same table.
+
+        A part that is there is replaced: readers see the old one or the new one.
+        """
         statuses = Counter(rows["status"].to_pylist())
-        commit = Commit(chunk, rows.num_rows, dict(statuses))
+        commit = Commit(chunk, rows.num_rows, dict(statuses), run)
         write_parquet(self.part(chunk), rows, **options)
-        write_atomically(self.folder / "_commits" / f"{chunk:06d}.json", commit.to_json())
+        write_atomically(self._commit_file(chunk), commit.to_json())
         return commit
+
+    def is_committed(self, chunk: int) -> bool:
+        """False while a chunk's part is not there, or is what a killed job left."""
+        return is_file(self._commit_file(chunk))
+
+    def _commit_file(self, chunk: int) -> Path:
+        return self.folder / "_commits" / f"{chunk:06d}.json"
 
 
 def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:

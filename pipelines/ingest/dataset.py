@@ -1,42 +1,54 @@
 """The ingest job: metadata -> plan -> download -> decode -> image table.
 
-The plan is written once; then its chunks stream through Ray Data, each one block all the way:
+A run is planned once (plan.py); then its chunks stream through Ray Data, each one block all the
+way:
 
-    chunk -> read_plan -> Downloader            actors: an event loop and a connection pool each
-                              |  bytes
-                              v
-                          store_images          tasks on all CPUs: decode, resize, encode
-                              |  IMAGE_ROW
-                              v
-                          part + commit         (pipelines/runtime.py)
+    chunk -> ReadPlan -> Downloader             actors: an event loop and a connection pool each
+                             |  bytes
+                             v
+                         store_images           tasks on all CPUs: decode, resize, encode
+                             |  IMAGE_ROW
+                             v
+                         Merge: with the part that is there -> part + commit
 
-A killed job continues with the chunks that have no commit; see pipelines/storage.py.
+A killed job continues with the chunks that its run has not committed; see runs.py and storage.py.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import Field
+import pyarrow.compute as pc
+from pydantic import Field, field_validator
 
 from pipelines.config import InputPlace, OutputPlace, dump
+from pipelines.ingest import decode
+from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.download import DownloadConfig, Downloader
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
-from pipelines.ingest.plan import chunk_file, write_plan
-from pipelines.places import place, read_parquet_file
+from pipelines.ingest.plan import Plan, chunk_file, first_plan, next_plan, read_list
+from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
+from pipelines.places import exclusive, read_parquet_file, remove_folder
 from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.schemas import IMAGE_ROW, OK, with_image_feature
+from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, OK, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
+from vlv_model.errors import RunError
 
 KIND = "image"
+
+# What may be retried, by the name that a user gives, and the statuses that it stands for.
+_RETRIED = {
+    **{name: [status(DOWNLOAD, name)] for name in FAILURE_CLASSES},
+    **{f"{DECODE}:{name}": [status(DECODE, name)] for name in decode.FAILURE_CLASSES},
+    "transient": sorted(status(DOWNLOAD, name) for name in TRANSIENT),
+}
 
 _CPUS_PER_DOWNLOADER = 4  # of the cluster
 # Chunks that one downloader works on at a time: while a chunk waits for its slowest host, the
@@ -63,68 +75,136 @@ class IngestConfig(Config):
     filter: FilterConfig = FilterConfig()
     download: DownloadConfig = DownloadConfig()
     image: ImageConfig = ImageConfig()
+    retry: tuple[str, ...] = Field(
+        (),
+        description="classes of failed rows of the table that are tried again, such as "
+        "timeout,http_5xx; transient: those that another attempt may mend",
+    )
     rows_per_chunk: int = Field(
         256, ge=1, description="rows that are downloaded, decoded and committed together"
     )
     ray: RayConfig = RayConfig()
 
+    @field_validator("retry")
+    @classmethod
+    def _known_classes(cls, retry: tuple[str, ...]) -> tuple[str, ...]:
+        for name in retry:
+            if name not in _RETRIED:
+                raise ValueError(f"'{name}': expected some of {', '.join(_RETRIED)}")
+        return retry
+
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is in the table; others may change between reruns."""
+        """The settings that every run of a table shares: how an image is stored."""
+        values = dump(self)["image"]
+        return {f"image.{name}": v for name, v in values.items() if name != "decode_timeout"}
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that tell one run from the next; how fast it is done is no part of them."""
         values = dump(self)
         return {
             "data.input": fingerprint(input_files(self.data.input)),
             "data.columns": values["data"]["columns"],
+            "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},
-            **{
-                f"image.{name}": value
-                for name, value in values["image"].items()
-                if name != "decode_timeout"
-            },
             "download.max_bytes": self.download.max_bytes,
             "download.respect_optout": self.download.respect_optout,
-            "rows_per_chunk": self.rows_per_chunk,
         }
+
+    def retried(self) -> frozenset[str]:
+        """The statuses behind `retry`."""
+        return frozenset(state for name in self.retry for state in _RETRIED[name])
 
 
 def ingest(config: IngestConfig) -> dict[str, int]:
     """Make the image table of a list of URLs, or what is missing of it; rows by status.
 
-    Every row of the plan becomes one row of IMAGE_ROW: `ok`, `download:…`, `decode:…`, or
+    Every row of the list becomes one row of IMAGE_ROW: `ok`, `download:…`, `decode:…`, or
     `filtered:…` by the image's own size. Rows that the metadata rule out, and repeated URLs, are
-    counted by rule in `_table.json` under `dropped`. Raises DataError for an unusable list and
-    RunError where `data.output` holds another run.
+    counted by rule in the run's `run.json`. Into a table that is there only new rows are fetched,
+    and failed ones whose class `retry` names; rows that the filters now rule out are marked.
+    Raises DataError for an unusable list and RunError where `data.output` holds something else,
+    or images that are stored otherwise.
     """
     table = Table(config.data.output)
-    identity = config.identity()
-    if not table.check_free(KIND, identity):
-        plan = write_plan(
-            input_files(config.data.input),
-            table.folder,
-            config.filter,
-            config.data.columns,
-            config.rows_per_chunk,
-        )
-        table.create(
-            KIND,
-            identity,
-            plan.chunks,
-            planned_rows=plan.rows,
-            read=plan.read,
-            dropped=plan.dropped,
-        )
-    if config.download.allow_private:
-        print(
-            "warning: download.allow_private=true: URLs may reach this machine and its network",
-            file=sys.stderr,
-        )
-    if table.pending():
-        with ray_session(config.ray):
-            stages, rows = partial(_stages, config=config), table.describe()["planned_rows"]
-            run_chunks(table, stages, "ingest", rows, row_group_size=IMAGE_ROW_GROUP)
+    table.check_free(KIND, config.identity())
+    with exclusive(table.folder, "data.output"):
+        run = _open_run(config, table)
+        if config.download.allow_private:
+            print(
+                "warning: download.allow_private=true: URLs may reach this machine and its network",
+                file=sys.stderr,
+            )
+        if pending := run.pending(table):
+            with ray_session(config.ray):
+                about = run.describe()
+                run_chunks(
+                    pending,
+                    partial(_stages, config=config, run=run),
+                    Merge(table, run),
+                    "ingest",
+                    about["fetched"],
+                    done=table.counts() if run.number == 1 else {},
+                )
+        run.end(table.counts())
     return table.counts()
 
 
-def _stages(chunks: Any, config: IngestConfig) -> Any:
+def _open_run(config: IngestConfig, table: Table) -> Run:
+    """The run that is to be worked on: the last one, or a new one with its plan."""
+    settings = config.run_settings()
+    if table.exists:
+        last = last_run(table)
+        if last is None:
+            raise RunError(f"{table.folder} holds a table without runs: choose another data.output")
+        same = last.describe()["settings"] == settings
+        if same and not (last.is_finished and (config.retry or table.pending())):
+            return last
+    else:
+        remove_folder(table.folder / FOLDER)  # of a planning that was killed
+    run, plan = next_run(table), Plan()
+    files = input_files(config.data.input)
+    rows = read_list(files, config.filter, config.data.columns, plan)
+    if table.exists:
+        next_plan(rows, table, run.plan_folder, config.filter, config.retried(), plan)
+    else:
+        first_plan(rows, table, run.plan_folder, config.rows_per_chunk, plan)
+    about = {name: value for name, value in vars(plan).items() if name != "chunks"}
+    run.begin(settings, plan.chunks, **about)
+    if not table.exists:
+        table.create(KIND, config.identity(), len(plan.chunks))
+    return run
+
+
+class Merge:
+    """Writes a chunk: what was fetched and marked, in the place of what its part had of it."""
+
+    def __init__(self, table: Table, run: Run) -> None:
+        self.table = table
+        self.run = run
+
+    def __call__(self, chunk: int, fetched: pa.Table) -> None:
+        number = pa.array([self.run.number] * fetched.num_rows, pa.int32())
+        position = fetched.schema.get_field_index("run")
+        rows = fetched.set_column(position, IMAGE_ROW.field("run"), number)
+        if self.table.is_committed(chunk):
+            rows = pa.concat_tables([self._kept(chunk, rows["key"]), rows])
+        order = pc.sort_indices(rows["key"])
+        self.table.write(
+            chunk, rows.take(order), run=self.run.number, row_group_size=IMAGE_ROW_GROUP
+        )
+
+    def _kept(self, chunk: int, fetched: pa.ChunkedArray) -> pa.Table:
+        """The rows of the part that were not fetched anew, with their new marks."""
+        there = read_parquet_file(self.table.part(chunk))
+        there = there.filter(pc.invert(pc.is_in(there["key"], value_set=fetched)))
+        plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
+        plan = plan.filter(plan["mark"].is_valid()).combine_chunks()
+        marks = plan["mark"].take(pc.index_in(there["key"], value_set=plan["key"]))
+        states = pc.coalesce(marks, there["status"])
+        return there.set_column(there.schema.get_field_index("status"), "status", states)
+
+
+def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
     """The dataset of IMAGE_ROW rows (and their `chunk`) of a dataset of chunk numbers."""
     import ray
 
@@ -136,9 +216,8 @@ def _stages(chunks: Any, config: IngestConfig) -> Any:
         enable_true_multi_threading=True,
     )
     whole_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    planned = chunks.map_batches(
-        partial(read_plan, folder=place(config.data.output)), num_cpus=0, **whole_blocks
-    )
+    read = ReadPlan(run, Merge(Table(config.data.output), run))
+    planned = chunks.map_batches(read, num_cpus=0, **whole_blocks)
     downloaded = planned.map_batches(
         Downloader,
         fn_constructor_args=(config.download,),
@@ -150,22 +229,31 @@ def _stages(chunks: Any, config: IngestConfig) -> Any:
     return downloaded.map_batches(store, **whole_blocks)
 
 
-def read_plan(chunks: pa.Table, folder: Path) -> pa.Table:
-    """The planned METADATA_ROW rows of one chunk, with its number."""
-    (chunk,) = chunks["chunk"].to_pylist()
-    rows = read_parquet_file(chunk_file(folder, chunk))
-    return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
+class ReadPlan:
+    """First step of a chunk: its METADATA_ROW rows that are to be fetched, with its number."""
+
+    def __init__(self, run: Run, merge: Merge) -> None:
+        self.run = run
+        self.merge = merge
+
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        (chunk,) = chunks["chunk"].to_pylist()
+        plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
+        rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
+        if not rows.num_rows:  # Ray Data passes on no empty block
+            self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())
+        return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
 
 
 def store_images(rows: pa.Table, image: ImageConfig, filters: FilterConfig) -> pa.Table:
     """Downloaded rows (`data`, `status`, `error`) as IMAGE_ROW rows, with their `chunk`."""
-    decode = decoder(image, filters)
+    rows_of = decoder(image, filters)
     made = []
     for data, state, error in zip(
         rows["data"], rows["status"].to_pylist(), rows["error"].to_pylist(), strict=True
     ):
         if state == OK:  # one body at a time is copied out of the block
-            made.append(decode(data.as_py()))
+            made.append(rows_of(data.as_py()))
         else:
             made.append({"status": state, "error": error})
     columns = [

@@ -1,16 +1,20 @@
-"""The plan of an ingest: chunks of rows that are to be fetched, sorted by key.
+"""The plan of a run: what is to be done to each chunk of the image table.
 
-    metadata -> filters -> normalised URL, key -> buckets by key -> chunks of sorted rows
+    metadata -> filters -> normalised URL, key -> buckets by key -> chunks by ranges of keys
+                                                                         |
+    rows that the table has: keys, statuses, scores, sizes ──────────────┴─▶ fetch, or mark
 
-The plan is sorted over the whole list, so the key ranges of chunks do not overlap, and neither do
-those of the image table's parts. Memory does not grow with the list (pipelines/buckets.py).
+The first run cuts the sorted list into chunks, and their ranges of keys stay for ever: a row of a
+later list belongs to the chunk of its range. So the ranges of the table's parts never overlap.
+Memory does not grow with the list (pipelines/buckets.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,67 +22,107 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets
-from pipelines.ingest.filters import FilterConfig, metadata_failures
+from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
-from pipelines.places import remove_folder, write_parquet
-from pipelines.schemas import METADATA_ROW, normalise_url, url_key
+from pipelines.places import open_parquet, read_parquet_file, write_parquet
+from pipelines.schemas import FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
+from pipelines.storage import Table
 from vlv_model.errors import DataError
 
+PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
+"""A row of a chunk's plan: to be fetched, or only to be given the status `mark`."""
 
-@dataclass(frozen=True)
+CHUNKS_FILE = "_chunks.parquet"
+_LEAST = -(2**63)
+_READERS = 16  # parts whose small columns are read at the same time
+_KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
+
+
+@dataclass
 class Plan:
     """What planning found: `dropped` counts by rule what was read and is not fetched."""
 
-    chunks: int
-    rows: int
-    read: int
-    dropped: dict[str, int]
+    chunks: list[int] = field(default_factory=list)  # that have something to do
+    fetched: int = 0  # rows that are to be fetched
+    marked: int = 0  # rows that only change their status
+    listed: int = 0  # rows of the list that pass
+    read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
-    """Where the plan of one chunk lies, by the table's folder."""
-    return folder / "_plan" / f"chunk-{chunk:06d}.parquet"
+    """Where the plan of one chunk lies, by the run's folder of plans."""
+    return folder / f"chunk-{chunk:06d}.parquet"
 
 
-def write_plan(
-    files: list[Path],
-    folder: Path,
-    filters: FilterConfig,
-    columns: Mapping[str, str],
-    rows_per_chunk: int,
-) -> Plan:
-    """Read the metadata `files` and write the plan of the table in `folder`.
+def read_list(
+    files: list[Path], filters: FilterConfig, columns: Mapping[str, str], plan: Plan
+) -> Iterator[pa.Table]:
+    """The rows of the metadata `files` that pass the filters, sorted by key, every key once.
 
-    What an earlier, killed planning left is removed first. Of several rows of one URL the first
-    counts. Raises DataError for an empty list, for one of which no row is left, and where two
-    different URLs have the same key.
+    Counts into `plan`. Of several rows of one URL the first counts. Raises DataError for an empty
+    list, for one of which no row is left, and where two different URLs have the same key.
     """
-    plan_folder = folder / "_plan"
-    remove_folder(plan_folder)
-    plan_folder.mkdir(parents=True)
     dropped: Counter[str] = Counter()
     buckets = Buckets(METADATA_ROW, input_bytes(files))
-    read = 0
     for file in files:
         for batch in read_batches(file, columns, filters):
-            read += batch.num_rows
+            plan.read += batch.num_rows
             buckets.add(_planned(batch, filters, dropped))
-    if read == 0:
+    if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
-    chunks = rows = 0
-    unique = (_without_repeats(rows, dropped) for rows in buckets.sorted())
-    for chunk, table in enumerate(_regroup(unique, rows_per_chunk)):
-        write_parquet(chunk_file(folder, chunk), table)
-        chunks, rows = chunk + 1, rows + table.num_rows
+    for rows in buckets.sorted():
+        unique = _without_repeats(rows, dropped)
+        plan.listed += unique.num_rows
+        yield unique
     buckets.remove()
-    if rows == 0:
-        counts = ", ".join(f"{rule} {n}" for rule, n in _told(dropped).items())
-        raise DataError(f"none of the {read} rows of the list is left ({counts}): loosen filter.*")
-    return Plan(chunks, rows, read, _told(dropped))
+    plan.dropped = {rule: n for rule, n in sorted(dropped.items()) if n}
+    if plan.listed == 0:
+        counts = ", ".join(f"{rule} {n}" for rule, n in plan.dropped.items())
+        raise DataError(
+            f"none of the {plan.read} rows of the list is left ({counts}): loosen filter.*"
+        )
 
 
-def _told(dropped: Counter[str]) -> dict[str, int]:
-    return {rule: n for rule, n in sorted(dropped.items()) if n}
+def first_plan(rows: Iterable[pa.Table], table: Table, folder: Path, size: int, plan: Plan) -> None:
+    """Cut the sorted `rows` into chunks of `size` rows, to be fetched all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = []
+    for chunk, part in enumerate(_regroup(rows, size)):
+        starts.append(_LEAST if chunk == 0 else part["key"][0].as_py())
+        write_parquet(chunk_file(folder, chunk), _to_fetch(part))
+        plan.chunks.append(chunk)
+        plan.fetched += part.num_rows
+    write_parquet(table.folder / CHUNKS_FILE, pa.table({"start": pa.array(starts, pa.int64())}))
+
+
+def next_plan(
+    rows: Iterable[pa.Table],
+    table: Table,
+    folder: Path,
+    filters: FilterConfig,
+    retry: frozenset[str],
+    plan: Plan,
+) -> None:
+    """Plan what the table lacks of the sorted `rows`, what is tried again, what is marked anew.
+
+    `retry` holds statuses. A row that the filters now rule out is marked; one that they let pass
+    again is taken back, or fetched where its image was never stored.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = read_parquet_file(table.folder / CHUNKS_FILE)["start"].to_numpy()
+    committed = {commit.chunk for commit in table.commits()}
+    known = _known_rows(table, committed, len(starts))
+    for chunk, (listed, here) in enumerate(zip(_by_range(rows, starts), known, strict=True)):
+        fetch, marks = _changes(listed, here, filters, retry)
+        if fetch.num_rows or marks.num_rows or chunk not in committed:
+            write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))
+            plan.chunks.append(chunk)
+            plan.fetched += fetch.num_rows
+            plan.marked += marks.num_rows
+
+
+# ------------------------------------------------------------------------- the list, by key
 
 
 def _planned(batch: pa.Table, filters: FilterConfig, dropped: Counter[str]) -> pa.Table:
@@ -86,10 +130,9 @@ def _planned(batch: pa.Table, filters: FilterConfig, dropped: Counter[str]) -> p
     has_url = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(batch["url"]), ""), False)
     dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
     batch = batch.filter(has_url)
-    failures = metadata_failures(filters, batch)
     keep = np.ones(batch.num_rows, bool)
-    for rule, failed in failures.items():  # a row counts for the first rule that it fails
-        fails = np.asarray(failed, bool) & keep
+    for rule, failed in metadata_failures(filters, batch).items():
+        fails = np.asarray(failed, bool) & keep  # a row counts for the first rule that it fails
         dropped[f"filtered:{rule}"] += int(fails.sum())
         keep &= ~fails
     batch = batch.filter(pa.array(keep))
@@ -111,15 +154,18 @@ def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
     again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
     urls = rows["url"]
     for i in again.tolist():
-        first, second = urls[i - 1].as_py(), urls[i].as_py()
-        if first != second:
-            raise DataError(
-                f"two URLs have the same key {keys[i]}: {first} and {second}: remove one of them"
-            )
+        _check_same(keys[i], urls[i - 1].as_py(), urls[i].as_py())
     dropped["repeated_url"] += len(again)
     keep = np.ones(len(keys), bool)
     keep[again] = False
     return rows.filter(pa.array(keep))
+
+
+def _check_same(key: int, first: str, second: str) -> None:
+    if first != second:
+        raise DataError(
+            f"two URLs have the same key {key}: {first} and {second}: remove one of them"
+        )
 
 
 def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -133,3 +179,91 @@ def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
         rest = rest.combine_chunks()
     if rest.num_rows:
         yield rest
+
+
+def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Table]:
+    """The sorted rows of `tables` by chunk: for each start those up to the next one."""
+    rest, source = METADATA_ROW.empty_table(), iter(tables)
+    for end in starts[1:]:
+        while not rest.num_rows or rest["key"][-1].as_py() < end:
+            if (more := next(source, None)) is None:
+                break
+            rest = pa.concat_tables([rest, more])
+        cut = int(np.searchsorted(rest["key"].to_numpy(), end))
+        yield rest.slice(0, cut)
+        rest = rest.slice(cut).combine_chunks()
+    yield pa.concat_tables([rest, *source])
+
+
+# ------------------------------------------------------------------------- what the table has
+
+
+def _known_rows(table: Table, committed: set[int], chunks: int) -> Iterator[pa.Table]:
+    """The small columns of each chunk's part, in order; of a chunk without a part no rows."""
+
+    def read(chunk: int) -> pa.Table | None:
+        if chunk not in committed:
+            return None
+        with open_parquet(table.part(chunk)) as parquet:
+            return parquet.read(columns=_KNOWN)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(0, chunks, 4 * _READERS):
+            window = range(first, min(chunks, first + 4 * _READERS))
+            for rows in readers.map(read, window):
+                yield METADATA_ROW.empty_table() if rows is None else rows
+
+
+def _changes(
+    listed: pa.Table, here: pa.Table, filters: FilterConfig, retry: frozenset[str]
+) -> tuple[pa.Table, pa.Table]:
+    """The METADATA_ROW rows of a chunk to be fetched, and the PLAN_ROW rows to be marked."""
+    places = pc.index_in(listed["key"], value_set=here["key"].combine_chunks())
+    new = listed.filter(pc.is_null(places))
+    _check_collisions(listed, here, places)
+    if not here.num_rows:
+        return new, PLAN_ROW.empty_table()
+    now = here["status"].to_pylist()
+    stored = here["width"].is_valid().to_pylist()
+    fetch, marks = np.zeros(len(now), bool), [None] * len(now)
+    for i, verdict in enumerate(_verdicts(here, filters)):
+        if now[i] in retry:
+            fetch[i] = verdict == OK
+        elif now[i] == OK or now[i].startswith(FILTERED):
+            if verdict == OK and now[i] != OK and not stored[i]:
+                fetch[i] = True
+            elif verdict != now[i]:
+                marks[i] = verdict  # type: ignore[call-overload]
+    known = here.select(METADATA_ROW.names)
+    changed = known.append_column("mark", pa.array(marks, pa.string()))
+    again = known.filter(pa.array(fetch))
+    return pa.concat_tables([new, again]), changed.filter(changed["mark"].is_valid())
+
+
+def _verdicts(here: pa.Table, filters: FilterConfig) -> list[str]:
+    """`ok` or `filtered:<rule>` of each row, by its scores and the image's own size."""
+    sizes = {name: here[f"original_{name}"].cast(pa.float64()) for name in ("width", "height")}
+    scores = here.drop_columns(["width"])
+    for name, column in sizes.items():
+        scores = scores.append_column(name, column)
+    verdicts = np.full(here.num_rows, OK, object)
+    has_size = np.asarray(here["original_width"].is_valid().to_pylist(), bool)
+    for rule, failed in metadata_failures(filters, scores).items():
+        fails = np.asarray(failed, bool) & (verdicts == OK)
+        if "width" in RULE_COLUMNS[rule]:  # of an image that was never seen nothing is known
+            fails &= has_size
+        verdicts[fails] = status(FILTERED, rule)
+    return verdicts.tolist()
+
+
+def _check_collisions(listed: pa.Table, here: pa.Table, places: pa.ChunkedArray) -> None:
+    if places.null_count == len(places):
+        return
+    there = here["url"].take(places)
+    differ = pc.fill_null(pc.not_equal(there, listed["url"]), False)
+    for i in np.flatnonzero(np.asarray(differ.to_pylist(), bool))[:1].tolist():
+        _check_same(listed["key"][i].as_py(), there[i].as_py(), listed["url"][i].as_py())
+
+
+def _to_fetch(rows: pa.Table) -> pa.Table:
+    return rows.append_column("mark", pa.nulls(rows.num_rows, pa.string())).cast(PLAN_ROW)

@@ -26,8 +26,9 @@ from pipelines.ingest.metadata import (
     our_columns,
     read_batches,
 )
-from pipelines.ingest.plan import Plan, chunk_file, write_plan
-from pipelines.schemas import METADATA_ROW, normalise_url, url_key
+from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
+from pipelines.schemas import normalise_url, url_key
+from pipelines.storage import Table
 from vlv_model.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -63,11 +64,18 @@ def read_all(file: Path, **settings: Any) -> list[dict[str, Any]]:
 def make_plan(tmp_path: Path, rows: list[dict[str, Any]], chunk: int = 4, **filters: Any) -> Plan:
     file = write_list(tmp_path / "list.jsonl", rows)
     (tmp_path / "table").mkdir(exist_ok=True)
-    return write_plan([file], tmp_path / "table", FilterConfig(**filters), {}, chunk)
+    return plan_of([file], tmp_path, chunk, **filters)
+
+
+def plan_of(files: list[Path], tmp_path: Path, chunk: int, **filters: Any) -> Plan:
+    plan = Plan()
+    rows = read_list(files, FilterConfig(**filters), {}, plan)
+    first_plan(rows, Table(tmp_path / "table"), tmp_path / "table/plan", chunk, plan)
+    return plan
 
 
 def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
-    files = [chunk_file(tmp_path / "table", chunk) for chunk in range(plan.chunks)]
+    files = [chunk_file(tmp_path / "table/plan", chunk) for chunk in plan.chunks]
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
@@ -104,8 +112,8 @@ def test_genuine_rows_are_read(tmp_path: Path, shared_dir: Path) -> None:
             assert row["hash"] == genuine["hash"]  # 64 bits, exactly
     files = input_files(str(shared_dir / "laion/img2dataset_test_10000.parquet"))
     (tmp_path / "table").mkdir()
-    plan = write_plan(files, tmp_path / "table", FilterConfig(), {}, 256)
-    assert plan.read == 10_000 == plan.rows + sum(plan.dropped.values())
+    plan = plan_of(files, tmp_path, 256)
+    assert plan.read == 10_000 == plan.fetched + sum(plan.dropped.values())
 
 
 @settings(deadline=None)
@@ -202,12 +210,12 @@ def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> 
 def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
     rows = [{"url": f"http://h.org/{i}", "TEXT": str(i)} for i in range(11)]
     plan = make_plan(tmp_path, rows)
-    assert (plan.chunks, plan.rows, plan.read, plan.dropped) == (3, 11, 11, {})
-    assert pq.read_schema(chunk_file(tmp_path / "table", 0)).equals(METADATA_ROW)
+    assert (plan.chunks, plan.fetched, plan.read, plan.dropped) == ([0, 1, 2], 11, 11, {})
+    assert pq.read_schema(chunk_file(tmp_path / "table/plan", 0)).equals(PLAN_ROW)
     found = planned(tmp_path, plan)
     assert [row["key"] for row in found] == sorted(url_key(row["url"]) for row in rows)
     assert {row["url"]: row["alt_text"] for row in found} == {r["url"]: r["TEXT"] for r in rows}
-    assert sorted(p.name for p in (tmp_path / "table/_plan").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "table/plan").iterdir()) == [
         f"chunk-00000{i}.parquet" for i in range(3)
     ]
 
@@ -220,7 +228,7 @@ def test_many_buckets_give_the_plan_of_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(buckets, "_WAITING_ROWS", 100)
     assert make_plan(tmp_path, rows, chunk=64) == whole
     assert planned(tmp_path, whole) == in_one
-    assert (whole.rows, whole.dropped) == (700, {"repeated_url": 300})
+    assert (whole.fetched, whole.dropped) == (700, {"repeated_url": 300})
 
 
 def test_repeated_urls_count_once_and_the_first_stays(tmp_path: Path) -> None:
@@ -233,7 +241,7 @@ def test_repeated_urls_count_once_and_the_first_stays(tmp_path: Path) -> None:
 
 def test_rows_without_url_are_counted(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, [{"url": None}, {"url": "  "}, {"TEXT": "x"}, {"url": "http://a/"}])
-    assert (plan.rows, plan.dropped) == (1, {"no_url": 3})
+    assert (plan.fetched, plan.dropped) == (1, {"no_url": 3})
 
 
 def test_filters_count_the_first_rule_that_fails(tmp_path: Path) -> None:
@@ -268,11 +276,11 @@ def test_a_filter_without_its_column_is_refused_unless_optional(tmp_path: Path) 
         DataError, match=r"filter 'punsafe'.* no column 'punsafe'; it has url, TEXT"
     ):
         make_plan(tmp_path, rows, max_punsafe=0.5)
-    assert make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"]).rows == 1
+    assert make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"]).fetched == 1
     # An unknown value passes an optional rule, a known one is judged.
     rows = [{"url": "http://a/", "punsafe": None}, {"url": "http://b/", "punsafe": 0.9}]
     plan = make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"])
-    assert (plan.rows, plan.dropped) == (1, {"filtered:punsafe": 1})
+    assert (plan.fetched, plan.dropped) == (1, {"filtered:punsafe": 1})
 
 
 def test_ratios_that_no_image_has_are_refused() -> None:
@@ -292,15 +300,6 @@ def test_two_urls_of_one_key_are_detected(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(planning, "url_key", lambda url: len(url))
     with pytest.raises(DataError, match="same key 9: http://a/ and http://b/"):
         make_plan(tmp_path, [{"url": "http://a/"}, {"url": "http://b/"}])
-
-
-def test_what_a_killed_planning_left_is_no_hindrance(tmp_path: Path) -> None:
-    left = tmp_path / "table/_plan/buckets"
-    left.mkdir(parents=True)
-    (left / "0000.arrow").write_bytes(b"half")
-    chunk_file(tmp_path / "table", 9).write_bytes(b"half")
-    assert make_plan(tmp_path, [{"url": "http://a/"}]).chunks == 1
-    assert not chunk_file(tmp_path / "table", 9).exists()
 
 
 urls = st.text(max_size=60) | st.builds(
@@ -323,8 +322,8 @@ def test_any_url_is_planned_once_under_its_key(tmp_path_factory: Any, texts: lis
     plan = make_plan(folder, rows)
     found = planned(folder, plan)
     assert {row["url"] for row in found} == named
-    assert len(found) == len(named) == plan.rows
+    assert len(found) == len(named) == plan.fetched
     assert all(row["key"] == url_key(row["url"]) for row in found)
-    assert plan.read == plan.rows + sum(plan.dropped.values())
+    assert plan.read == plan.fetched + sum(plan.dropped.values())
     keys = np.array([row["key"] for row in found])
     assert (np.diff(keys.astype(object)) > 0).all()

@@ -1,0 +1,167 @@
+"""Reruns of an ingest do what is missing, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.config import build
+from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.ingest.plan import chunk_file
+from pipelines.ingest.runs import Run, last_run
+from pipelines.schemas import url_key
+from pipelines.storage import Table, parquet_files
+from pipelines.tiny_world.server import Web, serve
+from vlv_model.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+SETTINGS: dict[str, Any] = {
+    "download": {"allow_private": True, "read_timeout": 0.5, "retries": 0},
+    "image": {"size": 32, "format": "png"},
+    "rows_per_chunk": 8,
+}
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Web]:
+    """Pictures 0.png … 39.png; those above 9 are wide."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (90 if i > 9 else 30, 30), (6 * i, 0, 0)).save(folder / f"{i}.png")
+    with serve(folder) as web:
+        yield web
+
+
+def run(tmp_path: Path, urls: list[str], scores: list[float] | None = None, **more: Any) -> Any:
+    columns: dict[str, Any] = {"URL": urls}
+    if scores:
+        columns["aesthetic"] = scores
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
+    return ingest(build(IngestConfig, {"data": data, **SETTINGS, **more}))
+
+
+def rows_of(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """The table's rows by URL; checks that each is there once and that ranges do not overlap."""
+    tables = [pq.read_table(file) for file in parquet_files(str(tmp_path / "out"))]
+    rows = pa.concat_tables(tables).to_pylist()
+    keys = [row["key"] for row in rows]
+    assert keys == sorted(set(keys))
+    return {row["url"]: row for row in rows}
+
+
+def asked_by(web: Web, action: Any) -> tuple[Any, int]:
+    before = sum(web.requests.values())
+    result = action()
+    return result, sum(web.requests.values()) - before
+
+
+def test_new_rows_of_a_list_are_fetched_and_no_others(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(f"{i}.png") for i in range(40)]
+    run(tmp_path, urls[:25])
+    first = rows_of(tmp_path)
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls))
+    assert (counts, asked) == ({"ok": 40}, 15)
+    rows = rows_of(tmp_path)
+    assert set(rows) == set(urls)
+    for url, row in rows.items():
+        assert row["run"] == (1 if url in first else 2)
+        assert url not in first or row == first[url]
+    # A list of new rows alone leaves the others where they are.
+    counts, asked = asked_by(web, lambda: run(tmp_path, [web.url("gone.png")]))
+    assert (counts, asked) == ({"ok": 40, "download:http_404": 1}, 1)
+    _, asked = asked_by(web, lambda: run(tmp_path, [web.url("gone.png")]))
+    assert asked == 0
+
+
+def test_only_the_classes_that_are_named_are_tried_again(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(name) for name in ("0.png", "1.png", "late.png", "text.png")]
+    (tmp_path / "web" / "text.png").write_bytes(b"just words, and no picture at all " * 9)
+    assert run(tmp_path, urls) == {"ok": 2, "decode:not_an_image": 1, "download:http_404": 1}
+    Image.new("RGB", (30, 30)).save(tmp_path / "web" / "late.png")
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, retry=["timeout", "http_410"]))
+    assert (counts["ok"], asked) == (2, 0)
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, retry=["http_404"]))
+    assert (counts, asked) == ({"ok": 3, "decode:not_an_image": 1}, 1)
+    assert rows_of(tmp_path)[urls[2]]["error"] is None
+    # What failed again may be tried again, by the same command.
+    for _ in range(2):
+        _, asked = asked_by(web, lambda: run(tmp_path, urls, retry=["decode:not_an_image"]))
+        assert asked == 1
+    with pytest.raises(ConfigError, match="'http_408': expected some of dns, refused"):
+        run(tmp_path, urls, retry=["http_408"])
+
+
+def test_changed_filters_mark_what_they_rule_out_and_take_it_back(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(f"{i}.png") for i in range(20)]
+    scores = [float(i) for i in range(20)]
+    assert run(tmp_path, urls, scores, filter={"min_aesthetic": 5}) == {"ok": 15}
+    images = {url: row["image"] for url, row in rows_of(tmp_path).items()}
+    # Stricter: nothing is asked of the web, nothing is lost.
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, scores, filter={"min_aesthetic": 12}))
+    assert (counts, asked) == ({"ok": 8, "filtered:aesthetic": 7}, 0)
+    assert {url: row["image"] for url, row in rows_of(tmp_path).items()} == images
+    # Looser: marked rows are taken back, those that were never fetched are.
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, scores, filter={"min_aesthetic": 3}))
+    assert (counts, asked) == ({"ok": 17}, 2)
+    # By the image's own size.
+    ratio = {"min_aspect_ratio": 2, "optional": ["aspect_ratio"]}
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, scores, filter=ratio))
+    assert (counts, asked) == ({"ok": 10, "filtered:aspect_ratio": 10}, 3)
+    unseen = [row for row in rows_of(tmp_path).values() if row["image"] is None]
+    assert {row["url"] for row in unseen} == set(urls[:3])  # ruled out before they were stored
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls, scores))
+    assert (counts, asked) == ({"ok": 20}, 3)
+
+
+def test_a_killed_rerun_goes_on_where_it_was(
+    tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [web.url(f"{i}.png") for i in range(40)]
+    run(tmp_path, urls[:20])
+    first_commit = (tmp_path / "out/_commits/000001.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end", lambda self, counts: None)  # killed before it
+        run(tmp_path, urls)
+    second = last_run(Table(tmp_path / "out"))
+    assert second is not None
+    assert (second.number, second.is_finished) == (2, False)
+    # … and in chunk 1 between part and commit.
+    (tmp_path / "out/_commits/000001.json").write_bytes(first_commit)
+    planned = pq.read_table(chunk_file(second.plan_folder, 1)).num_rows
+    assert 0 < planned < 20
+    counts, asked = asked_by(web, lambda: run(tmp_path, urls))
+    assert (counts, asked) == ({"ok": 40}, planned)
+    assert len(rows_of(tmp_path)) == 40
+    assert second.is_finished
+    assert not second.plan_folder.exists()
+
+
+def test_an_unfinished_table_may_go_on_with_another_list(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(f"{i}.png") for i in range(40)]
+    run(tmp_path, urls[:24])
+    for name in ("000000.json", "000002.json"):
+        (tmp_path / "out/_commits" / name).unlink()
+    with pytest.raises(DataError, match="not finished"):
+        parquet_files(str(tmp_path / "out"))
+    run(tmp_path, urls[20:])
+    rows = rows_of(tmp_path)
+    assert set(urls[20:]) <= set(rows) <= set(urls)
+    run(tmp_path, urls)
+    assert set(rows_of(tmp_path)) == set(urls)
+
+
+def test_a_row_keeps_the_key_of_its_url(tmp_path: Path, web: Web) -> None:
+    run(tmp_path, [web.url("0.png"), web.url("1.png")])
+    for url, row in rows_of(tmp_path).items():
+        assert row["key"] == url_key(url)
+        assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (30, 30)
