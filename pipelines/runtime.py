@@ -140,6 +140,37 @@ def _write_chunk(rows: pa.Table, write: Callable[[int, pa.Table], Any]) -> pa.Ta
     return pa.table({"rows": [rows.num_rows], "statuses": [json.dumps(statuses)]})
 
 
+def map_chunks(
+    chunks: Sequence[int], step: Callable[[pa.Table], pa.Table], as_tables: bool = False
+) -> Iterator[Any]:
+    """What `step` makes of the chunks of a table on the cluster, in any order.
+
+    It gets a block of one row (`chunk`). Gives rows as dictionaries, or blocks as Arrow tables.
+    """
+    for wave in _waves(chunks):
+        made = wave.map_batches(step, batch_size=None, batch_format="pyarrow")
+        if as_tables:
+            yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
+        else:
+            yield from made.iter_rows()
+
+
+def _waves(chunks: Sequence[int]) -> Iterator[Any]:
+    """Datasets of `chunk`, one block for each, of no more chunks than the driver may hold."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    _quiet_ray_data()
+    context.enable_progress_bars = False  # ours counts rows and failures, not blocks
+    context.raise_original_map_exception = True  # so that a refusal keeps its class
+    context.target_max_block_size = None  # a chunk is never cut in two
+    for start in range(0, len(chunks), CHUNKS_PER_WAVE):
+        wave = chunks[start : start + CHUNKS_PER_WAVE]
+        yield ray.data.from_items(
+            [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
+        )
+
+
 def run_chunks(
     pending: Sequence[int],
     stages: Callable[[Any], Any],
@@ -154,21 +185,10 @@ def run_chunks(
     dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
     `batch_size=None`, so that a chunk stays one block all the way.
     """
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    _quiet_ray_data()
-    context.enable_progress_bars = False  # ours counts rows and failures, not blocks
-    context.raise_original_map_exception = True  # so that a refusal keeps its class
-    context.target_max_block_size = None  # a chunk is never cut in two
     totals = Counter(done)
     with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
         bar.set_postfix_str(summary(totals))
-        for start in range(0, len(pending), CHUNKS_PER_WAVE):
-            wave = pending[start : start + CHUNKS_PER_WAVE]
-            chunks = ray.data.from_items(
-                [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
-            )
+        for chunks in _waves(pending):
             written = stages(chunks).map_batches(
                 partial(_write_chunk, write=write), batch_size=None, batch_format="pyarrow"
             )

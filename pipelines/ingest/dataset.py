@@ -28,6 +28,7 @@ from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest import decode
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.download import DownloadConfig, Downloader
+from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import decoder
@@ -75,6 +76,7 @@ class IngestConfig(Config):
     filter: FilterConfig = FilterConfig()
     download: DownloadConfig = DownloadConfig()
     image: ImageConfig = ImageConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
     retry: tuple[str, ...] = Field(
         (),
         description="classes of failed rows of the table that are tried again, such as "
@@ -106,6 +108,7 @@ class IngestConfig(Config):
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},
+            **{f"duplicates.{name}": value for name, value in values["duplicates"].items()},
             "download.max_bytes": self.download.max_bytes,
             "download.respect_optout": self.download.respect_optout,
         }
@@ -134,19 +137,25 @@ def ingest(config: IngestConfig) -> dict[str, int]:
                 "warning: download.allow_private=true: URLs may reach this machine and its network",
                 file=sys.stderr,
             )
-        if pending := run.pending(table):
+        if not run.is_finished:
             with ray_session(config.ray):
-                about = run.describe()
-                run_chunks(
-                    pending,
-                    partial(_stages, config=config, run=run),
-                    Merge(table, run),
-                    "ingest",
-                    about["fetched"],
-                    done=table.counts() if run.number == 1 else {},
-                )
+                _work(config, table, run)
         run.end(table.counts())
     return table.counts()
+
+
+def _work(config: IngestConfig, table: Table, run: Run) -> None:
+    """Do what a run has planned and not done yet; then look for copies in the whole table."""
+    if pending := run.pending(table):
+        run_chunks(
+            pending,
+            partial(_stages, config=config, run=run),
+            Merge(table, run),
+            "ingest",
+            run.describe()["fetched"],
+            done=table.counts() if run.number == 1 else {},
+        )
+    mark_duplicates(table, config.duplicates, run.number, run.folder / "copies")
 
 
 def _open_run(config: IngestConfig, table: Table) -> Run:

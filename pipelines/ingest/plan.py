@@ -25,7 +25,7 @@ from pipelines.buckets import Buckets
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
 from pipelines.places import open_parquet, read_parquet_file, write_parquet
-from pipelines.schemas import FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
+from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
 from pipelines.storage import Table
 from vlv_model.errors import DataError
 
@@ -225,15 +225,18 @@ def _changes(
         return new, PLAN_ROW.empty_table()
     now = here["status"].to_pylist()
     stored = here["width"].is_valid().to_pylist()
-    fetch, marks = np.zeros(len(now), bool), [None] * len(now)
+    fetch = np.zeros(len(now), bool)
+    marks: list[str | None] = [None] * len(now)
     for i, verdict in enumerate(_verdicts(here, filters)):
         if now[i] in retry:
             fetch[i] = verdict == OK
+        elif now[i] == DUPLICATE:  # stays, or is found to be none any more, behind the fetching
+            marks[i] = verdict if verdict != OK else None
         elif now[i] == OK or now[i].startswith(FILTERED):
             if verdict == OK and now[i] != OK and not stored[i]:
                 fetch[i] = True
             elif verdict != now[i]:
-                marks[i] = verdict  # type: ignore[call-overload]
+                marks[i] = verdict
     known = here.select(METADATA_ROW.names)
     changed = known.append_column("mark", pa.array(marks, pa.string()))
     again = known.filter(pa.array(fetch))

@@ -56,7 +56,8 @@ class Run:
         told = self.describe()
         if "finished" not in told:
             self._note({**told, "finished": time.time(), "counts": dict(counts)})
-        remove_folder(self.plan_folder)
+        for folder in (self.plan_folder, self.folder / "copies"):
+            remove_folder(folder)
 
     def pending(self, table: Table) -> list[int]:
         """The run's chunks that it has not finished yet, in order."""

@@ -87,7 +87,7 @@ def test_only_the_classes_that_are_named_are_tried_again(tmp_path: Path, web: We
     urls = [web.url(name) for name in ("0.png", "1.png", "late.png", "text.png")]
     (tmp_path / "web" / "text.png").write_bytes(b"just words, and no picture at all " * 9)
     assert run(tmp_path, urls) == {"ok": 2, "decode:not_an_image": 1, "download:http_404": 1}
-    Image.new("RGB", (30, 30)).save(tmp_path / "web" / "late.png")
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "web" / "late.png")
     counts, asked = asked_by(web, lambda: run(tmp_path, urls, retry=["timeout", "http_410"]))
     assert (counts["ok"], asked) == (2, 0)
     counts, asked = asked_by(web, lambda: run(tmp_path, urls, retry=["http_404"]))
@@ -165,3 +165,21 @@ def test_a_row_keeps_the_key_of_its_url(tmp_path: Path, web: Web) -> None:
     for url, row in rows_of(tmp_path).items():
         assert row["key"] == url_key(url)
         assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (30, 30)
+
+
+def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: Web) -> None:
+    first, other, late = (web.url(name) for name in ("1.png", "2.png", "copy.png"))
+    (tmp_path / "web" / "copy.png").write_bytes((tmp_path / "web" / "1.png").read_bytes())
+    run(tmp_path, [first, other], [7.0, 9.0])
+    assert run(tmp_path, [late], [9.0]) == {"ok": 2, "duplicate": 1}
+    rows = rows_of(tmp_path)
+    assert rows[late]["status"] == "duplicate"  # the earlier run wins
+    assert rows[late]["image"] == rows[first]["image"]
+    strict = {"filter": {"min_aesthetic": 8}}
+    counts, asked = asked_by(web, lambda: run(tmp_path, [late], [9.0], **strict))
+    assert (counts, asked) == ({"ok": 2, "filtered:aesthetic": 1}, 0)
+    assert rows_of(tmp_path)[late]["status"] == "ok"
+    counts, asked = asked_by(web, lambda: run(tmp_path, [late], [9.0]))
+    assert (counts, asked) == ({"ok": 2, "duplicate": 1}, 0)
+    counts, asked = asked_by(web, lambda: run(tmp_path, [late], [9.0], duplicates={"by": "none"}))
+    assert (counts, asked) == ({"ok": 3}, 0)
