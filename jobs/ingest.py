@@ -5,16 +5,19 @@ none. The same command again continues a killed run, and does nothing when the t
 Into a table that is there only what is missing is fetched: new rows of the list, and with `retry`
 failed ones. Rows that changed filters rule out are marked, not deleted.
 
+    python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 --dry-run
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 retry=timeout,http_5xx
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from pipelines.entry import main
-from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
+from pipelines.ingest.estimate import estimate, plan_table
 from pipelines.ingest.runs import last_run
 from pipelines.runtime import counts_table
 from pipelines.storage import Table
@@ -22,6 +25,16 @@ from pipelines.storage import Table
 
 def run(config: IngestConfig) -> None:
     table = Table(config.data.output)
+    if config.dry_run:
+        plan = plan_only(config)
+        print(plan_table(plan))
+        if plan.fetched:
+            print(
+                estimate(
+                    plan.fetched, table, config.image, config.ray.num_cpus or os.cpu_count() or 1
+                )
+            )
+        return
     before = last_run(table)
     finished = before is not None and before.is_finished
     counts = ingest(config)

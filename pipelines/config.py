@@ -284,6 +284,7 @@ def help_text(cls: type[Config], usage: str, description: str) -> str:
         "",
         "  --config FILE    YAML file of settings; settings on the command line win over it",
         "  --print-config   print the settings as they resolve, as YAML, and stop",
+        *(f"  --{name.replace('_', '-'):<15}  {name}=true" for name in _flags(cls)),
         "  --help           this text",
         "",
         "settings: key (type, default): meaning",
@@ -302,6 +303,16 @@ def help_text(cls: type[Config], usage: str, description: str) -> str:
 
 
 # --------------------------------------------------------------------------------- command line
+
+
+def _flags(cls: type[Config]) -> list[str]:
+    """Settings that are on or off for the job as a whole: `dry_run` may be said as --dry-run."""
+    return [name for name, field in cls.model_fields.items() if field.annotation is bool]
+
+
+def _flag(cls: type[Config], word: str) -> str | None:
+    name = word.removeprefix("--").replace("-", "_")
+    return name if word.startswith("--") and name in _flags(cls) else None
 
 
 def parse(
@@ -327,6 +338,8 @@ def parse(
             sys.exit(0)
         elif word == "--print-config":
             show = True
+        elif (flag := _flag(cls, word)) is not None:
+            overrides.append(f"{flag}=true")
         elif option == "--config" or (option in aliases and option):
             if not separator and (value := next(words, "")) == "":
                 raise ConfigError(f"{option} needs a value: {option} VALUE")

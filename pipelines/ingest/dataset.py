@@ -17,7 +17,9 @@ A killed job continues with the chunks that its run has not committed; see runs.
 from __future__ import annotations
 
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,12 +32,13 @@ from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.download import DownloadConfig, Downloader
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.encode import ImageConfig
+from pipelines.ingest.estimate import estimate
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
-from pipelines.ingest.plan import Plan, chunk_file, first_plan, next_plan, read_list
+from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
-from pipelines.places import exclusive, read_parquet_file, remove_folder
+from pipelines.places import exclusive, is_folder, read_parquet_file, remove_folder, write_parquet
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, OK, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
@@ -82,10 +85,18 @@ class IngestConfig(Config):
         description="classes of failed rows of the table that are tried again, such as "
         "timeout,http_5xx; transient: those that another attempt may mend",
     )
+    dry_run: bool = Field(
+        False, description="only say what would be dropped, fetched and marked, and what it takes"
+    )
     rows_per_chunk: int = Field(
         256, ge=1, description="rows that are downloaded, decoded and committed together"
     )
     ray: RayConfig = RayConfig()
+
+    @field_validator("retry", mode="before")
+    @classmethod
+    def _commas(cls, retry: Any) -> Any:
+        return [name.strip() for name in retry.split(",")] if isinstance(retry, str) else retry
 
     @field_validator("retry")
     @classmethod
@@ -144,15 +155,41 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     return table.counts()
 
 
+def plan_only(config: IngestConfig) -> Plan:
+    """What a run would do to the table, which stays as it is."""
+    table, plan = Table(config.data.output), Plan()
+    if is_folder(table.folder):
+        table.check_free(KIND, config.identity())
+    with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
+        _plan_into(Path(folder), config, table, plan)
+    return plan
+
+
+def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> pa.Table:
+    """Write the plan of a run into `folder`; the chunks that the first run cuts, else None."""
+    files = input_files(config.data.input)
+    rows = read_list(files, config.filter, config.data.columns, plan)
+    if table.exists:
+        next_plan(rows, table, folder, config.filter, config.retried(), plan)
+        return None
+    return first_plan(rows, folder, config.rows_per_chunk, plan)
+
+
 def _work(config: IngestConfig, table: Table, run: Run) -> None:
     """Do what a run has planned and not done yet; then look for copies in the whole table."""
+    import ray
+
     if pending := run.pending(table):
+        fetched = run.describe()["fetched"]
+        if fetched:
+            cpus = ray.cluster_resources().get("CPU", 1)
+            print(estimate(fetched, table, config.image, cpus), flush=True)
         run_chunks(
             pending,
             partial(_stages, config=config, run=run),
             Merge(table, run),
             "ingest",
-            run.describe()["fetched"],
+            fetched,
             done=table.counts() if run.number == 1 else {},
         )
     mark_duplicates(table, config.duplicates, run.number, run.folder / "copies")
@@ -171,12 +208,9 @@ def _open_run(config: IngestConfig, table: Table) -> Run:
     else:
         remove_folder(table.folder / FOLDER)  # of a planning that was killed
     run, plan = next_run(table), Plan()
-    files = input_files(config.data.input)
-    rows = read_list(files, config.filter, config.data.columns, plan)
-    if table.exists:
-        next_plan(rows, table, run.plan_folder, config.filter, config.retried(), plan)
-    else:
-        first_plan(rows, table, run.plan_folder, config.rows_per_chunk, plan)
+    chunks = _plan_into(run.plan_folder, config, table, plan)
+    if chunks is not None:
+        write_parquet(table.folder / CHUNKS_FILE, chunks)
     about = {name: value for name, value in vars(plan).items() if name != "chunks"}
     run.begin(settings, plan.chunks, **about)
     if not table.exists:

@@ -47,7 +47,8 @@ class Plan:
     marked: int = 0  # rows that only change their status
     listed: int = 0  # rows of the list that pass
     read: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)  # by the first rule that they fail
+    failing: dict[str, int] = field(default_factory=dict)  # by each rule that they fail
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
@@ -64,11 +65,12 @@ def read_list(
     list, for one of which no row is left, and where two different URLs have the same key.
     """
     dropped: Counter[str] = Counter()
+    failing: Counter[str] = Counter()
     buckets = Buckets(METADATA_ROW, input_bytes(files))
     for file in files:
         for batch in read_batches(file, columns, filters):
             plan.read += batch.num_rows
-            buckets.add(_planned(batch, filters, dropped))
+            buckets.add(_planned(batch, filters, dropped, failing))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     for rows in buckets.sorted():
@@ -77,6 +79,7 @@ def read_list(
         yield unique
     buckets.remove()
     plan.dropped = {rule: n for rule, n in sorted(dropped.items()) if n}
+    plan.failing = {rule: n for rule, n in sorted(failing.items()) if n}
     if plan.listed == 0:
         counts = ", ".join(f"{rule} {n}" for rule, n in plan.dropped.items())
         raise DataError(
@@ -84,8 +87,11 @@ def read_list(
         )
 
 
-def first_plan(rows: Iterable[pa.Table], table: Table, folder: Path, size: int, plan: Plan) -> None:
-    """Cut the sorted `rows` into chunks of `size` rows, to be fetched all."""
+def first_plan(rows: Iterable[pa.Table], folder: Path, size: int, plan: Plan) -> pa.Table:
+    """Cut the sorted `rows` into chunks of `size` rows, to be fetched all.
+
+    Returns where the chunks' ranges of keys start, which the table keeps as CHUNKS_FILE.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     starts = []
     for chunk, part in enumerate(_regroup(rows, size)):
@@ -93,7 +99,7 @@ def first_plan(rows: Iterable[pa.Table], table: Table, folder: Path, size: int, 
         write_parquet(chunk_file(folder, chunk), _to_fetch(part))
         plan.chunks.append(chunk)
         plan.fetched += part.num_rows
-    write_parquet(table.folder / CHUNKS_FILE, pa.table({"start": pa.array(starts, pa.int64())}))
+    return pa.table({"start": pa.array(starts, pa.int64())})
 
 
 def next_plan(
@@ -125,7 +131,9 @@ def next_plan(
 # ------------------------------------------------------------------------- the list, by key
 
 
-def _planned(batch: pa.Table, filters: FilterConfig, dropped: Counter[str]) -> pa.Table:
+def _planned(
+    batch: pa.Table, filters: FilterConfig, dropped: Counter[str], failing: Counter[str]
+) -> pa.Table:
     """The METADATA_ROW rows of a batch that are to be fetched; the others are counted."""
     has_url = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(batch["url"]), ""), False)
     dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
@@ -134,6 +142,7 @@ def _planned(batch: pa.Table, filters: FilterConfig, dropped: Counter[str]) -> p
     for rule, failed in metadata_failures(filters, batch).items():
         fails = np.asarray(failed, bool) & keep  # a row counts for the first rule that it fails
         dropped[f"filtered:{rule}"] += int(fails.sum())
+        failing[f"filtered:{rule}"] += pc.sum(failed, min_count=0).as_py()
         keep &= ~fails
     batch = batch.filter(pa.array(keep))
     urls = [normalise_url(url) for url in batch["url"].to_pylist()]

@@ -73,10 +73,15 @@ class Run:
         write_atomically(self.folder / RUN_FILE, json.dumps(content, indent=2))
 
 
+def runs_of(table: Table) -> list[Run]:
+    """The declared runs of a table, in order."""
+    found = sorted((table.folder / FOLDER).glob(f"*/{RUN_FILE}"), key=str)
+    return [_run(table, int(file.parent.name)) for file in found]
+
+
 def last_run(table: Table) -> Run | None:
     """The newest declared run of a table."""
-    found = sorted((table.folder / FOLDER).glob(f"*/{RUN_FILE}"), key=str)
-    return _run(table, int(found[-1].parent.name)) if found else None
+    return runs[-1] if (runs := runs_of(table)) else None
 
 
 def next_run(table: Table) -> Run:

@@ -28,7 +28,6 @@ from pipelines.ingest.metadata import (
 )
 from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
 from pipelines.schemas import normalise_url, url_key
-from pipelines.storage import Table
 from vlv_model.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -70,7 +69,7 @@ def make_plan(tmp_path: Path, rows: list[dict[str, Any]], chunk: int = 4, **filt
 def plan_of(files: list[Path], tmp_path: Path, chunk: int, **filters: Any) -> Plan:
     plan = Plan()
     rows = read_list(files, FilterConfig(**filters), {}, plan)
-    first_plan(rows, Table(tmp_path / "table"), tmp_path / "table/plan", chunk, plan)
+    first_plan(rows, tmp_path / "table/plan", chunk, plan)
     return plan
 
 

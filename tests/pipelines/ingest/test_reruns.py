@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import jobs.ingest
 from pipelines.config import build
+from pipelines.entry import main
 from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.runs import Run, last_run
@@ -183,3 +185,32 @@ def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: We
     assert (counts, asked) == ({"ok": 2, "duplicate": 1}, 0)
     counts, asked = asked_by(web, lambda: run(tmp_path, [late], [9.0], duplicates={"by": "none"}))
     assert (counts, asked) == ({"ok": 3}, 0)
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+    tmp_path: Path, web: Web, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [web.url(f"{i}.png") for i in range(20)]
+    scores = [float(i) for i in range(20)]
+    pq.write_table(pa.table({"URL": urls, "aesthetic": scores}), tmp_path / "list.parquet")
+    words = [f"data.input={tmp_path}/list.parquet", f"data.output={tmp_path}/out", "--dry-run"]
+    words += ["download.allow_private=true", "image.size=32", "image.format=png"]
+
+    def told(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["ingest.py", *words, *more])
+        assert main(IngestConfig, jobs.ingest.run, "") == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    first, asked = asked_by(web, lambda: told("filter.min_aesthetic=15"))
+    assert asked == 0
+    assert not (tmp_path / "out").exists()
+    for words_of_it in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
+        assert words_of_it in first
+    assert "assumed" in first
+    run(tmp_path, urls, scores, filter={"min_aesthetic": 5})
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    again = told("filter.min_aesthetic=12", "retry=timeout,http_404")
+    assert "to be fetched 0 " in again
+    assert "to be marked anew 7 " in again
+    assert "measured here" in told()  # the size of an image, by the table's own parts
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files

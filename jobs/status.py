@@ -1,0 +1,17 @@
+"""Status: how a table stands, while a job writes it or afterwards. Reads, and changes nothing.
+
+python jobs/status.py /data/images
+"""
+
+import sys
+
+from pipelines.entry import main
+from pipelines.status import StatusConfig, status_text
+
+
+def run(config: StatusConfig) -> None:
+    print(status_text(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(StatusConfig, run, __doc__, aliases={"": "table"}))
