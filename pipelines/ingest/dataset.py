@@ -42,6 +42,7 @@ from pipelines.places import exclusive, is_folder, read_parquet_file, remove_fol
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, OK, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
+from pipelines.takedown import Blocked
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 
@@ -168,7 +169,7 @@ def plan_only(config: IngestConfig) -> Plan:
 def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> pa.Table:
     """Write the plan of a run into `folder`; the chunks that the first run cuts, else None."""
     files = input_files(config.data.input)
-    rows = read_list(files, config.filter, config.data.columns, plan)
+    rows = read_list(files, config.filter, config.data.columns, plan, Blocked.read(table))
     if table.exists:
         next_plan(rows, table, folder, config.filter, config.retried(), plan)
         return None
@@ -283,6 +284,8 @@ class ReadPlan:
         (chunk,) = chunks["chunk"].to_pylist()
         plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
+        blocked = Blocked.read(self.merge.table)  # since the run was planned, perhaps
+        rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
         if not rows.num_rows:  # Ray Data passes on no empty block
             self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())
         return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))

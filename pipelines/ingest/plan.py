@@ -27,6 +27,7 @@ from pipelines.ingest.metadata import input_bytes, read_batches
 from pipelines.places import open_parquet, read_parquet_file, write_parquet
 from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
 from pipelines.storage import Table
+from pipelines.takedown import Blocked
 from vlv_model.errors import DataError
 
 PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
@@ -57,7 +58,11 @@ def chunk_file(folder: Path, chunk: int) -> Path:
 
 
 def read_list(
-    files: list[Path], filters: FilterConfig, columns: Mapping[str, str], plan: Plan
+    files: list[Path],
+    filters: FilterConfig,
+    columns: Mapping[str, str],
+    plan: Plan,
+    blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
 ) -> Iterator[pa.Table]:
     """The rows of the metadata `files` that pass the filters, sorted by key, every key once.
 
@@ -70,7 +75,10 @@ def read_list(
     for file in files:
         for batch in read_batches(file, columns, filters):
             plan.read += batch.num_rows
-            buckets.add(_planned(batch, filters, dropped, failing))
+            rows = _planned(batch, filters, dropped, failing)
+            taken_down = blocked.mask(rows["key"], rows["url"])
+            dropped["taken_down"] += int(taken_down.sum())
+            buckets.add(rows.filter(pa.array(~taken_down)))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     for rows in buckets.sorted():

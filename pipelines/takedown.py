@@ -1,0 +1,164 @@
+"""Taking rows out of an image table, and out of the tables that were made of it, for good.
+
+What is taken down is noted first (`_takedown.json` in the image table: keys and domains), then
+removed. So a takedown that is killed is finished by the same command, and no later ingest fetches
+what it names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import OutputPlace
+from pipelines.places import exclusive, is_file, open_parquet, write_atomically
+from pipelines.schemas import normalise_url, url_key
+from pipelines.storage import Table, read_json_object
+from vlv_model.config import Config
+from vlv_model.errors import DataError
+
+FILE = "_takedown.json"
+_READERS = 16
+
+
+class TakedownConfig(Config):
+    """Everything that `jobs/takedown.py` needs to know."""
+
+    table: OutputPlace = Field(description="image table")
+    keys: tuple[int, ...] = Field((), description="keys of rows")
+    urls: tuple[str, ...] = Field((), description="URLs of rows, in any spelling")
+    domains: tuple[str, ...] = Field((), description="domains, with all of their subdomains")
+    derived: tuple[OutputPlace, ...] = Field(
+        (), description="tables that were made of the image table: captions, pairs, pictures"
+    )
+
+    @field_validator("urls", "domains", "derived", mode="before")
+    @classmethod
+    def _commas(cls, given: Any) -> Any:
+        return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _one_key(cls, given: Any) -> Any:
+        return [given] if isinstance(given, int) else given
+
+    @model_validator(mode="after")
+    def _names_something(self) -> TakedownConfig:
+        if not (self.keys or self.urls or self.domains):
+            raise ValueError("give keys, urls or domains")
+        return self
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """What an image table must not have."""
+
+    keys: frozenset[int] = frozenset()
+    domains: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, table: Table) -> Blocked:
+        """What earlier takedowns of a table have noted."""
+        file = table.folder / FILE
+        if not is_file(file):
+            return cls()
+        noted = read_json_object(file)
+        return cls(frozenset(noted["keys"]), frozenset(noted["domains"]))
+
+    def mask(self, keys: pa.ChunkedArray, urls: pa.ChunkedArray) -> np.ndarray:
+        """Which rows are blocked, booleans `[n]`."""
+        found = np.zeros(len(keys), bool)
+        if self.keys:
+            named = pa.array(sorted(self.keys), pa.int64())
+            found |= np.asarray(pc.is_in(keys, value_set=named).to_pylist(), bool)
+        if self.domains:
+            hosts = [_host(url) for url in urls.to_pylist()]
+            found |= np.array([self._is_of_a_domain(host) for host in hosts], bool)
+        return found
+
+    def _is_of_a_domain(self, host: str) -> bool:
+        parts = host.split(".")
+        return any(".".join(parts[i:]) in self.domains for i in range(len(parts)))
+
+
+def take_down(config: TakedownConfig) -> dict[str, int]:
+    """Remove the rows from all tables; how many each of them lost, by its path.
+
+    Raises DataError where one of them is no table of ours, RunError while a job writes one.
+    """
+    images, derived = Table(config.table), [Table(place) for place in config.derived]
+    for table in (images, *derived):
+        if not table.exists:
+            raise DataError(f"{table.folder} holds no table of ours: nothing was removed")
+    if images.describe()["kind"] != "image":
+        raise DataError(f"{images.folder} is no image table: give it as `derived`")
+    with exclusive(images.folder, "table"):
+        blocked = _note(images, config)
+        removed = {str(images.folder): _remove(images, blocked.keys)}
+    for table in derived:
+        with exclusive(table.folder, "derived"):
+            removed[str(table.folder)] = _remove(table, blocked.keys)
+    return removed
+
+
+def _note(images: Table, config: TakedownConfig) -> Blocked:
+    """Write down what must be gone: what was named, and the rows of the domains that are there."""
+    before = Blocked.read(images)
+    keys = {*before.keys, *config.keys, *(url_key(url) for url in config.urls)}
+    named = {_host(f"http://{name.strip('. ')}/") for name in config.domains}
+    blocked = Blocked(frozenset(keys), before.domains | named)
+    if named:
+        for rows in _columns(images, ["key", "url"]):
+            of_domains = blocked.mask(rows["key"], rows["url"])
+            keys.update(rows["key"].filter(pa.array(of_domains)).to_pylist())
+    blocked = Blocked(frozenset(keys), blocked.domains)
+    content = {"keys": sorted(blocked.keys), "domains": sorted(blocked.domains)}
+    write_atomically(images.folder / FILE, json.dumps(content, indent=1))
+    return blocked
+
+
+def _remove(table: Table, keys: frozenset[int]) -> int:
+    """Write the parts that have rows of `keys` anew without them; how many rows are gone."""
+    named = pa.array(sorted(keys), pa.int64())
+    removed = 0
+    for commit, rows in zip(table.commits(), _columns(table, ["key"]), strict=True):
+        kept = pc.invert(pc.is_in(rows["key"], value_set=named))
+        gone = len(kept) - pc.sum(kept, min_count=0).as_py()
+        if gone:
+            with open_parquet(table.part(commit.chunk)) as parquet:
+                group = parquet.metadata.row_group(0).num_rows
+                left = parquet.read().filter(kept)
+            table.write(commit.chunk, left, run=commit.run, row_group_size=group)
+            removed += gone
+    return removed
+
+
+def _columns(table: Table, names: list[str]) -> Iterator[pa.Table]:
+    """Some columns of each committed part, in order."""
+
+    def read(chunk: int) -> pa.Table:
+        with open_parquet(table.part(chunk)) as parquet:
+            return parquet.read(columns=names)
+
+    chunks = [commit.chunk for commit in table.commits()]
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(0, len(chunks), 4 * _READERS):
+            yield from readers.map(read, chunks[first : first + 4 * _READERS])
+
+
+def _host(url: str) -> str:
+    """The host of a URL as domains are compared: lower-case, in ASCII; empty where it has none."""
+    try:
+        host = (urlsplit(normalise_url(url)).hostname or "").rstrip(".")
+        return host.encode("idna").decode() if not host.isascii() else host
+    except (ValueError, UnicodeError):
+        return ""
