@@ -178,14 +178,16 @@ def run_chunks(
     title: str,
     total_rows: int,
     done: Mapping[str, int],
+    watch: Callable[[Mapping[str, int]], None] | None = None,
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
-    `done` are the rows by status of earlier attempts, which the bar goes on from. `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
+    `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
+    those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
     dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
     `batch_size=None`, so that a chunk stays one block all the way.
     """
-    totals = Counter(done)
+    totals, ours = Counter(done), Counter[str]()
     with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
         bar.set_postfix_str(summary(totals))
         for chunks in _waves(pending):
@@ -194,6 +196,9 @@ def run_chunks(
             )
             for row in written.iter_rows():
                 totals.update(json.loads(row["statuses"]))
+                ours.update(json.loads(row["statuses"]))
+                if watch is not None:
+                    watch(ours)
                 bar.set_postfix_str(summary(totals), refresh=False)
                 bar.update(row["rows"])
 

@@ -28,6 +28,7 @@ from pydantic import Field, field_validator
 
 from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest import decode
+from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.download import DownloadConfig, Downloader
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
@@ -185,6 +186,7 @@ def _work(config: IngestConfig, table: Table, run: Run) -> None:
         if fetched:
             cpus = ray.cluster_resources().get("CPU", 1)
             print(estimate(fetched, table, config.image, cpus), flush=True)
+        watch = Throughput(run)
         run_chunks(
             pending,
             partial(_stages, config=config, run=run),
@@ -192,8 +194,11 @@ def _work(config: IngestConfig, table: Table, run: Run) -> None:
             "ingest",
             fetched,
             done=table.counts() if run.number == 1 else {},
+            watch=watch,
         )
+        watch.end()
     mark_duplicates(table, config.duplicates, run.number, run.folder / "copies")
+    write_link_rot(table, run)
 
 
 def _open_run(config: IngestConfig, table: Table) -> Run:

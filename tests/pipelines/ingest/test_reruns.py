@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,19 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     assert "to be marked anew 7 " in again
     assert "measured here" in told()  # the size of an image, by the table's own parts
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files
+
+
+def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(f"{i}.png") for i in range(3)] + [web.url("gone.png"), "http://dead.invalid/x"]
+    run(tmp_path, urls)
+    folder = tmp_path / "out/_runs/0001"
+    (line,) = (folder / "throughput.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert (told["rows"], told["ok"]) == (5, 3)
+    assert told["seconds"] > 0
+    rot = pq.read_table(folder / "link_rot.parquet").to_pylist()
+    assert {(row["host"], row["status"]): row["rows"] for row in rot} == {
+        ("127.0.0.1", "ok"): 3,
+        ("127.0.0.1", "download:http_404"): 1,
+        ("dead.invalid", "download:dns"): 1,
+    }

@@ -1,0 +1,106 @@
+"""What a run leaves beside the rows: its throughput over time, and where links have rotted.
+
+_runs/0003/throughput.jsonl    a line each half minute: seconds since the start, rows, ok rows
+_runs/0003/link_rot.parquet    by host and status: rows of the whole table, hosts with most first
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from pipelines.ingest.runs import Run
+from pipelines.places import open_parquet, write_atomically, write_parquet
+from pipelines.runtime import map_chunks
+from pipelines.schemas import DOWNLOAD, OK
+from pipelines.storage import Table
+
+_EVERY = 30.0  # seconds
+_MOST_HOSTS = 10_000  # of the link-rot table; the others are added up as one
+OTHERS = "(others)"
+
+
+class Throughput:
+    """Notes how many rows a run has done, from time to time; a continued run adds to its notes."""
+
+    def __init__(self, run: Run) -> None:
+        self.file = run.folder / "throughput.jsonl"
+        self.lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.before = (
+            json.loads(self.lines[-1]) if self.lines else {"seconds": 0, "rows": 0, "ok": 0}
+        )
+        self.start = time.monotonic()
+        self.noted = self.start
+        self.done: Mapping[str, int] = {}
+
+    def __call__(self, done: Mapping[str, int]) -> None:
+        """`done` are the rows by status that this attempt has done so far."""
+        self.done = done
+        if time.monotonic() - self.noted >= _EVERY:
+            self.end()
+
+    def end(self) -> None:
+        """Note how things stand now."""
+        self.noted = time.monotonic()
+        line = {
+            "seconds": round(self.before["seconds"] + self.noted - self.start, 1),
+            "rows": self.before["rows"] + sum(self.done.values()),
+            "ok": self.before["ok"] + self.done.get(OK, 0),
+        }
+        self.lines.append(json.dumps(line))
+        write_atomically(self.file, "\n".join(self.lines) + "\n")
+
+
+def write_link_rot(table: Table, run: Run) -> None:
+    """Count the rows of the whole table by host and status. Needs a Ray session."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for block in map_chunks([c.chunk for c in table.commits()], _Hosts(table), as_tables=True):
+        for host, state, rows in zip(
+            *(block[name].to_pylist() for name in _ROT.names), strict=True
+        ):
+            counts[host, state] += rows
+    failed: Counter[str] = Counter()
+    for (host, state), rows in counts.items():
+        failed[host] += rows if state.startswith(DOWNLOAD) else 0
+    shown = dict.fromkeys(host for host, _ in failed.most_common(_MOST_HOSTS))
+    place = {host: number for number, host in enumerate(shown)}
+    merged: Counter[tuple[str, str]] = Counter()
+    for (host, state), rows in counts.items():
+        merged[host if host in shown else OTHERS, state] += rows
+    ordered = sorted(merged.items(), key=lambda i: (place.get(i[0][0], len(place)), -i[1], i[0]))
+    rows_of = [{"host": host, "status": state, "rows": rows} for (host, state), rows in ordered]
+    write_parquet(run.folder / "link_rot.parquet", pa.Table.from_pylist(rows_of, _ROT))
+
+
+_ROT = pa.schema([("host", pa.string()), ("status", pa.string()), ("rows", pa.int64())])
+
+
+class _Hosts:
+    """Rows of a chunk by host and status."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        (chunk,) = chunks["chunk"].to_pylist()
+        with open_parquet(self.table.part(chunk)) as parquet:
+            rows = parquet.read(columns=["url", "status"])
+        counts = Counter(
+            zip(map(_host, rows["url"].to_pylist()), rows["status"].to_pylist(), strict=True)
+        )
+        return pa.Table.from_pylist(
+            [{"host": host, "status": state, "rows": n} for (host, state), n in counts.items()],
+            _ROT,
+        )
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
