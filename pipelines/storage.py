@@ -98,7 +98,7 @@ class Table:
         """
         if not self.exists:
             # A job that was killed while it planned leaves these, and no table yet.
-            ours = ("_plan", "_commits", "_runs", "_chunks.parquet")
+            ours = ("_plan", "_commits", "_runs", "_chunks.npy")
             refuse_strangers(self.folder, ours, "table", "data.output")
             return False
         described = self.describe()

@@ -1,11 +1,12 @@
 """What a run leaves beside the rows: its throughput over time, and where links have rotted.
 
 _runs/0003/throughput.jsonl    a line each half minute: seconds since the start, rows, ok rows
-_runs/0003/link_rot.parquet    by host and status: rows of the whole table, hosts with most first
+_runs/0003/link_rot.csv         by host and status: rows of the whole table, hosts with most first
 """
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections import Counter
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+from pyarrow import csv
 
 from pipelines.ingest.runs import Run
-from pipelines.places import open_parquet, write_atomically, write_parquet
+from pipelines.places import open_parquet, write_atomically
 from pipelines.runtime import map_chunks
 from pipelines.schemas import DOWNLOAD, OK
 from pipelines.storage import Table
@@ -74,7 +76,9 @@ def write_link_rot(table: Table, run: Run) -> None:
         merged[host if host in shown else OTHERS, state] += rows
     ordered = sorted(merged.items(), key=lambda i: (place.get(i[0][0], len(place)), -i[1], i[0]))
     rows_of = [{"host": host, "status": state, "rows": rows} for (host, state), rows in ordered]
-    write_parquet(run.folder / "link_rot.parquet", pa.Table.from_pylist(rows_of, _ROT))
+    content = io.BytesIO()
+    csv.write_csv(pa.Table.from_pylist(rows_of, _ROT), content)
+    write_atomically(run.folder / "link_rot.csv", content.getvalue())
 
 
 _ROT = pa.schema([("host", pa.string()), ("status", pa.string()), ("rows", pa.int64())])

@@ -39,7 +39,13 @@ from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
-from pipelines.places import exclusive, is_folder, read_parquet_file, remove_folder, write_parquet
+from pipelines.places import (
+    exclusive,
+    is_folder,
+    read_parquet_file,
+    remove_folder,
+    write_atomically,
+)
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, OK, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
@@ -167,8 +173,8 @@ def plan_only(config: IngestConfig) -> Plan:
     return plan
 
 
-def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> pa.Table:
-    """Write the plan of a run into `folder`; the chunks that the first run cuts, else None."""
+def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> bytes | None:
+    """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
     files = input_files(config.data.input)
     rows = read_list(files, config.filter, config.data.columns, plan, Blocked.read(table))
     if table.exists:
@@ -216,7 +222,7 @@ def _open_run(config: IngestConfig, table: Table) -> Run:
     run, plan = next_run(table), Plan()
     chunks = _plan_into(run.plan_folder, config, table, plan)
     if chunks is not None:
-        write_parquet(table.folder / CHUNKS_FILE, chunks)
+        write_atomically(table.folder / CHUNKS_FILE, chunks)
     about = {name: value for name, value in vars(plan).items() if name != "chunks"}
     run.begin(settings, plan.chunks, **about)
     if not table.exists:

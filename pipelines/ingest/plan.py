@@ -11,6 +11,7 @@ Memory does not grow with the list (pipelines/buckets.py).
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 from pipelines.buckets import Buckets
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
-from pipelines.places import open_parquet, read_parquet_file, write_parquet
+from pipelines.places import open_parquet, write_parquet
 from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
 from pipelines.storage import Table
 from pipelines.takedown import Blocked
@@ -33,7 +34,7 @@ from vlv_model.errors import DataError
 PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
 """A row of a chunk's plan: to be fetched, or only to be given the status `mark`."""
 
-CHUNKS_FILE = "_chunks.parquet"
+CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone
 _LEAST = -(2**63)
 _READERS = 16  # parts whose small columns are read at the same time
 _KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
@@ -95,10 +96,10 @@ def read_list(
         )
 
 
-def first_plan(rows: Iterable[pa.Table], folder: Path, size: int, plan: Plan) -> pa.Table:
+def first_plan(rows: Iterable[pa.Table], folder: Path, size: int, plan: Plan) -> bytes:
     """Cut the sorted `rows` into chunks of `size` rows, to be fetched all.
 
-    Returns where the chunks' ranges of keys start, which the table keeps as CHUNKS_FILE.
+    Returns where the chunks' ranges of keys start, as the table keeps it in CHUNKS_FILE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = []
@@ -107,7 +108,9 @@ def first_plan(rows: Iterable[pa.Table], folder: Path, size: int, plan: Plan) ->
         write_parquet(chunk_file(folder, chunk), _to_fetch(part))
         plan.chunks.append(chunk)
         plan.fetched += part.num_rows
-    return pa.table({"start": pa.array(starts, pa.int64())})
+    content = io.BytesIO()
+    np.save(content, np.array(starts, np.int64))
+    return content.getvalue()
 
 
 def next_plan(
@@ -124,7 +127,7 @@ def next_plan(
     again is taken back, or fetched where its image was never stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = read_parquet_file(table.folder / CHUNKS_FILE)["start"].to_numpy()
+    starts = np.load(io.BytesIO((table.folder / CHUNKS_FILE).read_bytes()))
     committed = {commit.chunk for commit in table.commits()}
     known = _known_rows(table, committed, len(starts))
     for chunk, (listed, here) in enumerate(zip(_by_range(rows, starts), known, strict=True)):

@@ -1,0 +1,44 @@
+"""The measuring parts of the benchmark of ingest; the measuring itself takes minutes."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.ingest import CASES, Case, Measured, _tell, ssim
+from benchmarks.web import is_dead, write_photos
+
+
+def test_similarity_is_one_for_the_same_and_less_for_others() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (70, 90)).astype(np.float64)
+    assert ssim(picture, picture) == 1.0
+    assert 0.9 < ssim(picture, picture + rng.normal(0, 5, picture.shape)) < 1.0
+    assert ssim(picture, picture[::-1]) < 0.2
+
+
+def test_the_photographs_are_of_the_sizes_that_are_told(tmp_path: Path) -> None:
+    write_photos(tmp_path, 4)
+    for file in sorted(tmp_path.glob("*.jpg")):
+        with Image.open(io.BytesIO(file.read_bytes())) as photo:
+            assert 500 <= min(photo.size) <= max(photo.size) <= 3000
+            assert np.asarray(photo.convert("L").resize((64, 64))).std() > 5
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    write_photos(tmp_path, 4)
+    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def test_the_share_that_is_dead_is_the_one_asked_for() -> None:
+    assert not any(is_dead(number, 0.0) for number in range(1000))
+    assert 0.28 < np.mean([is_dead(number, 0.3) for number in range(20_000)]) < 0.32
+
+
+def test_ratio_and_share_are_of_medians() -> None:
+    def runs(*seconds: float) -> list[Measured]:
+        return [Measured(100, s, 50.0, 10**9) for s in seconds]
+
+    told = _tell(CASES[0], {"ours": runs(1, 2, 9), "peer": runs(4, 4, 5)}, [80.0, 100.0], 2, 64)
+    assert (told["ratio"], told["share_of_limit"]) == (2.0, 0.556)
+    assert told["ours"]["cpu_ms_per_image"] == 500.0
+    assert isinstance(CASES[1], Case)
