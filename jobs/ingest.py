@@ -29,24 +29,20 @@ def run(config: IngestConfig) -> None:
         plan = plan_only(config)
         print(plan_table(plan))
         if plan.fetched:
-            print(
-                estimate(
-                    plan.fetched, table, config.image, config.ray.num_cpus or os.cpu_count() or 1
-                )
-            )
+            cpus = config.ray.num_cpus or os.cpu_count() or 1
+            print(estimate(plan.fetched, table, config.image, cpus))
         return
     before = last_run(table)
     finished = before is not None and before.is_finished
     counts = ingest(config)
-    run = last_run(table)
-    assert run is not None
-    about = run.describe()
-    if finished and before == run:
+    last = last_run(table)
+    assert last is not None
+    about = last.describe()
+    if finished and before == last:
         print("this table is complete already: nothing was downloaded")
     else:
-        print(
-            f"run {run.number}: {about['fetched']:,} rows fetched, {about['marked']:,} marked anew"
-        )
+        fetched, marked = about["fetched"], about["marked"]
+        print(f"run {last.number}: {fetched:,} rows fetched, {marked:,} marked anew")
     print(counts_table(counts))
     for rule, rows in about["dropped"].items():
         print(f"not fetched: {rule} {rows:,}")

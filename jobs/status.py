@@ -1,6 +1,8 @@
 """Status: how a table stands, while a job writes it or afterwards. Reads, and changes nothing.
 
-python jobs/status.py /data/images
+Any table will do: images, pairs, captions, pictures.
+
+    python jobs/status.py /data/images
 """
 
 import sys

@@ -163,7 +163,12 @@ def _parse_value(cls: type[Config], key: str, text: str) -> Any:
         optional = type(None) in get_args(annotation)
         return None if optional and text in ("none", "null") else text
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        if value is None or isinstance(value, list | dict) or Ellipsis not in get_args(annotation):
+            return value
+        # A list of any length may be written without brackets: a,b,c.
+        items = [item.strip() for item in text.split(",")]
+        return items if get_args(annotation)[0] is not int else [yaml.safe_load(i) for i in items]
     except _YAML_ERRORS:
         raise ConfigError(f"{key}: cannot read the value '{text}'") from None
 

@@ -140,19 +140,14 @@ def _write_chunk(rows: pa.Table, write: Callable[[int, pa.Table], Any]) -> pa.Ta
     return pa.table({"rows": [rows.num_rows], "statuses": [json.dumps(statuses)]})
 
 
-def map_chunks(
-    chunks: Sequence[int], step: Callable[[pa.Table], pa.Table], as_tables: bool = False
-) -> Iterator[Any]:
-    """What `step` makes of the chunks of a table on the cluster, in any order.
+def map_chunks(chunks: Sequence[int], step: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """What `step` makes of each of the chunks of a table on the cluster, in any order.
 
-    It gets a block of one row (`chunk`). Gives rows as dictionaries, or blocks as Arrow tables.
+    It gets a block of one row (`chunk`).
     """
     for wave in _waves(chunks):
         made = wave.map_batches(step, batch_size=None, batch_format="pyarrow")
-        if as_tables:
-            yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
-        else:
-            yield from made.iter_rows()
+        yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def _waves(chunks: Sequence[int]) -> Iterator[Any]:
@@ -183,7 +178,8 @@ def run_chunks(
     """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
     `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
-    those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one row: `chunk`) and returns the
+    those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
+    row: `chunk`) and returns the
     dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
     `batch_size=None`, so that a chunk stays one block all the way.
     """

@@ -126,6 +126,14 @@ def normalise_url(url: str) -> str:
     return urlunsplit((scheme, place, parts.path or "/", parts.query, ""))
 
 
+def host_of(url: str) -> str:
+    """The host of a URL; empty where it has none, or cannot be read as one."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 def url_key(url: str) -> int:
     """`key` of an image: 64 bits of BLAKE2b over its normalised URL, as a signed integer."""
     digest = hashlib.blake2b(normalise_url(url).encode("utf-8", "surrogatepass"), digest_size=8)

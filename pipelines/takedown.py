@@ -8,26 +8,21 @@ what it names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.config import OutputPlace
 from pipelines.places import exclusive, is_file, open_parquet, write_atomically
-from pipelines.schemas import normalise_url, url_key
+from pipelines.schemas import host_of, normalise_url, url_key
 from pipelines.storage import Table, read_json_object
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
 FILE = "_takedown.json"
-_READERS = 16
 
 
 class TakedownConfig(Config):
@@ -40,16 +35,6 @@ class TakedownConfig(Config):
     derived: tuple[OutputPlace, ...] = Field(
         (), description="tables that were made of the image table: captions, pairs, pictures"
     )
-
-    @field_validator("urls", "domains", "derived", mode="before")
-    @classmethod
-    def _commas(cls, given: Any) -> Any:
-        return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
-
-    @field_validator("keys", mode="before")
-    @classmethod
-    def _one_key(cls, given: Any) -> Any:
-        return [given] if isinstance(given, int) else given
 
     @model_validator(mode="after")
     def _names_something(self) -> TakedownConfig:
@@ -117,7 +102,8 @@ def _note(images: Table, config: TakedownConfig) -> Blocked:
     named = {_host(f"http://{name.strip('. ')}/") for name in config.domains}
     blocked = Blocked(frozenset(keys), before.domains | named)
     if named:
-        for rows in _columns(images, ["key", "url"]):
+        chunks = [commit.chunk for commit in images.commits()]
+        for rows in images.columns(chunks, ["key", "url"]):
             of_domains = blocked.mask(rows["key"], rows["url"])
             keys.update(rows["key"].filter(pa.array(of_domains)).to_pylist())
     blocked = Blocked(frozenset(keys), blocked.domains)
@@ -129,8 +115,9 @@ def _note(images: Table, config: TakedownConfig) -> Blocked:
 def _remove(table: Table, keys: frozenset[int]) -> int:
     """Write the parts that have rows of `keys` anew without them; how many rows are gone."""
     named = pa.array(sorted(keys), pa.int64())
-    removed = 0
-    for commit, rows in zip(table.commits(), _columns(table, ["key"]), strict=True):
+    removed, commits = 0, table.commits()
+    keys_of = table.columns([commit.chunk for commit in commits], ["key"])
+    for commit, rows in zip(commits, keys_of, strict=True):
         kept = pc.invert(pc.is_in(rows["key"], value_set=named))
         gone = len(kept) - pc.sum(kept, min_count=0).as_py()
         if gone:
@@ -142,23 +129,10 @@ def _remove(table: Table, keys: frozenset[int]) -> int:
     return removed
 
 
-def _columns(table: Table, names: list[str]) -> Iterator[pa.Table]:
-    """Some columns of each committed part, in order."""
-
-    def read(chunk: int) -> pa.Table:
-        with open_parquet(table.part(chunk)) as parquet:
-            return parquet.read(columns=names)
-
-    chunks = [commit.chunk for commit in table.commits()]
-    with ThreadPoolExecutor(_READERS) as readers:
-        for first in range(0, len(chunks), 4 * _READERS):
-            yield from readers.map(read, chunks[first : first + 4 * _READERS])
-
-
 def _host(url: str) -> str:
     """The host of a URL as domains are compared: lower-case, in ASCII; empty where it has none."""
     try:
-        host = (urlsplit(normalise_url(url)).hostname or "").rstrip(".")
+        host = host_of(normalise_url(url)).rstrip(".")
         return host.encode("idna").decode() if not host.isascii() else host
-    except (ValueError, UnicodeError):
+    except UnicodeError:
         return ""

@@ -1,7 +1,9 @@
 """What a run leaves beside the rows: its throughput over time, and where links have rotted.
 
-_runs/0003/throughput.jsonl    a line each half minute: seconds since the start, rows, ok rows
-_runs/0003/link_rot.csv         by host and status: rows of the whole table, hosts with most first
+Both lie in the folder of the run:
+
+    _runs/0003/throughput.jsonl    a line each half minute: seconds since the start, rows, ok rows
+    _runs/0003/link_rot.csv        by host and status: rows of the whole table, hosts with most first
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import csv
@@ -19,7 +20,7 @@ from pyarrow import csv
 from pipelines.ingest.runs import Run
 from pipelines.places import open_parquet, write_atomically
 from pipelines.runtime import map_chunks
-from pipelines.schemas import DOWNLOAD, OK
+from pipelines.schemas import DOWNLOAD, OK, host_of
 from pipelines.storage import Table
 
 _EVERY = 30.0  # seconds
@@ -61,7 +62,7 @@ class Throughput:
 def write_link_rot(table: Table, run: Run) -> None:
     """Count the rows of the whole table by host and status. Needs a Ray session."""
     counts: Counter[tuple[str, str]] = Counter()
-    for block in map_chunks([c.chunk for c in table.commits()], _Hosts(table), as_tables=True):
+    for block in map_chunks([c.chunk for c in table.commits()], _Hosts(table)):
         for host, state, rows in zip(
             *(block[name].to_pylist() for name in _ROT.names), strict=True
         ):
@@ -95,16 +96,9 @@ class _Hosts:
         with open_parquet(self.table.part(chunk)) as parquet:
             rows = parquet.read(columns=["url", "status"])
         counts = Counter(
-            zip(map(_host, rows["url"].to_pylist()), rows["status"].to_pylist(), strict=True)
+            zip(map(host_of, rows["url"].to_pylist()), rows["status"].to_pylist(), strict=True)
         )
         return pa.Table.from_pylist(
             [{"host": host, "status": state, "rows": n} for (host, state), n in counts.items()],
             _ROT,
         )
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""

@@ -101,11 +101,6 @@ class IngestConfig(Config):
     )
     ray: RayConfig = RayConfig()
 
-    @field_validator("retry", mode="before")
-    @classmethod
-    def _commas(cls, retry: Any) -> Any:
-        return [name.strip() for name in retry.split(",")] if isinstance(retry, str) else retry
-
     @field_validator("retry")
     @classmethod
     def _known_classes(cls, retry: tuple[str, ...]) -> tuple[str, ...]:
@@ -159,8 +154,9 @@ def ingest(config: IngestConfig) -> dict[str, int]:
         if not run.is_finished:
             with ray_session(config.ray):
                 _work(config, table, run)
-        run.end(table.counts())
-    return table.counts()
+        counts = table.counts()
+        run.end(counts)
+    return counts
 
 
 def plan_only(config: IngestConfig) -> Plan:

@@ -58,20 +58,23 @@ def mark_duplicates(table: Table, config: DuplicateConfig, run: int, folder: Pat
     `folder` takes the marks while they are written. Needs a Ray session. Returns the number of
     rows whose status changed.
     """
-    copies = _later_copies(table, config) if config.by != "none" else np.zeros((0, 2), np.int64)
-    chunks = [commit.chunk for commit in table.commits()]
+    commits = table.commits()
+    chunks = [commit.chunk for commit in commits]
+    copies = np.zeros((0, 2), np.int64)
+    if config.by != "none":
+        copies = _later_copies(table, chunks, sum(commit.rows for commit in commits), config)
     starts = np.searchsorted(copies[:, 0], chunks)
     ends = np.searchsorted(copies[:, 0], chunks, "right")
     folder.mkdir(parents=True, exist_ok=True)
     work = []
-    for commit, start, end in zip(table.commits(), starts, ends, strict=True):
+    for commit, start, end in zip(commits, starts, ends, strict=True):
         # A chunk without a copy, now and before, is not opened.
         if start < end or commit.statuses.get(DUPLICATE):
             keys = pa.table({"key": pa.array(copies[start:end, 1], pa.int64())})
             write_parquet(folder / f"copies-{commit.chunk:06d}.parquet", keys)
             work.append(commit.chunk)
     mark = partial(_mark, table=table, run=run, folder=folder)
-    return sum(row["changed"] for row in map_chunks(work, mark))
+    return sum(pc.sum(block["changed"]).as_py() for block in map_chunks(work, mark))
 
 
 def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
@@ -94,14 +97,14 @@ def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
 # ------------------------------------------------------------------------------------- hashes
 
 
-def _later_copies(table: Table, config: DuplicateConfig) -> np.ndarray:
+def _later_copies(
+    table: Table, chunks: list[int], rows: int, config: DuplicateConfig
+) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
-    commits = table.commits()
-    rows = sum(commit.rows for commit in commits)
     bands = config.distance + 1 if config.by == "near" else 0
     buckets = [Buckets(_HASHES, rows * _ROW_BYTES) for _ in range(1 + bands)]
     read = partial(_read_hashes, table=table)
-    for block in map_chunks([commit.chunk for commit in commits], read, as_tables=True):
+    for block in map_chunks(chunks, read):
         buckets[0].add(_keyed(block, block["sha_high"], block["sha_low"]))
         flat = pc.equal(block["phash"], _FLAT)
         seen = block.filter(pc.invert(flat))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 from pipelines.buckets import Buckets
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
-from pipelines.places import open_parquet, write_parquet
+from pipelines.places import write_parquet
 from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
 from pipelines.storage import Table
 from pipelines.takedown import Blocked
@@ -36,7 +35,6 @@ PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
 
 CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone
 _LEAST = -(2**63)
-_READERS = 16  # parts whose small columns are read at the same time
 _KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
 
 
@@ -220,18 +218,9 @@ def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Tab
 
 def _known_rows(table: Table, committed: set[int], chunks: int) -> Iterator[pa.Table]:
     """The small columns of each chunk's part, in order; of a chunk without a part no rows."""
-
-    def read(chunk: int) -> pa.Table | None:
-        if chunk not in committed:
-            return None
-        with open_parquet(table.part(chunk)) as parquet:
-            return parquet.read(columns=_KNOWN)
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        for first in range(0, chunks, 4 * _READERS):
-            window = range(first, min(chunks, first + 4 * _READERS))
-            for rows in readers.map(read, window):
-                yield METADATA_ROW.empty_table() if rows is None else rows
+    parts = table.columns(sorted(committed), _KNOWN)
+    for chunk in range(chunks):
+        yield next(parts) if chunk in committed else METADATA_ROW.empty_table()
 
 
 def _changes(

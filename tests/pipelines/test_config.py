@@ -152,6 +152,35 @@ def test_places_that_cannot_be_written_to_are_refused(path: str) -> None:
         load(Outer, None, [f"run_dir={path}"])
 
 
+class Lists(Config):
+    words: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+    pair: tuple[float, float] = (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("words=a,b", ("a", "b")),
+        ("words=a, b:1 ,c_d", ("a", "b:1", "c_d")),
+        ("words=[a, b]", ("a", "b")),
+        ("words=007", ("007",)),
+        ("numbers=-5", (-5,)),
+        ("numbers=-5,7", (-5, 7)),
+        ("numbers=[]", ()),
+    ],
+)
+def test_lists_of_any_length_need_no_brackets(setting: str, value: tuple[object, ...]) -> None:
+    loaded = load(Lists, None, [setting])
+    assert getattr(loaded, setting.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize("setting", ["pair=0.5", "pair=0.5,0.6", "numbers=1,x"])
+def test_other_lists_are_refused_as_before(setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+        load(Lists, None, [setting])
+
+
 @pytest.mark.parametrize("size", ["tiny", "full"])
 def test_shipped_configs_name_settings_that_exist(size: str) -> None:
     """Each YAML file passes its job's own --print-config once the user's paths are given."""

@@ -71,10 +71,9 @@ def expected(rows: list[Row], by: str, distance: int) -> list[str]:
     ]
 
 
-def directly(chunks: list[int], step: Any, as_tables: bool = False) -> Any:
+def directly(chunks: list[int], step: Any) -> Any:
     """`map_chunks` without a cluster: hundreds of tables need not start one."""
-    blocks = [step(pa.table({"chunk": [chunk]})) for chunk in chunks]
-    return iter(blocks) if as_tables else iter([row for b in blocks for row in b.to_pylist()])
+    return (step(pa.table({"chunk": [chunk]})) for chunk in chunks)
 
 
 hashes = st.integers(0, 2**64 - 1)
