@@ -12,7 +12,8 @@ Rules, in the order in which they are applied:
     that cannot be read is ignored, as browsers do.
 6.  EXIF orientation is applied; unreadable EXIF counts as upright.
 7.  The file has to be whole: a truncated or damaged one is `decode:corrupt`, never half a picture.
-8.  What is stored is encoded anew, without any metadata.
+8.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
+    kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`.
 
 `sha256` is that of the bytes as downloaded: two URLs of one file agree in it, whatever the size
 that is stored. `phash` is 64 bits of the stored picture.
@@ -58,9 +59,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-# A JPEG is decoded at no less than this times the size that is needed: at 1.5 the picture is as
-# near to one decoded whole as resampling filters are to one another (SSIM 0.99 and more).
-_DRAFT_MARGIN = 1.5
+# A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
+# near to one decoded whole as resampling filters are to one another (docs/log.md).
+_DRAFT_MARGIN = 1.2
 
 
 class DecodeError(Exception):
@@ -90,6 +91,8 @@ class Opened:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")
         if kind not in READABLE:
             raise DecodeError("unsupported", f"{kind} is not decoded")
+        self.data = data
+        self.kind = kind
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes that are judged right below
@@ -114,7 +117,10 @@ class Opened:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # EXIF and palette oddities, settled by our rules
                 self._check_enlarged(config)
-                picture = resize(self._decode(config), config)
+                self._load(config)
+                picture, untouched = self._made(config)
+                if untouched:
+                    return Stored(self.data, *picture.size, phash(picture))
                 _check_side(picture, config)
                 return Stored(encode(picture, config), *picture.size, phash(picture))
         except DecodeError:
@@ -133,17 +139,32 @@ class Opened:
                     "too_large", f"{self.width}x{self.height} grows {scale:.0f} times"
                 )
 
-    def _decode(self, config: ImageConfig) -> Image.Image:
-        """The upright picture, RGB 8 bit; a JPEG may come at half, quarter or eighth size."""
+    def _load(self, config: ImageConfig) -> None:
+        """Decode the pixels; a JPEG's may come at half, quarter or eighth size."""
         if config.resize != "no" and self.image.format == "JPEG":
             scale = _DRAFT_MARGIN * scale_of(self.image.size, config)
             if scale < 1:
                 self.image.draft(self.image.mode, scaled(self.image.size, scale))
         self.image.load()
-        picture = to_srgb(self.image)
+
+    def _made(self, config: ImageConfig) -> tuple[Image.Image, bool]:
+        """The picture to be stored, RGB 8 bit, and whether the file shows just that already."""
+        came = self.image
+        plain = came.mode == "RGB" and not came.has_transparency_data
+        # Of plain pixels the few that stay are given their colours; others resize only as RGB.
+        resized = resize(came if plain else to_srgb(came), config)
+        picture = to_srgb(resized) if plain else resized
         if self.orientation in _UPRIGHT:
             picture = picture.transpose(_UPRIGHT[self.orientation])
-        return picture
+        same = (
+            plain
+            and picture is resized
+            and picture.size == came.size == (self.width, self.height)
+            and getattr(came, "n_frames", 1) == 1
+            and self.kind == config.format.upper()
+        )
+        untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
+        return picture, untouched
 
 
 def sha256(data: bytes) -> str:
@@ -182,7 +203,10 @@ def _words(error: Exception) -> str:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of the module's text."""
+    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of the module's text.
+
+    Returns `image` itself where that is what it is.
+    """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
@@ -197,7 +221,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")  # type: ignore[return-value]
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlv_model.config import Config
 
@@ -32,12 +32,27 @@ class ImageConfig(Config):
     enlarge: bool = Field(False, description="enlarge images that are smaller than size")
     format: Literal["jpeg", "webp", "png"] = Field("jpeg", description="encoding of what is stored")
     quality: int = Field(95, ge=1, le=100, description="quality of jpeg and webp")
+    reencode: Literal["never", "when_needed", "always"] = Field(
+        "when_needed",
+        description="when_needed: a file that is already what would be stored is kept byte for byte, "
+        "its metadata (EXIF, XMP) with it; always: encoded anew, without metadata; never: all files "
+        "as they came, whatever their format, with resize=no",
+    )
     max_pixels: int = Field(
         64_000_000, ge=1, description="largest image that is decoded, in pixels by its header"
     )
     decode_timeout: float = Field(
         60.0, gt=0, description="seconds that one file may take to be decoded and stored"
     )
+
+    @model_validator(mode="after")
+    def _never_resized(self) -> Self:
+        if self.reencode == "never" and self.resize != "no":
+            raise ValueError(
+                f"reencode=never keeps files as they came, resize={self.resize} changes them: "
+                "add resize=no, or use reencode=when_needed"
+            )
+        return self
 
 
 def resize(picture: Image.Image, config: ImageConfig) -> Image.Image:
@@ -50,19 +65,23 @@ def resize(picture: Image.Image, config: ImageConfig) -> Image.Image:
     if mode == "no":
         return picture
     scale = scale_of(picture.size, config)
-    if scale < 1:
-        smaller = scaled(picture.size, scale)
-        picture = picture.resize(smaller, Image.Resampling.HAMMING, reducing_gap=2.0)
-    elif scale > 1 and config.enlarge:
-        picture = picture.resize(scaled(picture.size, scale), Image.Resampling.BICUBIC)
-    width, height = picture.size
-    if mode == "center_crop":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        return picture.crop((left, top, left + side, top + side))
+    if scale > 1 and not config.enlarge:
+        scale = 1.0
+    box = (0, 0, *picture.size)
+    if mode == "center_crop":  # what is cut off is not resampled first
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        box = (left, top, left + side, top + side)
+    if scale == 1:
+        picture = picture.crop(box) if mode == "center_crop" else picture
+    else:
+        resampling = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
+        target = scaled((box[2] - box[0], box[3] - box[1]), scale)
+        picture = picture.resize(target, resampling, box=box, reducing_gap=2.0)
     if mode == "border":
         square = Image.new("RGB", (size, size), WHITE)
-        square.paste(picture, ((size - width) // 2, (size - height) // 2))
+        square.info = picture.info
+        square.paste(picture, tuple((size - length) // 2 for length in picture.size))
         return square
     return picture
 

@@ -27,7 +27,7 @@ from pipelines.ingest.decode import (
 from pipelines.ingest.encode import ImageConfig, phash
 from pipelines.ingest.formats import READABLE
 
-LOSSLESS = ImageConfig(resize="no", format="png")
+LOSSLESS = ImageConfig(resize="no", format="png", reencode="always")
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -232,6 +232,59 @@ def test_scaled_jpeg_decoding_shows_the_same_picture() -> None:
 def test_stored_formats(kind: Any) -> None:
     stored = store(encoded(photo()), ImageConfig(size=64, format=kind))
     assert Image.open(io.BytesIO(stored.data)).format == kind.upper()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
+@pytest.mark.parametrize("mode", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
+def test_files_that_need_no_change_are_kept(mode: Any, kind: Any) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = encoded(photo(64, 64), kind.upper(), exif=exif, icc_profile=srgb)
+    config = ImageConfig(size=64, resize=mode, format=kind)
+    assert store(data, config).data == data
+    anew = store(data, config.model_copy(update={"reencode": "always"})).data
+    assert anew != data
+    assert not Image.open(io.BytesIO(anew)).getexif()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(photo(64, 65), "JPEG"),
+        encoded(photo(65, 65), "JPEG"),
+        encoded(photo(64, 64), "PNG"),
+        encoded(photo(64, 64).convert("L"), "JPEG"),
+        encoded(photo(64, 64).convert("CMYK"), "JPEG"),
+        encoded(
+            photo(64, 64),
+            "JPEG",
+            exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0",
+        ),
+        encoded(
+            photo(64, 64),
+            "JPEG",
+            icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes(),
+        ),
+    ],
+    ids=["crop", "size", "format", "grey", "cmyk", "turned", "xyz"],
+)
+def test_files_that_need_a_change_are_encoded_anew(data: bytes) -> None:
+    stored = Image.open(io.BytesIO(store(data, ImageConfig(size=64)).data))
+    assert (stored.format, stored.mode, stored.size) == ("JPEG", "RGB", (64, 64))
+    assert not stored.getexif()
+
+
+def test_never_reencode_keeps_every_sound_file() -> None:
+    config = ImageConfig(resize="no", reencode="never")
+    for kind in ("GIF", "TIFF", "JPEG"):
+        data = encoded(photo(50, 30), kind)
+        stored = store(data, config)
+        assert (stored.data, stored.width, stored.height) == (data, 50, 30)
+    with pytest.raises(DecodeError):
+        store(encoded(photo(), "JPEG")[:-200], config)
+    with pytest.raises(ValueError, match="add resize=no"):
+        ImageConfig(reencode="never")
 
 
 def test_quality_is_a_setting() -> None:
