@@ -3,10 +3,7 @@
 A run is planned once (plan.py); then its chunks stream through Ray Data, each one block all the
 way:
 
-    chunk -> ReadPlan -> Downloader             actors: an event loop and a connection pool each
-                             |  bytes
-                             v
-                         store_images           tasks on all CPUs: decode, resize, encode
+    chunk -> ReadPlan -> ImageFetcher           actors: connections and decoders, see fetch.py
                              |  IMAGE_ROW
                              v
                          Merge: with the part that is there -> part + commit
@@ -30,12 +27,12 @@ from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest import decode
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
-from pipelines.ingest.download import DownloadConfig, Downloader
+from pipelines.ingest.download import DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.encode import ImageConfig
-from pipelines.ingest.estimate import estimate
+from pipelines.ingest.estimate import estimate, rows_per_file
+from pipelines.ingest.fetch import CPUS_PER_FETCHER, ImageFetcher
 from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.isolation import decoder
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
@@ -47,7 +44,7 @@ from pipelines.places import (
     write_atomically,
 )
 from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, OK, status, with_image_feature
+from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from pipelines.takedown import Blocked
 from vlv_model.config import Config
@@ -62,10 +59,10 @@ _RETRIED = {
     "transient": sorted(status(DOWNLOAD, name) for name in TRANSIENT),
 }
 
-_CPUS_PER_DOWNLOADER = 4  # of the cluster
-# Chunks that one downloader works on at a time: while a chunk waits for its slowest host, the
-# connections serve the others.
-_CHUNKS_PER_DOWNLOADER = 4
+# Rows that one fetcher works on at a time: while a chunk waits for its slowest host, connections
+# and decoders serve the others.
+_ROWS_IN_WORK = 4096
+_CHUNKS_IN_WORK = (2, 16)
 
 
 class IngestData(Config):
@@ -96,8 +93,11 @@ class IngestConfig(Config):
     dry_run: bool = Field(
         False, description="only say what would be dropped, fetched and marked, and what it takes"
     )
-    rows_per_chunk: int = Field(
-        256, ge=1, description="rows that are downloaded, decoded and committed together"
+    rows_per_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="rows that are committed together, as one file; default: files of 64 MB, of a "
+        "short list smaller ones",
     )
     ray: RayConfig = RayConfig()
 
@@ -176,7 +176,9 @@ def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> 
     if table.exists:
         next_plan(rows, table, folder, config.filter, config.retried(), plan)
         return None
-    return first_plan(rows, folder, config.rows_per_chunk, plan)
+    return first_plan(
+        rows, folder, lambda n: config.rows_per_chunk or rows_per_file(n, config.image), plan
+    )
 
 
 def _work(config: IngestConfig, table: Table, run: Run) -> None:
@@ -260,24 +262,31 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
     import ray
 
     cpus = ray.cluster_resources().get("CPU", 1)
-    downloaders = ray.data.ActorPoolStrategy(
-        size=max(1, int(cpus // _CPUS_PER_DOWNLOADER)),
-        max_concurrent_calls_per_actor=_CHUNKS_PER_DOWNLOADER,
-        max_tasks_in_flight_per_actor=_CHUNKS_PER_DOWNLOADER + 1,
-        enable_true_multi_threading=True,
-    )
-    whole_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    fetchers = max(1, int(cpus // CPUS_PER_FETCHER))
+    decoders = max(1, min(CPUS_PER_FETCHER, int(cpus)))
+    least, most = _CHUNKS_IN_WORK
+    told = run.describe()
+    in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
+    # One CPU is left to the writing of parts. Both steps ask for the same, so that Ray fuses them.
+    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": decoders - 1}
     read = ReadPlan(run, Merge(Table(config.data.output), run))
-    planned = chunks.map_batches(read, num_cpus=0, **whole_blocks)
-    downloaded = planned.map_batches(
-        Downloader,
-        fn_constructor_args=(config.download,),
-        compute=downloaders,
-        num_cpus=0,  # it mostly waits: every CPU is left to decoding
-        **whole_blocks,
+    planned = chunks.map_batches(read, **step)
+    return planned.map_batches(
+        ImageFetcher,
+        fn_constructor_args=(
+            share_of(config.download, fetchers, cpus),
+            config.image,
+            config.filter,
+            decoders,
+        ),
+        compute=ray.data.ActorPoolStrategy(
+            size=fetchers,
+            max_concurrent_calls_per_actor=in_work,
+            max_tasks_in_flight_per_actor=in_work + 1,
+            enable_true_multi_threading=True,
+        ),
+        **step,
     )
-    store = partial(store_images, image=config.image, filters=config.filter)
-    return downloaded.map_batches(store, **whole_blocks)
 
 
 class ReadPlan:
@@ -296,24 +305,3 @@ class ReadPlan:
         if not rows.num_rows:  # Ray Data passes on no empty block
             self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())
         return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
-
-
-def store_images(rows: pa.Table, image: ImageConfig, filters: FilterConfig) -> pa.Table:
-    """Downloaded rows (`data`, `status`, `error`) as IMAGE_ROW rows, with their `chunk`."""
-    rows_of = decoder(image, filters)
-    made = []
-    for data, state, error in zip(
-        rows["data"], rows["status"].to_pylist(), rows["error"].to_pylist(), strict=True
-    ):
-        if state == OK:  # one body at a time is copied out of the block
-            made.append(rows_of(data.as_py()))
-        else:
-            made.append({"status": state, "error": error})
-    columns = [
-        rows[field.name]
-        if field.name in rows.column_names and field.name not in ("status", "error")
-        else pa.array([row.get(field.name) for row in made], field.type)
-        for field in IMAGE_ROW
-    ]
-    table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
-    return table.append_column("chunk", rows["chunk"])

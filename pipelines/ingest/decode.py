@@ -24,11 +24,13 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms
 
 from pipelines.ingest.encode import (
@@ -39,7 +41,6 @@ from pipelines.ingest.encode import (
     phash,
     resize,
     scale_of,
-    scaled,
 )
 from pipelines.ingest.formats import READABLE, SNIFF_BYTES, image_format
 
@@ -49,19 +50,19 @@ FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 
 _ORIENTATION_TAG = 0x0112
 # What turns the stored picture upright, by EXIF orientation.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda picture: np.rot90(picture, 2),
+    4: np.flipud,
+    5: lambda picture: picture.swapaxes(0, 1),
+    6: lambda picture: np.rot90(picture, -1),
+    7: lambda picture: np.rot90(picture, 2).swapaxes(0, 1),
+    8: np.rot90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
 # A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
 # near to one decoded whole as resampling filters are to one another (docs/log.md).
-_DRAFT_MARGIN = 1.2
+_JPEG_MARGIN = 1.2
 
 
 class DecodeError(Exception):
@@ -117,12 +118,12 @@ class Opened:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # EXIF and palette oddities, settled by our rules
                 self._check_enlarged(config)
-                self._load(config)
                 picture, untouched = self._made(config)
-                if untouched:
-                    return Stored(self.data, *picture.size, phash(picture))
-                _check_side(picture, config)
-                return Stored(encode(picture, config), *picture.size, phash(picture))
+                height, width = picture.shape[:2]
+                if not untouched:
+                    _check_side(width, height, config)
+                data = self.data if untouched else encode(picture, config)
+                return Stored(data, width, height, phash(picture))
         except DecodeError:
             raise
         except MemoryError:
@@ -139,32 +140,49 @@ class Opened:
                     "too_large", f"{self.width}x{self.height} grows {scale:.0f} times"
                 )
 
-    def _load(self, config: ImageConfig) -> None:
-        """Decode the pixels; a JPEG's may come at half, quarter or eighth size."""
-        if config.resize != "no" and self.image.format == "JPEG":
-            scale = _DRAFT_MARGIN * scale_of(self.image.size, config)
-            if scale < 1:
-                self.image.draft(self.image.mode, scaled(self.image.size, scale))
-        self.image.load()
-
-    def _made(self, config: ImageConfig) -> tuple[Image.Image, bool]:
-        """The picture to be stored, RGB 8 bit, and whether the file shows just that already."""
-        came = self.image
-        plain = came.mode == "RGB" and not came.has_transparency_data
-        # Of plain pixels the few that stay are given their colours; others resize only as RGB.
-        resized = resize(came if plain else to_srgb(came), config)
-        picture = to_srgb(resized) if plain else resized
+    def _made(self, config: ImageConfig) -> tuple[np.ndarray, bool]:
+        """The picture to be stored, RGB [h w 3], and whether the file shows just that already."""
+        image = self.image
+        plain = image.mode == "RGB" and not image.has_transparency_data
+        pixels = self._jpeg(config) if plain and self.kind == "JPEG" else None
+        if pixels is None:
+            image.load()
+            pixels = np.asarray(image if plain else to_srgb(image))
+        picture = resized = resize(pixels, config)
+        if plain and (profile := image.info.get("icc_profile")):
+            # Of plain pixels the few that stay are given their colours.
+            numbers = Image.fromarray(resized)
+            converted = _from_profile(numbers, profile)
+            if converted is not None and converted is not numbers:
+                picture = np.asarray(converted)
         if self.orientation in _UPRIGHT:
-            picture = picture.transpose(_UPRIGHT[self.orientation])
+            picture = np.ascontiguousarray(_UPRIGHT[self.orientation](picture))
         same = (
             plain
-            and picture is resized
-            and picture.size == came.size == (self.width, self.height)
-            and getattr(came, "n_frames", 1) == 1
+            and picture is pixels
+            and pixels.shape[:2] == (self.height, self.width)
+            and getattr(image, "n_frames", 1) == 1
             and self.kind == config.format.upper()
         )
         untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
         return picture, untouched
+
+    def _jpeg(self, config: ImageConfig) -> np.ndarray | None:
+        """The pixels of a sound JPEG, perhaps at half, quarter or eighth size.
+
+        None where the decoder has any doubt: the other one is more lenient, and judges.
+        """
+        width, height = self.image.size
+        needed = _JPEG_MARGIN * scale_of((width, height), config) if config.resize != "no" else 1.0
+        shrink = max((by for by in (1, 2, 4, 8) if by * needed <= 1), default=1)
+        try:
+            if simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
+                return None
+            return simplejpeg.decode_jpeg(
+                self.data, min_height=-(-height // shrink), min_width=-(-width // shrink)
+            )
+        except ValueError:
+            return None
 
 
 def sha256(data: bytes) -> str:
@@ -178,9 +196,8 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise DecodeError("too_large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
 
 
-def _check_side(picture: Image.Image, config: ImageConfig) -> None:
-    if max(picture.size) > MAX_SIDE[config.format]:
-        width, height = picture.size
+def _check_side(width: int, height: int, config: ImageConfig) -> None:
+    if max(width, height) > MAX_SIDE[config.format]:
         raise DecodeError("too_large", f"{width}x{height} does not fit into {config.format}")
 
 

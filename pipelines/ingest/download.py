@@ -1,11 +1,9 @@
 """Fetching URLs of the open web: many at a time, bounded in every way, each failure of a class.
 
-One `Downloader` is one Ray actor: an event loop in a thread of its own and one pool of
-connections. Chunks that the actor works on at the same time share both, so a slow host in one
-chunk does not leave the connections idle for the others.
+A `Downloader` is an event loop in a thread of its own and one pool of connections:
 
-    URL -> slot of its host, slot of the process -> [connect, redirects, headers, body] -> row
-              ^------------- back-off, outside the slots, for transient classes <---'
+    URL -> slot of its host, slot of the process, room -> [connect, redirects, headers, body] -> use
+              ^---------------- back-off, outside the slots, for transient classes <---'
 """
 
 from __future__ import annotations
@@ -14,13 +12,12 @@ import asyncio
 import random
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
-import pyarrow as pa
 from pydantic import Field
 from yarl import URL
 
@@ -43,15 +40,21 @@ from vlv_model.config import Config
 T = TypeVar("T")
 
 _DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
+MAX_WAITING = 128 << 20
+"""Bytes of bodies that may wait to be used before no further URL is asked for."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class DownloadConfig(Config):
-    """How the web is asked. Limits of concurrency are those of one downloader process."""
+    """How the web is asked."""
 
-    concurrency: int = Field(128, ge=1, description="requests in flight, per downloader process")
+    concurrency: int | None = Field(
+        None, ge=1, description="requests in flight, of the whole job; default: 128 for each CPU"
+    )
     concurrency_per_host: int = Field(
-        16, ge=1, description="requests in flight to one host, per downloader process"
+        16,
+        ge=1,
+        description="requests in flight to one host, of the whole job (but one for each process)",
     )
     connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
     read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
@@ -83,6 +86,20 @@ class DownloadConfig(Config):
     )
 
 
+_PER_CPU = 128  # requests in flight: most of the web answers late, and some of it never
+
+
+def share_of(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:
+    """What each of `processes` downloaders of a job on `cpus` CPUs may do."""
+    total = config.concurrency or int(_PER_CPU * cpus)
+    return config.model_copy(
+        update={
+            "concurrency": max(1, total // processes),
+            "concurrency_per_host": max(1, config.concurrency_per_host // processes),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What came of one URL: the body, or the status and message of its row."""
@@ -93,7 +110,7 @@ class Fetched:
 
 
 class Downloader:
-    """Maps rows with a `url` to the same rows with `data` (binary), `status` and `error`."""
+    """Fetches URLs for any number of threads at a time, within the limits of one configuration."""
 
     def __init__(self, config: DownloadConfig) -> None:
         self.config = config
@@ -104,20 +121,24 @@ class Downloader:
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        self.slots = asyncio.Semaphore(config.concurrency)
+        self.slots = asyncio.Semaphore(config.concurrency or _PER_CPU)
+        self.waiting = 0  # bytes that were fetched and are not used yet
+        self.room = asyncio.Event()
+        self.room.set()
         self.session = self._run(self._open_session())
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        fetched = self.fetch_all(rows["url"].to_pylist())
-        for name, kind in (("data", pa.binary()), ("status", pa.string()), ("error", pa.string())):
-            rows = rows.append_column(name, pa.array([getattr(f, name) for f in fetched], kind))
-        return rows
+    def each(self, urls: Sequence[str], use: Callable[[Fetched], Awaitable[T]]) -> list[T]:
+        """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`."""
 
-    def fetch_all(self, urls: Sequence[str]) -> list[Fetched]:
-        """Fetch all `urls`, in any order, and return what came in the order of `urls`."""
+        async def one(url: str) -> T:
+            fetched = await self.fetch(url)
+            try:
+                return await use(fetched)
+            finally:
+                self._wait(-len(fetched.data or b""))
 
-        async def gather() -> list[Fetched]:
-            return await asyncio.gather(*(self.fetch(url) for url in urls))
+        async def gather() -> list[T]:
+            return await asyncio.gather(*(one(url) for url in urls))
 
         return self._run(gather())
 
@@ -160,8 +181,11 @@ class Downloader:
             try:
                 target = parse_url(url)
                 async with self._host_slots(target.host or ""), self.slots:
+                    await self.room.wait()
                     async with asyncio.timeout(self.config.total_timeout):
-                        return Fetched(await self._attempt(target), OK)
+                        body = await self._attempt(target)
+                    self._wait(len(body))
+                    return Fetched(body, OK)
             except Exception as error:  # the web's inventions have no end
                 failure = classify(error)
             delay = self._delay(failure, attempt)
@@ -169,6 +193,11 @@ class Downloader:
                 return Fetched(None, status(DOWNLOAD, failure.kind), clean(str(failure)))
             await asyncio.sleep(delay)
             attempt += 1
+
+    def _wait(self, size: int) -> None:
+        """Count bodies that are not used yet; with too many of them no URL is asked for."""
+        self.waiting += size
+        (self.room.set if self.waiting < MAX_WAITING else self.room.clear)()
 
     def _host_slots(self, host: str) -> asyncio.Semaphore:
         return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))

@@ -17,9 +17,13 @@ from pipelines.storage import Table
 # still lead to an image, and images per second of one CPU.
 _BYTES_PER_PIXEL = {"jpeg": 0.4, "webp": 0.3, "png": 1.7}
 _BYTES_AT_OWN_SIZE = 300_000
+_BYTES_OF_A_ROW = 1_000  # the URL, the text, and what an encoding needs at least
 _ALIVE = 0.65
-_PER_CPU = 40.0
+_PER_CPU = 50.0
 _SAMPLED = 200  # parts whose size is asked for
+
+_FILE_BYTES = 64e6  # of a part whose images are all there
+_FEWEST_FILES, _FEWEST_ROWS = 32, 32  # a short list still keeps every worker busy
 
 
 def plan_table(plan: Plan) -> str:
@@ -41,14 +45,23 @@ def _dropped(plan: Plan) -> list[tuple[str, int, str]]:
     return told
 
 
+def rows_per_file(rows: int, image: ImageConfig) -> int:
+    """Rows of a part, of a list of `rows`."""
+    by_size = int(_FILE_BYTES / stored_size(image))
+    return max(1, min(by_size, max(_FEWEST_ROWS, rows // _FEWEST_FILES)))
+
+
+def stored_size(image: ImageConfig) -> float:
+    """Bytes of a stored photograph, by a rule of thumb."""
+    if image.resize == "no":
+        return _BYTES_AT_OWN_SIZE
+    return _BYTES_PER_PIXEL[image.format] * image.size**2 + _BYTES_OF_A_ROW
+
+
 def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str:
     """Disk and time of fetching, by what the table's earlier runs took, or by rules of thumb."""
     stored, alive = _measured_size(table)
-    size = stored or (
-        _BYTES_AT_OWN_SIZE
-        if image.resize == "no"
-        else _BYTES_PER_PIXEL[image.format] * image.size**2
-    )
+    size = stored or stored_size(image)
     measured = _measured_rate(table)
     rate = measured or _PER_CPU * cpus
     disk = fetched * (alive or _ALIVE) * size

@@ -1,7 +1,7 @@
 """Decoding in a process of its own: a file that kills it, hangs it or fills its memory is a row.
 
-Decoders are native code and meet the worst of the web. So every worker of the job has one child,
-which decodes what it is sent, one file at a time:
+Decoders are native code and meet the worst of the web. So they run in children of the job's
+workers, each of which decodes what it is sent, one file at a time:
 
     worker ── bytes of a file ──▶ child: memory limited, libraries single-threaded
            ◀── JSON of the row, bytes of the stored image ──
@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -116,12 +115,6 @@ class Decoder:
             code = 0
         self.close()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-@cache
-def decoder(image: ImageConfig, filters: FilterConfig) -> Decoder:
-    """This process's decoder for these settings."""
-    return Decoder(image, filters)
 
 
 def _socket_pair() -> tuple[int, int]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,10 @@ def read_list(
             buckets.add(rows.filter(pa.array(~taken_down)))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
+    plan.listed = plan.read - dropped.total()
     for rows in buckets.sorted():
         unique = _without_repeats(rows, dropped)
-        plan.listed += unique.num_rows
+        plan.listed -= rows.num_rows - unique.num_rows
         yield unique
     buckets.remove()
     plan.dropped = {rule: n for rule, n in sorted(dropped.items()) if n}
@@ -94,14 +96,17 @@ def read_list(
         )
 
 
-def first_plan(rows: Iterable[pa.Table], folder: Path, size: int, plan: Plan) -> bytes:
-    """Cut the sorted `rows` into chunks of `size` rows, to be fetched all.
+def first_plan(
+    rows: Iterator[pa.Table], folder: Path, size: Callable[[int], int], plan: Plan
+) -> bytes:
+    """Cut the sorted `rows` into chunks, to be fetched all; `size` says of how many rows.
 
-    Returns where the chunks' ranges of keys start, as the table keeps it in CHUNKS_FILE.
+    `size` is told how many rows there are. Returns where the chunks' ranges of keys start, as the table keeps it in CHUNKS_FILE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = []
-    for chunk, part in enumerate(_regroup(rows, size)):
+    first = next(rows)  # how many pass is known from here on
+    for chunk, part in enumerate(_regroup(chain([first], rows), size(plan.listed))):
         starts.append(_LEAST if chunk == 0 else part["key"][0].as_py())
         write_parquet(chunk_file(folder, chunk), _to_fetch(part))
         plan.chunks.append(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import threading
 import time
@@ -11,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
+from pipelines.ingest import download
 from pipelines.ingest.answers import FAILURE_CLASSES
-from pipelines.ingest.download import DownloadConfig, Downloader
+from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, share_of
 from pipelines.tiny_world.server import Web, serve
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
@@ -100,21 +101,27 @@ def web(tmp_path: Path) -> Iterator[Web]:
         yield web
 
 
+def fetch_all(downloader: Downloader, *urls: str) -> list[Fetched]:
+    async def itself(fetched: Fetched) -> Fetched:
+        return fetched
+
+    return downloader.each(urls, itself)
+
+
 def statuses(downloader: Downloader, *urls: str) -> list[str]:
-    found = [fetched.status for fetched in downloader.fetch_all(urls)]
+    found = [fetched.status for fetched in fetch_all(downloader, *urls)]
     kinds = {f"download:{kind}" for kind in FAILURE_CLASSES} | {"ok"}
     assert set(found) <= kinds
     return found
 
 
-def test_rows_keep_their_order_and_columns(site: Site, open_downloader: Any) -> None:
+def test_what_comes_is_in_the_order_of_the_urls(site: Site, open_downloader: Any) -> None:
     site.answers = {"/a": reply(body=JPEG + b"a"), "/b": reply(404), "/c": reply(body=JPEG + b"c")}
-    rows = pa.table({"key": [1, 2, 3], "url": [site.url(path) for path in ("/a", "/b", "/c")]})
-    fetched = open_downloader()(rows)
-    assert fetched.column_names == ["key", "url", "data", "status", "error"]
-    assert fetched["data"].to_pylist() == [JPEG + b"a", None, JPEG + b"c"]
-    assert fetched["status"].to_pylist() == ["ok", "download:http_404", "ok"]
-    assert fetched["error"].to_pylist() == [None, "HTTP 404 Not Found", None]
+    assert fetch_all(open_downloader(), *(site.url(path) for path in ("/a", "/b", "/c"))) == [
+        Fetched(JPEG + b"a", "ok"),
+        Fetched(None, "download:http_404", "HTTP 404 Not Found"),
+        Fetched(JPEG + b"c", "ok"),
+    ]
 
 
 def test_hostile_answers_end_in_their_class(web: Web, open_downloader: Any) -> None:
@@ -209,7 +216,9 @@ def test_the_byte_cap_holds_while_reading(site: Site, open_downloader: Any) -> N
         "/named": reply(body=JPEG, Content_Encoding="utf-8"),
     }
     downloader = open_downloader(max_bytes=1 << 20)
-    found = downloader.fetch_all([site.url(p) for p in ("/endless", "/bomb", "/packed", "/named")])
+    found = fetch_all(
+        downloader, *(site.url(p) for p in ("/endless", "/bomb", "/packed", "/named"))
+    )
     assert [f.status for f in found] == ["download:too_large"] * 2 + ["ok"] * 2
     assert found[2].data == found[3].data == JPEG
     assert sum(sent) < 20 << 20
@@ -315,10 +324,49 @@ def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
     """Calls from several threads, as Ray Data makes them, run at the same time."""
     site.answers = {"/": _slow_answer}
     downloader = open_downloader(read_timeout=5)
-    tables = [pa.table({"url": [site.url(f"/?{i}{j}") for j in range(4)]}) for i in range(4)]
-    threads = [threading.Thread(target=downloader, args=(table,)) for table in tables]
+    lists = [[site.url(f"/?{i}{j}") for j in range(4)] for i in range(4)]
+    threads = [threading.Thread(target=fetch_all, args=(downloader, *urls)) for urls in lists]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert site.most_in_flight > 4
+
+
+def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "MAX_WAITING", 10 * len(JPEG))
+    site.answers = {"/": reply(body=JPEG)}
+    downloader = open_downloader(concurrency=2, concurrency_per_host=2)
+    most = 0
+
+    async def slowly(fetched: Fetched) -> str:
+        nonlocal most
+        most = max(most, downloader.waiting)
+        await asyncio.sleep(0.5)
+        return fetched.status
+
+    assert set(downloader.each([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
+    assert 5 * len(JPEG) < most <= 12 * len(JPEG)  # the limit, and what was in flight
+    assert downloader.waiting == 0
+    # What fails while it is used is used, too.
+    with pytest.raises(ZeroDivisionError):
+        downloader.each([site.url("/")], _fail)
+    assert downloader.waiting == 0
+
+
+async def _fail(fetched: Fetched) -> float:
+    return 1 / 0
+
+
+def test_the_limits_of_the_job_are_shared_out() -> None:
+    config = DownloadConfig(concurrency=100, concurrency_per_host=10)
+    share = share_of(config, 4, 16)
+    assert (share.concurrency, share.concurrency_per_host) == (25, 2)
+    share = share_of(config, 200, 800)
+    assert (share.concurrency, share.concurrency_per_host) == (1, 1)
+    by_itself = share_of(DownloadConfig(), 4, 16).concurrency
+    assert by_itself == share_of(DownloadConfig(), 1, 4).concurrency
+    assert by_itself is not None
+    assert by_itself > 100

@@ -69,7 +69,7 @@ def make_plan(tmp_path: Path, rows: list[dict[str, Any]], chunk: int = 4, **filt
 def plan_of(files: list[Path], tmp_path: Path, chunk: int, **filters: Any) -> Plan:
     plan = Plan()
     rows = read_list(files, FilterConfig(**filters), {}, plan)
-    first_plan(rows, tmp_path / "table/plan", chunk, plan)
+    first_plan(rows, tmp_path / "table/plan", lambda listed: chunk, plan)
     return plan
 
 

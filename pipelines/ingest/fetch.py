@@ -1,0 +1,70 @@
+"""The actor that does the work of ingest: from the rows of a chunk to the rows of its part.
+
+    urls ──▶ Downloader: event loop, connections ──▶ bodies ──▶ decoders: a child process each
+             ^                                         |
+             '---- waits while MAX_WAITING bytes are --'
+
+A body goes to a decoder as soon as it has come, in the memory of one process, and no further: what
+leaves the actor are the pictures that are stored. Chunks that the actor works on at the same time
+share connections and decoders, so a slow host in one chunk leaves neither of them idle.
+"""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.ingest.download import DownloadConfig, Downloader, Fetched
+from pipelines.ingest.encode import ImageConfig
+from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.isolation import Decoder
+from pipelines.schemas import IMAGE_ROW, with_image_feature
+
+CPUS_PER_FETCHER = 4
+"""CPUs that one event loop keeps busy with decoding: it takes half a CPU itself."""
+
+
+class ImageFetcher:
+    """Maps METADATA_ROW rows (and their `chunk`) to IMAGE_ROW rows, one for one, in their order."""
+
+    def __init__(
+        self, download: DownloadConfig, image: ImageConfig, filters: FilterConfig, decoders: int
+    ) -> None:
+        self.downloader = Downloader(download)
+        self.threads = ThreadPoolExecutor(decoders, thread_name_prefix="decoding")
+        self.idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+        for _ in range(decoders):
+            self.idle.put(Decoder(image, filters))
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        made = self.downloader.each(rows["url"].to_pylist(), self._row)
+        columns = [
+            rows[field.name]
+            if field.name in rows.column_names
+            else pa.array([row.get(field.name) for row in made], field.type)
+            for field in IMAGE_ROW
+        ]
+        table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
+        return table.append_column("chunk", rows["chunk"])
+
+    def close(self) -> None:
+        """End the connections and the decoders."""
+        self.downloader.close()
+        self.threads.shutdown()
+        while not self.idle.empty():
+            self.idle.get().close()
+
+    async def _row(self, fetched: Fetched) -> dict[str, Any]:
+        if fetched.data is None:
+            return {"status": fetched.status, "error": fetched.error}
+        return await self.downloader.loop.run_in_executor(self.threads, self._decode, fetched.data)
+
+    def _decode(self, data: bytes) -> dict[str, Any]:
+        decoder = self.idle.get()  # as many as there are threads
+        try:
+            return decoder(data)
+        finally:
+            self.idle.put(decoder)
