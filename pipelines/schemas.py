@@ -36,8 +36,11 @@ SCORES = pa.schema(
 )
 """LAION's columns that filters and provenance use; null where the metadata lack them."""
 
+PROVENANCE = pa.schema([("license", pa.string()), ("source", pa.string())])
+"""Under which licence the list names an image, and where the list has it from; kept as they are."""
+
 METADATA_ROW = pa.schema(
-    [("key", pa.int64()), ("url", pa.string()), ("alt_text", pa.string()), *SCORES]
+    [("key", pa.int64()), ("url", pa.string()), ("alt_text", pa.string()), *SCORES, *PROVENANCE]
 )
 """What the plan of an ingest holds: one row per URL that is to be fetched."""
 

@@ -45,6 +45,9 @@ MAX_WAITING = 128 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
+_PRINTABLE = r"^[ -~]+$"  # what a header may hold
+
+
 class DownloadConfig(Config):
     """How the web is asked."""
 
@@ -82,7 +85,14 @@ class DownloadConfig(Config):
     )
     user_agent: str = Field(
         f"{AGENT}/1.0 (VLV image dataset ingest; honours X-Robots-Tag: noai)",
-        description="User-Agent header; add a URL or address where you can be reached",
+        pattern=_PRINTABLE,
+        description="User-Agent header, followed by `contact`",
+    )
+    contact: str | None = Field(
+        None,
+        pattern=_PRINTABLE,
+        description="URL or e-mail address where you can be reached, told to every server that is "
+        "asked: give one before you ask the open web",
     )
 
 
@@ -166,7 +176,8 @@ class Downloader:
             ),
             auto_decompress=False,  # `decompress` bounds it
             headers={
-                "User-Agent": self.config.user_agent,
+                "User-Agent": self.config.user_agent
+                + (f" (+{self.config.contact})" if self.config.contact else ""),
                 "Accept": "image/*,*/*;q=0.5",
                 "Accept-Encoding": "identity",
             },

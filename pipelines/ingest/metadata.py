@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipelines.ingest.filters import FilterConfig, check_columns
 from pipelines.ingest.readers import SUFFIXES, format_of, read_tables
 from pipelines.places import is_file, is_folder, matching, place
-from pipelines.schemas import METADATA_ROW, require_columns
+from pipelines.schemas import METADATA_ROW, PROVENANCE, require_columns
 from vlv_model.errors import ConfigError, DataError
 
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
@@ -30,6 +30,8 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "punsafe": ("punsafe", "unsafe"),
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics"),
     "hash": ("hash",),
+    "license": ("license", "licence", "license_url"),
+    "source": ("source", "dataset", "provenance"),
 }
 """Our name of a column and the names it goes by, in any case, the likeliest first."""
 
@@ -136,6 +138,8 @@ def _check(found: Mapping[str, str], schema: pa.Schema, filters: FilterConfig, w
 
 
 def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:
+    if ours in PROVENANCE.names and pa.types.is_primitive(column.type):
+        return column.cast(pa.string())  # a number of a licence says as much as its name
     if pa.types.is_string(_TYPES[ours]):
         return as_text(column, f"{file}: column '{theirs}'")
     if pa.types.is_string(column.type):

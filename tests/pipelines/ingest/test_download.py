@@ -360,6 +360,21 @@ async def _fail(fetched: Fetched) -> float:
     return 1 / 0
 
 
+def test_every_server_is_told_who_asks(site: Site, open_downloader: Any) -> None:
+    agents: list[str] = []
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        agents.append(handler.headers["User-Agent"])
+        reply()(handler)
+
+    site.answers = {"/": note}
+    for contact in (None, "https://example.org/crawl"):
+        assert statuses(open_downloader(contact=contact), site.url("/")) == ["ok"]
+    assert agents[1] == f"{agents[0]} (+https://example.org/crawl)"
+    with pytest.raises(ValueError, match="contact"):
+        DownloadConfig(contact="a\r\nX-Header: b")
+
+
 def test_the_limits_of_the_job_are_shared_out() -> None:
     config = DownloadConfig(concurrency=100, concurrency_per_host=10)
     share = share_of(config, 4, 16)

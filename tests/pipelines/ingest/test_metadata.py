@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from pipelines import buckets
 from pipelines.config import build
 from pipelines.ingest import plan as planning
+from pipelines.ingest.encode import ImageConfig
+from pipelines.ingest.estimate import rows_per_file
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import (
     COLUMN_NAMES,
@@ -27,7 +29,7 @@ from pipelines.ingest.metadata import (
     read_batches,
 )
 from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
-from pipelines.schemas import normalise_url, url_key
+from pipelines.schemas import PROVENANCE, normalise_url, url_key
 from vlv_model.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -98,7 +100,8 @@ def test_published_spellings_are_known(shared_dir: Path) -> None:
     assert releases
     for release, types in releases.items():
         schema = pa.schema([(name, pa.string()) for name in types])
-        assert set(our_columns(schema, {}, release)) == set(COLUMN_NAMES), release
+        found = set(our_columns(schema, {}, release))
+        assert found == set(COLUMN_NAMES) - set(PROVENANCE.names), release
 
 
 def test_genuine_rows_are_read(tmp_path: Path, shared_dir: Path) -> None:
@@ -217,6 +220,27 @@ def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "table/plan").iterdir()) == [
         f"chunk-00000{i}.parquet" for i in range(3)
     ]
+
+
+def test_licence_and_provenance_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"url": "http://h.org/1", "LICENSE": "CC-BY-4.0", "Source": 7},
+        {"url": "http://h.org/2", "LICENSE": None, "Source": 8},
+    ]
+    found = planned(tmp_path, make_plan(tmp_path, rows))
+    kept = {row["url"]: (row["license"], row["source"]) for row in found}
+    assert kept == {"http://h.org/1": ("CC-BY-4.0", "7"), "http://h.org/2": (None, "8")}
+
+
+def test_files_have_a_target_size_and_a_short_list_still_many() -> None:
+    photographs = ImageConfig(size=512)
+    assert 300 < rows_per_file(6_000_000, photographs) < 1_000
+    assert rows_per_file(6_000_000, ImageConfig(size=2048)) < 100
+    assert rows_per_file(6_000_000, ImageConfig(resize="no")) > 100
+    assert rows_per_file(6_000_000, ImageConfig(size=8)) > 10_000
+    assert rows_per_file(1_600, photographs) == 50
+    assert rows_per_file(10, photographs) == 32
+    assert rows_per_file(10, ImageConfig(size=60_000)) == 1
 
 
 def test_many_buckets_give_the_plan_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
