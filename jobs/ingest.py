@@ -18,6 +18,7 @@ import sys
 from pipelines.entry import main
 from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
 from pipelines.ingest.estimate import estimate, plan_table
+from pipelines.ingest.report import REPORT
 from pipelines.ingest.runs import last_run
 from pipelines.runtime import counts_table
 from pipelines.storage import Table
@@ -48,6 +49,7 @@ def run(config: IngestConfig) -> None:
         print(f"not fetched: {rule} {rows:,}")
     print(f"metadata rows read: {about['read']:,}")
     print(f"image table: {config.data.output}")
+    print(f"report: {table.folder / REPORT}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pipelines.config import OutputPlace
+from pipelines.ingest.report import write_report
 from pipelines.places import exclusive, is_file, open_parquet, write_atomically
 from pipelines.schemas import host_of, normalise_url, url_key
 from pipelines.storage import Table, read_json_object
@@ -89,6 +90,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
     with exclusive(images.folder, "table"):
         blocked = _note(images, config)
         removed = {str(images.folder): _remove(images, blocked.keys)}
+        write_report(images)  # which shows pictures
     for table in derived:
         with exclusive(table.folder, "derived"):
             removed[str(table.folder)] = _remove(table, blocked.keys)

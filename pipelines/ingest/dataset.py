@@ -35,9 +35,11 @@ from pipelines.ingest.fetch import CPUS_PER_FETCHER, ImageFetcher
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
+from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
 from pipelines.places import (
     exclusive,
+    is_file,
     is_folder,
     read_parquet_file,
     remove_folder,
@@ -151,11 +153,14 @@ def ingest(config: IngestConfig) -> dict[str, int]:
                 "warning: download.allow_private=true: URLs may reach this machine and its network",
                 file=sys.stderr,
             )
-        if not run.is_finished:
+        worked = not run.is_finished
+        if worked:
             with ray_session(config.ray):
                 _work(config, table, run)
         counts = table.counts()
         run.end(counts)
+        if worked or not is_file(table.folder / REPORT):
+            write_report(table)
     return counts
 
 

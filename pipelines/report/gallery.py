@@ -101,12 +101,12 @@ def compare_words(caption: str, target: str | None) -> Html:
 
 
 def _picture(content: bytes | None, name: str, description: str) -> Html:
-    shown = _embedded(content, description) if content else tag("span", f"no {name}", class_="none")
+    shown = embedded(content, description) if content else tag("span", f"no {name}", class_="none")
     return tag("figure", shown, tag("figcaption", name))
 
 
-def _embedded(content: bytes, description: str) -> Html:
-    """The image as a data URI: untouched where a browser shows it, else as a smaller JPEG."""
+def embedded(content: bytes, description: str) -> Html:
+    """An encoded image as a data URI: untouched where a browser shows it, else as a smaller JPEG."""
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         kind = image.format or ""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.config import build
 from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.ingest.report import REPORT
 from pipelines.schemas import url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.takedown import Blocked, TakedownConfig, take_down
@@ -71,8 +72,11 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
         "urls": [urls[5].replace("http://", "HTTP://") + "#top", urls[9]],
         "derived": [str(tmp_path / "captions")],
     }
+    report = tmp_path / "out" / REPORT
+    assert all(url in report.read_text() for url in urls)
     removed = take_down(build(TakedownConfig, settings))
     assert list(removed.values()) == [3, 3]
+    assert {url for url in urls if url in report.read_text()} == set(urls) - gone
     assert urls_of(tmp_path / "out") == urls_of(tmp_path / "captions") == set(urls) - gone
     assert Table(tmp_path / "out").counts() == {"ok": 9}
     assert captions.counts() == {"ok": 9}

@@ -229,6 +229,7 @@ def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, 
     told = json.loads(line)
     assert (told["rows"], told["ok"]) == (5, 3)
     assert told["seconds"] > 0
+    assert "dead.invalid" in (tmp_path / "out/_report.html").read_text()
     rot = csv.read_csv(folder / "link_rot.csv").to_pylist()
     assert {(row["host"], row["status"]): row["rows"] for row in rot} == {
         ("127.0.0.1", "ok"): 3,

@@ -1,0 +1,115 @@
+"""Gathers what the report of an image table shows, and writes it into the table's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from pipelines.ingest.runs import Run, last_run, runs_of
+from pipelines.places import is_file, open_parquet, write_atomically
+from pipelines.report.ingest import IngestReport, RunLine, Sample, render
+from pipelines.schemas import DOWNLOAD, OK
+from pipelines.storage import Table
+
+REPORT = "_report.html"  # hidden, as globs of the rows should pass it over
+_PARTS = 12  # that samples are taken from
+_KEPT, _OTHERS = 12, 6  # samples of `ok`, and of each other status
+_HOSTS = 20
+_COLUMNS = ["key", "url", "alt_text", "aesthetic", "original_width", "original_height"]
+_COLUMNS += ["status", "error"]
+
+
+def write_report(table: Table) -> None:
+    """Write the page anew, where the table's last run is finished; else there is none."""
+    file = table.folder / REPORT
+    if is_file(file):
+        file.unlink()  # at once: rows that it shows may have to be gone
+    last = last_run(table)
+    if last is None or not last.is_finished:
+        return
+    report = IngestReport(
+        title=f"Images of {table.folder.name}",
+        counts=table.counts(),
+        runs=[_line(run) for run in runs_of(table)],
+        samples=_samples(table),
+        hosts=_hosts(last),
+    )
+    write_atomically(file, render(report))
+
+
+def _line(run: Run) -> RunLine:
+    told = run.describe()
+    return RunLine(
+        number=run.number,
+        began=datetime.fromtimestamp(told["started"]).strftime("%Y-%m-%d %H:%M"),
+        seconds=told.get("finished", math.nan) - told["started"],
+        fetched=told["fetched"],
+        marked=told["marked"],
+        dropped=told["dropped"],
+    )
+
+
+def _samples(table: Table) -> list[Sample]:
+    """Rows of each status, from parts that lie evenly over the table."""
+    commits = [commit for commit in table.commits() if commit.rows]
+    places = np.linspace(0, len(commits) - 1, min(_PARTS, len(commits))).astype(int)
+    taken: Counter[str] = Counter()
+    samples = []
+    for number, place in enumerate(places.tolist()):
+        with open_parquet(table.part(commits[place].chunk)) as parquet:
+            rows = parquet.read(columns=_COLUMNS).to_pylist()
+            chosen: dict[int, dict[str, Any]] = {}
+            for position, row in enumerate(rows):
+                state = row["status"]
+                # No part gives more than its share, so that the samples are of many parts.
+                most = math.ceil((_KEPT if state == OK else _OTHERS) * (number + 1) / len(places))
+                if taken[state] < most:
+                    taken[state] += 1
+                    chosen[position] = row
+            images = _images(parquet, list(chosen))
+        samples += [_sample(row, images[position]) for position, row in chosen.items()]
+    return samples
+
+
+def _images(parquet: Any, positions: list[int]) -> dict[int, bytes | None]:
+    """The images of some rows of a part, of which no other row group is read."""
+    found: dict[int, bytes | None] = {}
+    start = 0
+    for group in range(parquet.num_row_groups):
+        end = start + parquet.metadata.row_group(group).num_rows
+        here = [position for position in positions if start <= position < end]
+        if here:
+            column = parquet.read_row_group(group, columns=["image"])["image"]
+            for position in here:
+                found[position] = (column[position - start].as_py() or {}).get("bytes")
+        start = end
+    return found
+
+
+def _sample(row: dict[str, Any], image: bytes | None) -> Sample:
+    size = f"{row['original_width']}×{row['original_height']}" if row["original_width"] else ""
+    score = "" if row["aesthetic"] is None else f"aesthetic {row['aesthetic']:.1f}"
+    why = row["error"] or ", ".join(filter(None, (size, score)))
+    text = row["alt_text"] or ""
+    return Sample(row["key"], row["url"], text, row["status"], image, why)
+
+
+def _hosts(run: Run) -> list[tuple[str, int, int, str]]:
+    rows: Counter[str] = Counter()
+    failed: dict[str, Counter[str]] = {}
+    lines = csv.DictReader(io.StringIO((run.folder / "link_rot.csv").read_text()))
+    for line in lines:
+        rows[line["host"]] += int(line["rows"])
+        if line["status"].startswith(DOWNLOAD):
+            failed.setdefault(line["host"], Counter())[line["status"]] += int(line["rows"])
+    worst = sorted(failed, key=lambda host: (-failed[host].total(), host))[:_HOSTS]
+    return [
+        (host, failed[host].total(), rows[host], failed[host].most_common(1)[0][0])
+        for host in worst
+    ]

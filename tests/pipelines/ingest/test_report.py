@@ -1,0 +1,107 @@
+"""The report of an image table: all statuses with samples, runs, dead links; made anew, not added to."""
+
+from __future__ import annotations
+
+import io
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.ingest.report import REPORT, write_report
+from pipelines.ingest.runs import next_run
+from pipelines.places import write_atomically
+from pipelines.schemas import IMAGE_ROW, with_image_feature
+from pipelines.storage import IMAGE_ROW_GROUP, Table
+
+LINK_ROT = (
+    "host,status,rows\nrotten.example,download:dns,30\nrotten.example,ok,10\nfine.example,ok,5\n"
+)
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def row(key: int, state: str, image: bytes | None = None, **more: Any) -> dict[str, Any]:
+    given = {"key": key, "url": f"http://h.org/{key}", "status": state, "run": 1, **more}
+    if image:
+        given |= {"image": {"bytes": image, "path": None}, "original_width": 40}
+        given |= {"original_height": 30, "aesthetic": 6.25}
+    return given
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    """40 parts with kept, marked and failed rows; a finished run."""
+    table = Table(tmp_path / "out")
+    run = next_run(table)
+    run.begin({}, list(range(40)), fetched=240, marked=40, dropped={"filtered:punsafe": 17})
+    table.create("image", {}, 40)
+    for chunk in range(40):
+        first = 10 * chunk
+        rows = [
+            row(first + i, "ok", png("green"), alt_text="<b>green</b> & calm") for i in range(3)
+        ]
+        rows += [row(first + 3, "filtered:aesthetic", png("red"))]
+        rows += [row(first + 4, "filtered:short_side", original_width=9, original_height=8)]
+        rows += [row(first + 5, "download:dns", error="no such <host>")]
+        schema = with_image_feature(IMAGE_ROW)
+        table.write(chunk, pa.Table.from_pylist(rows, schema), row_group_size=IMAGE_ROW_GROUP)
+    write_atomically(run.folder / "link_rot.csv", LINK_ROT)
+    run.end(table.counts())
+    return table
+
+
+def words_of(table: Table) -> str:
+    page = (table.folder / REPORT).read_text()
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page.partition("</style>")[2])).split())
+
+
+def test_every_status_is_shown_with_samples_of_many_parts(table: Table) -> None:
+    write_report(table)
+    page, words = (table.folder / REPORT).read_text(), words_of(table)
+    assert page.count("data:image/png") == 12 + 6  # kept, and those that a filter ruled out later
+    for words_of_it in (
+        "120 50.0 % of 240 rows",
+        "filtered:aesthetic",
+        "40×30, aesthetic 6.2",
+        "9×8",
+        "no such <host>",
+        "<b>green</b> & calm",
+        "filtered:punsafe 17",
+        "rotten.example 30 40 75.0 % download:dns",
+    ):
+        assert words_of_it in words.replace("\u00a0", " "), words_of_it
+    assert "fine.example" not in words
+    kept = re.findall(r"The image of http://h.org/(\d+)", page)
+    assert len({int(key) // 10 for key in kept}) >= 10  # parts
+    assert max(int(key) for key in kept) >= 390  # to the last one
+
+
+def test_a_table_of_one_part_has_its_samples(tmp_path: Path) -> None:
+    table = Table(tmp_path / "out")
+    run = next_run(table)
+    run.begin({}, [0], fetched=2, marked=0, dropped={})
+    table.create("image", {}, 1)
+    table.write(
+        0, pa.Table.from_pylist([row(1, "ok", png("red")), row(2, "ok", b"no image")], IMAGE_ROW)
+    )
+    write_atomically(run.folder / "link_rot.csv", "host,status,rows\nh.org,ok,2\n")
+    run.end(table.counts())
+    write_report(table)
+    assert "No fetch failed." in words_of(table)
+    assert "not readable" in words_of(table)
+
+
+def test_a_run_that_is_not_finished_leaves_no_page(table: Table) -> None:
+    write_report(table)
+    next_run(table).begin({}, [0], fetched=1, marked=0, dropped={})
+    write_report(table)
+    assert not (table.folder / REPORT).exists()
