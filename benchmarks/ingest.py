@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -197,23 +198,32 @@ def limit(photos: Path, images: int) -> float:
         return done / (time.perf_counter() - start)
 
 
-def agreement(folder: Path) -> float:
-    """Least structural similarity of ours and the peer's pictures of the same address."""
-    mine = _pictures(folder / "ours", "image")
-    theirs = _pictures(folder / "peer", "jpg")
-    both = sorted(set(mine) & set(theirs))[:50]
-    return min(ssim(mine[url], theirs[url]) for url in both)
+def agreement(folder: Path, pictures: int = 50) -> float:
+    """Least structural similarity of ours and the peer's pictures of the same addresses."""
+    columns = {"ours": "image", "peer": "jpg"}
+    urls = {name: _urls(folder / name, column) for name, column in columns.items()}
+    both = sorted(set(urls["ours"]) & set(urls["peer"]))[:: max(1, len(urls["ours"]) // pictures)]
+    mine, theirs = (
+        [_picture(urls[name][url], url, column) for url in both] for name, column in columns.items()
+    )
+    return min(ssim(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
-def _pictures(folder: Path, column: str) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.parquet"))[:3]:
-        for row in pq.read_table(file, columns=["url", column]).slice(0, 60).to_pylist():
-            data = row[column]["bytes"] if isinstance(row[column], dict) else row[column]
-            if data:
-                grey = Image.open(io.BytesIO(data)).convert("L")
-                found[row["url"]] = np.asarray(grey, np.float64)
-    return found
+def _urls(folder: Path, column: str) -> dict[str, Path]:
+    """The file that has the picture of each address."""
+    return {
+        url: file
+        for file in folder.glob("*.parquet")
+        for url in pq.read_table(file, columns=["url"], filters=pc.field(column).is_valid())[
+            "url"
+        ].to_pylist()
+    }
+
+
+def _picture(file: Path, url: str, column: str) -> np.ndarray:
+    (row,) = pq.read_table(file, columns=[column], filters=pc.field("url") == url).to_pylist()
+    data = row[column]["bytes"] if isinstance(row[column], dict) else row[column]
+    return np.asarray(Image.open(io.BytesIO(data)).convert("L"), np.float64)
 
 
 def ssim(one: np.ndarray, other: np.ndarray, window: int = 8) -> float:
@@ -261,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs["peer"].append(peer(folder, urls, processes, threads))
                 limits.append(limit(folder / "photos", min(requests, 1_000)))
         told[case.name] = _tell(case, runs, limits, processes, threads)
-        told[case.name]["ssim"] = round(agreement(folder), 4)
         print(json.dumps({case.name: told[case.name]}), flush=True)
+        told[case.name]["ssim"] = round(agreement(folder), 4)
     worst = {
         "ratio": min(case["ratio"] for case in told.values()),
         "share_of_limit": min(case["share_of_limit"] for case in told.values()),

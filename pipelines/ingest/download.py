@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +54,10 @@ class DownloadConfig(Config):
     """How the web is asked."""
 
     concurrency: int | None = Field(
-        None, ge=1, description="requests in flight, of the whole job; default: 128 for each CPU"
+        None,
+        ge=1,
+        description="most requests in flight, of the whole job, which begins with fewer and halves "
+        "them while bodies stall; default: 256 for each CPU",
     )
     concurrency_per_host: int = Field(
         16,
@@ -96,7 +101,7 @@ class DownloadConfig(Config):
     )
 
 
-_PER_CPU = 128  # requests in flight: most of the web answers late, and some of it never
+_PER_CPU = 256  # requests in flight: most of the web answers late, and some of it never
 
 
 def share_of(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:
@@ -119,6 +124,50 @@ class Fetched:
     error: str | None = None
 
 
+class Window:
+    """Slots of requests in flight, as many as the line carries: at most `most` of them.
+
+    One more for each body that came while all were taken; half as many when bodies stall, for then
+    there are more than the line has room for, and what is read in part is lost for all of them.
+    """
+
+    first, least, patience = 64, 8, 5.0  # slots to begin with and at least; seconds to recover
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.size = min(most, self.first)
+        self._free = asyncio.Semaphore(self.size)
+        self._surplus = 0  # slots that are taken and will not be given back
+        self._shrunk = -self.patience
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._give_back()
+
+    def grow(self) -> None:
+        """A body came."""
+        if self.size < self.most and self._free.locked():
+            self.size += 1
+            self._give_back()
+
+    def shrink(self) -> None:
+        """A body stalled; of those that stall together the first counts."""
+        now = time.monotonic()
+        if now - self._shrunk >= self.patience:
+            self._shrunk = now
+            half = max(self.size // 2, min(self.size, self.least))
+            self._surplus += self.size - half
+            self.size = half
+
+    def _give_back(self) -> None:
+        if self._surplus:
+            self._surplus -= 1
+        else:
+            self._free.release()
+
+
 class Downloader:
     """Fetches URLs for any number of threads at a time, within the limits of one configuration."""
 
@@ -131,7 +180,8 @@ class Downloader:
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        self.slots = asyncio.Semaphore(config.concurrency or _PER_CPU)
+        self.slots = Window(config.concurrency or _PER_CPU)
+        _allow_open_files(2 * self.slots.most)
         self.waiting = 0  # bytes that were fetched and are not used yet
         self.room = asyncio.Event()
         self.room.set()
@@ -196,6 +246,7 @@ class Downloader:
                     async with asyncio.timeout(self.config.total_timeout):
                         body = await self._attempt(target)
                     self._wait(len(body))
+                    self.slots.grow()
                     return Fetched(body, OK)
             except Exception as error:  # the web's inventions have no end
                 failure = classify(error)
@@ -235,7 +286,11 @@ class Downloader:
                 if self.config.respect_optout and (directive := opted_out(tags)):
                     raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
                 if response.status == 200:
-                    return await self._body(response)
+                    try:
+                        return await self._body(response)
+                    except (TimeoutError, asyncio.CancelledError):
+                        self.slots.shrink()
+                        raise
                 location = response.headers.get("Location")
                 if not location:
                     raise DownloadError("other", f"HTTP {response.status} without Location")
@@ -261,3 +316,11 @@ class Downloader:
         if not looked:
             check_image(data, response.content_type)
         return data
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's own limit, which is often 1,024, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed + 1024 if hard == resource.RLIM_INFINITY else min(hard, needed + 1024)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

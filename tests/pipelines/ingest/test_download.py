@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.ingest import download
 from pipelines.ingest.answers import FAILURE_CLASSES
-from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, share_of
+from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, Window, share_of
 from pipelines.tiny_world.server import Web, serve
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
@@ -358,6 +358,42 @@ def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
 
 async def _fail(fetched: Fetched) -> float:
     return 1 / 0
+
+
+def test_bodies_that_stall_halve_the_requests_in_flight(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line with room for four bodies at a time, a tenth of a second each."""
+    line = threading.Semaphore(4)
+    monkeypatch.setattr(Window, "first", 16)
+    monkeypatch.setattr(Window, "least", 2)
+    monkeypatch.setattr(Window, "patience", 0.2)
+
+    def narrow(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(JPEG)))
+        handler.end_headers()
+        handler.wfile.write(JPEG[:50])
+        handler.wfile.flush()
+        with line:
+            time.sleep(0.1)
+        handler.wfile.write(JPEG[50:])
+
+    site.answers = {"/": narrow}
+    downloader = open_downloader(
+        concurrency=64, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
+    )
+    found = statuses(downloader, *(site.url(f"/?{i}") for i in range(60)))
+    assert found.count("ok") >= 55
+    assert downloader.slots.size < 16
+
+
+def test_requests_in_flight_grow_while_bodies_come(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/": reply()}
+    downloader = open_downloader(concurrency=70, concurrency_per_host=500)
+    assert downloader.slots.size == 64
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(200)))) == {"ok"}
+    assert downloader.slots.size == 70  # and no more
 
 
 def test_every_server_is_told_who_asks(site: Site, open_downloader: Any) -> None:
