@@ -199,14 +199,18 @@ def limit(photos: Path, images: int) -> float:
 
 
 def agreement(folder: Path, pictures: int = 50) -> float:
-    """Least structural similarity of ours and the peer's pictures of the same addresses."""
+    """Least structural similarity of ours and the peer's pictures of the same addresses.
+
+    Pictures below the stored size are left out: ours are cropped to a square, the peer's are not.
+    """
     columns = {"ours": "image", "peer": "jpg"}
     urls = {name: _urls(folder / name, column) for name, column in columns.items()}
     both = sorted(set(urls["ours"]) & set(urls["peer"]))[:: max(1, len(urls["ours"]) // pictures)]
     mine, theirs = (
         [_picture(urls[name][url], url, column) for url in both] for name, column in columns.items()
     )
-    return min(ssim(one, other) for one, other in zip(mine, theirs, strict=True))
+    pairs = zip(mine, theirs, strict=True)
+    return min(ssim(one, other) for one, other in pairs if one.shape == other.shape)
 
 
 def _urls(folder: Path, column: str) -> dict[str, Path]:
