@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import statistics
@@ -210,7 +211,8 @@ def agreement(folder: Path, pictures: int = 50) -> float:
         [_picture(urls[name][url], url, column) for url in both] for name, column in columns.items()
     )
     pairs = zip(mine, theirs, strict=True)
-    return min(ssim(one, other) for one, other in pairs if one.shape == other.shape)
+    same = (ssim(one, other) for one, other in pairs if one.shape == other.shape)
+    return min(same, default=math.nan)
 
 
 def _urls(folder: Path, column: str) -> dict[str, Path]:

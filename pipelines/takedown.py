@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pipelines.config import OutputPlace
-from pipelines.ingest.report import write_report
+from pipelines.ingest.report import remove_report, write_report
 from pipelines.places import exclusive, is_file, open_parquet, write_atomically
 from pipelines.schemas import host_of, normalise_url, url_key
 from pipelines.storage import Table, read_json_object
@@ -68,10 +68,11 @@ class Blocked:
             found |= np.asarray(pc.is_in(keys, value_set=named).to_pylist(), bool)
         if self.domains:
             hosts = [_host(url) for url in urls.to_pylist()]
-            found |= np.array([self._is_of_a_domain(host) for host in hosts], bool)
+            found |= np.array([self.is_domain(host) for host in hosts], bool)
         return found
 
-    def _is_of_a_domain(self, host: str) -> bool:
+    def is_domain(self, host: str) -> bool:
+        """Whether a host belongs to a domain that was taken down."""
         parts = host.split(".")
         return any(".".join(parts[i:]) in self.domains for i in range(len(parts)))
 
@@ -89,11 +90,13 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
         raise DataError(f"{images.folder} is no image table: give it as `derived`")
     with exclusive(images.folder, "table"):
         blocked = _note(images, config)
+        remove_report(images)  # which shows pictures
         removed = {str(images.folder): _remove(images, blocked.keys)}
-        write_report(images)  # which shows pictures
     for table in derived:
         with exclusive(table.folder, "derived"):
             removed[str(table.folder)] = _remove(table, blocked.keys)
+    with exclusive(images.folder, "table"):
+        write_report(images, hides=blocked.is_domain)
     return removed
 
 

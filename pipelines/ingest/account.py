@@ -13,12 +13,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import csv
 
 from pipelines.ingest.runs import Run
-from pipelines.places import open_parquet, write_atomically
+from pipelines.places import is_file, open_parquet, write_atomically
 from pipelines.runtime import map_chunks
 from pipelines.schemas import DOWNLOAD, OK, host_of
 from pipelines.storage import Table
@@ -80,6 +81,15 @@ def write_link_rot(table: Table, run: Run) -> None:
     content = io.BytesIO()
     csv.write_csv(pa.Table.from_pylist(rows_of, _ROT), content)
     write_atomically(run.folder / "link_rot.csv", content.getvalue())
+
+
+def read_link_rot(run: Run) -> list[dict[str, Any]]:
+    """The lines (`host`, `status`, `rows`) that `write_link_rot` left; none where it did not."""
+    file = run.folder / "link_rot.csv"
+    if not is_file(file):
+        return []
+    types = csv.ConvertOptions(column_types=_ROT, strings_can_be_null=False)
+    return csv.read_csv(io.BytesIO(file.read_bytes()), convert_options=types).to_pylist()
 
 
 _ROT = pa.schema([("host", pa.string()), ("status", pa.string()), ("rows", pa.int64())])

@@ -13,6 +13,7 @@ A killed job continues with the chunks that its run has not committed; see runs.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from functools import partial
@@ -31,7 +32,7 @@ from pipelines.ingest.download import DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.estimate import estimate, rows_per_file
-from pipelines.ingest.fetch import CPUS_PER_FETCHER, ImageFetcher
+from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
@@ -266,9 +267,10 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
     """The dataset of IMAGE_ROW rows (and their `chunk`) of a dataset of chunk numbers."""
     import ray
 
-    cpus = ray.cluster_resources().get("CPU", 1)
-    fetchers = max(1, int(cpus // CPUS_PER_FETCHER))
-    decoders = max(1, min(CPUS_PER_FETCHER, int(cpus)))
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    fetchers, decoders = fetchers_of(nodes)
+    cpus = max(1, sum(nodes))
+    is_cluster = bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
     least, most = _CHUNKS_IN_WORK
     told = run.describe()
     in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
@@ -285,7 +287,9 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
             decoders,
         ),
         compute=ray.data.ActorPoolStrategy(
-            size=fetchers,
+            min_size=fetchers,
+            # A cluster may grow; those that ask for no CPU would be started without end.
+            max_size=None if is_cluster and decoders > 1 else fetchers,
             max_concurrent_calls_per_actor=in_work,
             max_tasks_in_flight_per_actor=in_work + 1,
             enable_true_multi_threading=True,

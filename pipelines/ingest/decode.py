@@ -1,6 +1,6 @@
 """From downloaded bytes to a stored image: decoded, upright, sRGB; then as encode.py stores it.
 
-Rules, in the order in which they are applied:
+Rules (of plain RGB pixels the resized ones alone are converted and turned):
 
 1.  Only formats of `formats.READABLE` are opened, found by their first bytes. The header's size is
     checked against `image.max_pixels` before a pixel is decoded.
@@ -41,6 +41,7 @@ from pipelines.ingest.encode import (
     phash,
     resize,
     scale_of,
+    scaled,
 )
 from pipelines.ingest.formats import READABLE, SNIFF_BYTES, image_format
 
@@ -49,6 +50,7 @@ FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `decode:` in a row's status."""
 
 _ORIENTATION_TAG = 0x0112
+_PNG_DEPTH = 24  # the byte of a PNG's header that has its bits per channel
 # What turns the stored picture upright, by EXIF orientation.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
@@ -101,7 +103,8 @@ class Opened:
                 _check_size(self.image, max_pixels)
                 if self.image.format == "PNG":  # whose EXIF may lie behind the pixels
                     self.image.load()
-                self.orientation = _orientation(self.image)
+                # Pillow turns a TIFF itself, and says its upright size at once.
+                self.orientation = 1 if kind == "TIFF" else _orientation(self.image)
         except DecodeError:
             raise
         except Image.DecompressionBombError as error:
@@ -146,6 +149,10 @@ class Opened:
         plain = image.mode == "RGB" and not image.has_transparency_data
         pixels = self._jpeg(config) if plain and self.kind == "JPEG" else None
         if pixels is None:
+            if image.format == "JPEG" and config.resize != "no":  # grey, or CMYK
+                scale = _JPEG_MARGIN * scale_of(image.size, config)
+                if scale < 1:
+                    image.draft(image.mode, scaled(image.size, scale))
             image.load()
             pixels = np.asarray(image if plain else to_srgb(image))
         picture = resized = resize(pixels, config)
@@ -163,6 +170,7 @@ class Opened:
             and pixels.shape[:2] == (self.height, self.width)
             and getattr(image, "n_frames", 1) == 1
             and self.kind == config.format.upper()
+            and (self.kind != "PNG" or self.data[_PNG_DEPTH] == 8)
         )
         untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
         return picture, untouched

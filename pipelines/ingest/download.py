@@ -43,7 +43,8 @@ T = TypeVar("T")
 
 _DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
 MAX_WAITING = 128 << 20
-"""Bytes of bodies that may wait to be used before no further URL is asked for."""
+"""Bytes of bodies that may be under way or wait to be used before no further URL is asked for."""
+ALLOWANCE = 128 << 10  # what a body that is under way counts for, in bytes
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -174,15 +175,16 @@ class Downloader:
     def __init__(self, config: DownloadConfig) -> None:
         self.config = config
         self.loop = asyncio.new_event_loop()
-        self.loop.set_default_executor(ThreadPoolExecutor(_DNS_THREADS))
         threading.Thread(target=self.loop.run_forever, name="downloads", daemon=True).start()
         # A host's slots live as long as a request holds them: millions of hosts leave no trace.
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
         self.slots = Window(config.concurrency or _PER_CPU)
+        resolvers = max(_DNS_THREADS, self.slots.most // 4)
+        self.loop.set_default_executor(ThreadPoolExecutor(resolvers))
         _allow_open_files(2 * self.slots.most)
-        self.waiting = 0  # bytes that were fetched and are not used yet
+        self.waiting = 0  # bytes that are under way, or were fetched and are not used yet
         self.room = asyncio.Event()
         self.room.set()
         self.session = self._run(self._open_session())
@@ -242,11 +244,17 @@ class Downloader:
             try:
                 target = parse_url(url)
                 async with self._host_slots(target.host or ""), self.slots:
-                    await self.room.wait()
-                    async with asyncio.timeout(self.config.total_timeout):
-                        body = await self._attempt(target)
+                    while self.waiting >= MAX_WAITING:  # all are woken, and the first takes it
+                        await self.room.wait()
+                    self._wait(ALLOWANCE)
+                    try:
+                        async with asyncio.timeout(self.config.total_timeout):
+                            body = await self._attempt(target)
+                    finally:
+                        self._wait(-ALLOWANCE)
+                    if self.room.is_set():  # else it is not the line that they wait for
+                        self.slots.grow()
                     self._wait(len(body))
-                    self.slots.grow()
                     return Fetched(body, OK)
             except Exception as error:  # the web's inventions have no end
                 failure = classify(error)
@@ -257,7 +265,7 @@ class Downloader:
             attempt += 1
 
     def _wait(self, size: int) -> None:
-        """Count bodies that are not used yet; with too many of them no URL is asked for."""
+        """Count bodies that are under way or not used yet; `room` says whether there is any."""
         self.waiting += size
         (self.room.set if self.waiting < MAX_WAITING else self.room.clear)()
 

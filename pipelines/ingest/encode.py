@@ -43,7 +43,7 @@ class ImageConfig(Config):
         "when_needed",
         description="when_needed: a file that is already what would be stored is kept byte for byte, "
         "its metadata (EXIF, XMP) with it; always: encoded anew, without metadata; never: all files "
-        "as they came, whatever their format, with resize=no",
+        "as they came, whatever their format, orientation and colours, with resize=no",
     )
     max_pixels: int = Field(
         64_000_000, ge=1, description="largest image that is decoded, in pixels by its header"

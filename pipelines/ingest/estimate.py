@@ -17,6 +17,7 @@ from pipelines.storage import Table
 # still lead to an image, and images per second of one CPU.
 _BYTES_PER_PIXEL = {"jpeg": 0.4, "webp": 0.3, "png": 1.7}
 _BYTES_AT_OWN_SIZE = 300_000
+_MOST_PIXELS = 1_500_000  # of a usual picture of the web, however large it might be stored
 _BYTES_OF_A_ROW = 1_000  # the URL, the text, and what an encoding needs at least
 _ALIVE = 0.65
 _PER_CPU = 50.0
@@ -55,7 +56,8 @@ def stored_size(image: ImageConfig) -> float:
     """Bytes of a stored photograph, by a rule of thumb."""
     if image.resize == "no":
         return _BYTES_AT_OWN_SIZE
-    return _BYTES_PER_PIXEL[image.format] * image.size**2 + _BYTES_OF_A_ROW
+    pixels = image.size**2 if image.enlarge else min(image.size**2, _MOST_PIXELS)
+    return _BYTES_PER_PIXEL[image.format] * pixels + _BYTES_OF_A_ROW
 
 
 def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str:

@@ -12,6 +12,7 @@ share connections and decoders, so a slow host in one chunk leaves neither of th
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,16 @@ from pipelines.schemas import IMAGE_ROW, with_image_feature
 
 CPUS_PER_FETCHER = 4
 """CPUs that one event loop keeps busy with decoding: it takes half a CPU itself."""
+
+
+def fetchers_of(nodes: Sequence[float]) -> tuple[int, int]:
+    """How many fetchers suit nodes with so many CPUs, and how many decoders each of them has.
+
+    A fetcher lives on one node, so it is cut to fit the largest.
+    """
+    largest = int(max(nodes, default=0))
+    decoders = max(1, largest // max(1, largest // CPUS_PER_FETCHER))
+    return max(1, sum(int(cpus // decoders) for cpus in nodes)), decoders
 
 
 class ImageFetcher:

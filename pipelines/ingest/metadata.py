@@ -7,6 +7,7 @@ and `width` and `height`, which only the filters use).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,8 +139,11 @@ def _check(found: Mapping[str, str], schema: pa.Schema, filters: FilterConfig, w
 
 
 def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:
-    if ours in PROVENANCE.names and pa.types.is_primitive(column.type):
-        return column.cast(pa.string())  # a number of a licence says as much as its name
+    if ours in PROVENANCE.names and not _is_text(column.type):
+        # A licence's number says as much as its name; other lists mean other things by the name.
+        values = column.to_pylist()
+        texts = [None if value is None else json.dumps(value, default=str) for value in values]
+        return pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_string(_TYPES[ours]):
         return as_text(column, f"{file}: column '{theirs}'")
     if pa.types.is_string(column.type):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
+from pipelines.ingest.account import OTHERS, read_link_rot
 from pipelines.ingest.runs import Run, last_run, runs_of
 from pipelines.places import is_file, open_parquet, write_atomically
 from pipelines.report.ingest import IngestReport, RunLine, Sample, render
@@ -25,11 +25,18 @@ _COLUMNS = ["key", "url", "alt_text", "aesthetic", "original_width", "original_h
 _COLUMNS += ["status", "error"]
 
 
-def write_report(table: Table) -> None:
-    """Write the page anew, where the table's last run is finished; else there is none."""
-    file = table.folder / REPORT
-    if is_file(file):
-        file.unlink()  # at once: rows that it shows may have to be gone
+def remove_report(table: Table) -> None:
+    """Take the page away, where there is one."""
+    if is_file(table.folder / REPORT):
+        (table.folder / REPORT).unlink()
+
+
+def write_report(table: Table, hides: Callable[[str], bool] = lambda host: False) -> None:
+    """Write the page anew, where the table's last run is finished; else there is none.
+
+    No host that `hides` is named among the dead links.
+    """
+    remove_report(table)
     last = last_run(table)
     if last is None or not last.is_finished:
         return
@@ -38,9 +45,9 @@ def write_report(table: Table) -> None:
         counts=table.counts(),
         runs=[_line(run) for run in runs_of(table)],
         samples=_samples(table),
-        hosts=_hosts(last),
+        hosts=_hosts(last, hides),
     )
-    write_atomically(file, render(report))
+    write_atomically(table.folder / REPORT, render(report))
 
 
 def _line(run: Run) -> RunLine:
@@ -100,14 +107,16 @@ def _sample(row: dict[str, Any], image: bytes | None) -> Sample:
     return Sample(row["key"], row["url"], text, row["status"], image, why)
 
 
-def _hosts(run: Run) -> list[tuple[str, int, int, str]]:
+def _hosts(run: Run, hides: Callable[[str], bool]) -> list[tuple[str, int, int, str]]:
     rows: Counter[str] = Counter()
     failed: dict[str, Counter[str]] = {}
-    lines = csv.DictReader(io.StringIO((run.folder / "link_rot.csv").read_text()))
-    for line in lines:
-        rows[line["host"]] += int(line["rows"])
+    for line in read_link_rot(run):
+        host = line["host"]
+        if host == OTHERS or hides(host):
+            continue
+        rows[host] += line["rows"]
         if line["status"].startswith(DOWNLOAD):
-            failed.setdefault(line["host"], Counter())[line["status"]] += int(line["rows"])
+            failed.setdefault(host, Counter())[line["status"]] += line["rows"]
     worst = sorted(failed, key=lambda host: (-failed[host].total(), host))[:_HOSTS]
     return [
         (host, failed[host].total(), rows[host], failed[host].most_common(1)[0][0])

@@ -135,7 +135,7 @@ def _tile(sample: Sample) -> Html:
 
 
 def _hosts(report: IngestReport) -> Html:
-    lead = "Hosts with most rows that could not be fetched; all of them are in link_rot.csv."
+    lead = "Hosts with most rows that could not be fetched; link_rot.csv of the run has more."
     if not report.hosts:
         return section("hosts", "Dead links", lead, tag("p", "No fetch failed.", class_="empty"))
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,11 @@ def test_a_domain_goes_with_its_subdomains_and_stays_away(tmp_path: Path, web: W
     ]
     fetch(tmp_path, [*urls, *others])
     settings = {"table": str(tmp_path / "out"), "domains": ["Example.ORG."]}
+    assert "a.example.org" in (tmp_path / "out" / REPORT).read_text()
     assert list(take_down(build(TakedownConfig, settings)).values()) == [2]
+    report = (tmp_path / "out" / REPORT).read_text()
+    assert "notexample.org" in report
+    assert not re.search(r"[^t]example\.org", report)
     assert urls_of(tmp_path / "out") == {*urls, others[2]}
     fetch(tmp_path, [*others, "http://b.example.org:1/y.png"])
     assert urls_of(tmp_path / "out") == {*urls, others[2]}

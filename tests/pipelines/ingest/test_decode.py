@@ -131,8 +131,9 @@ def test_shared_icc_profiles_change_colours(shared_dir: Path) -> None:
     assert found[..., 0].max() >= numbers[..., 0].max()  # red of P3 is beyond sRGB's
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = photo()
@@ -146,7 +147,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         8: Image.Transpose.ROTATE_270,
     }
     turned = upright.transpose(undo[orientation]) if orientation > 1 else upright
-    data = encoded(turned, "PNG", exif=exif)
+    data = encoded(turned, kind, exif=exif)
     assert (pixels(data) == np.asarray(upright)).all()
     opened = Opened(data, 10**6)
     assert (opened.width, opened.height) == upright.size

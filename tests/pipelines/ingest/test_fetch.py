@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.ingest.download import DownloadConfig
 from pipelines.ingest.encode import ImageConfig
-from pipelines.ingest.fetch import ImageFetcher
+from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
 from pipelines.schemas import IMAGE_ROW, METADATA_ROW
 from pipelines.tiny_world.dataset import write_world
@@ -65,6 +65,25 @@ def test_rows_come_out_one_for_one_in_their_order(tmp_path: Path, fetcher: Image
     assert rows["status"].to_pylist().count("ok") == 6
     for row in rows.to_pylist():
         assert (row["status"] == "ok") == (row["image"] is not None) == (row["error"] is None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([], (1, 1)),
+        ([0], (1, 1)),
+        ([1], (1, 1)),
+        ([2], (1, 2)),
+        ([4], (1, 4)),
+        ([7], (1, 7)),
+        ([64], (16, 4)),
+        ([2] * 10, (10, 2)),  # none asks for more CPUs than a node has
+        ([1, 16, 16], (8, 4)),
+        ([0, 0, 8], (2, 4)),
+    ],
+)
+def test_fetchers_fit_the_nodes(nodes: list[float], expected: tuple[int, int]) -> None:
+    assert fetchers_of(nodes) == expected
 
 
 def test_a_chunk_of_dead_links_needs_no_decoder(fetcher: ImageFetcher) -> None:

@@ -166,7 +166,9 @@ def test_a_killed_job_is_continued(tmp_path: Path) -> None:
         again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr[-2000:]
     assert check_exactly_once(tmp_path).num_rows == 308
-    assert f"image table: {tmp_path}/out" in again.stdout.splitlines()[-1]
+    said = again.stdout.splitlines()
+    assert f"image table: {tmp_path}/out" in said[-2]
+    assert said[-1] == f"report: {tmp_path}/out/_report.html"
 
 
 @pytest.mark.usefixtures("ray_local")

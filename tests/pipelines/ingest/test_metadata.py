@@ -224,23 +224,24 @@ def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
 
 def test_licence_and_provenance_are_kept(tmp_path: Path) -> None:
     rows = [
-        {"url": "http://h.org/1", "LICENSE": "CC-BY-4.0", "Source": 7},
-        {"url": "http://h.org/2", "LICENSE": None, "Source": 8},
+        {"url": "http://h.org/1", "LICENSE": "CC-BY-4.0", "Source": ["a", "7"]},
+        {"url": "http://h.org/2", "LICENSE": None, "Source": []},
     ]
     found = planned(tmp_path, make_plan(tmp_path, rows))
     kept = {row["url"]: (row["license"], row["source"]) for row in found}
-    assert kept == {"http://h.org/1": ("CC-BY-4.0", "7"), "http://h.org/2": (None, "8")}
+    assert kept == {"http://h.org/1": ("CC-BY-4.0", '["a", "7"]'), "http://h.org/2": (None, "[]")}
 
 
 def test_files_have_a_target_size_and_a_short_list_still_many() -> None:
     photographs = ImageConfig(size=512)
     assert 300 < rows_per_file(6_000_000, photographs) < 1_000
-    assert rows_per_file(6_000_000, ImageConfig(size=2048)) < 100
+    assert rows_per_file(6_000_000, ImageConfig(size=1024)) < 200
+    assert rows_per_file(6_000_000, ImageConfig(size=60_000)) > 50
     assert rows_per_file(6_000_000, ImageConfig(resize="no")) > 100
     assert rows_per_file(6_000_000, ImageConfig(size=8)) > 10_000
     assert rows_per_file(1_600, photographs) == 50
     assert rows_per_file(10, photographs) == 32
-    assert rows_per_file(10, ImageConfig(size=60_000)) == 1
+    assert rows_per_file(10, ImageConfig(size=60_000, enlarge=True)) == 1
 
 
 def test_many_buckets_give_the_plan_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
