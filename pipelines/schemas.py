@@ -59,7 +59,7 @@ IMAGE_ROW = pa.schema(
         ("run", pa.int32()),
     ]
 )
-"""Output of ingest. `image`, sizes and hashes are null unless `status` is ok (or filtered:…).
+"""Output of ingest. `image`, sizes and hashes are null unless `status` is ok, duplicate or filtered:….
 
 `run` is the number of the run that fetched the row.
 """

@@ -24,6 +24,7 @@ from pipelines.runtime import map_chunks
 from pipelines.schemas import DOWNLOAD, OK, host_of
 from pipelines.storage import Table
 
+_THROUGHPUT = "throughput.jsonl"
 _EVERY = 30.0  # seconds
 _MOST_HOSTS = 10_000  # of the link-rot table; the others are added up as one
 OTHERS = "(others)"
@@ -33,11 +34,9 @@ class Throughput:
     """Notes how many rows a run has done, from time to time; a continued run adds to its notes."""
 
     def __init__(self, run: Run) -> None:
-        self.file = run.folder / "throughput.jsonl"
-        self.lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.before = (
-            json.loads(self.lines[-1]) if self.lines else {"seconds": 0, "rows": 0, "ok": 0}
-        )
+        self.file = run.folder / _THROUGHPUT
+        self.lines = self.file.read_text().splitlines() if is_file(self.file) else []
+        self.before = last_throughput(run)
         self.start = time.monotonic()
         self.noted = self.start
         self.done: Mapping[str, int] = {}
@@ -58,6 +57,16 @@ class Throughput:
         }
         self.lines.append(json.dumps(line))
         write_atomically(self.file, "\n".join(self.lines) + "\n")
+
+
+def last_throughput(run: Run) -> dict[str, Any]:
+    """`seconds` that a run has worked (not those between a kill and its continuation), and what it
+    has done in them: `rows`, `ok`."""
+    file = run.folder / _THROUGHPUT
+    if not is_file(file):
+        return {"seconds": 0, "rows": 0, "ok": 0}
+    last: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])
+    return last
 
 
 def write_link_rot(table: Table, run: Run) -> None:

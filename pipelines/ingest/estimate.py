@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from pipelines.config import is_url
+from pipelines.ingest.account import last_throughput
 from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.plan import Plan
 from pipelines.ingest.runs import runs_of
@@ -93,10 +94,9 @@ def _measured_size(table: Table) -> tuple[float | None, float | None]:
 def _measured_rate(table: Table) -> float | None:
     """Rows per second of the last run that took a minute at least."""
     for run in reversed(runs_of(table) if table.exists else []):
-        told = run.describe()
-        seconds = told.get("finished", 0) - told["started"]
-        if seconds > 60 and told["fetched"]:
-            return float(told["fetched"] / seconds)
+        done = last_throughput(run)
+        if done["seconds"] > 60:
+            return float(done["rows"] / done["seconds"])
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.ingest.account import OTHERS, read_link_rot
+from pipelines.ingest.account import OTHERS, last_throughput, read_link_rot
 from pipelines.ingest.runs import Run, last_run, runs_of
 from pipelines.places import is_file, open_parquet, write_atomically
 from pipelines.report.ingest import IngestReport, RunLine, Sample, render
@@ -51,11 +51,12 @@ def write_report(table: Table, hides: Callable[[str], bool] = lambda host: False
 
 
 def _line(run: Run) -> RunLine:
-    told = run.describe()
+    told, done = run.describe(), last_throughput(run)
     return RunLine(
         number=run.number,
         began=datetime.fromtimestamp(told["started"]).strftime("%Y-%m-%d %H:%M"),
-        seconds=told.get("finished", math.nan) - told["started"],
+        seconds=done["seconds"],
+        done=done["rows"],
         fetched=told["fetched"],
         marked=told["marked"],
         dropped=told["dropped"],

@@ -80,17 +80,17 @@ def percent(part: float, whole: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `0.4 s`, `41 s`, `7 min 05 s` or `3 h 20 min`."""
+    """Seconds as `0.4 s`, `41 s`, `7 min 05 s` or `3 h 20 min`; no unit leaves its number."""
     if not math.isfinite(seconds):
         return MISSING
     whole = round(seconds)
     if whole < 60:
-        words = f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+        words = [f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"]
     elif whole < 3600:
-        words = f"{whole // 60} min {whole % 60:02d} s"
+        words = [f"{whole // 60} min", f"{whole % 60:02d} s"]
     else:
-        words = f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-    return words.replace(" ", "\u00a0")
+        words = [f"{whole // 3600:,} h", f"{whole % 3600 // 60:02d} min"]
+    return " ".join(word.replace(" ", "\u00a0") for word in words)
 
 
 # ---------------------------------------------------------------------------------------- tables

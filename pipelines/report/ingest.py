@@ -34,7 +34,8 @@ class RunLine:
 
     number: int
     began: str
-    seconds: float  # that it took; NaN where it is not known
+    seconds: float  # that it worked
+    done: int  # rows that it noted in that time; fewer than `fetched` where it was killed
     fetched: int
     marked: int
     dropped: Mapping[str, int]  # rows of the list that were never tried, by rule
@@ -74,11 +75,11 @@ def render(report: IngestReport) -> str:
 def _cards(report: IngestReport) -> list[Card]:
     total, good = sum(report.counts.values()), report.counts.get(OK, 0)
     last = report.runs[-1]
-    rate = f"{last.fetched / last.seconds:,.0f}\u00a0/\u00a0s" if last.seconds > 0 else MISSING
+    rate = f"{last.done / last.seconds:,.0f}\u00a0/\u00a0s" if last.seconds > 0 else MISSING
     return [
         Card("Images", count(good), f"{percent(good, total)} of {count(total)} rows", "rows"),
         Card(f"Run {last.number}", count(last.fetched), "rows fetched", "runs"),
-        Card("Speed", rate, f"rows, over {duration(last.seconds)} with start-up", "runs"),
+        Card("Speed", rate, f"rows, over {duration(last.seconds)} of work", "runs"),
     ]
 
 
@@ -99,7 +100,7 @@ def _runs(report: IngestReport) -> Html:
         )
         for run in report.runs
     ]
-    headings = ["run", "began", "took", "fetched", "marked", "never tried"]
+    headings = ["run", "began", "worked", "fetched", "marked", "never tried"]
     lead = (
         "A run fetches what is new or tried again, marks rows that its filters rule out, and "
         "never tries rows that the metadata rule out."

@@ -100,6 +100,17 @@ def test_a_table_of_one_part_has_its_samples(tmp_path: Path) -> None:
     assert "not readable" in words_of(table)
 
 
+def test_the_speed_is_that_of_the_time_that_was_worked(table: Table) -> None:
+    """Not of the days between a kill and its continuation."""
+    noted = table.folder / "_runs/0001/throughput.jsonl"
+    noted.write_text(
+        '{"seconds": 30.0, "rows": 90, "ok": 5}\n{"seconds": 60.0, "rows": 180, "ok": 9}\n'
+    )
+    write_report(table)
+    assert "3 / s" in words_of(table).replace("\u00a0", " ")
+    assert "over 1 min 00 s of work" in words_of(table).replace("\u00a0", " ")
+
+
 def test_a_run_that_is_not_finished_leaves_no_page(table: Table) -> None:
     write_report(table)
     next_run(table).begin({}, [0], fetched=1, marked=0, dropped={})
