@@ -156,8 +156,11 @@ def test_a_killed_job_is_continued(tmp_path: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(REPO)}
         job = subprocess.Popen(command, cwd=REPO, env=environment, start_new_session=True)
         commits = tmp_path / "out/_commits"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # a start takes long where other jobs run beside it
         while not list(commits.glob("*.json")) and time.monotonic() < deadline:
+            assert job.poll() is None, (
+                f"the job ended with {job.returncode} before its first commit"
+            )
             time.sleep(0.02)
         os.killpg(job.pid, signal.SIGKILL)  # the driver, and the Ray that it started
         job.wait()
