@@ -14,6 +14,10 @@ from collections.abc import Iterator
 # Public by their number, yet answered inside a cloud: Azure's host agent.
 _CLOUD_ADDRESSES = frozenset([ipaddress.ip_address("168.63.129.16")])
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Not everywhere in the tables of Python's own: protocol assignments (a cloud's metadata service is
+# among them) and relays of 6to4.
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that has been given out
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -39,6 +43,8 @@ def _is_public(address: Address) -> bool:
         and not address.is_multicast
         and not address.is_reserved
         and address not in _CLOUD_ADDRESSES
+        and not any(address in network for network in _SPECIAL)
+        and (address.version == 4 or address in _UNICAST)
     )
 
 

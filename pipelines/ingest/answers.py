@@ -41,6 +41,7 @@ TRANSIENT = frozenset(["timeout", "refused", "http_429", "http_5xx"])
 
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
+_MAX_MEMBERS = 16  # each of them costs a copy of what follows it
 _BLOCKED = "blocked address"
 
 
@@ -63,10 +64,8 @@ def parse_url(url: str) -> URL:
     """
     if len(url) > _MAX_URL:
         raise DownloadError("bad_url", f"longer than {_MAX_URL} characters")
-    # What is quoted already is sent to the letter: a signature may cover its spelling.
-    quoted = url.isascii() and all("!" <= c <= "~" and c not in '"<>\\^`{|}' for c in url)
     try:
-        parsed = URL(url, encoded=quoted)
+        parsed = _to_the_letter(url)
         host, _ = parsed.raw_host or "", parsed.port
         odd = odd_spelling(host)
     except (ValueError, UnicodeError) as error:
@@ -78,6 +77,21 @@ def parse_url(url: str) -> URL:
     if odd:
         raise DownloadError("blocked_address", f"{_BLOCKED} {host}: odd spelling")
     return parsed
+
+
+def redirected(target: URL, location: str) -> URL:
+    """Where a redirect of `target` leads; DownloadError as `parse_url` raises it."""
+    try:
+        joined = str(target.join(_to_the_letter(location)))
+    except (ValueError, UnicodeError) as error:
+        raise DownloadError("bad_url", f"Location: {error}") from None
+    return parse_url(joined)
+
+
+def _to_the_letter(url: str) -> URL:
+    """What is quoted already is sent as it is: a signature may cover its spelling."""
+    quoted = url.isascii() and all("!" <= c <= "~" and c not in '"<>\\^`{|}' for c in url)
+    return URL(url, encoded=quoted)
 
 
 def http_class(code: int) -> FailureClass:
@@ -116,6 +130,8 @@ def classify(error: Exception) -> DownloadError:
                 error.os_error.errno == socket.EAI_AGAIN
             )
             return DownloadError("dns", message, transient=temporary)
+        case aiohttp.ClientConnectorError() if isinstance(error.os_error, socket.gaierror):
+            return DownloadError("dns", message)  # such as an IPv6 address with an unknown zone
         case aiohttp.ClientSSLError() | ssl.SSLError():
             return DownloadError("tls", message)
         case aiohttp.InvalidURL() | UnicodeError():
@@ -144,12 +160,28 @@ def check_image(head: bytes | bytearray, content_type: str) -> None:
         raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")
 
 
+def is_packed(encoding: str) -> bool:
+    """Whether a Content-Encoding, which we ask nobody for, is one that `decompress` undoes."""
+    return encoding.strip().lower() in ("gzip", "x-gzip", "deflate")
+
+
 def decompress(body: bytes | bytearray, cap: int) -> bytes:
-    """Undo Content-Encoding gzip or deflate; never makes more than `cap` + 1 bytes."""
+    """Undo Content-Encoding gzip (of any number of members) or deflate, with zlib's header or
+    without; never makes more than `cap` + 1 bytes.
+    """
+    # A bare deflate stream has 8 there only in padding that is not zero.
+    wrapped = body[:2] == b"\x1f\x8b" or (len(body) > 0 and body[0] & 15 == 8)
+    wbits = zlib.MAX_WBITS | 32 if wrapped else -zlib.MAX_WBITS
+    data, rest = bytearray(), bytes(body)
     try:
-        data = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, cap + 1)
+        for _ in range(_MAX_MEMBERS):
+            unpacker = zlib.decompressobj(wbits=wbits)
+            data += unpacker.decompress(rest, cap + 1 - len(data))
+            if len(data) > cap:
+                raise DownloadError("too_large", f"more than {cap} bytes when decompressed")
+            rest = unpacker.unused_data
+            if not rest.startswith(b"\x1f\x8b"):
+                return bytes(data)
     except zlib.error as error:
         raise DownloadError("other", f"cannot decompress: {error}") from None
-    if len(data) > cap:
-        raise DownloadError("too_large", f"more than {cap} bytes when decompressed")
-    return data
+    raise DownloadError("other", f"cannot decompress: more than {_MAX_MEMBERS} gzip members")

@@ -12,7 +12,6 @@ import asyncio
 import random
 import resource
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,20 +30,20 @@ from pipelines.ingest.answers import (
     clean,
     decompress,
     http_class,
+    is_packed,
     parse_url,
+    redirected,
     retry_after,
 )
 from pipelines.ingest.formats import SNIFF_BYTES
-from pipelines.ingest.optout import AGENT, opted_out
+from pipelines.ingest.optout import AGENT, agent_of, opted_out
+from pipelines.ingest.pacing import ALLOWANCE, Room, Share, Window
 from pipelines.schemas import DOWNLOAD, OK, status
 from vlv_model.config import Config
 
 T = TypeVar("T")
 
 _DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
-MAX_WAITING = 128 << 20
-"""Bytes of bodies that may be under way or wait to be used before no further URL is asked for."""
-ALLOWANCE = 128 << 10  # what a body that is under way counts for, in bytes
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -125,50 +124,6 @@ class Fetched:
     error: str | None = None
 
 
-class Window:
-    """Slots of requests in flight, as many as the line carries: at most `most` of them.
-
-    One more for each body that came while all were taken; half as many when bodies stall, for then
-    there are more than the line has room for, and what is read in part is lost for all of them.
-    """
-
-    first, least, patience = 64, 8, 5.0  # slots to begin with and at least; seconds to recover
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.size = min(most, self.first)
-        self._free = asyncio.Semaphore(self.size)
-        self._surplus = 0  # slots that are taken and will not be given back
-        self._shrunk = -self.patience
-
-    async def __aenter__(self) -> None:
-        await self._free.acquire()
-
-    async def __aexit__(self, *_: object) -> None:
-        self._give_back()
-
-    def grow(self) -> None:
-        """A body came."""
-        if self.size < self.most and self._free.locked():
-            self.size += 1
-            self._give_back()
-
-    def shrink(self) -> None:
-        """A body stalled; of those that stall together the first counts."""
-        now = time.monotonic()
-        if now - self._shrunk >= self.patience:
-            self._shrunk = now
-            half = max(self.size // 2, min(self.size, self.least))
-            self._surplus += self.size - half
-            self.size = half
-
-    def _give_back(self) -> None:
-        if self._surplus:
-            self._surplus -= 1
-        else:
-            self._free.release()
-
-
 class Downloader:
     """Fetches URLs for any number of threads at a time, within the limits of one configuration."""
 
@@ -184,9 +139,8 @@ class Downloader:
         resolvers = max(_DNS_THREADS, self.slots.most // 4)
         self.loop.set_default_executor(ThreadPoolExecutor(resolvers))
         _allow_open_files(2 * self.slots.most)
-        self.waiting = 0  # bytes that are under way, or were fetched and are not used yet
-        self.room = asyncio.Event()
-        self.room.set()
+        self.room = Room()
+        self.agents = (AGENT, agent_of(config.user_agent))
         self.session = self._run(self._open_session())
 
     def each(self, urls: Sequence[str], use: Callable[[Fetched], Awaitable[T]]) -> list[T]:
@@ -197,7 +151,7 @@ class Downloader:
             try:
                 return await use(fetched)
             finally:
-                self._wait(-len(fetched.data or b""))
+                self.room.count(-len(fetched.data or b""))
 
         async def gather() -> list[T]:
             return await asyncio.gather(*(one(url) for url in urls))
@@ -227,6 +181,7 @@ class Downloader:
                 sock_read=self.config.read_timeout,
             ),
             auto_decompress=False,  # `decompress` bounds it
+            read_bufsize=ALLOWANCE // 2,  # a connection stops reading at twice that
             headers={
                 "User-Agent": self.config.user_agent
                 + (f" (+{self.config.contact})" if self.config.contact else ""),
@@ -244,18 +199,15 @@ class Downloader:
             try:
                 target = parse_url(url)
                 async with self._host_slots(target.host or ""), self.slots:
-                    while self.waiting >= MAX_WAITING:  # all are woken, and the first takes it
-                        await self.room.wait()
-                    self._wait(ALLOWANCE)
-                    try:
-                        async with asyncio.timeout(self.config.total_timeout):
-                            body = await self._attempt(target)
-                    finally:
-                        self._wait(-ALLOWANCE)
-                    if self.room.is_set():  # else it is not the line that they wait for
+                    async with Share(self.room, self.config.total_timeout) as share:
+                        body = await self._attempt(target, share)
+                    if self.room.is_free.is_set():  # else it is not the line that they wait for
                         self.slots.grow()
-                    self._wait(len(body))
+                    self.room.count(len(body))
                     return Fetched(body, OK)
+            except TimeoutError as error:
+                limit = f"not done in {self.config.total_timeout:g} seconds"
+                failure = DownloadError("timeout", str(error) or limit)
             except Exception as error:  # the web's inventions have no end
                 failure = classify(error)
             delay = self._delay(failure, attempt)
@@ -264,12 +216,8 @@ class Downloader:
             await asyncio.sleep(delay)
             attempt += 1
 
-    def _wait(self, size: int) -> None:
-        """Count bodies that are under way or not used yet; `room` says whether there is any."""
-        self.waiting += size
-        (self.room.set if self.waiting < MAX_WAITING else self.room.clear)()
-
     def _host_slots(self, host: str) -> asyncio.Semaphore:
+        host = host.rstrip(".")
         return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))
 
     def _delay(self, failure: DownloadError, attempt: int) -> float | None:
@@ -281,7 +229,7 @@ class Downloader:
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
 
-    async def _attempt(self, target: URL) -> bytes:
+    async def _attempt(self, target: URL, share: Share) -> bytes:
         for _ in range(self.config.max_redirects + 1):
             async with self.session.get(target, allow_redirects=False) as response:
                 if response.status not in (200, *_REDIRECTS):
@@ -291,26 +239,25 @@ class Downloader:
                         retry_after=retry_after(response.headers.get("Retry-After")),
                     )
                 tags = response.headers.getall("X-Robots-Tag", ())
-                if self.config.respect_optout and (directive := opted_out(tags)):
+                if self.config.respect_optout and (directive := opted_out(tags, self.agents)):
                     raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
                 if response.status == 200:
                     try:
-                        return await self._body(response)
+                        return await self._body(response, share)
                     except (TimeoutError, asyncio.CancelledError):
                         self.slots.shrink()
                         raise
                 location = response.headers.get("Location")
                 if not location:
                     raise DownloadError("other", f"HTTP {response.status} without Location")
-                target = parse_url(str(target.join(URL(location))))
+                target = redirected(target, location)
         raise DownloadError("other", f"more than {self.config.max_redirects} redirects")
 
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, share: Share) -> bytes:
         cap = self.config.max_bytes
         if (response.content_length or 0) > cap:
             raise DownloadError("too_large", f"{response.content_length} bytes announced")
-        encoding = response.headers.get("Content-Encoding", "").strip().lower()
-        packed = encoding in ("gzip", "x-gzip", "deflate")
+        packed = is_packed(response.headers.get("Content-Encoding", ""))
         body = bytearray()
         looked = False
         async for piece in response.content.iter_any():
@@ -320,6 +267,7 @@ class Downloader:
             if not packed and not looked and len(body) >= SNIFF_BYTES:
                 check_image(body, response.content_type)  # before the rest is read
                 looked = True
+            await share.grown(len(body))
         data = decompress(body, cap) if packed else bytes(body)
         if not looked:
             check_image(data, response.content_type)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import ipaddress
+import socket
 import time
 import zlib
+from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +25,11 @@ from pipelines.ingest.answers import (
     decompress,
     http_class,
     parse_url,
+    redirected,
     retry_after,
 )
 from pipelines.ingest.formats import image_format
-from pipelines.ingest.optout import AGENT, OPT_OUT, opted_out
+from pipelines.ingest.optout import AGENT, OPT_OUT, agent_of, opted_out
 
 # ------------------------------------------------------------------------------------- addresses
 
@@ -55,6 +60,11 @@ from pipelines.ingest.optout import AGENT, OPT_OUT, opted_out
         "64:ff9b::10.0.0.1",  # NAT64 of 10.0.0.1
         "2001:0:7f00:1::",  # Teredo
         "2001:db8::1",
+        "192.0.0.192",  # another cloud's metadata service
+        "192.88.99.1",
+        "fec0::1",
+        "3fff::1",
+        "64:ff9b:1::7f00:1",
     ],
 )
 def test_private_addresses_are_not_public(address: str) -> None:
@@ -108,6 +118,14 @@ def test_plain_hosts_are_no_odd_spellings(host: str) -> None:
         (["none"], "none"),
         (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "noai"),
         (["max-snippet: -1, noindex"], "noindex"),
+        (["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai"], "noai"),
+        (["noindex; nofollow"], "noindex"),
+        (["nofollow noai"], "noai"),
+        (['"noai"'], "noai"),
+        (["googlebot: index", "noai"], "noai"),
+        (["max-image-preview: none"], None),
+        (["unavailable_after: 25 Jun 2010 15:00:00 PST"], None),
+        (["googlebot: nofollow; noai"], None),
         ([], None),
         (["index, follow"], None),
         (["googlebot: noindex, noai"], None),
@@ -117,6 +135,15 @@ def test_plain_hosts_are_no_odd_spellings(host: str) -> None:
 )
 def test_opt_out_headers(headers: list[str], directive: str | None) -> None:
     assert opted_out(headers) == directive
+
+
+def test_a_user_agent_of_your_own_is_addressed_by_its_name() -> None:
+    mine = agent_of("My-Crawler/2.1 (+https://example.org)")
+    assert mine == "my-crawler"
+    assert agent_of(" ") == ""
+    for name in (AGENT, "MY-Crawler"):
+        assert opted_out([f"{name}: noai"], (AGENT, mine)) == "noai"
+    assert opted_out(["my: noai"], (AGENT, mine)) is None
 
 
 @settings(deadline=None)
@@ -165,6 +192,32 @@ def test_quoted_urls_are_sent_to_the_letter() -> None:
     assert str(parse_url("http://a.org/ü x.jpg")) == "http://a.org/%C3%BC%20x.jpg"
 
 
+def test_redirects_are_followed_to_the_letter_or_refused() -> None:
+    page = parse_url("http://a.org/b/c?d")
+    signed = "https://cdn.org/x%7E%2Fy?sig=a%2Bb%3D&e=1+2"
+    leads = {signed: signed, "x%7E": "http://a.org/b/x%7E", "//c.org/ü": "http://c.org/%C3%BC"}
+    leads |= {"?e": "http://a.org/b/c?e", "http:/x": "http://a.org/x", "../../..": "http://a.org/"}
+    assert {location: str(redirected(page, location)) for location in leads} == leads
+    bad = ["http://a:99999/", "http://[::1/", "http://a:b/", "file:///etc/passwd", "http://a\\@b/"]
+    for location in bad:
+        with pytest.raises(DownloadError) as refused:
+            redirected(page, location)
+        assert refused.value.kind == "bad_url"
+    with pytest.raises(DownloadError, match="odd spelling"):
+        redirected(page, "//2130706433/")
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40))
+def test_any_location_is_a_url_or_a_classified_failure(text: str) -> None:
+    for location in (text, f"//{text}", f"http://{text}"):
+        try:
+            kind = redirected(parse_url("http://a.org/b"), location).scheme
+        except DownloadError as refused:
+            kind = refused.kind
+        assert kind in ("http", "https", "bad_url", "blocked_address")
+
+
 def test_status_classes() -> None:
     codes = {404: "http_404", 410: "http_410", 429: "http_429", 403: "http_4xx", 503: "http_5xx"}
     assert {code: http_class(code) for code in codes} == codes
@@ -174,6 +227,15 @@ def test_status_classes() -> None:
 def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after("7") == 7
     assert retry_after(None) == retry_after("soon") == retry_after("-3") == 0
+    for odd in (
+        "",
+        "9" * 400,
+        "inf",
+        "1.5",
+        "Wed, 99 Foo 99999 99:99:99 +9999",
+        "21 Oct 1 0:0 -0000",
+    ):
+        assert retry_after(odd) in (0, float("inf"))
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
     assert 55 < retry_after(in_a_minute) <= 60
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
@@ -188,6 +250,10 @@ def test_messages_are_clean_and_short(text: str) -> None:
 
 
 def test_unknown_errors_keep_their_name() -> None:
+    unknown_zone = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    connection = SimpleNamespace(host="::1%25lo", port=80, ssl=False, is_ssl=False)
+    zone = aiohttp.ClientConnectorError(connection, unknown_zone)  # type: ignore[arg-type]
+    assert classify(zone).kind == "dns"
     failure = classify(KeyError("x"))
     assert (failure.kind, failure.transient) == ("other", False)
     assert "KeyError" in str(failure)
@@ -196,7 +262,7 @@ def test_unknown_errors_keep_their_name() -> None:
 # ---------------------------------------------------------------------------------------- bodies
 
 
-@pytest.mark.parametrize("wbits", [31, 15])  # gzip, deflate
+@pytest.mark.parametrize("wbits", [31, 15, -15])  # gzip, deflate, deflate without a header
 def test_bodies_are_decompressed_within_the_cap(wbits: int) -> None:
     packer = zlib.compressobj(wbits=wbits)
     body = packer.compress(b"x" * 1000) + packer.flush()
@@ -206,9 +272,29 @@ def test_bodies_are_decompressed_within_the_cap(wbits: int) -> None:
     assert refused.value.kind == "too_large"
 
 
+def test_all_members_of_a_gzip_count() -> None:
+    body = gzip.compress(b"x" * 600) + gzip.compress(b"y" * 400)
+    assert decompress(body, 1000) == b"x" * 600 + b"y" * 400
+    with pytest.raises(DownloadError, match="more than 999 bytes"):
+        decompress(body, 999)
+    with pytest.raises(DownloadError, match="members"):  # their number is a way to keep us busy
+        decompress(gzip.compress(b"") * 1000, 1000)
+
+
 def test_damaged_compression_is_a_failure() -> None:
-    with pytest.raises(DownloadError, match="cannot decompress"):
-        decompress(b"not compressed", 1000)
+    for body in (b"not compressed", gzip.compress(b"x" * 99)[:-12] + bytes(12)):
+        with pytest.raises(DownloadError, match="cannot decompress"):
+            decompress(body, 1000)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\x1f\x8b\x08", b"\x78\x9c", b"\x0b"]))
+def test_any_body_is_decompressed_or_refused(body: bytes, start: bytes) -> None:
+    try:
+        found = f"{len(decompress(start + body, 500)) <= 500}"
+    except DownloadError as refused:
+        found = refused.kind
+    assert found in ("True", "other", "too_large")
 
 
 def test_bodies_that_are_no_images() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import threading
 import time
 from collections import Counter
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest import download
+from pipelines.ingest import pacing
 from pipelines.ingest.answers import FAILURE_CLASSES
-from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, Window, share_of
+from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, share_of
+from pipelines.ingest.pacing import Share, Window
 from pipelines.tiny_world.server import Web, serve
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
@@ -53,8 +55,11 @@ class Site:
                     with site.lock:
                         site.in_flight -= 1
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128  # with the default of 5 some connect a second later
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -153,6 +158,28 @@ def test_loopback_is_blocked_in_every_spelling(web: Web, open_downloader: Any) -
     found = statuses(open_downloader(allow_private=False), *urls, "http://169.254.169.254/meta")
     assert found == ["download:blocked_address"] * len(found)
     assert not web.requests
+
+
+def test_neither_a_name_nor_a_proxy_leads_to_a_private_place(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the address that is connected to; no proxy is asked in our place."""
+    answers = {"mixed.test": ["127.0.0.1", "::1"], "later.test": ["127.0.0.1"]}
+
+    def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        looked_up[host] += 1
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in answers[host]]
+
+    looked_up: Counter[str] = Counter()
+    site.answers = {"/": reply()}
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, site.url(""))
+    downloader = open_downloader(allow_private=False)
+    urls = [f"http://{host}:{site.port}/" for host in answers]
+    assert statuses(downloader, *urls) == ["download:blocked_address"] * 2
+    assert set(looked_up) == set(answers)
+    assert not site.requests
 
 
 def test_redirects_are_checked_hop_by_hop(
@@ -290,8 +317,8 @@ def test_the_total_time_out_ends_a_trickle(site: Site, open_downloader: Any) -> 
 
     site.answers = {"/trickle": trickle}
     started = time.monotonic()
-    found = statuses(open_downloader(retries=0, total_timeout=0.5), site.url("/trickle"))
-    assert found == ["download:timeout"]
+    found = fetch_all(open_downloader(retries=0, total_timeout=0.5), site.url("/trickle"))
+    assert found == [Fetched(None, "download:timeout", "not done in 0.5 seconds")]
     assert time.monotonic() - started < 2
 
 
@@ -336,26 +363,54 @@ def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
 def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "MAX_WAITING", 10 * len(JPEG))
-    monkeypatch.setattr(download, "ALLOWANCE", len(JPEG))
+    monkeypatch.setattr(pacing, "MAX_WAITING", 10 * len(JPEG))
+    monkeypatch.setattr(pacing, "ALLOWANCE", len(JPEG))
     site.answers = {"/": reply(body=JPEG)}
     downloader = open_downloader(concurrency=100, concurrency_per_host=100)
     most, size = 0, downloader.slots.size
 
     async def slowly(fetched: Fetched) -> str:
         nonlocal most
-        most = max(most, downloader.waiting)
+        most = max(most, downloader.room.taken)
         await asyncio.sleep(0.5)
         return fetched.status
 
     assert set(downloader.each([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
     assert 5 * len(JPEG) < most <= 10 * len(JPEG)
     assert downloader.slots.size == size  # more in flight would not help: nobody takes the bodies
-    assert downloader.waiting == 0
+    assert downloader.room.taken == 0
     # What fails while it is used is used, too.
     with pytest.raises(ZeroDivisionError):
         downloader.each([site.url("/")], _fail)
-    assert downloader.waiting == 0
+    assert downloader.room.taken == 0
+
+
+def test_large_bodies_take_turns_in_memory(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve of four megabytes at once, one after the other: a small one passes, none times out."""
+    monkeypatch.setattr(pacing, "LARGE", 10_000)
+    monkeypatch.setattr(pacing, "MAX_LARGE", 1 << 20)
+    site.answers = {"/large": reply(body=JPEG + bytes(4 << 20)), "/small": reply()}
+    downloader = open_downloader(
+        concurrency_per_host=64, total_timeout=1.2, read_timeout=5, retries=0
+    )
+    most, grown = 0, Share.grown
+
+    async def watched(share: Share, size: int) -> None:
+        nonlocal most
+        await grown(share, size)
+        most = max(most, sum(downloader.room.large.values()))
+        if size > 4 << 20:
+            await asyncio.sleep(0.15)  # twelve in turn take longer than one may
+
+    monkeypatch.setattr(Share, "grown", watched)
+    urls = [site.url(f"/large?{i}") for i in range(12)]
+    found = fetch_all(downloader, *urls, site.url("/small"))
+    assert {(fetched.status, fetched.error) for fetched in found} == {("ok", None)}
+    assert 4 << 20 < most < 16 << 20  # one, and what the connections of the others have at hand
+    assert not downloader.room.large
+    assert downloader.room.taken == 0
 
 
 async def _fail(fetched: Fetched) -> float:

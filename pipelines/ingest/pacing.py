@@ -1,0 +1,113 @@
+"""How much is asked of the line, and how much of what comes is held in memory.
+
+A hostile web could send a thousand large bodies at the same time, none of them slowly enough for
+a time-out. So large ones share a bound, in which the oldest always comes to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+MAX_WAITING = 128 << 20
+"""Bytes of bodies that may be under way or wait to be used before no further URL is asked for."""
+ALLOWANCE = 128 << 10
+"""What a body that is under way counts for there, in bytes: its connection has such a buffer."""
+LARGE = 1 << 20
+"""Bytes up to which a body is read at once, whatever the others do."""
+MAX_LARGE = 256 << 20
+"""Bytes of larger bodies that are under way at which all of them but the oldest wait."""
+_LOOK = 0.05  # seconds between two looks of a body that waits
+
+
+class Window:
+    """Slots of requests in flight, as many as the line carries: at most `most` of them.
+
+    One more for each body that came while all were taken; half as many when bodies stall, for then
+    there are more than the line has room for, and what is read in part is lost for all of them.
+    """
+
+    first, least, patience = 64, 8, 5.0  # slots to begin with and at least; seconds to recover
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.size = min(most, self.first)
+        self._free = asyncio.Semaphore(self.size)
+        self._surplus = 0  # slots that are taken and will not be given back
+        self._shrunk = -self.patience
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._give_back()
+
+    def grow(self) -> None:
+        """A body came."""
+        if self.size < self.most and self._free.locked():
+            self.size += 1
+            self._give_back()
+
+    def shrink(self) -> None:
+        """A body stalled; of those that stall together the first counts."""
+        now = time.monotonic()
+        if now - self._shrunk >= self.patience:
+            self._shrunk = now
+            half = max(self.size // 2, min(self.size, self.least))
+            self._surplus += self.size - half
+            self.size = half
+
+    def _give_back(self) -> None:
+        if self._surplus:
+            self._surplus -= 1
+        else:
+            self._free.release()
+
+
+class Room:
+    """The bytes of bodies that are under way, or have come and are not used yet."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.is_free = asyncio.Event()
+        self.is_free.set()
+        self.large: dict[Share, int] = {}  # bytes of each that is under way, the oldest first
+
+    def count(self, size: int) -> None:
+        """Count `size` further bytes, or fewer."""
+        self.taken += size
+        (self.is_free.set if self.taken < MAX_WAITING else self.is_free.clear)()
+
+
+class Share:
+    """A body under way, and what it holds of the room; entered as soon as there is any."""
+
+    def __init__(self, room: Room, seconds: float) -> None:
+        self.room = room
+        self.limit = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> Share:
+        while self.room.taken >= MAX_WAITING:  # all are woken, and the first takes it
+            await self.room.is_free.wait()
+        await self.limit.__aenter__()
+        self.room.count(ALLOWANCE)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.room.count(-ALLOWANCE)
+        self.room.large.pop(self, None)
+        await self.limit.__aexit__(*error)
+
+    async def grown(self, size: int) -> None:
+        """The body has `size` bytes; returns when it may be read on, which is no time-out."""
+        if size <= LARGE:
+            return
+        large, left = self.room.large, self.limit.when()
+        large[self] = size
+        began = time.monotonic()
+        self.limit.reschedule(None)
+        while sum(large.values()) > MAX_LARGE and next(iter(large)) is not self:
+            await asyncio.sleep(_LOOK)
+        assert left is not None
+        self.limit.reschedule(left + time.monotonic() - began)
