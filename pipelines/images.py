@@ -156,15 +156,19 @@ class RowReader:
         return values
 
     def square(self, position: int, image_size: int) -> torch.Tensor:
-        """The row's image as uint8 `[3 image_size image_size]`; UndecodableImage if it is none."""
+        """The row's image, upright and in sRGB, as uint8 `[3 image_size image_size]`.
+
+        Raises UndecodableImage if it is none.
+        """
         from PIL import Image
 
+        from pipelines.ingest.colour import upright_srgb
         from vlv_model.preprocessing import square_image
 
         content = self.row(position)["image"]
         try:
             with Image.open(io.BytesIO(content or b"")) as image:
-                return square_image(image, image_size)
+                return square_image(upright_srgb(image), image_size)
         except Exception as error:
             # Ingest let only sound images through, so this table was damaged or made elsewhere.
             key = self.index.keys[position]

@@ -12,7 +12,8 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
     that cannot be read is ignored, as browsers do.
 6.  EXIF orientation is applied; unreadable EXIF counts as upright.
 7.  The file has to be whole: a truncated or damaged one is `decode:corrupt`, never half a picture.
-8.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
+8.  A PNG's gamma and chromaticities without a profile are ignored.
+9.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
     kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`.
 
 `sha256` is that of the bytes as downloaded: two URLs of one file agree in it, whatever the size
@@ -23,20 +24,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms
+from PIL import Image
 
+from pipelines.ingest.colour import SIDEWAYS, UPRIGHT, from_profile, orientation, to_srgb
 from pipelines.ingest.encode import (
     MAX_SIDE,
-    WHITE,
     ImageConfig,
+    bordered,
     encode,
     phash,
     resize,
@@ -49,19 +50,11 @@ FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "c
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `decode:` in a row's status."""
 
-_ORIENTATION_TAG = 0x0112
 _PNG_DEPTH = 24  # the byte of a PNG's header that has its bits per channel
-# What turns the stored picture upright, by EXIF orientation.
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda picture: np.rot90(picture, 2),
-    4: np.flipud,
-    5: lambda picture: picture.swapaxes(0, 1),
-    6: lambda picture: np.rot90(picture, -1),
-    7: lambda picture: np.rot90(picture, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
+# Markers of a JPEG; those with a length after them but for SOI, EOI and TEM.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_SCAN, _END, _BARE = 0xDA, 0xD9, (0xD8, 0xD9, 0x01)
+_MAX_SCANS = 100  # ten are usual, optimisers make some more
 # A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
 # near to one decoded whole as resampling filters are to one another (docs/log.md).
 _JPEG_MARGIN = 1.2
@@ -96,15 +89,18 @@ class Opened:
             raise DecodeError("unsupported", f"{kind} is not decoded")
         self.data = data
         self.kind = kind
+        if kind == "JPEG":
+            _check_scans(data)
+        # An icon's or a TIFF's inner images, too, are opened within that.
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # an error is raised beyond twice this
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes that are judged right below
                 self.image = Image.open(io.BytesIO(data), formats=_openers(kind))
                 _check_size(self.image, max_pixels)
-                if self.image.format == "PNG":  # whose EXIF may lie behind the pixels
+                if kind in ("PNG", "ICO"):  # EXIF may lie behind the pixels, and a size too
                     self.image.load()
-                # Pillow turns a TIFF itself, and says its upright size at once.
-                self.orientation = 1 if kind == "TIFF" else _orientation(self.image)
+                self.orientation = orientation(self.image)
         except DecodeError:
             raise
         except Image.DecompressionBombError as error:
@@ -112,7 +108,7 @@ class Opened:
         except Exception as error:  # decoders raise of every type
             raise DecodeError("corrupt", _words(error)) from None
         width, height = self.image.size
-        sideways = self.orientation in _SIDEWAYS
+        sideways = self.orientation in SIDEWAYS
         self.width, self.height = (height, width) if sideways else (width, height)
 
     def store(self, config: ImageConfig) -> Stored:
@@ -155,22 +151,22 @@ class Opened:
                     image.draft(image.mode, scaled(image.size, scale))
             image.load()
             pixels = np.asarray(image if plain else to_srgb(image))
-        picture = resized = resize(pixels, config)
+        turned = UPRIGHT[self.orientation](pixels) if self.orientation in UPRIGHT else pixels
+        picture = resized = resize(turned, (self.width, self.height), config)
         if plain and (profile := image.info.get("icc_profile")):
             # Of plain pixels the few that stay are given their colours.
-            numbers = Image.fromarray(resized)
-            converted = _from_profile(numbers, profile)
+            numbers = Image.fromarray(np.ascontiguousarray(resized))
+            converted = from_profile(numbers, profile)
             if converted is not None and converted is not numbers:
                 picture = np.asarray(converted)
-        if self.orientation in _UPRIGHT:
-            picture = np.ascontiguousarray(_UPRIGHT[self.orientation](picture))
+        picture = np.ascontiguousarray(bordered(picture, config))
         same = (
-            plain
+            self.kind == config.format.upper()
+            and plain
             and picture is pixels
             and pixels.shape[:2] == (self.height, self.width)
-            and getattr(image, "n_frames", 1) == 1
-            and self.kind == config.format.upper()
             and (self.kind != "PNG" or self.data[_PNG_DEPTH] == 8)
+            and getattr(image, "n_frames", 1) == 1  # some formats walk through all of them
         )
         untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
         return picture, untouched
@@ -204,6 +200,22 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise DecodeError("too_large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
 
 
+def _check_scans(data: bytes) -> None:
+    """A JPEG of a few kilobytes may go over all of its pixels thousands of times."""
+    if data.count(b"\xff\xda") <= _MAX_SCANS:  # which may be in what is no scan, too
+        return
+    place = scans = 0
+    while scans <= _MAX_SCANS and (found := _MARKER.search(data, place)):
+        kind, place = found[0][1], found.end()
+        scans += kind == _SCAN
+        if kind == _END:
+            return
+        if kind not in _BARE:
+            place += int.from_bytes(data[place : place + 2], "big")
+    if scans > _MAX_SCANS:
+        raise DecodeError("too_large", f"more than {_MAX_SCANS} scans")
+
+
 def _check_side(width: int, height: int, config: ImageConfig) -> None:
     if max(width, height) > MAX_SIDE[config.format]:
         raise DecodeError("too_large", f"{width}x{height} does not fit into {config.format}")
@@ -213,63 +225,5 @@ def _openers(kind: str) -> list[str]:
     return ["JPEG", "MPO"] if kind == "JPEG" else [kind]
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # EXIF is as wild as the web: unreadable counts as upright (rule 6)
-        return 1
-
-
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-# --------------------------------------------------------------------------------------- colour
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of the module's text.
-
-    Returns `image` itself where that is what it is.
-    """
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.has_transparency_data:
-        with_alpha = image.convert("RGBA")
-        image = Image.new("RGB", image.size, WHITE)
-        image.paste(with_alpha, mask=with_alpha.getchannel("A"))
-    elif image.mode in ("1", "P"):
-        image = image.convert("RGB")
-    if profile and (converted := _from_profile(image, profile)):
-        return converted
-    if image.mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        return ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")  # type: ignore[return-value]
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """[h w] of 16- or 32-bit integers or floats as uint8, by the range that they use."""
-    if values.dtype.itemsize == 2:
-        return (values.astype(np.uint16) >> 8).astype(np.uint8)
-    values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
-    greatest = float(values.max(initial=0))
-    full = next((limit for limit in (1, 255, 65_535) if greatest <= limit), greatest)
-    return (np.clip(values / full, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """The image in sRGB by its ICC profile; None where the profile is unreadable or unfit."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
-            return image
-        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-
-@cache
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

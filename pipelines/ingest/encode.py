@@ -19,7 +19,6 @@ cv2.setNumThreads(1)  # there is a process for each CPU
 
 ResizeMode = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border", "no"]
 
-WHITE = (255, 255, 255)
 _BLUR = 0.4
 _LEAST_BLUR = 0.15  # pixels; less is not seen
 MAX_SIDE = {"jpeg": 65_535, "webp": 16_383, "png": 2**31 - 1}
@@ -43,7 +42,8 @@ class ImageConfig(Config):
         "when_needed",
         description="when_needed: a file that is already what would be stored is kept byte for byte, "
         "its metadata (EXIF, XMP) with it; always: encoded anew, without metadata; never: all files "
-        "as they came, whatever their format, orientation and colours, with resize=no",
+        "as they came, whatever their format, orientation and colours, with resize=no (our jobs "
+        "read them upright and in sRGB all the same; other readers may not)",
     )
     max_pixels: int = Field(
         64_000_000, ge=1, description="largest image that is decoded, in pixels by its header"
@@ -62,31 +62,35 @@ class ImageConfig(Config):
         return self
 
 
-def resize(picture: np.ndarray, config: ImageConfig) -> np.ndarray:
+def resize(picture: np.ndarray, full: tuple[int, int], config: ImageConfig) -> np.ndarray:
     """A picture [h w 3] at its stored size, by `image.resize`; smaller ones grow only if asked.
 
-    Without `image.enlarge` a picture below the size is cropped (center_crop) or bordered (border)
-    to a square all the same, at its own scale. The result may be a view of `picture`, and is
-    `picture` itself where nothing has to change.
+    `full` is its own size (width, height), of which it may have been decoded at a fraction. The
+    border is another step. The result may be a view of `picture`, and is `picture` itself where
+    nothing has to change.
     """
-    height, width = picture.shape[:2]
     if config.resize == "no":
         return picture
-    scale = scale_of((width, height), config)
-    if config.resize == "center_crop" and width != height:  # before, not behind the resampling
+    scale = scale_of(full, config)
+    if config.resize == "center_crop" and full[0] != full[1]:  # before, not behind the resampling
+        height, width = picture.shape[:2]
         side = min(width, height)
         top, left = (height - side) // 2, (width - side) // 2
         picture = picture[top : top + side, left : left + side]
-        height = width = side
-    if scale < 1 or (scale > 1 and config.enlarge):
-        picture = _resampled(picture, scaled((width, height), scale))
-        height, width = picture.shape[:2]
-    if config.resize == "border" and (width, height) != (config.size, config.size):
-        square = np.full((config.size, config.size, 3), 255, np.uint8)
-        top, left = (config.size - height) // 2, (config.size - width) // 2
-        square[top : top + height, left : left + width] = picture
-        return square
-    return picture
+        full = min(full), min(full)
+    size = scaled(full, scale) if scale < 1 or config.enlarge else full
+    return picture if picture.shape[1::-1] == size else _resampled(picture, size)
+
+
+def bordered(picture: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """The picture [h w 3] in the middle of a white square, where `image.resize` is border."""
+    height, width = picture.shape[:2]
+    if config.resize != "border" or (width, height) == (config.size, config.size):
+        return picture
+    square = np.full((config.size, config.size, 3), 255, np.uint8)
+    top, left = (config.size - height) // 2, (config.size - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
 
 
 def _resampled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -96,6 +100,8 @@ def _resampled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     behind a Gauss that takes away what the new size cannot show; as near to Lanczos as areas are,
     in a third of the time (docs/log.md).
     """
+    if picture.strides[0] < 0 or picture.strides[1:] != (3, 1):  # a turned view
+        picture = np.ascontiguousarray(picture)
     height, width = picture.shape[:2]
     factor = max(width / size[0], height / size[1])
     if factor < 1:

@@ -20,6 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -122,6 +124,20 @@ def _socket_pair() -> tuple[int, int]:
     return ours.detach(), theirs.detach()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Native decoders write what they think of a file to the console; the row says it already."""
+    console = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+
+
 def _serve(pipe: Connection, image: ImageConfig, filters: FilterConfig) -> None:
     """The child: rows for files, until the worker is gone."""
     limit = _BASE_MEMORY + _BYTES_PER_PIXEL * image.max_pixels
@@ -132,7 +148,8 @@ def _serve(pipe: Connection, image: ImageConfig, filters: FilterConfig) -> None:
             data = pipe.recv_bytes()
         except EOFError:
             return
-        row = image_columns(data, image, filters)
+        with _quiet():
+            row = image_columns(data, image, filters)
         stored = (row.pop("image", None) or {}).get("bytes")
         pipe.send_bytes(json.dumps({**row, "stored": stored is not None}).encode())
         if stored is not None:

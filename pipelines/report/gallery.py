@@ -13,11 +13,13 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
+from pipelines.ingest.colour import orientation, upright_srgb
 from pipelines.report.html import Html, count, join, tag
 from pipelines.schemas import OK
 
 TINY = 160  # pixels; a picture up to this side is enlarged with its pixels kept square
 LARGEST = 480  # pixels; a longer side is more than a column shows and is made smaller
+HEAVIEST = 1 << 20  # bytes; of more, much is metadata
 BROWSERS = ("JPEG", "PNG", "GIF", "WEBP")  # formats that every browser shows as they are
 
 
@@ -100,23 +102,30 @@ def compare_words(caption: str, target: str | None) -> Html:
     return join(parts[:-1])
 
 
+def _moves(image: Image.Image) -> bool:
+    return getattr(image, "n_frames", 1) > 1
+
+
 def _picture(content: bytes | None, name: str, description: str) -> Html:
     shown = embedded(content, description) if content else tag("span", f"no {name}", class_="none")
     return tag("figure", shown, tag("figcaption", name))
 
 
 def embedded(content: bytes, description: str) -> Html:
-    """An encoded image as a data URI: untouched where a browser shows it, else as a smaller JPEG."""
+    """An encoded image as a data URI: untouched where it is small, upright, still and of a format
+    that browsers show, else its first frame as a smaller JPEG.
+    """
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         kind = image.format or ""
-        if kind not in BROWSERS or max(image.size) > LARGEST:
-            image = image.convert("RGB")
+        small = max(image.size) <= LARGEST and len(content) <= HEAVIEST
+        if kind not in BROWSERS or not small or orientation(image) != 1 or _moves(image):
+            image = upright_srgb(image)
             image.thumbnail((LARGEST, LARGEST))
             smaller = io.BytesIO()
             image.save(smaller, "JPEG", quality=90)
             kind, content = "JPEG", smaller.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # decoders raise of every type
         # The table's status says what is wrong with it; the page has to come out all the same.
         return tag("span", "not readable", class_="none")
     width, height = image.size

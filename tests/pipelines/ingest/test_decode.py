@@ -103,6 +103,8 @@ def test_deep_pixels_become_8_bit(values: np.ndarray, expected: list[int]) -> No
 
 
 def test_16_bit_transparency_and_1_bit() -> None:
+    deep = Image.fromarray(np.array([[5000, 6000]], np.uint16))
+    assert pixels(encoded(deep, transparency=5000))[0, :, 0].tolist() == [255, 6000 >> 8]
     assert pixels(encoded(Image.new("1", (3, 2), 1))).min() == 255
     assert pixels(encoded(Image.new("L", (3, 2), 77))).tolist() == [[[77] * 3] * 3] * 2
 
@@ -184,6 +186,35 @@ def test_resize_modes(mode: Any, expected: tuple[int, int], kind: str) -> None:
     if mode == "center_crop":  # the middle of 120 px: red from 42 to 212
         assert 35 < found[20, 0, 0] < 50
         assert 205 < found[20, -1, 0] < 220
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
+def test_turning_and_scaled_decoding_change_no_size(mode: Any, orientation: int) -> None:
+    """Sizes are rounded and crops are placed in the upright picture, whole."""
+    turn = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+    upright = photo(641, 480)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = upright if turn is None else upright.transpose(Image.Transpose(turn))
+    config = ImageConfig(size=67, resize=mode, format="png")
+    for kind, tolerance in (("PNG", 1), ("JPEG", 8)):
+        found = pixels(encoded(turned, kind, exif=exif), config).astype(int)
+        expected = pixels(encoded(upright), config).astype(int)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= tolerance
+
+
+def test_a_border_is_white_whatever_the_profile() -> None:
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    yellowish = srgb.replace("sRGB".encode("utf-16-be"), "RGBs".encode("utf-16-be"))  # its name
+    entry = yellowish.index(b"bXYZ")
+    blue = int.from_bytes(yellowish[entry + 4 : entry + 8], "big")
+    yellowish[blue + 16 : blue + 20] = (20_000).to_bytes(4, "big")  # less light of blue
+    data = encoded(Image.new("RGB", (40, 20), "white"), icc_profile=bytes(yellowish))
+    found = pixels(data, ImageConfig(size=40, resize="border", format="png"))
+    assert found[20, 20].min() < 250  # the profile counts
+    assert found[:9].min() == found[-9:].min() == 255
 
 
 @pytest.mark.parametrize(
@@ -347,6 +378,25 @@ def test_bombs_are_refused_by_their_header() -> None:
     assert failure(_png_header(9_000, 9_000)) == "too_large"
     assert failure(encoded(photo(120, 80)), max_pixels=9_599) == "too_large"
     assert store(encoded(photo(120, 80)), ImageConfig(max_pixels=9_600)).width == 80
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    progressive = encoded(photo(800, 600).convert("L"), "JPEG", progressive=True)[:-2]
+    empty_scan = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\x10\0"
+    assert store(progressive + empty_scan * 20 + b"\xff\xd9").width == 800
+    assert failure(progressive + empty_scan * 200 + b"\xff\xd9") == "too_large"
+    # What is no scan does not count: other data in a segment, and behind the end.
+    comment = b"\xff\xfe\x10\0" + b"\xff\xda" * 2047
+    assert store(progressive[:2] + comment + progressive[2:] + b"\xff\xd9" + comment).width == 800
+
+
+def test_the_images_in_an_icon_are_judged_by_their_own_size() -> None:
+    inner = encoded(Image.new("RGBA", (300, 300), "red"))
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+    icon = b"\0\0\1\0\1\0" + entry + inner
+    assert pixels(icon).shape == (300, 300, 3)
+    assert Opened(icon, 10**6).width == 300
+    assert failure(icon, max_pixels=80_000) == "too_large"
 
 
 def test_what_does_not_fit_the_format_is_too_large() -> None:

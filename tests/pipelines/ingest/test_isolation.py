@@ -72,6 +72,17 @@ def test_the_decoder_may_not_fill_the_memory(decoder: Decoder) -> None:
     assert int(line.split()[3]) == (1 << 30) + 32 * decoder.image.max_pixels
 
 
+def test_native_decoders_leave_the_console_alone(
+    decoder: Decoder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = io.BytesIO()
+    Image.new("L", (40, 40), 7).save(file, "TIFF", compression="tiff_lzw")
+    damaged = bytearray(file.getvalue())
+    damaged[11:20] = b"\xff" * 9  # of the pixels: libtiff would print that it does not know them
+    assert decoder(bytes(damaged))["status"] == "decode:corrupt"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_decoder_goes_with_the_process_that_it_served(decoder: Decoder) -> None:
     decoder(png())
     child = pid_of(decoder)

@@ -226,6 +226,22 @@ def test_large_and_foreign_pictures_become_small_jpegs(parse, kind, mode):
 # ---------------------------------------------------------------------------------------- style
 
 
+def test_animated_and_turned_pictures_become_still_and_upright(parse):
+    frames = [Image.new("RGB", (40, 20), colour) for colour in ("red", "green", "blue")]
+    moving, turned = io.BytesIO(), io.BytesIO()
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames[0].save(turned, "JPEG", exif=exif)
+    for content, size in ((moving, (40, 20)), (turned, (20, 40))):
+        item = GalleryItem(1, content.getvalue(), None, None, None, "ok")
+        source = parse(gallery([item])).all("img")[0].attributes["src"]
+        assert source.startswith("data:image/jpeg;base64,")
+        image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        assert (image.size, image.getexif().get(0x0112)) == (size, None)
+        assert image.getpixel((10, 10))[0] > 200
+
+
 def test_colours_can_be_read_in_light_and_in_dark():
     style = resources.files("pipelines.report").joinpath("report.css").read_text("utf-8")
     light, dark = (

@@ -125,6 +125,31 @@ def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
         reader.square(0, SIZE)
 
 
+def test_files_kept_as_they_came_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    """Of `image.reencode=never`: turned, transparent and deep ones, and animations."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    left_red = Image.new("RGB", (40, 40), "blue")
+    left_red.paste((255, 0, 0), (0, 0, 20, 40))
+    deep = Image.fromarray(np.full((40, 40), 0x8000, np.uint16))
+    moving = {"save_all": True, "append_images": [Image.new("RGB", (40, 40))]}
+    kept = [
+        (left_red, "PNG", {"exif": exif}, (0, 0, 255)),
+        (Image.new("RGBA", (40, 40)), "PNG", {}, (255, 255, 255)),
+        (deep, "PNG", {}, (128, 128, 128)),
+        (left_red, "GIF", moving, (255, 0, 0)),
+    ]
+    rows = []
+    for key, (image, kind, options, _) in enumerate(kept):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        rows.append({"key": key, "image": {"bytes": buffer.getvalue()}, "status": "ok"})
+    pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")
+    reader = RowReader(RowIndex.open([tmp_path / "p.parquet"], []))
+    for key, (*_, colour) in enumerate(kept):
+        assert tuple(reader.square(key, SIZE)[:, 0, 0].tolist()) == colour
+
+
 @settings(max_examples=50)
 @given(rows=st.integers(1, 50), batch=st.integers(1, 70), seed=st.integers(0, 2**40))
 def test_every_row_is_used_once_an_epoch(rows: int, batch: int, seed: int) -> None:

@@ -1,0 +1,95 @@
+"""Pictures as they are meant to be seen: upright, in 8-bit sRGB, by the rules of decode.py."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+WHITE = (255, 255, 255)
+_ORIENTATION_TAG = 0x0112
+# What turns a picture [h w 3] upright, by EXIF orientation; views, without a copy.
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda picture: np.rot90(picture, 2),
+    4: np.flipud,
+    5: lambda picture: picture.swapaxes(0, 1),
+    6: lambda picture: np.rot90(picture, -1),
+    7: lambda picture: np.rot90(picture, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+SIDEWAYS = (5, 6, 7, 8)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation of an image, of a PNG after it was loaded; 1 where it is unreadable."""
+    if image.format == "TIFF":  # which Pillow turns itself, and says its upright size at once
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # EXIF is as wild as the web (rule 6)
+        return 1
+
+
+def upright_srgb(image: Image.Image) -> Image.Image:
+    """A stored file's first frame as it is meant to be seen, whatever `image.reencode` kept."""
+    image.load()
+    picture, turned = to_srgb(image), orientation(image)
+    if turned not in UPRIGHT:
+        return picture
+    return Image.fromarray(np.ascontiguousarray(UPRIGHT[turned](np.asarray(picture))))
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of decode.py.
+
+    Returns `image` itself where that is what it is.
+    """
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        values, hidden = np.asarray(image), image.info.get("transparency")
+        grey = _to_8_bit(values)
+        if isinstance(hidden, int):  # the one grey that a PNG declares transparent
+            grey[values == hidden] = 255
+        image = Image.fromarray(grey)
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
+        image = Image.new("RGB", image.size, WHITE)
+        image.paste(with_alpha, mask=with_alpha.getchannel("A"))
+    elif image.mode in ("1", "P"):
+        image = image.convert("RGB")
+    if profile and (converted := from_profile(image, profile)):
+        return converted
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")  # type: ignore[return-value]
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """[h w] of 16- or 32-bit integers or floats as uint8, by the range that they use."""
+    if values.dtype.itemsize == 2:
+        return (values.astype(np.uint16) >> 8).astype(np.uint8)
+    values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+    greatest = float(values.max(initial=0))
+    full = next((limit for limit in (1, 255, 65_535) if greatest <= limit), greatest)
+    return (np.clip(values / full, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The image in sRGB by its ICC profile; None where the profile is unreadable or unfit."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
