@@ -169,7 +169,8 @@ def _columns_to_read(
     ruling = dict.fromkeys(
         name for rule in filters.rules() for name in RULE_COLUMNS[rule] if name in found
     )
-    least, greatest = {}, {}
+    least: dict[str, pa.ChunkedArray] = {}
+    greatest: dict[str, pa.ChunkedArray] = {}
     for ours in ruling:
         theirs = found[ours]
         kind, about = schema.field(theirs).type, known.get(theirs)

@@ -81,13 +81,10 @@ def read_list(
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
     buckets = Buckets(METADATA_ROW, input_bytes(files))
-    for file in files:
-        for batch in read_batches(file, columns, filters):
-            plan.read += batch.num_rows
-            rows = _planned(batch, filters, dropped, failing)
-            taken_down = blocked.mask(rows["key"], rows["url"])
-            dropped["taken_down"] += int(taken_down.sum())
-            buckets.add(rows.filter(pa.array(~taken_down)))
+    for rows in passing(files, filters, columns, plan, dropped, failing):
+        taken_down = blocked.mask(rows["key"], rows["url"])
+        dropped["taken_down"] += int(taken_down.sum())
+        buckets.add(rows.filter(pa.array(~taken_down)))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     plan.listed = plan.read - dropped.total()
@@ -103,6 +100,24 @@ def read_list(
         raise DataError(
             f"none of the {plan.read} rows of the list is left ({counts}): loosen filter.*"
         )
+
+
+def passing(
+    files: list[Path],
+    filters: FilterConfig,
+    columns: Mapping[str, str],
+    plan: Plan,
+    dropped: Counter[str],
+    failing: Counter[str],
+) -> Iterator[pa.Table]:
+    """The METADATA_ROW rows of `files` that have a URL and pass the filters, as they come.
+
+    The others are counted: `dropped` by the first rule that they fail, `failing` by each.
+    """
+    for file in files:
+        for batch in read_batches(file, columns, filters):
+            plan.read += batch.num_rows
+            yield _planned(batch, filters, dropped, failing)
 
 
 def first_plan(

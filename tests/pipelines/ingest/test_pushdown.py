@@ -20,9 +20,15 @@ from vlv_model.errors import DataError
 
 LIMITS: dict[str, Any] = {"min_aesthetic": 5, "max_pwatermark": 0.5, "min_short_side": 512}
 SCHEMA = pa.schema(
-    [("URL", pa.string()), ("TEXT", pa.string()), ("LANGUAGE", pa.string())]
-    + [("AESTHETIC_SCORE", pa.float64()), ("pwatermark", pa.float32())]
-    + [("WIDTH", pa.int32()), ("HEIGHT", pa.float64())]
+    [
+        ("URL", pa.string()),
+        ("TEXT", pa.string()),
+        ("LANGUAGE", pa.string()),
+        ("AESTHETIC_SCORE", pa.float64()),
+        ("pwatermark", pa.float32()),
+        ("WIDTH", pa.int32()),
+        ("HEIGHT", pa.float64()),
+    ]
 )
 
 
