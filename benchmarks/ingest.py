@@ -82,6 +82,7 @@ class Watch(threading.Thread):
         self.root = psutil.Process(process)
         self.cpu: dict[tuple[int, float], float] = {}
         self.peak = 0
+        self.root_peak = 0  # of the process alone
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -95,9 +96,12 @@ class Watch(threading.Thread):
                 try:
                     times = process.cpu_times()
                     self.cpu[process.pid, process.create_time()] = times.user + times.system
-                    memory += process.memory_info().rss
+                    resident = process.memory_info().rss
                 except psutil.Error:
                     continue
+                memory += resident
+                if process is self.root:
+                    self.root_peak = max(self.root_peak, resident)
             self.peak = max(self.peak, memory)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 _BUCKET_BYTES = 16 << 20  # of input behind one bucket
 _MAX_BUCKETS = 512  # each is an open file while rows are added
-_WAITING_ROWS = 500_000  # rows in memory before they are written to their buckets
+_WAITING_ROWS = 100_000  # rows in memory before they are written to their buckets
 _LEAST, _KEYS = -(2**63), 2**64
 
 

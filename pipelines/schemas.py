@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -107,14 +108,21 @@ def _plain_features(schema: pa.Schema) -> dict[str, dict[str, str]]:
     }
 
 
+# What most URLs are like: nothing of them is to be changed, which is seen in a tenth of the time.
+_NORMAL_URL = re.compile(r"https?://[a-z0-9.-]*[a-z0-9-]/[!-\"$->@-~]*(\?[!-\"$-~]+)?")
+
+
 def normalise_url(url: str) -> str:
     """The spelling under which a URL is known: scheme and host lower-case, no fragment, no
     default port, outer white space off. Path and query are kept to the letter; what cannot be
     read as a URL is kept as it is, so that it too becomes a row (`download:bad_url`).
+    Normalising what was normalised changes nothing.
     """
+    if _NORMAL_URL.fullmatch(url):
+        return url
     url = url.strip()
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url.partition("#")[0].rstrip())
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         return url
@@ -126,7 +134,8 @@ def normalise_url(url: str) -> str:
         place = f"{place}:{port}"
     if "@" in parts.netloc:
         place = f"{parts.netloc.rpartition('@')[0]}@{place}"
-    return urlunsplit((scheme, place, parts.path or "/", parts.query, ""))
+    # A question mark that nothing follows goes; white space may have stood before it.
+    return urlunsplit((scheme, place, parts.path or "/", parts.query, "")).rstrip()
 
 
 def host_of(url: str) -> str:
@@ -139,7 +148,12 @@ def host_of(url: str) -> str:
 
 def url_key(url: str) -> int:
     """`key` of an image: 64 bits of BLAKE2b over its normalised URL, as a signed integer."""
-    digest = hashlib.blake2b(normalise_url(url).encode("utf-8", "surrogatepass"), digest_size=8)
+    return key_of(normalise_url(url))
+
+
+def key_of(normalised: str) -> int:
+    """`url_key` of a URL that is normalised already."""
+    digest = hashlib.blake2b(normalised.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 

@@ -94,10 +94,13 @@ class Table:
             raise RunError(f"{self.folder / TABLE_FILE} is damaged: it lacks {min(missing)}")
         return about
 
-    def check_free(self, kind: str, identity: Mapping[str, Any]) -> bool:
+    def check_free(
+        self, kind: str, identity: Mapping[str, Any], columns: Collection[str] = ()
+    ) -> bool:
         """True when the table exists and is this run's; False when the folder is free.
 
-        Raises RunError when the folder holds something else, naming the settings that differ.
+        Raises RunError when the folder holds something else, naming the settings that differ, or
+        parts that lack some of `columns`, as those of an earlier version may.
         """
         if not self.exists:
             # A job that was killed while it planned leaves these, and no table yet.
@@ -110,8 +113,21 @@ class Table:
                 f"output folder {self.folder} holds another run ({described['kind']} table, "
                 f"not {kind}): choose another data.output"
             )
-        refuse_difference(self.folder, described["identity"], identity, "data.output")
+        there = described["identity"]
+        self._refuse_earlier("setting", [k for k, v in identity.items() if v is not None], there)
+        refuse_difference(self.folder, there, identity, "data.output")
+        if columns and (files := self._commit_files()):
+            self._refuse_earlier(
+                "column", columns, read_schema(self.part(int(files[0].stem))).names
+            )
         return True
+
+    def _refuse_earlier(self, what: str, now: Collection[str], there: Collection[str]) -> None:
+        if missing := [name for name in now if name not in there]:
+            raise RunError(
+                f"the table in {self.folder} was made by an earlier version, without the {what} "
+                f"{', '.join(missing)}: choose another data.output; other jobs can still read it"
+            )
 
     def create(self, kind: str, identity: Mapping[str, Any], chunks: int, **notes: Any) -> None:
         """Declare the table. Done last in planning, so a table that exists has its whole plan."""

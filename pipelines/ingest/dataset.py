@@ -146,7 +146,7 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     or images that are stored otherwise.
     """
     table = Table(config.data.output)
-    table.check_free(KIND, config.identity())
+    table.check_free(KIND, config.identity(), IMAGE_ROW.names)
     with exclusive(table.folder, "data.output"):
         run = _open_run(config, table)
         if config.download.allow_private:
@@ -169,7 +169,7 @@ def plan_only(config: IngestConfig) -> Plan:
     """What a run would do to the table, which stays as it is."""
     table, plan = Table(config.data.output), Plan()
     if is_folder(table.folder):
-        table.check_free(KIND, config.identity())
+        table.check_free(KIND, config.identity(), IMAGE_ROW.names)
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
         _plan_into(Path(folder), config, table, plan)
     return plan

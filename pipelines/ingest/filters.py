@@ -32,6 +32,9 @@ RULE_COLUMNS: dict[str, list[str]] = {
 }
 
 
+_BETTER_LOW = ("pwatermark", "punsafe")
+
+
 class FilterConfig(Config):
     """Rules of an ingest; a rule that is not set drops nothing."""
 
@@ -100,6 +103,18 @@ def metadata_failures(config: FilterConfig, rows: pa.Table) -> dict[str, pa.Arra
         verdict = _passes(config, rule, [rows[name] for name in RULE_COLUMNS[rule]])
         passes[rule] = pc.fill_null(verdict, rule in config.optional)
     return {rule: pc.invert(verdict) for rule, verdict in passes.items()}
+
+
+def none_passes(config: FilterConfig, least: pa.Table, greatest: pa.Table) -> bool:
+    """Whether some rule fails every row whose values lie between `least` and `greatest`.
+
+    Each of the two has one row and our names. False where it cannot be told: an optional rule
+    passes rows without a value, and the ratio of sides has no such bounds.
+    """
+    best = {name: (least if name in _BETTER_LOW else greatest)[name] for name in least.column_names}
+    failures = metadata_failures(config, pa.table(best))
+    uncertain = {"aspect_ratio", *config.optional}
+    return any(failed[0].as_py() for rule, failed in failures.items() if rule not in uncertain)
 
 
 def _passes(config: FilterConfig, rule: str, columns: list[pa.ChunkedArray]) -> pa.Array:

@@ -1,7 +1,8 @@
 """Reading lists of URLs as they are published: Parquet, CSV and JSONL, in many spellings.
 
 Files are read a batch at a time; their columns get our names and types (`schemas.METADATA_ROW`,
-and `width` and `height`, which only the filters use).
+and `width` and `height`, which only the filters use). Of Parquet only our columns are read, and of
+row groups whose statistics rule out every row only those that are needed to count by which rule.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipelines.ingest.filters import FilterConfig, check_columns
-from pipelines.ingest.readers import SUFFIXES, format_of, read_tables
+from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, check_columns, none_passes
+from pipelines.ingest.readers import SUFFIXES, format_of, read_parquet, read_tables
 from pipelines.places import is_file, is_folder, matching, place
 from pipelines.schemas import METADATA_ROW, PROVENANCE, require_columns
+from pipelines.storage import read_schema
 from vlv_model.errors import ConfigError, DataError
 
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
@@ -117,25 +121,77 @@ def our_columns(schema: pa.Schema, extra: Mapping[str, str], where: str) -> dict
 def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) -> Iterator[pa.Table]:
     """The rows of one metadata file under our names and types, a batch at a time.
 
-    Raises DataError for a file that cannot be read, lacks `url` or a filter's column, or has
-    values of another kind than its columns should have.
+    A batch without `url` is of rows that all have a URL and all fail a filter: it has what the
+    filters read. Raises DataError for a file that cannot be read, lacks `url` or a filter's
+    column, or has values of another kind than its columns should have.
     """
     found: dict[str, str] = {}
-    for batch in read_tables(file):
-        if not found:
-            found = our_columns(batch.schema, extra, str(file))
-            _check(found, batch.schema, filters, str(file))
+    tables = None
+    if format_of(file) == ".parquet":
+        schema = read_schema(file)
+        found = _our_columns(schema, extra, filters, file)
+        choose = partial(_columns_to_read, schema=schema, found=found, filters=filters, file=file)
+        tables = read_parquet(file, choose)
+    for batch in tables or read_tables(file):
+        found = found or _our_columns(batch.schema, extra, filters, file)
         known = {ours: theirs for ours, theirs in found.items() if theirs in batch.column_names}
         yield pa.table(
             {ours: _cast(batch[theirs], ours, theirs, file) for ours, theirs in known.items()}
         )
 
 
-def _check(found: Mapping[str, str], schema: pa.Schema, filters: FilterConfig, where: str) -> None:
+def _our_columns(
+    schema: pa.Schema, extra: Mapping[str, str], filters: FilterConfig, file: Path
+) -> dict[str, str]:
+    """`our_columns` of a file that has what is needed of it."""
+    found = our_columns(schema, extra, str(file))
     if "url" not in found:
         spellings = " or ".join(repr(name) for name in COLUMN_NAMES["url"])
-        require_columns(schema, ["url"], f"{where} (read as url: {spellings}, in any case)")
-    check_columns(filters, schema, set(found), where)
+        require_columns(schema, ["url"], f"{file} (read as url: {spellings}, in any case)")
+    check_columns(filters, schema, set(found), str(file))
+    return found
+
+
+def _columns_to_read(
+    group: pq.RowGroupMetaData,
+    schema: pa.Schema,
+    found: Mapping[str, str],
+    filters: FilterConfig,
+    file: Path,
+) -> list[str]:
+    """The file's columns that are read of a row group.
+
+    All that are ours; only those of the filters where the group's statistics prove that every row
+    has a URL and fails a filter. These are read to count the rows by filter.
+    """
+    columns = (group.column(i) for i in range(group.num_columns))
+    known = {c.path_in_schema: c.statistics for c in columns if c.statistics is not None}
+    ruling = dict.fromkeys(
+        name for rule in filters.rules() for name in RULE_COLUMNS[rule] if name in found
+    )
+    least: dict[str, pa.ChunkedArray] = {}
+    greatest: dict[str, pa.ChunkedArray] = {}
+    for ours in ruling:
+        theirs = found[ours]
+        kind, about = schema.field(theirs).type, known.get(theirs)
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        # Some writers give NaN for a bound, which bounds nothing.
+        if is_number and about and about.has_min_max and about.min <= about.max:
+            for bound, value in ((least, about.min), (greatest, about.max)):
+                bound[ours] = _cast(pa.chunked_array([[value]], kind), ours, theirs, file)
+    every_url = _none_is_blank(known.get(found["url"]))
+    if every_url and least and none_passes(filters, pa.table(least), pa.table(greatest)):
+        return [found[ours] for ours in ruling]
+    return list(found.values())
+
+
+def _none_is_blank(urls: pq.Statistics | None) -> bool:
+    """Whether statistics prove that no value is null, empty or white space."""
+    if urls is None or not urls.has_min_max or not urls.has_null_count or urls.null_count:
+        return False
+    # All white space begins with bytes outside of these bounds, in ASCII and beyond it.
+    is_text = urls.physical_type == "BYTE_ARRAY"
+    return is_text and bool(urls.min_raw >= b"!" and urls.max_raw < b"\x7f")
 
 
 def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:

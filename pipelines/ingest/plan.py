@@ -26,7 +26,16 @@ from pipelines.buckets import Buckets
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.metadata import input_bytes, read_batches
 from pipelines.places import write_parquet
-from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, normalise_url, status, url_key
+from pipelines.schemas import (
+    DUPLICATE,
+    FILTERED,
+    METADATA_ROW,
+    OK,
+    has_text,
+    key_of,
+    normalise_url,
+    status,
+)
 from pipelines.storage import Table
 from pipelines.takedown import Blocked
 from vlv_model.errors import DataError
@@ -72,13 +81,10 @@ def read_list(
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
     buckets = Buckets(METADATA_ROW, input_bytes(files))
-    for file in files:
-        for batch in read_batches(file, columns, filters):
-            plan.read += batch.num_rows
-            rows = _planned(batch, filters, dropped, failing)
-            taken_down = blocked.mask(rows["key"], rows["url"])
-            dropped["taken_down"] += int(taken_down.sum())
-            buckets.add(rows.filter(pa.array(~taken_down)))
+    for rows in passing(files, filters, columns, plan, dropped, failing):
+        taken_down = blocked.mask(rows["key"], rows["url"])
+        dropped["taken_down"] += int(taken_down.sum())
+        buckets.add(rows.filter(pa.array(~taken_down)))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     plan.listed = plan.read - dropped.total()
@@ -94,6 +100,24 @@ def read_list(
         raise DataError(
             f"none of the {plan.read} rows of the list is left ({counts}): loosen filter.*"
         )
+
+
+def passing(
+    files: list[Path],
+    filters: FilterConfig,
+    columns: Mapping[str, str],
+    plan: Plan,
+    dropped: Counter[str],
+    failing: Counter[str],
+) -> Iterator[pa.Table]:
+    """The METADATA_ROW rows of `files` that have a URL and pass the filters, as they come.
+
+    The others are counted: `dropped` by the first rule that they fail, `failing` by each.
+    """
+    for file in files:
+        for batch in read_batches(file, columns, filters):
+            plan.read += batch.num_rows
+            yield _planned(batch, filters, dropped, failing)
 
 
 def first_plan(
@@ -149,20 +173,23 @@ def _planned(
     batch: pa.Table, filters: FilterConfig, dropped: Counter[str], failing: Counter[str]
 ) -> pa.Table:
     """The METADATA_ROW rows of a batch that are to be fetched; the others are counted."""
-    has_url = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(batch["url"]), ""), False)
-    dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
-    batch = batch.filter(has_url)
+    if "url" in batch.column_names:  # else all rows have one, and none of them passes
+        has_url = has_text(batch["url"])
+        dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
+        batch = batch.filter(has_url)
     keep = np.ones(batch.num_rows, bool)
     for rule, failed in metadata_failures(filters, batch).items():
         fails = np.asarray(failed, bool) & keep  # a row counts for the first rule that it fails
         dropped[f"filtered:{rule}"] += int(fails.sum())
         failing[f"filtered:{rule}"] += pc.sum(failed, min_count=0).as_py()
         keep &= ~fails
+    if not keep.any():
+        return METADATA_ROW.empty_table()
     batch = batch.filter(pa.array(keep))
     urls = [normalise_url(url) for url in batch["url"].to_pylist()]
     known = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
     known |= {
-        "key": pa.array([url_key(url) for url in urls], pa.int64()),
+        "key": pa.array([key_of(url) for url in urls], pa.int64()),
         "url": pa.array(urls, pa.string()),
     }
     empty = pa.nulls(len(urls))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.config import is_url
 from pipelines.places import open_parquet
@@ -50,15 +51,37 @@ def read_tables(file: Path) -> Iterator[pa.Table]:
 
 
 def read_parquet(
-    file: Path, columns: list[str] | None = None, rows: int = _BATCH_ROWS
+    file: Path,
+    columns: list[str] | Callable[[pq.RowGroupMetaData], list[str]] | None = None,
+    rows: int = _BATCH_ROWS,
 ) -> Iterator[pa.Table]:
-    """Some columns, or all, of a Parquet file, at most `rows` rows at a time."""
+    """Some columns, or all, of a Parquet file, at most `rows` rows at a time.
+
+    `columns` may be a function that chooses them for each row group, by its statistics.
+    """
     schema = read_schema(file)
     with open_parquet(file) as parquet:
-        if not parquet.metadata.num_rows:
+        about = parquet.metadata
+        if not about.num_rows:
             yield schema.empty_table()  # its columns are checked all the same
-        for batch in parquet.iter_batches(rows, columns=columns):
-            yield pa.Table.from_batches([batch])
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        chosen = [columns(group) if callable(columns) else columns for group in groups]
+        for some in _runs_of_groups([group.num_rows for group in groups], chosen, rows):
+            names = chosen[some[0]]
+            for batch in parquet.iter_batches(rows, row_groups=some, columns=names):
+                yield pa.Table.from_batches([batch])
+
+
+def _runs_of_groups(sizes: list[int], chosen: list[Any], rows: int) -> Iterator[list[int]]:
+    """Row groups that are read at once: large ones one by one, since they are held in memory."""
+    some: list[int] = []
+    for group, size in enumerate(sizes):
+        if some and (chosen[group] != chosen[some[0]] or sum(sizes[i] for i in some) + size > rows):
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some
 
 
 def _text(file: Path) -> IO[str]:

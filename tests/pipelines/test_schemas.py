@@ -1,10 +1,12 @@
 import json
+import re
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import schemas
 from pipelines.schemas import IMAGE_ROW, normalise_url, require_columns, url_key, with_image_feature
 from vlv_model.errors import DataError
 
@@ -45,10 +47,28 @@ def test_keys_are_stable_for_ever() -> None:
 KEY_OF_CAT = -5307140061464997514
 
 
-@given(st.text())
+# Texts that hold what URLs are made of, and what is no part of them.
+urlish = st.builds(
+    "{}{}".format,
+    st.sampled_from(["", "http://", "HTTPS://", "http://h/", "https://a.b?", "ftp://h:80"]),
+    st.text(" \t\n\x00\x1f#?/:@.[]%;=&aA0-é\u3000", max_size=14),
+)
+
+
+@given(st.text() | urlish)
 def test_any_text_has_a_key_and_normalising_is_done_once(text: str) -> None:
     assert -(2**63) <= url_key(text) < 2**63
-    assert normalise_url(normalise_url(text)) == normalise_url(text)
+    normal = normalise_url(text)
+    assert normalise_url(normal) == normal
+    assert url_key(normal) == url_key(text)
+
+
+@given(urlish)
+def test_what_is_seen_to_be_normal_would_not_have_been_changed(text: str) -> None:
+    seen = normalise_url(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schemas, "_NORMAL_URL", re.compile(r"(?!)"))  # matches nothing
+        assert normalise_url(text) == seen
 
 
 def test_image_column_is_marked_for_datasets() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -116,13 +117,33 @@ def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Pat
 @pytest.mark.usefixtures("ray_local")
 def test_other_readers_see_pictures(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
+    duckdb = pytest.importorskip("duckdb")
+    polars = pytest.importorskip("polars")
     with serve(tmp_path) as web:
-        write_world(tmp_path, web.base_url, 3, num_broken=1)
-        ingest(config_of(tmp_path))
-    (file,) = parquet_files(str(tmp_path / "out"))
-    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
-    pictures = [row["image"] for row in table if row["status"] == "ok"]
-    assert [picture.size for picture in pictures] == [(64, 64)] * 3
+        write_world(tmp_path, web.base_url, 9, num_broken=1)
+        ingest(config_of(tmp_path, rows_per_chunk=4))
+    # What a user writes who knows of a folder of Parquet files, and no more.
+    files = str(tmp_path / "out/*.parquet")
+    table = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
+    pictures = {row["key"]: row["image"] for row in table if row["status"] == "ok"}
+    assert [picture.size for picture in pictures.values()] == [(64, 64)] * 9
+    question = f"SELECT key, image.bytes, status FROM '{files}' WHERE status = 'ok'"
+    by_duckdb = {key: content for key, content, _ in duckdb.sql(question).fetchall()}
+    by_polars = polars.scan_parquet(files).filter(polars.col("status") == "ok").collect()
+    by_pandas = pd.read_parquet(tmp_path / "out")  # the folder itself
+    assert len(by_pandas) == 10
+    by_pandas = by_pandas[by_pandas["status"] == "ok"]
+    found = [
+        by_duckdb,
+        dict(zip(by_polars["key"], by_polars["image"].struct.field("bytes"), strict=True)),
+        dict(zip(by_pandas["key"], (image["bytes"] for image in by_pandas["image"]), strict=True)),
+    ]
+    for images in found:
+        assert images.keys() == pictures.keys()
+        for key, content in images.items():
+            assert Image.open(BytesIO(content)).tobytes() == pictures[key].tobytes()
+    counts = duckdb.sql(f"SELECT status, count(*) FROM '{files}' GROUP BY status").fetchall()
+    assert dict(counts) == Table(tmp_path / "out").counts()
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -321,7 +321,7 @@ def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
 
 
 def test_two_urls_of_one_key_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "url_key", lambda url: len(url))
+    monkeypatch.setattr(planning, "key_of", lambda url: len(url))
     with pytest.raises(DataError, match="same key 9: http://a/ and http://b/"):
         make_plan(tmp_path, [{"url": "http://a/"}, {"url": "http://b/"}])
 

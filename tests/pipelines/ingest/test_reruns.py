@@ -17,13 +17,16 @@ from pyarrow import csv
 import jobs.ingest
 from pipelines.config import build
 from pipelines.entry import main
-from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.images import RowIndex
+from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
 from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.runs import Run, last_run
 from pipelines.schemas import url_key
+from pipelines.status import StatusConfig, status_text
 from pipelines.storage import Table, parquet_files
+from pipelines.takedown import TakedownConfig, take_down
 from pipelines.tiny_world.server import Web, serve
-from vlv_model.errors import ConfigError, DataError
+from vlv_model.errors import ConfigError, DataError, RunError
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -190,6 +193,44 @@ def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: We
     assert (counts, asked) == ({"ok": 2, "duplicate": 1}, 0)
     counts, asked = asked_by(web, lambda: run(tmp_path, [late], [9.0], duplicates={"by": "none"}))
     assert (counts, asked) == ({"ok": 3}, 0)
+
+
+def make_older(tmp_path: Path, without: list[str], setting: str = "") -> None:
+    """Take from a table what an earlier version did not write."""
+    table = Table(tmp_path / "out")
+    about = table.describe()
+    about["identity"].pop(setting, None)
+    (table.folder / "_table.json").write_text(json.dumps(about))
+    for commit in table.commits():
+        rows = pq.read_table(table.part(commit.chunk))
+        pq.write_table(rows.drop_columns(without), table.part(commit.chunk))
+
+
+@pytest.mark.parametrize(
+    ("without", "setting", "message"),
+    [
+        ([], "image.reencode", r"earlier version, without the setting image\.reencode: choose"),
+        (["license", "source"], "", "earlier version, without the column license, source: choose"),
+        (["license", "source", "run"], "image.reencode", "earlier version, without the setting"),
+    ],
+)
+def test_a_table_of_an_earlier_version_is_refused_and_still_read(
+    tmp_path: Path, web: Web, without: list[str], setting: str, message: str
+) -> None:
+    urls = [web.url(f"{i}.png") for i in range(3)]
+    run(tmp_path, urls)
+    make_older(tmp_path, without, setting)
+    for dry_run in (False, True):
+        data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
+        config = build(IngestConfig, {"data": data, "dry_run": dry_run, **SETTINGS})
+        with pytest.raises(RunError, match=message):
+            plan_only(config) if dry_run else ingest(config)
+    out = str(tmp_path / "out")
+    assert "ok" in status_text(StatusConfig(table=out))
+    assert len(RowIndex.open(parquet_files(out))) == 3  # as training and recaption read it
+    removed = take_down(TakedownConfig(table=out, urls=(urls[0],)))
+    assert list(removed.values()) == [1]
+    assert len(RowIndex.open(parquet_files(out))) == 2
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
