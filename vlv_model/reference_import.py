@@ -108,7 +108,7 @@ def fill(model: nn.Module, reference: Reference) -> ImportReport:
             "base models (model.*) and sizes (model.num_queries) that it was trained with"
         )
     _check_values(given, shared)
-    for name in given.keys() - expected.keys():
+    for name in sorted(given.keys() - expected.keys()):
         report.notes.append(f"{name}: dropped, {_about_unused(name, given)}")
     copies = {name for _, *others in shared for name in others}
     for name, one in expected.items():
