@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlv_model.config import ModelConfig
+from vlv_model.sources import part_source
 
 _USE = {
     "stage2": """\
@@ -36,15 +38,18 @@ _SHOWN = ("learning_rate", "schedule", "steps", "global_batch_size", "precision"
 
 
 def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence: str) -> str:
-    """Markdown with a YAML header. `about` as `export_model` takes it, with its `origin`."""
+    """Markdown with a YAML header. `model`: the base models that the export was made from.
+
+    `about` as `export_model` takes it, with its `origin`.
+    """
     stage, origin = about["stage"], about["origin"]
-    sources = {part: entry["source"] for part, entry in origin["base_models"].items()}
+    # The hub links ids (owner/name) only; folders of a machine are named in the table below.
+    sources = {part_source(model, part)[0] for part in origin["base_models"]}
     header = {
         "license": licence,
         "pipeline_tag": "image-to-text" if stage == "stage2" else "image-to-image",
         "tags": ["vlv", "arxiv:2507.07104"],
-        # The hub links ids (owner/name) only; folders of a machine are named in the table below.
-        "base_model": sorted({"/".join(s.split("/")[:2]) for s in sources.values() if "/" in s}),
+        "base_model": sorted(source for source in sources if not Path(source).is_absolute()),
     }
     blocks = [
         "---\n" + yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False) + "---",

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Qwen2ForCausalLM
 
 from pipelines.config import load
+from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
 from pipelines.export.run import export
 from pipelines.recaption.config import CaptionConfig, GenerateConfig
@@ -26,6 +27,7 @@ from tests.vlv_model.drawings import scenes as drawn
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint, stages_of
+from vlv_model.config import ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError, ConfigError, ModelError, RunError
 
@@ -111,6 +113,7 @@ def test_the_card_says_what_the_run_recorded_and_no_path(trained: Trained, expor
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "other"
     assert header["pipeline_tag"] == "image-to-text"
+    assert "base_model" not in header  # folders of this machine are no ids of the hub
     for told in ("98 rows to train on, 2 held out", "4.5000 at step 0, 3.5000 at step 7", "1e-05"):
         assert told in card
     assert "| stage1 | stage2 |" in card
@@ -119,6 +122,15 @@ def test_the_card_says_what_the_run_recorded_and_no_path(trained: Trained, expor
     origin = read_checkpoint(exported).origin
     assert [training["stage"] for training in origin["trainings"]] == ["stage1", "stage2"]
     assert origin["base_models"]["florence"]["fingerprint"].startswith("sha256:")
+
+
+def test_the_card_links_base_models_of_the_hub(exported: Path) -> None:
+    about = read_checkpoint(exported).model_dump()
+    card = model_card("captioner", ModelConfig(), about, "apache-2.0")
+    header = yaml.safe_load(card.split("---")[1])
+    model = ModelConfig()
+    assert header["license"] == "apache-2.0"
+    assert header["base_model"] == sorted([model.language_model, model.florence, model.diffusion])
 
 
 def test_what_lies_in_it_is_held_against_its_fingerprints(exported: Path, tmp_path: Path) -> None:
