@@ -154,7 +154,7 @@ def _trainable_weights(module: nn.Module, given: Mapping[str, Tensor] | None) ->
     weights = trainable if given is None else given
     # ZeRO-3 leaves an empty shell in a parameter's place, which still knows the whole shape.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trainable.items()}
-    misfits = _misfits(weights, shapes)
+    misfits = describe_misfits(weights, shapes)
     empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
     if empty:
         misfits = [*misfits, f"{len(empty)} tensors empty ({_listed(empty)})"]
@@ -179,14 +179,16 @@ def _check_names(folder: Path, tensors: dict[str, Tensor], module: nn.Module, pr
     parts = [prefix + part for part in module.trained_parts]
     present = [part for part in parts if any(_in_any(name, [part]) for name in tensors)]
     expected = {name: shape for name, shape in shapes.items() if _in_any(name, present)}
-    if misfits := _misfits(tensors, expected):
+    if misfits := describe_misfits(tensors, expected):
         raise CheckpointError(
             f"'{folder}' does not fit {type(module).__name__}: {'; '.join(misfits)}: "
             "give a checkpoint of this model and stage"
         )
 
 
-def _misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def describe_misfits(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> list[str]:
     """How `tensors` differ from the names and shapes expected, a phrase for each way."""
     ways = {
         "unexpected": sorted(tensors.keys() - shapes.keys()),

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,9 @@ class CheckpointInfo(CheckpointMetadata):
         [], description="stages of the parents whose weights are in this file, the oldest first"
     )
     base_models: dict[str, str] = Field(description="fingerprint of each pretrained part")
+    origin: dict[str, Any] | None = Field(
+        None, description="what an exported or imported checkpoint was made of"
+    )
     tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
     sha256: str = Field(description="digest of the weights file")
 
@@ -85,6 +89,38 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInfo:
         ) from problem
 
 
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `folder` at the end: whole or not at all.
+
+    Raises CheckpointError when `folder` exists already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise CheckpointError(f"'{folder}' exists already: save each checkpoint to a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other users
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
+
+
+def put_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write weights and checkpoint.json into a folder; `about` as in `write_checkpoint`."""
+    save_file(dict(weights), folder / WEIGHTS_FILE)
+    info = CheckpointInfo(
+        format_version=FORMAT_VERSION,
+        tensors={name: list(tensor.shape) for name, tensor in weights.items()},
+        sha256=sha256_of(folder / WEIGHTS_FILE),
+        **about,
+    )
+    text = info.model_dump_json(indent=2)
+    (folder / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
 def write_checkpoint(
     folder: str | os.PathLike[str], weights: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> Path:
@@ -93,26 +129,9 @@ def write_checkpoint(
     `about` holds the fields of CheckpointInfo that do not follow from the weights. Raises
     CheckpointError when `folder` exists already.
     """
-    folder = Path(folder).absolute()
-    if folder.exists():
-        raise CheckpointError(f"'{folder}' exists already: save each checkpoint to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        save_file(dict(weights), temporary / WEIGHTS_FILE)
-        info = CheckpointInfo(
-            format_version=FORMAT_VERSION,
-            tensors={name: list(tensor.shape) for name, tensor in weights.items()},
-            sha256=sha256_of(temporary / WEIGHTS_FILE),
-            **about,
-        )
-        text = info.model_dump_json(indent=2)
-        (temporary / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other users
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
-    return folder
+    with new_folder(folder) as temporary:
+        put_checkpoint(temporary, weights, about)
+    return Path(folder).absolute()
 
 
 def read_chain(folder: str | os.PathLike[str]) -> Chain:

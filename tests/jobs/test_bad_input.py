@@ -19,6 +19,7 @@ JOBS = [
     "recaption",
     "reconstruct",
     "caption",
+    "export",
     "demo",
     "pretrain_tiny",
 ]

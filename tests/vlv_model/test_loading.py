@@ -306,3 +306,46 @@ def test_the_published_layout_of_the_text_encoder_is_read(models, config):
     clip, _ = load_text_encoder(config)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(clip.state_dict()[name], tensor)
+
+
+SHARDED = {
+    "florence": ("florence", load_florence),
+    "language_model": ("language_model", load_language_model),
+    "text_encoder": ("diffusion/text_encoder", load_text_encoder),
+    "unet": ("diffusion/unet", load_diffusion),
+}
+
+
+@pytest.mark.parametrize("part", SHARDED)
+def test_weights_in_shards_are_read_through_their_index(models, config, part):
+    """Larger models are published so: Qwen2.5-3B in two shards."""
+    folder, load = SHARDED[part]
+
+    def loaded():
+        found = load(config)
+        found = found[1] if part == "unet" else found[0] if isinstance(found, tuple) else found
+        return found.state_dict()
+
+    expected = loaded()
+    (whole,) = (models / folder).glob("*.safetensors")
+    weights = {name: tensor.clone() for name, tensor in load_file(whole).items()}
+    names = sorted(weights)
+    stem = whole.name.removesuffix(".safetensors")
+    shards = {f"{stem}-{i:05}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for file, inside in shards.items():
+        save_file(
+            {n: weights[n] for n in inside}, models / folder / file, metadata={"format": "pt"}
+        )
+    index = {
+        "metadata": {"total_size": whole.stat().st_size},
+        "weight_map": {name: file for file, inside in shards.items() for name in inside},
+    }
+    (models / folder / f"{whole.name}.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    found = loaded()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (models / folder / max(shards)).unlink()
+    with pytest.raises(ModelError, match=f"{part}: ") as error:
+        load(config)
+    message_of(error)

@@ -1,0 +1,104 @@
+"""The model card of an exported folder: README.md with the header that the model hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlv_model.config import ModelConfig
+from vlv_model.sources import part_source
+
+_USE = {
+    "stage2": """\
+from vlv_model import VLVCaptioner
+
+captioner = VLVCaptioner.from_pretrained("{name}")
+captioner.generate(pixel_values)  # uint8 [b 3 {size} {size}] -> captions""",
+    "stage1": """\
+from vlv_model import VLVAutoEncoder
+
+autoencoder = VLVAutoEncoder.from_pretrained("{name}")
+autoencoder.reconstruct(pixel_values, generators)  # uint8 [b 3 {size} {size}] -> pictures""",
+}
+_COMMAND = {
+    "stage2": "python jobs/caption.py photo.jpg --model {name}",
+    "stage1": "python jobs/reconstruct.py data.input=IMAGES model.path={name} data.output=PICTURES",
+}
+_WHAT = {
+    "stage2": "A captioner: the VLV encoder, the frozen text encoder of a diffusion model, a "
+    "projector, and a language model that reads what comes out as a caption.",
+    "stage1": "A VLV auto-encoder: an encoder that says what is in an image in {queries} embeddings, "
+    "and the frozen diffusion model that draws it from them.",
+}
+_SHOWN = ("learning_rate", "schedule", "steps", "global_batch_size", "precision", "zero_stage",
+          "trainable", "max_caption_tokens", "seed")  # fmt: skip
+
+
+def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence: str) -> str:
+    """Markdown with a YAML header. `model`: the base models that the export was made from.
+
+    `about` as `export_model` takes it, with its `origin`.
+    """
+    stage, origin = about["stage"], about["origin"]
+    # The hub links ids (owner/name) only; folders of a machine are named in the table below.
+    sources = {part_source(model, part)[0] for part in origin["base_models"]}
+    header = {
+        "license": licence,
+        "pipeline_tag": "image-to-text" if stage == "stage2" else "image-to-image",
+        "tags": ["vlv", "arxiv:2507.07104"],
+        "base_model": sorted(source for source in sources if not Path(source).is_absolute()),
+    }
+    blocks = [
+        "---\n" + yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False) + "---",
+        f"# {name}",
+        _WHAT[stage].format(queries=model.num_queries)
+        + " Vision-Language-Vision auto-encoder (arXiv 2507.07104), "
+        + ("imported from its published implementation." if "reference" in origin else "trained."),
+        "## Use",
+        "```python\n" + _USE[stage].format(name=name, size=model.image_size) + "\n```",
+        "```\n" + _COMMAND[stage].format(name=name) + "\n```",
+        "## Base models",
+        "Their licences apply besides this model's own.",
+        _table(
+            ("part", "from", "fingerprint before"),
+            [(p, e["source"], e["fingerprint"][:19]) for p, e in origin["base_models"].items()],
+        ),
+        "## Training",
+        *_training(origin),
+        f"`checkpoint.json` has the whole: settings, fingerprints of the parts in this folder, and "
+        f"digests of the weights that it was made of ({origin['made_of']['precision']} here).",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _training(origin: Mapping[str, Any]) -> list[str]:
+    if "reference" in origin:
+        step = origin["reference"]["step"]
+        known = f"{step:,} steps" if step else "unknown: the checkpoint does not say"
+        return [f"By the published implementation. Steps and data: {known}. See `import.json`."]
+    trainings = origin["trainings"]
+    rows = [("steps done", [f"{t['step']:,}" for t in trainings])]
+    rows += [("rows seen, repeats counted", [f"{t['rows_seen']:,}" for t in trainings])]
+    for key in _SHOWN:
+        values = [t["settings"].get("train", {}).get(key) for t in trainings]
+        if any(value is not None for value in values):
+            rows.append((key, ["–" if value is None else str(value) for value in values]))
+    head = ("", *(t["stage"] for t in trainings))
+    blocks = [_table(head, [(label, *values) for label, values in rows])]
+    run = origin["run"]
+    if run.get("rows"):
+        training, heldout = run["rows"]
+        blocks.append(f"Data: {training:,} rows to train on, {heldout:,} held out.")
+    if losses := run.get("heldout_loss"):
+        steps = sorted(losses, key=int)
+        ends = [f"{losses[s]:.4f} at step {int(s):,}" for s in dict.fromkeys((steps[0], steps[-1]))]
+        blocks.append(f"Held-out loss: {', '.join(ends)}.")
+    return blocks
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,39 @@
+"""Settings of an export."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.config import InputPath, OutputPath
+from pipelines.training.model import ModelSettings
+from vlv_model.config import Config
+
+
+class ExportConfig(Config):
+    """Everything that `jobs/export.py` needs to know."""
+
+    output: OutputPath = Field(description="the new folder")
+    model: ModelSettings = ModelSettings()
+    from_reference: InputPath | None = Field(
+        None,
+        description="checkpoint of the published implementation, instead of model.path: its stage-2 "
+        "model.pt, a consolidated state dict (.bin, .pt, .safetensors) or a DeepSpeed folder",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of all weights in the folder; bfloat16 halves it, and captions are then those "
+        "of generate.precision=bfloat16",
+    )
+    parts: Literal["needed", "all"] = Field(
+        "needed",
+        description="base models in the folder: those of the model, or also those of the other "
+        "stage (VAE and UNet with a captioner, the language model with an encoder)",
+    )
+    license: str = Field(
+        "other",
+        min_length=1,
+        description="licence of the model card, as the model hub names it; the base models' own "
+        "licences apply besides",
+    )

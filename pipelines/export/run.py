@@ -1,0 +1,178 @@
+"""Export: which weights, into which folder, and what is said about them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.export.card import model_card
+from pipelines.export.config import ExportConfig
+from pipelines.runtime import quiet_libraries
+from pipelines.storage import read_json_object
+from pipelines.training.metrics import heldout_losses
+from pipelines.training.run_folder import RESULT
+from vlv_model.errors import CheckpointError, ConfigError, RunError
+
+REPORT = "import.json"
+_PLACES = ("run_dir", "ray", "model", "input", "output", "captions")  # of one machine
+
+
+def export(config: ExportConfig) -> str:
+    """Write the folder, or find that it is there already; returns a line on what was done.
+
+    Raises RunError when the folder holds anything else, CheckpointError without trained weights.
+    """
+    quiet_libraries()
+    if config.model.path is None and config.from_reference is None:
+        raise ConfigError("give model.path (a run or checkpoint) or --from-reference")
+    made_with = config.model_dump(include={"precision", "parts", "license"})
+    if config.from_reference is not None:
+        return _import(config, Path(config.from_reference), made_with)
+    return _export(config, made_with)
+
+
+def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
+    from vlv_model.checkpoint import stages_of
+    from vlv_model.checkpoint_files import read_chain
+    from vlv_model.export import export_model, open_model, sources_of
+
+    model_config, checkpoint = config.model.resolve()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"model.path={config.model.path} holds base models and no trained weights: name a "
+            "training run, one of its checkpoints, or an exported folder"
+        )
+    chain = read_chain(checkpoint)
+    made_of = {**made_with, "weights": [info.sha256 for _, info in chain]}
+    if _is_there(config.output, made_of):
+        return "exported already: nothing to do"
+    stages = stages_of(checkpoint)  # reads every file of the chain before any model is loaded
+    last = chain[-1][1]
+    base_models: dict[str, str] = {}
+    for _, info in chain:
+        base_models |= info.base_models
+    origin = {
+        "made_of": made_of,
+        "base_models": sources_of(model_config, last.stage),
+        "trainings": [
+            {
+                "stage": info.stage,
+                "step": info.step,
+                "rows_seen": info.rows_seen,
+                "sha256": info.sha256,
+                "settings": without_places(info.config),
+            }
+            for _, info in chain
+        ],
+        "run": _recorded(checkpoint, last.step),
+    }
+    if last.origin is not None:
+        origin["before"] = last.origin
+    about = {
+        **last.model_dump(include={"stage", "step", "rows_seen"}),
+        "config": without_places(last.config),
+        "merged_stages": stages[:-1],
+        "base_models": base_models,
+        "origin": origin,
+    }
+    model = open_model(model_config, checkpoint, last.stage)
+    card = {"README.md": model_card(Path(config.output).name, model_config, about, config.license)}
+    export_model(
+        config.output,
+        model,
+        model_config,
+        about,
+        precision=config.precision,
+        parts=config.parts,
+        texts=card,
+    )
+    return f"{last.stage}, step {last.step:,} ({config.precision})"
+
+
+def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
+    from vlv_model.export import export_model, open_model, sources_of
+    from vlv_model.reference_files import read_reference
+    from vlv_model.reference_import import fill, stage_of
+    from vlv_model.sources import resolve_model
+
+    model_config, checkpoint = config.model.resolve()
+    if checkpoint is not None:
+        raise ConfigError(
+            f"model.path={config.model.path} has trained weights of its own: with --from-reference "
+            "name base models alone"
+        )
+    model_config, _ = resolve_model(model_config)
+    reference = read_reference(source)
+    made_of = {**made_with, "weights": [*reference.digests.values()]}
+    if _is_there(config.output, made_of):
+        return "imported already: nothing to do"
+    stage = stage_of(reference)
+    model = open_model(model_config, None, stage)
+    report = fill(model, reference)
+    about = {
+        "stage": stage,
+        "step": reference.step or 0,
+        "rows_seen": 0,  # a state dict does not tell
+        "config": {},
+        "merged_stages": ["stage1"] if stage == "stage2" else [],
+        "origin": {
+            "made_of": made_of,
+            "base_models": sources_of(model_config, stage),
+            "reference": {"files": reference.digests, "step": reference.step},
+        },
+    }
+    card = model_card(Path(config.output).name, model_config, about, config.license)
+    export_model(
+        config.output,
+        model,
+        model_config,
+        about,
+        precision=config.precision,
+        parts=config.parts,
+        texts={"README.md": card, REPORT: json.dumps(report.to_json(), indent=2) + "\n"},
+    )
+    return report.text()
+
+
+def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
+    """True where the folder holds this very export; RunError where it holds anything else."""
+    from vlv_model.checkpoint import read_checkpoint
+
+    if not os.path.lexists(output):
+        return False
+    try:
+        origin = read_checkpoint(output).origin or {}
+    except CheckpointError:
+        origin = {}
+    there = origin.get("made_of")
+    if there == made_of:
+        return True
+    names = [k for k in made_of if there and there.get(k) != made_of[k]]
+    what = f"another export ({', '.join(names)} differ)" if names else "no export of ours"
+    raise RunError(f"output={output} is there and holds {what}: choose another output")
+
+
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run without the paths of the machine that it ran on."""
+    return {
+        key: without_places(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _PLACES
+    }
+
+
+def _recorded(checkpoint: Path, step: int) -> dict[str, Any]:
+    """What the checkpoint's run noted: its rows and held-out losses; {} where there is no run."""
+    run_dir = checkpoint.absolute().parent.parent
+    if not (run_dir / "run.json").is_file():
+        return {}
+    rows = read_json_object(run_dir / "run.json").get("rows")
+    losses = {str(s): loss for s, loss in heldout_losses(run_dir).items() if s <= step}
+    recorded = {"rows": rows, "heldout_loss": losses}
+    if (run_dir / RESULT).is_file():
+        result = read_json_object(run_dir / RESULT)
+        recorded["columns_read"] = result.get("columns_read")
+    return recorded
