@@ -39,6 +39,16 @@ class RayConfig(Config):
         le=10_000,
         description="object store of a Ray of the job's own, in GB; default: Ray's",
     )
+    group: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="node group whose machines hold the job's models: a custom resource of "
+        "which each of them has 1 (cluster/sizes.yaml); default: any",
+    )
+
+    def pinned(self) -> dict[str, float]:
+        """The share of a node's `group` resource that a worker or actor with a model asks for."""
+        return {self.group: 0.001} if self.group else {}
 
 
 # What libraries say at every start and what nobody can act upon, by the logger that says it.

@@ -165,7 +165,9 @@ def run_actors(
 
     blocks = {"batch_size": None, "batch_format": "pyarrow"}
     # Of one CPU, decoding has to get a share too: the actor must not take the whole of it.
-    device = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": 0.5}
+    device: dict[str, Any] = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": 0.5}
+    if config.group:
+        device["resources"] = config.pinned()
 
     def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
         decoded = chunks.map_batches(ReadImages(table, image_size), num_cpus=0.25, **blocks)

@@ -31,9 +31,12 @@ CPUS_PER_FETCHER = 4
 def fetchers_of(nodes: Sequence[float]) -> tuple[int, int]:
     """How many fetchers suit nodes with so many CPUs, and how many decoders each of them has.
 
-    A fetcher lives on one node, so it is cut to fit the largest.
+    A fetcher lives on one node, so it is cut to fit the largest. Where there is only a head without
+    CPUs, the first fetcher asks the autoscaler for a node that fits it.
     """
     largest = int(max(nodes, default=0))
+    if not largest:
+        return 1, CPUS_PER_FETCHER
     decoders = max(1, largest // max(1, largest // CPUS_PER_FETCHER))
     return max(1, sum(int(cpus // decoders) for cpus in nodes)), decoders
 

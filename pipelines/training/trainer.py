@@ -104,6 +104,7 @@ def _fit(
             resources_per_worker={
                 "CPU": train.cpus_per_worker,
                 **({"GPU": 1} if train.use_gpu else {}),
+                **config.ray.pinned(),
             },
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),

@@ -1,0 +1,297 @@
+"""KubeRay files: a standing cluster, a cluster for each job, the same under Kueue, and their fence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RAY_VERSION = "2.60.0"
+_CODE = "/home/ray/vlv"  # of the image
+_LABEL = {"app.kubernetes.io/part-of": "vlv"}
+_SETTINGS = {
+    "ingest": "data.input=/shared/laion data.output=/shared/images",
+    "stage1": "data.input=/shared/images run_dir=/shared/stage1",
+    "stage2": "data.input=/shared/images data.captions=/shared/teacher.parquet "
+    "model.path=/shared/stage1 run_dir=/shared/stage2",
+    "recaption": "data.input=/shared/images model.path=/shared/stage2 data.output=/shared/captions",
+}
+
+Document = dict[str, Any]
+
+
+def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
+    """Every file below kuberay/ by its path below cluster/."""
+    cluster = _object("ray.io/v1", "RayCluster", "vlv", sizes, _cluster(sizes, sizes["groups"]))
+    files = {"kuberay/namespace.yaml": _fence(sizes), "kuberay/raycluster.yaml": [cluster]}
+    for job in sizes["jobs"]:
+        files[f"kuberay/rayjob-{job}.yaml"] = [_job(sizes, job)]
+        files[f"kuberay/kueue-{job}.yaml"] = [_queued(sizes, job)]
+    return files
+
+
+def _object(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Document) -> Document:
+    metadata = {
+        "name": name,
+        "namespace": sizes["site"]["kubernetes_namespace"],
+        "labels": dict(_LABEL),
+    }
+    return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+# ------------------------------------------------------------------------------------------ Ray
+
+
+def _cluster(sizes: dict[str, Any], groups: dict[str, Any]) -> Document:
+    return {
+        "rayVersion": RAY_VERSION,
+        "authOptions": {"mode": "token"},  # the operator makes the Secret and hands it to all pods
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {
+            "version": "v2",
+            "upscalingMode": "Default",
+            "idleTimeoutSeconds": 60 * max(group["idle_minutes"] for group in groups.values()),
+            "resources": _requests({"cpu": "500m", "memory": "1Gi"}),
+            "securityContext": _CONFINED,
+        },
+        "headGroupSpec": {
+            "rayStartParams": {
+                "num-cpus": "0",
+                "num-gpus": "0",
+                "object-store-memory": str(sizes["head"]["object_store"] * 2**30),
+                "dashboard-host": "0.0.0.0",  # the pod's address: behind the token and the fence
+                "metrics-export-port": "8080",
+            },
+            "template": _pod(sizes, sizes["head"], "head"),
+        },
+        "workerGroupSpecs": [_group(sizes, name, group) for name, group in groups.items()],
+    }
+
+
+def _group(sizes: dict[str, Any], name: str, group: dict[str, Any]) -> Document:
+    return {
+        "groupName": name.replace("_", "-"),  # becomes a part of pod names
+        "replicas": group["min"],
+        "minReplicas": group["min"],
+        "maxReplicas": group["max"],
+        "idleTimeoutSeconds": 60 * group["idle_minutes"],
+        "rayStartParams": {
+            "num-cpus": str(group["cpus"]),
+            "num-gpus": str(group["gpus"]),
+            "object-store-memory": str(group["object_store"] * 2**30),
+            "metrics-export-port": "8080",
+            "resources": f"'{json.dumps({name: 1})}'",
+        },
+        "template": _pod(sizes, group, name),
+    }
+
+
+_CONFINED = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def _requests(amounts: dict[str, str]) -> Document:
+    return {"requests": dict(amounts), "limits": dict(amounts)}
+
+
+def _probe(*urls: str, failures: int) -> Document:
+    answers = " && ".join(f"wget --timeout=3 -qO- {url} | grep -q success" for url in urls)
+    return {
+        "exec": {"command": ["bash", "-c", answers]},
+        "initialDelaySeconds": 10,
+        "periodSeconds": 10,
+        "timeoutSeconds": 8,
+        "failureThreshold": failures,
+    }
+
+
+def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
+    head, site = name == "head", sizes["site"]
+    amounts = {"cpu": str(size["cpus"]), "memory": f"{size['memory']}Gi"}
+    amounts["ephemeral-storage"] = f"{size['disk'] * 8 // 10}Gi"
+    if size.get("gpus"):
+        amounts["nvidia.com/gpu"] = str(size["gpus"])
+    healthy = ["http://localhost:52365/api/local_raylet_healthz"]
+    if head:
+        healthy.append("http://localhost:8265/api/gcs_healthz")
+    ports = {"metrics": 8080}
+    if head:
+        ports |= {"gcs": 6379, "dashboard": 8265, "client": 10001}
+    container: Document = {
+        "name": "ray",
+        "image": site["image"],
+        "ports": [{"name": key, "containerPort": port} for key, port in ports.items()],
+        "env": [
+            {
+                "name": key,
+                "valueFrom": {
+                    "secretKeyRef": {"name": "vlv-secrets", "key": key, "optional": True}
+                },
+            }
+            for key in ("WANDB_API_KEY", "HF_TOKEN")
+        ],
+        "resources": _requests(amounts),
+        "securityContext": _CONFINED,
+        "readinessProbe": _probe(*healthy, failures=6),
+        "livenessProbe": _probe(*healthy, failures=12),
+        "volumeMounts": [
+            {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "scratch", "mountPath": "/tmp"},
+            {"name": "shared", "mountPath": "/shared"},
+        ],
+    }
+    pod: Document = {
+        "terminationGracePeriodSeconds": 25 if size.get("spot") else 60,
+        "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
+        "containers": [container],
+        "volumes": [
+            {
+                "name": "shm",
+                "emptyDir": {"medium": "Memory", "sizeLimit": f"{size['object_store'] + 1}Gi"},
+            },
+            {"name": "scratch", "emptyDir": {"sizeLimit": f"{size['disk'] * 7 // 10}Gi"}},
+            {
+                "name": "shared",
+                "persistentVolumeClaim": {"claimName": site["kubernetes_shared_disk"]},
+            },
+        ],
+    }
+    if not head:
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", "ray stop"]}}}
+        pod |= {
+            "serviceAccountName": "vlv-worker",
+            "automountServiceAccountToken": False,
+            "nodeSelector": {"vlv-group": name},
+            "tolerations": _tolerations(size),
+        }
+    component = "head" if head else "worker"
+    labels = {**_LABEL, "app.kubernetes.io/component": component}
+    return {"metadata": {"labels": labels}, "spec": pod}
+
+
+def _tolerations(size: dict[str, Any]) -> list[Document]:
+    keys = ["nvidia.com/gpu"] if size["gpus"] else []
+    # GKE taints spot machines by itself; the second is for pools that you make, EKS's for example.
+    keys += ["cloud.google.com/gke-spot", "vlv-spot"] if size["spot"] else []
+    return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
+
+
+# ----------------------------------------------------------------------------------------- jobs
+
+
+def _job(sizes: dict[str, Any], name: str) -> Document:
+    job = sizes["jobs"][name]
+    groups = {group: sizes["groups"][group] for group in job["groups"]}
+    command = [
+        f"python {_CODE}/jobs/{name}.py",
+        f"--config {_CODE}/jobs/configs/full/{name}.yaml",
+        _SETTINGS[name],
+        *([f"ray.group={job['models']}"] if job["models"] else []),
+    ]
+    environment = yaml.safe_load((Path(__file__).parent / "runtime_env.yaml").read_text())
+    submitter = {
+        "name": "submitter",
+        "image": sizes["site"]["image"],
+        "resources": _requests({"cpu": "500m", "memory": "1Gi"}),
+        "securityContext": _CONFINED,
+    }
+    spec = {
+        "entrypoint": " ".join(command),
+        "runtimeEnvYAML": yaml.safe_dump(environment),
+        "submissionMode": "K8sJobMode",
+        "submitterPodTemplate": {
+            "metadata": {"labels": {**_LABEL, "app.kubernetes.io/component": "submitter"}},
+            "spec": {"restartPolicy": "Never", "containers": [submitter]},
+        },
+        # The same command continues what was lost with a cluster.
+        "backoffLimit": 2,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": 600,
+        "rayClusterSpec": _cluster(sizes, groups),
+    }
+    return _object("ray.io/v1", "RayJob", f"vlv-{name}", sizes, spec)
+
+
+def _queued(sizes: dict[str, Any], name: str) -> Document:
+    """The job as Kueue admits it: all pods at once or none, so the cluster is of a fixed size."""
+    job = _job(sizes, name)
+    job["metadata"]["name"] += "-queued"
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vlv"
+    spec = job["spec"]
+    spec["suspend"] = True
+    spec["backoffLimit"] = 0  # a retried job would not be queued again
+    cluster = spec["rayClusterSpec"]
+    cluster["enableInTreeAutoscaling"] = False
+    del cluster["autoscalerOptions"]
+    for group in cluster["workerGroupSpecs"]:
+        del group["idleTimeoutSeconds"]
+        group["replicas"] = group["minReplicas"] = group["maxReplicas"]
+    return job
+
+
+# ---------------------------------------------------------------------------------------- fence
+
+
+def _fence(sizes: dict[str, Any]) -> list[Document]:
+    """Namespace, account of the workers, who may talk to whom, and what a drain has to wait for."""
+    site = sizes["site"]
+    namespace = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {
+            "name": site["kubernetes_namespace"],
+            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+        },
+    }
+    account = _object("v1", "ServiceAccount", "vlv-worker", sizes, {})
+    del account["spec"]
+    account["automountServiceAccountToken"] = False
+    ours = {"podSelector": {"matchLabels": dict(_LABEL)}}
+
+    def of_namespace(name: str) -> Document:
+        return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+    def ports(*numbers: int, protocol: str = "TCP") -> list[Document]:
+        return [{"protocol": protocol, "port": number} for number in numbers]
+
+    incoming = {
+        "podSelector": {"matchLabels": dict(_LABEL)},
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            {"from": [ours]},
+            {"from": [of_namespace(site["operator_namespace"])], "ports": ports(8265, 52365)},
+            {"from": [of_namespace(site["monitoring_namespace"])], "ports": ports(8080)},
+        ],
+    }
+    # Workers open strangers' URLs: not those of this network, nor of the machine's metadata.
+    private = ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
+    outgoing = {
+        "podSelector": {"matchLabels": {**_LABEL, "app.kubernetes.io/component": "worker"}},
+        "policyTypes": ["Egress"],
+        "egress": [
+            {"to": [ours]},
+            {
+                "to": [of_namespace("kube-system")],
+                "ports": ports(53) + ports(53, protocol="UDP"),
+            },
+            {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": private}}]},
+        ],
+    }
+    undisturbed = {
+        "maxUnavailable": 0,
+        "selector": {"matchLabels": {**_LABEL, "app.kubernetes.io/component": "head"}},
+    }
+    return [
+        namespace,
+        account,
+        _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-incoming", sizes, incoming),
+        _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-outgoing", sizes, outgoing),
+        _object("policy/v1", "PodDisruptionBudget", "vlv-head", sizes, undisturbed),
+    ]

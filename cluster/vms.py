@@ -1,0 +1,188 @@
+"""Cluster-launcher files: machines of AWS and GCP that `ray up` starts and the autoscaler adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
+_TOKEN = "/home/ray/.ray/auth_token"
+_SHARED = "/shared"
+
+
+def launcher_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """aws.yaml and gcp.yaml for `ray up`."""
+    return {
+        "launcher/aws.yaml": [_launcher(sizes, "aws")],
+        "launcher/gcp.yaml": [_launcher(sizes, "gcp")],
+    }
+
+
+def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
+    site, groups = sizes["site"], sizes["groups"]
+    node_config = {"aws": _aws_node, "gcp": _gcp_node}[cloud]
+    provider, auth = {"aws": _aws, "gcp": _gcp}[cloud](site)
+    nodes: dict[str, Any] = {
+        "head": {
+            "resources": {"CPU": 0},
+            "min_workers": 0,
+            "max_workers": 0,
+            "node_config": node_config(sizes["head"], site),
+        }
+    }
+    for name, group in groups.items():
+        gpus = {"GPU": group["gpus"]} if group["gpus"] else {}
+        nodes[name] = {
+            "resources": {"CPU": group["cpus"], **gpus, name: 1},
+            "min_workers": group["min"],
+            "max_workers": group["max"],
+            "idle_timeout_s": 60 * group["idle_minutes"],
+            "node_config": node_config(group, site),
+        }
+    return {
+        "cluster_name": "vlv",
+        "max_workers": sum(group["max"] for group in groups.values()),
+        "upscaling_speed": 4.0,
+        "idle_timeout_minutes": max(group["idle_minutes"] for group in groups.values()),
+        "provider": provider,
+        "auth": auth,
+        "docker": {
+            "image": site["image"],
+            "container_name": "vlv",
+            "pull_before_run": True,
+            "run_options": [
+                "--ulimit nofile=65536:65536",
+                "--env RAY_AUTH_MODE=token",
+                # Secrets and tuning of the machines, by name: the values stay in their environment.
+                "--env WANDB_API_KEY",
+                "--env HF_TOKEN",
+                f"--volume {_SHARED}:{_SHARED}",
+            ],
+        },
+        "head_node_type": "head",
+        "available_node_types": nodes,
+        "file_mounts": {_TOKEN: "~/.ray/auth_token"},
+        "initialization_commands": [
+            f"sudo mkdir -p {_SHARED}",
+            f"mountpoint -q {_SHARED} || sudo mount -t nfs4 "
+            f"-o nfsvers=4.1,hard,timeo=600,retrans=2 {site[cloud + '_shared_disk']} {_SHARED}",
+        ],
+        # The image holds the installation; empty lists keep the launcher's own defaults out.
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "cluster_synced_files": [],
+        "head_start_ray_commands": [
+            "ray stop",
+            "ray start --head --port=6379 --object-manager-port=8076 --dashboard-host=127.0.0.1 "
+            "--metrics-export-port=8080 --disable-usage-stats "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": [
+            "ray stop",
+            "ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076 "
+            "--metrics-export-port=8080 --disable-usage-stats",
+        ],
+    }
+
+
+def _aws(site: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    provider = {
+        "type": "aws",
+        "region": site["aws_region"],
+        "use_internal_ips": True,
+        "cache_stopped_nodes": False,
+    }
+    auth = {
+        "ssh_user": "ubuntu",
+        "ssh_proxy_use_node_id": True,
+        "ssh_proxy_command": "aws ssm start-session --target %h "
+        "--document-name AWS-StartSSHSession --parameters portNumber=%p",
+    }
+    return provider, auth
+
+
+def _aws_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
+    node: dict[str, Any] = {
+        "InstanceType": size["aws"],
+        "ImageId": site["aws_image_id"],
+        "BlockDeviceMappings": [
+            {
+                "DeviceName": "/dev/sda1",
+                "Ebs": {
+                    "VolumeSize": size["disk"],
+                    "VolumeType": "gp3",
+                    "Encrypted": True,
+                    "DeleteOnTermination": True,
+                },
+            }
+        ],
+        # Ray's own group would let SSH in from everywhere.
+        "SecurityGroupIds": [site["aws_security_group"]],
+        "SubnetIds": site["aws_private_subnets"],
+        "IamInstanceProfile": {
+            "Name": site["aws_worker_profile" if "spot" in size else "aws_head_profile"]
+        },
+        # Version 2 alone: a plain GET to which a URL may lead reads no credentials of the machine.
+        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
+    }
+    if size.get("spot"):
+        node["InstanceMarketOptions"] = {
+            "MarketType": "spot",
+            "SpotOptions": {"InstanceInterruptionBehavior": "terminate"},
+        }
+    return node
+
+
+def _gcp(site: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    provider = {
+        "type": "gcp",
+        "region": site["gcp_region"],
+        "availability_zone": site["gcp_zone"],
+        "project_id": site["gcp_project"],
+        "use_internal_ips": True,
+        "cache_stopped_nodes": False,
+    }
+    auth = {
+        "ssh_user": "ubuntu",
+        "ssh_proxy_use_node_id": True,
+        "ssh_proxy_command": "gcloud compute start-iap-tunnel %h %p --listen-on-stdin "
+        f"--project={site['gcp_project']} --zone={site['gcp_zone']}",
+    }
+    return provider, auth
+
+
+def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
+    region = site["gcp_region"]
+    node: dict[str, Any] = {
+        "machineType": size["gcp"],
+        "disks": [
+            {
+                "boot": True,
+                "autoDelete": True,
+                "type": "PERSISTENT",
+                "initializeParams": {
+                    "diskSizeGb": size["disk"],
+                    "sourceImage": site["gcp_image"],
+                },
+            }
+        ],
+        # Without accessConfigs there is no public address.
+        "networkInterfaces": [
+            {"subnetwork": f"projects/{site['gcp_project']}/regions/{region}/subnetworks/default"}
+        ],
+        "serviceAccounts": [
+            {
+                "email": site["gcp_worker_account" if "spot" in size else "gcp_head_account"],
+                "scopes": ["https://www.googleapis.com/auth/cloud-platform"],
+            }
+        ],
+        "shieldedInstanceConfig": {"enableVtpm": True, "enableIntegrityMonitoring": True},
+    }
+    scheduling: dict[str, Any] = {}
+    if size.get("gpus"):
+        scheduling["onHostMaintenance"] = "TERMINATE"  # machines with GPUs cannot be moved
+    if size.get("spot"):
+        scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE"}
+    if scheduling:
+        node["scheduling"] = scheduling
+    return node

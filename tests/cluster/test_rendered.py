@@ -1,0 +1,104 @@
+"""What is rendered for the launcher and for KubeRay, against the schemas of those who read it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from cluster.render import HERE, read_sizes, rendered, stale
+from pipelines.config import load
+from pipelines.training.config import Stage1Config, Stage2Config
+
+SIZES = read_sizes()
+FILES = {path: list(yaml.safe_load_all(text)) for path, text in rendered(SIZES).items()}
+RAY = {
+    p: d[0]
+    for p, d in FILES.items()
+    if d[0]["kind" if "kind" in d[0] else "cluster_name"] in ("RayCluster", "RayJob")
+}
+
+
+def test_committed_files_are_what_the_sizes_give() -> None:
+    assert stale(SIZES) == []
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_ray_accepts_the_launcher_files(cloud: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(copy.deepcopy(FILES[f"launcher/{cloud}.yaml"][0]))
+    validate_config(config)
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert "0.0.0.0" not in str(config)
+
+
+def test_aws_accepts_the_machines() -> None:
+    botocore = pytest.importorskip("botocore.session")
+    from botocore.validate import ParamValidator
+
+    model = botocore.get_session().get_service_model("ec2").operation_model("RunInstances")
+    for node in FILES["launcher/aws.yaml"][0]["available_node_types"].values():
+        node_config = {"MinCount": 1, "MaxCount": 1, **node["node_config"]}
+        (node_config["SubnetId"],) = node_config.pop("SubnetIds")  # Ray takes one of its list
+        report = ParamValidator().validate(node_config, model.input_shape)
+        assert not report.has_errors(), report.generate_report()
+
+
+def strict(schema: Any) -> Any:
+    """The schema with unknown fields refused."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(value) for name, value in schema.items()}
+    closed = "properties" in schema and isinstance(schema["properties"], dict)
+    if closed and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def crds(shared_dir: Path) -> dict[str, Any]:
+    schemas = {}
+    for file in sorted((shared_dir / "kuberay").glob("*.yaml")):
+        crd = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        (version,) = (v for v in crd["spec"]["versions"] if v["storage"])
+        schema = strict(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        schemas[crd["spec"]["names"]["kind"]] = schema
+    return schemas
+
+
+@pytest.mark.parametrize("path", RAY)
+def test_kuberay_accepts_its_objects(path: str, crds: dict[str, Any]) -> None:
+    jsonschema.validate(RAY[path], crds[RAY[path]["kind"]])
+
+
+def test_a_misspelt_field_is_refused(crds: dict[str, Any]) -> None:
+    wrong = copy.deepcopy(RAY["kuberay/raycluster.yaml"])
+    wrong["spec"]["headGroupSpec"]["template"]["spec"]["tolerationz"] = []
+    with pytest.raises(jsonschema.ValidationError, match="tolerationz"):
+        jsonschema.validate(wrong, crds["RayCluster"])
+
+
+@pytest.mark.parametrize(("job", "config"), [("stage1", Stage1Config), ("stage2", Stage2Config)])
+def test_training_fits_its_group(job: str, config: type) -> None:
+    path = str(HERE.parent / "jobs/configs/full" / f"{job}.yaml")
+    given = ["data.input=/a", "run_dir=/b", *(["data.captions=/c"] if job == "stage2" else [])]
+    train = load(config, path, given).train
+    group = SIZES["groups"][SIZES["jobs"][job]["models"]]
+    a_node = min(group["gpus"], group["cpus"] // train.cpus_per_worker)
+    assert group["min"] <= -(-train.num_workers // a_node) <= group["max"]
+
+
+def test_recaption_fits_its_group() -> None:
+    asked = yaml.safe_load((HERE.parent / "jobs/configs/full/recaption.yaml").read_text())
+    group = SIZES["groups"][SIZES["jobs"]["recaption"]["models"]]
+    assert (
+        group["min"] * group["gpus"]
+        <= asked["actors"]["num_actors"]
+        <= group["max"] * group["gpus"]
+    )
