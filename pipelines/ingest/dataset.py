@@ -181,12 +181,14 @@ def _plan_into(
 ) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
     rows = read_list(files, config.filter, config.data.columns, plan, Blocked.read(table))
+
+    def size(listed: int) -> int:
+        return config.rows_per_chunk or rows_per_file(listed, config.image)
+
     if table.exists:
-        next_plan(rows, table, folder, config.filter, config.retried(), plan)
+        next_plan(rows, table, folder, config.filter, config.retried(), size, plan)
         return None
-    return first_plan(
-        rows, folder, lambda n: config.rows_per_chunk or rows_per_file(n, config.image), plan
-    )
+    return first_plan(rows, folder, size, plan)
 
 
 def _work(config: IngestConfig, table: Table, run: Run) -> None:
