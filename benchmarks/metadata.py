@@ -14,6 +14,7 @@ for each.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -85,8 +86,24 @@ def plan_all(folder: Path, urls: Path) -> int:
 
 def ingest(folder: Path, urls: Path) -> int:
     dataset.ImageFetcher = PictureMaker  # type: ignore[misc, assignment]
+    for name in ("_plan_into", "run_chunks", "mark_duplicates", "write_link_rot", "write_report"):
+        setattr(dataset, name, _timed(getattr(dataset, name)))
     shutil.rmtree(folder / "table", ignore_errors=True)
     return sum(dataset.ingest(config_of(folder, urls)).values())
+
+
+def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def timed(*values: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        result = function(*values, **options)
+        parts[function.__name__] = round(time.perf_counter() - begun, 2)
+        return result
+
+    return timed
+
+
+parts: dict[str, float] = {}  # seconds of an ingest by what it does
 
 
 STEPS: dict[str, Callable[[Path, Path], int]] = {
@@ -143,6 +160,7 @@ def measured(step: str, folder: Path, urls: Path) -> dict[str, float]:
         "cpu_seconds": round(sum(watch.cpu.values()), 2),
         "driver_mb": round(watch.root_peak / 1e6),
         "peak_mb": round(watch.peak / 1e6),
+        **told["parts"],
     }
 
 
@@ -212,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.step:
         begun = time.perf_counter()
         rows = STEPS[given.step](folder, given.list)
-        print(json.dumps({"rows": rows, "seconds": time.perf_counter() - begun}))
+        seconds = time.perf_counter() - begun
+        print(json.dumps({"rows": rows, "seconds": seconds, "parts": parts}))
         return
     folder.mkdir(parents=True, exist_ok=True)
     measure, sizes = (flat, FLAT_ROWS) if given.flat else (lists, ROWS)

@@ -35,6 +35,7 @@ T = TypeVar("T")
 LOCK_FILE = ".lock"
 # A store that fails for a while is asked again after these seconds.
 _PATIENCE = (1.0, 2.0, 5.0, 15.0, 30.0)
+_PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
 _LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
 _RENEW = 30.0
 
@@ -154,15 +155,22 @@ def readable(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
-    """A Parquet file to read from; DataError where it is none."""
+def open_parquet(file: Path, in_pieces: bool = False) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read from; DataError where it is none.
+
+    `in_pieces` for row groups that may be larger than memory: they are not fetched whole, as they
+    are otherwise, in few requests.
+    """
+    options: dict[str, Any] = {"pre_buffer": True}
+    if in_pieces:
+        options = {"pre_buffer": False, "buffer_size": _PIECE * (8 if is_url(file) else 1)}
     with readable(file):
         if not is_url(file):
-            with pq.ParquetFile(file) as parquet:
+            with pq.ParquetFile(file, **options) as parquet:
                 yield parquet
             return
         source = patiently(lambda: file.open("rb"), file)
-        with source, pq.ParquetFile(source, pre_buffer=True) as parquet:
+        with source, pq.ParquetFile(source, **options) as parquet:
             yield parquet
 
 

@@ -117,11 +117,12 @@ class IngestConfig(Config):
         values = dump(self)["image"]
         return {f"image.{name}": v for name, v in values.items() if name != "decode_timeout"}
 
-    def run_settings(self) -> dict[str, Any]:
-        """The settings that tell one run from the next; how fast it is done is no part of them."""
+    def run_settings(self, files: list[Path]) -> dict[str, Any]:
+        """The settings that tell one run of the list `files` from the next; how fast it is done is
+        no part of them."""
         values = dump(self)
         return {
-            "data.input": fingerprint(input_files(self.data.input)),
+            "data.input": fingerprint(files),
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},
@@ -171,20 +172,23 @@ def plan_only(config: IngestConfig) -> Plan:
     if is_folder(table.folder):
         table.check_free(KIND, config.identity(), IMAGE_ROW.names)
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
-        _plan_into(Path(folder), config, table, plan)
+        _plan_into(Path(folder), input_files(config.data.input), config, table, plan)
     return plan
 
 
-def _plan_into(folder: Path, config: IngestConfig, table: Table, plan: Plan) -> bytes | None:
+def _plan_into(
+    folder: Path, files: list[Path], config: IngestConfig, table: Table, plan: Plan
+) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
-    files = input_files(config.data.input)
     rows = read_list(files, config.filter, config.data.columns, plan, Blocked.read(table))
+
+    def size(listed: int) -> int:
+        return config.rows_per_chunk or rows_per_file(listed, config.image)
+
     if table.exists:
-        next_plan(rows, table, folder, config.filter, config.retried(), plan)
+        next_plan(rows, table, folder, config.filter, config.retried(), size, plan)
         return None
-    return first_plan(
-        rows, folder, lambda n: config.rows_per_chunk or rows_per_file(n, config.image), plan
-    )
+    return first_plan(rows, folder, size, plan)
 
 
 def _work(config: IngestConfig, table: Table, run: Run) -> None:
@@ -213,7 +217,8 @@ def _work(config: IngestConfig, table: Table, run: Run) -> None:
 
 def _open_run(config: IngestConfig, table: Table) -> Run:
     """The run that is to be worked on: the last one, or a new one with its plan."""
-    settings = config.run_settings()
+    files = input_files(config.data.input)
+    settings = config.run_settings(files)
     if table.exists:
         last = last_run(table)
         if last is None:
@@ -224,7 +229,7 @@ def _open_run(config: IngestConfig, table: Table) -> Run:
     else:
         remove_folder(table.folder / FOLDER)  # of a planning that was killed
     run, plan = next_run(table), Plan()
-    chunks = _plan_into(run.plan_folder, config, table, plan)
+    chunks = _plan_into(run.plan_folder, files, config, table, plan)
     if chunks is not None:
         write_atomically(table.folder / CHUNKS_FILE, chunks)
     about = {name: value for name, value in vars(plan).items() if name != "chunks"}

@@ -45,6 +45,7 @@ PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
 
 CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone
 _LEAST = -(2**63)
+_MOST_GROWTH = 32  # times the usual rows of a chunk: its ranges of keys were cut for a shorter list
 _KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
 
 
@@ -141,23 +142,33 @@ def first_plan(
 
 
 def next_plan(
-    rows: Iterable[pa.Table],
+    rows: Iterator[pa.Table],
     table: Table,
     folder: Path,
     filters: FilterConfig,
     retry: frozenset[str],
+    size: Callable[[int], int],
     plan: Plan,
 ) -> None:
     """Plan what the table lacks of the sorted `rows`, what is tried again, what is marked anew.
 
     `retry` holds statuses. A row that the filters now rule out is marked; one that they let pass
-    again is taken back, or fetched where its image was never stored.
+    again is taken back, or fetched where its image was never stored. `size` as in `first_plan`:
+    DataError where chunks would hold many times as many rows, which no worker could.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = np.load(io.BytesIO((table.folder / CHUNKS_FILE).read_bytes()))
-    committed = {commit.chunk for commit in table.commits()}
-    known = _known_rows(table, committed, len(starts))
-    for chunk, (listed, here) in enumerate(zip(_by_range(rows, starts), known, strict=True)):
+    committed = {commit.chunk: commit.rows for commit in table.commits()}
+    first = next(rows)  # how many pass is known from here on
+    usual = max(size(plan.listed), *committed.values(), 1)
+    if plan.listed > _MOST_GROWTH * usual * len(starts):
+        raise DataError(
+            f"{table.folder} was begun with so short a list that each of its files would now hold "
+            f"{plan.listed // len(starts):,} rows (usual: {usual:,}): choose another data.output"
+        )
+    known = _known_rows(table, set(committed), len(starts))
+    by_range = _by_range(chain([first], rows), starts)
+    for chunk, (listed, here) in enumerate(zip(by_range, known, strict=True)):
         fetch, marks = _changes(listed, here, filters, retry)
         if fetch.num_rows or marks.num_rows or chunk not in committed:
             write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))

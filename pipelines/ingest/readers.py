@@ -13,7 +13,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,28 +60,16 @@ def read_parquet(
     `columns` may be a function that chooses them for each row group, by its statistics.
     """
     schema = read_schema(file)
-    with open_parquet(file) as parquet:
+    with open_parquet(file, in_pieces=True) as parquet:
         about = parquet.metadata
         if not about.num_rows:
             yield schema.empty_table()  # its columns are checked all the same
-        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        groups = map(about.row_group, range(about.num_row_groups))
         chosen = [columns(group) if callable(columns) else columns for group in groups]
-        for some in _runs_of_groups([group.num_rows for group in groups], chosen, rows):
-            names = chosen[some[0]]
-            for batch in parquet.iter_batches(rows, row_groups=some, columns=names):
+        for _, alike in groupby(range(len(chosen)), chosen.__getitem__):
+            some = list(alike)
+            for batch in parquet.iter_batches(rows, row_groups=some, columns=chosen[some[0]]):
                 yield pa.Table.from_batches([batch])
-
-
-def _runs_of_groups(sizes: list[int], chosen: list[Any], rows: int) -> Iterator[list[int]]:
-    """Row groups that are read at once: large ones one by one, since they are held in memory."""
-    some: list[int] = []
-    for group, size in enumerate(sizes):
-        if some and (chosen[group] != chosen[some[0]] or sum(sizes[i] for i in some) + size > rows):
-            yield some
-            some = []
-        some.append(group)
-    if some:
-        yield some
 
 
 def _text(file: Path) -> IO[str]:

@@ -195,6 +195,15 @@ def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: We
     assert (counts, asked) == ({"ok": 3}, 0)
 
 
+def test_a_list_that_a_table_was_not_cut_for_is_refused(tmp_path: Path, web: Web) -> None:
+    run(tmp_path, [web.url("0.png")])
+    urls = [web.url(f"{i}.png") for i in range(1100)]
+    with pytest.raises(DataError, match=r"would now hold 1,100 rows \(usual: 34\): choose another"):
+        run(tmp_path, urls, rows_per_chunk=None)
+    counts, _ = asked_by(web, lambda: run(tmp_path, urls[:40]))
+    assert counts == {"ok": 40}
+
+
 def make_older(tmp_path: Path, without: list[str], setting: str = "") -> None:
     """Take from a table what an earlier version did not write."""
     table = Table(tmp_path / "out")
