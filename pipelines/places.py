@@ -226,11 +226,19 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
     def renew() -> None:
         patiently(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
 
+    def holder() -> dict[str, Any]:
+        # In one request: an opened file that its owner renews meanwhile fails when it is read.
+        held: dict[str, Any] = json.loads(patiently(lambda: remote.fs.cat_file(remote.path), lock))
+        return held
+
     first = json.dumps({"owner": me, "time": time.time()}).encode()
     try:
         remote.fs.pipe_file(remote.path, first, mode="create")  # If-None-Match: one of us wins
     except FileExistsError:
-        held = json.loads(lock.read_text())
+        try:
+            held = holder()
+        except FileNotFoundError:  # given back since
+            held = {"time": time.time()}
         if time.time() - held["time"] < _LEASE:
             raise _in_use(folder, setting) from None
         renew()
@@ -247,5 +255,5 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
     finally:
         stop.set()
         keeper.join()
-        if json.loads(lock.read_text()).get("owner") == me:
+        if holder().get("owner") == me:
             lock.unlink()

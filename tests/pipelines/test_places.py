@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -153,11 +154,16 @@ def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
 def test_leases_are_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_RENEW", 0.05)
     folder = place(f"{bucket}/t")
+    lock: Any = folder / places.LOCK_FILE
+
+    def noted() -> float:
+        return float(json.loads(lock.fs.cat_file(lock.path))["time"])
+
     with exclusive(folder, "data.output"):
-        first = json.loads((folder / places.LOCK_FILE).read_text())["time"]
+        first = noted()
         waited = threading.Event()
         for _ in range(100):
             waited.wait(0.05)
-            if json.loads((folder / places.LOCK_FILE).read_text())["time"] > first:
+            if noted() > first:
                 return
     raise AssertionError("the lease was never renewed")
