@@ -13,6 +13,7 @@ import glob
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -36,6 +37,7 @@ LOCK_FILE = ".lock"
 # A store that fails for a while is asked again after these seconds.
 _PATIENCE = (1.0, 2.0, 5.0, 15.0, 30.0)
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_beside` names
 _LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
 _RENEW = 30.0
 
@@ -110,13 +112,17 @@ def patiently(action: Callable[[], T], path: Path) -> T:
     return action()
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it is seen whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
         patiently(lambda: path.write_bytes(data), path)
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -136,7 +142,7 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
         pq.write_table(table, file, compression="zstd", **options)
         patiently(lambda: path.write_bytes(file.getvalue()), path)
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _beside(path)
     try:
         pq.write_table(table, temporary, compression="zstd", **options)
         os.replace(temporary, path)
@@ -194,7 +200,8 @@ def read_texts(files: list[Path]) -> list[str]:
 def exclusive(folder: Path, setting: str) -> Iterator[None]:
     """Hold a folder for this process; RunError while another one holds it.
 
-    On a local disk the lock goes with the process, however it ends, and holds on one machine. In
+    On a local disk the lock goes with the process, however it ends, and holds on one machine; what
+    writers that were killed left half-written in the folder is removed. In
     an object store it is a file that is renewed, and is taken over where nobody has for two
     minutes.
     """
@@ -215,7 +222,15 @@ def _file_lock(folder: Path, setting: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise _in_use(folder, setting) from None
+        _remove_halves(folder)
         yield
+
+
+def _remove_halves(folder: Path) -> None:
+    """Remove the files that killed writers left between writing and renaming, in all of a folder."""
+    for inside, _, names in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            Path(inside, name).unlink(missing_ok=True)
 
 
 @contextmanager

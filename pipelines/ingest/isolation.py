@@ -76,19 +76,27 @@ class Decoder:
 
     def __call__(self, data: bytes) -> dict[str, Any]:
         """The columns of one file's row. Never raises for what a file does."""
-        if self._child is None:
-            self._start()
         try:
-            self._pipe.send_bytes(data)
-            if not self._pipe.poll(self.image.decode_timeout):
-                self.close()
-                return _failed("timeout", f"not decoded in {self.image.decode_timeout:g} seconds")
-            row: dict[str, Any] = json.loads(self._pipe.recv_bytes())
-            if row.pop("stored"):
-                row["image"] = {"bytes": self._pipe.recv_bytes(), "path": None}
-            return row
+            return self._ask(data)
+        except (EOFError, OSError):
+            self._how_it_died()
+        # Perhaps not of this file: what kills when memory runs out takes an idle child, too.
+        try:
+            return self._ask(data)
         except (EOFError, OSError):
             return _failed("crashed", f"the decoder died of it ({self._how_it_died()})")
+
+    def _ask(self, data: bytes) -> dict[str, Any]:
+        if self._child is None:
+            self._start()
+        self._pipe.send_bytes(data)
+        if not self._pipe.poll(self.image.decode_timeout):
+            self.close()
+            return _failed("timeout", f"not decoded in {self.image.decode_timeout:g} seconds")
+        row: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        if row.pop("stored"):
+            row["image"] = {"bytes": self._pipe.recv_bytes(), "path": None}
+        return row
 
     def close(self) -> None:
         """End the child, however busy it is."""

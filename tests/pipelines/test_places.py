@@ -107,6 +107,17 @@ def test_a_folder_is_held_by_one_and_free_again(folder: Path) -> None:
         pass
 
 
+def test_what_killed_writers_left_half_written_is_removed(tmp_path: Path) -> None:
+    half = tmp_path / f"t/_commits/.000016.json.{'0f' * 16}"
+    others = [tmp_path / "t" / name for name in (".keep", "a.parquet", f"{'0f' * 16}")]
+    for file in (half, *others):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    with exclusive(tmp_path / "t", "data.output"):
+        assert not half.exists()
+        assert all(file.exists() for file in others)
+
+
 def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
     folder = place(f"{bucket}/t")
     lock = folder / places.LOCK_FILE

@@ -40,16 +40,33 @@ def test_rows_are_those_of_the_same_code_in_this_process(decoder: Decoder) -> No
         assert decoder(data) == image_columns(data, decoder.image, FilterConfig(min_short_side=20))
 
 
-@pytest.mark.parametrize("deadly", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
-def test_a_decoder_that_dies_costs_one_row(decoder: Decoder, deadly: signal.Signals) -> None:
+def test_a_decoder_that_is_killed_from_outside_costs_no_row(decoder: Decoder) -> None:
+    """As where memory runs out and the system ends some process."""
     assert decoder(png())["status"] == "ok"
     first = pid_of(decoder)
-    os.kill(first, deadly)
-    died = decoder(png())
-    assert died["status"] == "decode:crashed"
-    assert deadly.name in died["error"]
+    os.kill(first, signal.SIGKILL)
     assert decoder(png())["status"] == "ok"
     assert pid_of(decoder) != first
+
+
+@pytest.mark.parametrize("deadly", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_file_that_kills_every_decoder_costs_one_row(
+    decoder: Decoder, deadly: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = decoder._start, []
+
+    def start_and_die() -> None:
+        start()
+        started.append(pid_of(decoder))
+        os.kill(started[-1], deadly)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_start", start_and_die)
+        died = decoder(png())
+    assert died["status"] == "decode:crashed"
+    assert deadly.name in died["error"]
+    assert len(set(started)) == 2
+    assert decoder(png())["status"] == "ok"
 
 
 def test_a_decoder_that_hangs_costs_one_row(decoder: Decoder) -> None:
