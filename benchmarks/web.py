@@ -1,9 +1,9 @@
-"""A web of photograph-like images on loopback for the benchmark of ingest, in a process of its own.
+"""A web of photograph-like images on loopback for the benchmarks of ingest.
 
     python benchmarks/web.py FOLDER [--latency SECONDS] [--dead SHARE]
 
 Serves http://127.0.0.1:PORT/N.jpg for any N, from the images in FOLDER in turn, and prints the port.
-A share of the numbers never answers.
+A share of the numbers never answers, and another one answers as the web's broken links do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,66 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> None:
             file.write_bytes(buffer.getvalue())
 
 
-async def serve(folder: Path, latency: float, dead: float) -> None:
-    bodies = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
+BROKEN = ("404", "410", "500", "truncated", "html", "noai")
+"""What broken addresses answer, in turn."""
 
-    async def answer(request: web.Request) -> web.Response:
+
+class Site:
+    """The answers. `rate` (answers a second; 0: all) may change while it is served.
+
+    With `copies`, so many numbers in a row have a file of their own, the same picture or not.
+    """
+
+    def __init__(
+        self, folder: Path, latency: float = 0, dead: float = 0, broken: float = 0, copies: int = 0
+    ) -> None:
+        self.bodies = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
+        self.latency, self.dead, self.broken, self.copies = latency, dead, broken, copies
+        self.rate = 0.0
+        self.turn = 0.0  # when the last answer goes out, at this rate
+
+    async def start(self) -> int:
+        """Serve on loopback, in the loop that is running; returns the port."""
+        app = web.Application()
+        app.router.add_get("/{number:[0-9]+}.jpg", self.answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        return int(runner.addresses[0][1])
+
+    async def answer(self, request: web.Request) -> web.Response:
         number = int(request.match_info["number"])
-        if is_dead(number, dead):
+        if is_dead(number, self.dead):
             await asyncio.sleep(3600)
-        if latency:
-            await asyncio.sleep(latency)
-        return web.Response(body=bodies[number % len(bodies)], content_type="image/jpeg")
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        if self.rate:
+            now = time.monotonic()
+            self.turn = max(now, self.turn + 1 / self.rate)
+            await asyncio.sleep(self.turn - now)
+        body, kind = self._body(number), "image/jpeg"
+        if not is_dead(number + 1_000_000_007, self.broken):
+            return web.Response(body=body, content_type=kind)
+        how = BROKEN[number % len(BROKEN)]
+        if how.isdigit():
+            return web.Response(status=int(how))
+        if how == "html":
+            return web.Response(text="<!doctype html>", content_type="text/html")
+        if how == "truncated":
+            return web.Response(body=body[: len(body) // 2], content_type=kind)
+        return web.Response(body=body, content_type=kind, headers={"X-Robots-Tag": "noai"})
 
-    app = web.Application()
-    app.router.add_get("/{number:[0-9]+}.jpg", answer)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
-    await site.start()
-    print(runner.addresses[0][1], flush=True)
+    def _body(self, number: int) -> bytes:
+        if not self.copies:
+            return self.bodies[number % len(self.bodies)]
+        number //= self.copies
+        comment = b"\xff\xfe\x00\x06" + number.to_bytes(4, "big")
+        body = self.bodies[number % len(self.bodies)]
+        return body[:2] + comment + body[2:]
+
+
+async def serve(site: Site) -> None:
+    print(await site.start(), flush=True)
     await asyncio.Event().wait()
 
 
@@ -79,7 +122,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--dead", type=float, default=0.0, help="share that never answers")
     given = parser.parse_args()
-    asyncio.run(serve(given.folder, given.latency, given.dead))
+    asyncio.run(serve(Site(given.folder, given.latency, given.dead)))
 
 
 if __name__ == "__main__":
