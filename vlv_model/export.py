@@ -83,8 +83,8 @@ def export_model(
         for part, module in modules.items():
             with loading.without_bars():
                 module.save_pretrained(work / part, max_shard_size=MAX_SHARD_SIZE)
-        for part, source_part in _copied(modules).items():
-            _copy_files(config, source_part, work / part)
+        for part in _with_published_files(modules):
+            _copy_files(config, part, work / part)
         own = _own_config(config, work)
         fingerprints = {part: fingerprint(work / part) for part in modules}
         # Of base models that stay behind it is still known which they were.
@@ -133,12 +133,12 @@ def _other_modules(config: ModelConfig, there: Mapping[str, nn.Module]) -> dict[
     return {"language_model": loading.load_language_model(config)}
 
 
-def _copied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Folders that get files as they were published, and the part whose files they are."""
-    folders = ["florence", "tokenizer"]
-    folders += ["language_model"] if "language_model" in modules else []
-    folders += ["scheduler"] if "unet" in modules else []
-    return {folder: folder for folder in folders}
+def _with_published_files(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Parts that get files as they were published."""
+    parts = ["florence", "tokenizer"]
+    parts += ["language_model"] if "language_model" in modules else []
+    parts += ["scheduler"] if "unet" in modules else []
+    return parts
 
 
 def _copy_files(config: ModelConfig, part: str, target: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
@@ -14,7 +14,12 @@ from pipelines.runtime import quiet_libraries
 from pipelines.storage import read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
+from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError, RunError
+
+if TYPE_CHECKING:  # so that --help need not wait for the libraries of the models
+    from vlv_model.autoencoder import VLVAutoEncoder
+    from vlv_model.captioner import VLVCaptioner
 
 REPORT = "import.json"
 _PLACES = ("run_dir", "ray", "model", "input", "output", "captions")  # of one machine
@@ -37,7 +42,7 @@ def export(config: ExportConfig) -> str:
 def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
     from vlv_model.checkpoint import stages_of
     from vlv_model.checkpoint_files import read_chain
-    from vlv_model.export import export_model, open_model, sources_of
+    from vlv_model.export import open_model, sources_of
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is None:
@@ -78,22 +83,12 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         "base_models": base_models,
         "origin": origin,
     }
-    model = open_model(model_config, checkpoint, last.stage)
-    card = {"README.md": model_card(Path(config.output).name, model_config, about, config.license)}
-    export_model(
-        config.output,
-        model,
-        model_config,
-        about,
-        precision=config.precision,
-        parts=config.parts,
-        texts=card,
-    )
+    _write(config, open_model(model_config, checkpoint, last.stage), model_config, about)
     return f"{last.stage}, step {last.step:,} ({config.precision})"
 
 
 def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
-    from vlv_model.export import export_model, open_model, sources_of
+    from vlv_model.export import open_model, sources_of
     from vlv_model.reference_files import read_reference
     from vlv_model.reference_import import fill, stage_of
     from vlv_model.sources import resolve_model
@@ -124,17 +119,31 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
             "reference": {"files": reference.digests, "step": reference.step},
         },
     }
-    card = model_card(Path(config.output).name, model_config, about, config.license)
+    said = json.dumps(report.to_json(), indent=2) + "\n"
+    _write(config, model, model_config, about, {REPORT: said})
+    return report.text()
+
+
+def _write(
+    config: ExportConfig,
+    model: VLVAutoEncoder | VLVCaptioner,
+    base_models: ModelConfig,
+    about: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """The folder of `model`, which was built from `base_models`, with its card and `texts`."""
+    from vlv_model.export import export_model
+
+    card = model_card(Path(config.output).name, base_models, about, config.license)
     export_model(
         config.output,
         model,
-        model_config,
+        base_models,
         about,
         precision=config.precision,
         parts=config.parts,
-        texts={"README.md": card, REPORT: json.dumps(report.to_json(), indent=2) + "\n"},
+        texts={"README.md": card, **(texts or {})},
     )
-    return report.text()
 
 
 def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
