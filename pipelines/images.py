@@ -162,7 +162,7 @@ class RowReader:
         """
         from PIL import Image
 
-        from pipelines.ingest.colour import upright_srgb
+        from pipelines.colour import upright_srgb
         from vlv_model.preprocessing import square_image
 
         content = self.row(position)["image"]

@@ -33,7 +33,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines.ingest.colour import SIDEWAYS, UPRIGHT, from_profile, orientation, to_srgb
+from pipelines.colour import SIDEWAYS, from_profile, orientation, to_srgb, upright
 from pipelines.ingest.encode import (
     MAX_SIDE,
     ImageConfig,
@@ -151,8 +151,8 @@ class Opened:
                     image.draft(image.mode, scaled(image.size, scale))
             image.load()
             pixels = np.asarray(image if plain else to_srgb(image))
-        turned = UPRIGHT[self.orientation](pixels) if self.orientation in UPRIGHT else pixels
-        picture = resized = resize(turned, (self.width, self.height), config)
+        full = self.width, self.height
+        picture = resized = resize(upright(pixels, self.orientation), full, config)
         if plain and (profile := image.info.get("icc_profile")):
             # Of plain pixels the few that stay are given their colours.
             numbers = Image.fromarray(np.ascontiguousarray(resized))

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
-from pipelines.ingest.colour import orientation, upright_srgb
+from pipelines.colour import orientation, upright_srgb
 from pipelines.report.html import Html, count, join, tag
 from pipelines.schemas import OK
 

@@ -1,4 +1,4 @@
-"""Pictures as they are meant to be seen: upright, in 8-bit sRGB, by the rules of decode.py."""
+"""Pictures as they are meant to be seen: upright, in 8-bit sRGB, by the rules of ingest/decode.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 WHITE = (255, 255, 255)
 _ORIENTATION_TAG = 0x0112
 # What turns a picture [h w 3] upright, by EXIF orientation; views, without a copy.
-UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda picture: np.rot90(picture, 2),
     4: np.flipud,
@@ -34,17 +34,22 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def upright(picture: np.ndarray, exif: int) -> np.ndarray:
+    """A picture [h w 3] of that EXIF orientation, upright: a view, or `picture` itself."""
+    return _UPRIGHT[exif](picture) if exif in _UPRIGHT else picture
+
+
 def upright_srgb(image: Image.Image) -> Image.Image:
     """A stored file's first frame as it is meant to be seen, whatever `image.reencode` kept."""
     image.load()
-    picture, turned = to_srgb(image), orientation(image)
-    if turned not in UPRIGHT:
+    picture, exif = to_srgb(image), orientation(image)
+    if exif not in _UPRIGHT:
         return picture
-    return Image.fromarray(np.ascontiguousarray(UPRIGHT[turned](np.asarray(picture))))
+    return Image.fromarray(np.ascontiguousarray(upright(np.asarray(picture), exif)))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of decode.py.
+    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of ingest/decode.py.
 
     Returns `image` itself where that is what it is.
     """
