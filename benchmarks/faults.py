@@ -153,11 +153,10 @@ class Line:
         self.target = target
         self.state = "passes"
         self.writers: set[asyncio.StreamWriter] = set()
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.port: int = asyncio.run_coroutine_threadsafe(self._open(), self.loop).result()
+        self.port: int = in_thread(self._open)
 
     async def _open(self) -> int:
+        self.loop = asyncio.get_running_loop()
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         return int(server.sockets[0].getsockname()[1])
 

@@ -32,10 +32,10 @@ from benchmarks.ingest import REPO, watched
 from benchmarks.lists import write_list
 from pipelines.config import build
 from pipelines.ingest import dataset
+from pipelines.ingest.fetch import image_rows
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import input_files, read_batches
 from pipelines.ingest.plan import Plan, passing
-from pipelines.schemas import IMAGE_ROW, with_image_feature
 
 ROWS = (100_000, 1_000_000, 10_000_000)
 FLAT_ROWS = (100, 10_000, 100_000, 1_000_000)  # the first tells what a start takes
@@ -121,14 +121,7 @@ class PictureMaker:
         keys = rows["key"].to_numpy()
         ok = np.random.default_rng(abs(int(keys[0]))).random(len(keys)) >= _DEAD
         made = [self._row(int(key) if good else None) for key, good in zip(keys, ok, strict=True)]
-        columns = [
-            rows[field.name]
-            if field.name in rows.column_names
-            else pa.array([row.get(field.name) for row in made], field.type)
-            for field in IMAGE_ROW
-        ]
-        table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
-        return table.append_column("chunk", rows["chunk"])
+        return image_rows(rows, made)
 
     def _row(self, key: int | None) -> dict[str, Any]:
         if key is None:

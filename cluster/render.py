@@ -48,23 +48,27 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
 
 def stale(sizes: dict[str, Any]) -> list[str]:
     """Paths of committed files that differ from what the sizes give."""
-    return [
-        path
+    return list(_differing(sizes))
+
+
+def _differing(sizes: dict[str, Any]) -> dict[str, str]:
+    """What the stale files should be, by path below cluster/."""
+    return {
+        path: text
         for path, text in rendered(sizes).items()
         if not (HERE / path).is_file() or (HERE / path).read_text(encoding="utf-8") != text
-    ]
+    }
 
 
 def main() -> int:
-    sizes = read_sizes()
-    differing = stale(sizes)
+    differing = _differing(read_sizes())
     if "--check" in sys.argv[1:]:
         for path in differing:
             print(f"error: cluster/{path} is stale: run python cluster/render.py", file=sys.stderr)
         return bool(differing)
-    for path in differing:
+    for path, text in differing.items():
         (HERE / path).parent.mkdir(parents=True, exist_ok=True)
-        (HERE / path).write_text(rendered(sizes)[path], encoding="utf-8")
+        (HERE / path).write_text(text, encoding="utf-8")
         print(f"cluster/{path}")
     return 0
 

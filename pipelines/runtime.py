@@ -46,6 +46,11 @@ class RayConfig(Config):
         "which each of them has 1 (cluster/sizes.yaml); default: any",
     )
 
+    @property
+    def cluster(self) -> str | None:
+        """Address of the cluster that the job runs on; None: a Ray of its own."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
     def pinned(self) -> dict[str, float]:
         """The share of a node's `group` resource that a worker or actor with a model asks for."""
         return {self.group: 0.001} if self.group else {}
@@ -89,8 +94,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := config.cluster:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -131,7 +135,7 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
         line = (
             f"{settings}: {amount:g} {resource}s are needed, {there.get(resource, 0):g} are there"
         )
-        if config.address or os.environ.get("RAY_ADDRESS"):
+        if config.cluster:
             print(f"{line}: waiting for the cluster to start nodes")
         elif resource == "GPU":
             raise RunError(f"{line}: set use_gpu=false to run on CPUs, or run on a cluster")

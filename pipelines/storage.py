@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.config import is_url
 from pipelines.places import (
@@ -258,7 +259,12 @@ def _is_data(names: Sequence[str]) -> bool:
 def read_schema(file: Path) -> pa.Schema:
     """Schema of one Parquet file; DataError where it is none, or names a column twice."""
     with open_parquet(file) as parquet:
-        schema = parquet.schema_arrow
+        return schema_of(parquet, file)
+
+
+def schema_of(parquet: pq.ParquetFile, file: Path) -> pa.Schema:
+    """Schema of a Parquet file that is open; DataError where it names a column twice."""
+    schema = parquet.schema_arrow
     if repeated := [name for name, n in Counter(schema.names).items() if n > 1]:
         raise DataError(f"{file} has several columns named {repeated[0]!r}: rename all but one")
     return schema

@@ -24,7 +24,7 @@ from pipelines.runtime import map_chunks
 from pipelines.schemas import DOWNLOAD, OK, host_of
 from pipelines.storage import Table
 
-_THROUGHPUT = "throughput.jsonl"
+_THROUGHPUT, _LINK_ROT = "throughput.jsonl", "link_rot.csv"
 _EVERY = 30.0  # seconds
 _MOST_HOSTS = 10_000  # of the link-rot table; the others are added up as one
 OTHERS = "(others)"
@@ -35,8 +35,8 @@ class Throughput:
 
     def __init__(self, run: Run) -> None:
         self.file = run.folder / _THROUGHPUT
-        self.lines = self.file.read_text().splitlines() if is_file(self.file) else []
-        self.before = last_throughput(run)
+        self.lines = _lines(run)
+        self.before = _last(self.lines)
         self.start = time.monotonic()
         self.noted = self.start
         self.done: Mapping[str, int] = {}
@@ -62,11 +62,17 @@ class Throughput:
 def last_throughput(run: Run) -> dict[str, Any]:
     """`seconds` that a run has worked (not those between a kill and its continuation), and what it
     has done in them: `rows`, `ok`."""
+    return _last(_lines(run))
+
+
+def _lines(run: Run) -> list[str]:
     file = run.folder / _THROUGHPUT
-    if not is_file(file):
-        return {"seconds": 0, "rows": 0, "ok": 0}
-    last: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])
-    return last
+    return file.read_text().splitlines() if is_file(file) else []
+
+
+def _last(lines: list[str]) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(lines[-1]) if lines else {"seconds": 0, "rows": 0, "ok": 0}
+    return told
 
 
 def write_link_rot(table: Table, run: Run) -> None:
@@ -89,12 +95,12 @@ def write_link_rot(table: Table, run: Run) -> None:
     rows_of = [{"host": host, "status": state, "rows": rows} for (host, state), rows in ordered]
     content = io.BytesIO()
     csv.write_csv(pa.Table.from_pylist(rows_of, _ROT), content)
-    write_atomically(run.folder / "link_rot.csv", content.getvalue())
+    write_atomically(run.folder / _LINK_ROT, content.getvalue())
 
 
 def read_link_rot(run: Run) -> list[dict[str, Any]]:
     """The lines (`host`, `status`, `rows`) that `write_link_rot` left; none where it did not."""
-    file = run.folder / "link_rot.csv"
+    file = run.folder / _LINK_ROT
     if not is_file(file):
         return []
     types = csv.ConvertOptions(column_types=_ROT, strings_can_be_null=False)

@@ -13,7 +13,6 @@ A killed job continues with the chunks that its run has not committed; see runs.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from functools import partial
@@ -275,7 +274,6 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     fetchers, decoders = fetchers_of(nodes)
     cpus = max(1, sum(nodes))
-    is_cluster = bool(config.ray.address or os.environ.get("RAY_ADDRESS"))
     least, most = _CHUNKS_IN_WORK
     told = run.describe()
     in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
@@ -294,7 +292,7 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
         compute=ray.data.ActorPoolStrategy(
             min_size=fetchers,
             # A cluster may grow; those that ask for no CPU would be started without end.
-            max_size=None if is_cluster and decoders > 1 else fetchers,
+            max_size=None if config.ray.cluster and decoders > 1 else fetchers,
             max_concurrent_calls_per_actor=in_work,
             max_tasks_in_flight_per_actor=in_work + 1,
             enable_true_multi_threading=True,

@@ -12,7 +12,7 @@ share connections and decoders, so a slow host in one chunk leaves neither of th
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +41,18 @@ def fetchers_of(nodes: Sequence[float]) -> tuple[int, int]:
     return max(1, sum(int(cpus // decoders) for cpus in nodes)), decoders
 
 
+def image_rows(rows: pa.Table, made: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """IMAGE_ROW rows of METADATA_ROW `rows` (and their `chunk`) and what was `made` of each."""
+    columns = [
+        rows[field.name]
+        if field.name in rows.column_names
+        else pa.array([row.get(field.name) for row in made], field.type)
+        for field in IMAGE_ROW
+    ]
+    table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
+    return table.append_column("chunk", rows["chunk"])
+
+
 class ImageFetcher:
     """Maps METADATA_ROW rows (and their `chunk`) to IMAGE_ROW rows, one for one, in their order."""
 
@@ -54,15 +66,7 @@ class ImageFetcher:
             self.idle.put(Decoder(image, filters))
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        made = self.downloader.each(rows["url"].to_pylist(), self._row)
-        columns = [
-            rows[field.name]
-            if field.name in rows.column_names
-            else pa.array([row.get(field.name) for row in made], field.type)
-            for field in IMAGE_ROW
-        ]
-        table = pa.table(columns, schema=with_image_feature(IMAGE_ROW))
-        return table.append_column("chunk", rows["chunk"])
+        return image_rows(rows, self.downloader.each(rows["url"].to_pylist(), self._row))
 
     def close(self) -> None:
         """End the connections and the decoders."""

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import is_url
 from pipelines.places import open_parquet
-from pipelines.storage import read_schema
+from pipelines.storage import schema_of
 from vlv_model.errors import DataError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -59,9 +59,8 @@ def read_parquet(
 
     `columns` may be a function that chooses them for each row group, by its statistics.
     """
-    schema = read_schema(file)
     with open_parquet(file, in_pieces=True) as parquet:
-        about = parquet.metadata
+        schema, about = schema_of(parquet, file), parquet.metadata
         if not about.num_rows:
             yield schema.empty_table()  # its columns are checked all the same
         groups = map(about.row_group, range(about.num_row_groups))

@@ -14,11 +14,7 @@ from pipelines.training.config import Stage1Config, Stage2Config
 
 SIZES = read_sizes()
 FILES = {path: list(yaml.safe_load_all(text)) for path, text in rendered(SIZES).items()}
-RAY = {
-    p: d[0]
-    for p, d in FILES.items()
-    if d[0]["kind" if "kind" in d[0] else "cluster_name"] in ("RayCluster", "RayJob")
-}
+RAY = {p: d[0] for p, d in FILES.items() if d[0].get("kind") in ("RayCluster", "RayJob")}
 
 
 def test_committed_files_are_what_the_sizes_give() -> None:
