@@ -3,32 +3,17 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    Florence2Config,
-    Florence2Model,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
+from tests.vlv_model.full_size import CONFIG, build_captioner, build_encoder, build_text_encoder
 from tests.vlv_model.published_configs import (
-    FLORENCE_2_LARGE,
     PARAMETERS,
     QWEN_25,
-    SD_21_BASE_TEXT_ENCODER,
     SD_21_BASE_UNET,
     SD_21_BASE_VAE,
 )
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.captioner import VLVCaptioner, build_language_projector
-from vlv_model.config import ModelConfig
 from vlv_model.diffusion_decoder import DiffusionDecoder
-from vlv_model.encoder import VLVEncoder
-from vlv_model.loading import load_caption_tokenizer, load_florence, resolve_model
-from vlv_model.text_encoder import TextEncoder
 
-CONFIG = ModelConfig()
 BART_STACKS = 413_631_488 - 51_289 * 1024  # the language model without its shared embeddings
 QUERIES = 77 * 1024
 CAPTION_PROJECTOR = 2 * (1024 * 1024 + 1024)
@@ -45,24 +30,12 @@ def trainable_parts(module) -> set[str]:
 
 @pytest.fixture(scope="module")
 def encoder(tiny):
-    _, tokenizer = load_florence(resolve_model(tiny)[0])
-    with torch.device("meta"):
-        florence = Florence2Model(Florence2Config(**FLORENCE_2_LARGE))
-        return VLVEncoder(
-            florence,
-            tokenizer,
-            width=1024,
-            num_queries=CONFIG.num_queries,
-            encoder_image_size=CONFIG.encoder_image_size,
-            prompt=CONFIG.prompt,
-        )
+    return build_encoder(tiny)
 
 
 @pytest.fixture(scope="module")
 def text_encoder():
-    with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig(**SD_21_BASE_TEXT_ENCODER))
-    return TextEncoder(clip, tokenizer=None)
+    return build_text_encoder()
 
 
 def test_florence_has_the_published_size(encoder):
@@ -102,13 +75,9 @@ def test_stage_1_at_full_size(encoder, text_encoder):
 
 @pytest.mark.parametrize("size", QWEN_25)
 def test_stage_2_at_full_size(tiny, encoder, text_encoder, size):
-    with torch.device("meta"):
-        language_model = Qwen2ForCausalLM(Qwen2Config(**QWEN_25[size]))
-        hidden = language_model.config.hidden_size
-        projector = build_language_projector(1024, hidden, seed=0)
-    captioner = VLVCaptioner(
-        encoder, text_encoder, projector, language_model, load_caption_tokenizer(tiny)
-    )
+    captioner = build_captioner(tiny, encoder, text_encoder, size)
+    language_model, projector = captioner.language_model, captioner.language_projector
+    hidden = language_model.config.hidden_size
     assert count(language_model) == PARAMETERS[size]
     assert count(projector) == (1024 + 1) * hidden + (hidden + 1) * hidden
     expected = {
