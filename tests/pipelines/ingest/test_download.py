@@ -2,122 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.ingest import pacing
-from pipelines.ingest.answers import FAILURE_CLASSES
-from pipelines.ingest.download import DownloadConfig, Downloader, Fetched, share_of
-from pipelines.ingest.pacing import Share, Window
+from pipelines.ingest.download import DownloadConfig, Fetched, share_of
 from pipelines.tiny_world.server import Web, serve
-
-JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
-QUICK: dict[str, Any] = {"allow_private": True, "retry_delay": 0.01, "read_timeout": 0.3}
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-class Site:
-    """A server whose answers a test writes; counts requests by path, and those in flight."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Answer] = {}
-        self.requests: Counter[str] = Counter()
-        self.in_flight = self.most_in_flight = 0
-        self.lock = threading.Lock()
-        site = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                with site.lock:
-                    site.requests[self.path] += 1
-                    site.in_flight += 1
-                    site.most_in_flight = max(site.most_in_flight, site.in_flight)
-                try:
-                    site.answers[self.path.partition("?")[0]](self)
-                except OSError:
-                    self.close_connection = True
-                finally:
-                    with site.lock:
-                        site.in_flight -= 1
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128  # with the default of 5 some connect a second later
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
-
-
-def reply(status: int = 200, body: bytes = JPEG, **headers: str) -> Answer:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return answer
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    site = Site()
-    yield site
-    site.server.shutdown()
-    site.server.server_close()
-
-
-@pytest.fixture
-def open_downloader() -> Iterator[Callable[..., Downloader]]:
-    opened: list[Downloader] = []
-
-    def opener(**settings: Any) -> Downloader:
-        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings})))
-        return opened[-1]
-
-    yield opener
-    for downloader in opened:
-        downloader.close()
+from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Web]:
     with serve(tmp_path) as web:
         yield web
-
-
-def fetch_all(downloader: Downloader, *urls: str) -> list[Fetched]:
-    async def itself(fetched: Fetched) -> Fetched:
-        return fetched
-
-    return downloader.each(urls, itself)
-
-
-def statuses(downloader: Downloader, *urls: str) -> list[str]:
-    found = [fetched.status for fetched in fetch_all(downloader, *urls)]
-    kinds = {f"download:{kind}" for kind in FAILURE_CLASSES} | {"ok"}
-    assert set(found) <= kinds
-    return found
 
 
 def test_what_comes_is_in_the_order_of_the_urls(site: Site, open_downloader: Any) -> None:
@@ -320,137 +224,6 @@ def test_the_total_time_out_ends_a_trickle(site: Site, open_downloader: Any) -> 
     found = fetch_all(open_downloader(retries=0, total_timeout=0.5), site.url("/trickle"))
     assert found == [Fetched(None, "download:timeout", "not done in 0.5 seconds")]
     assert time.monotonic() - started < 2
-
-
-# ----------------------------------------------------------------------------------- concurrency
-
-
-def _slow_answer(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.05)
-    reply()(handler)
-
-
-@pytest.mark.parametrize(("total", "per_host", "expected"), [(100, 3, 3), (4, 100, 4)])
-def test_concurrency_is_bounded_and_used(
-    site: Site, open_downloader: Any, total: int, per_host: int, expected: int
-) -> None:
-    site.answers = {"/": _slow_answer}
-    downloader = open_downloader(concurrency=total, concurrency_per_host=per_host, read_timeout=5)
-    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(20)))) == {"ok"}
-    assert site.most_in_flight == expected
-    assert not downloader.hosts  # a host leaves no trace
-
-
-def test_waiting_for_a_slot_is_no_time_out(site: Site, open_downloader: Any) -> None:
-    site.answers = {"/": _slow_answer}
-    downloader = open_downloader(concurrency_per_host=1, total_timeout=0.4, retries=0)
-    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(15)))) == {"ok"}
-
-
-def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
-    """Calls from several threads, as Ray Data makes them, run at the same time."""
-    site.answers = {"/": _slow_answer}
-    downloader = open_downloader(read_timeout=5)
-    lists = [[site.url(f"/?{i}{j}") for j in range(4)] for i in range(4)]
-    threads = [threading.Thread(target=fetch_all, args=(downloader, *urls)) for urls in lists]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert site.most_in_flight > 4
-
-
-def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pacing, "MAX_WAITING", 10 * len(JPEG))
-    monkeypatch.setattr(pacing, "ALLOWANCE", len(JPEG))
-    site.answers = {"/": reply(body=JPEG)}
-    downloader = open_downloader(concurrency=100, concurrency_per_host=100)
-    most, size = 0, downloader.slots.size
-
-    async def slowly(fetched: Fetched) -> str:
-        nonlocal most
-        most = max(most, downloader.room.taken)
-        await asyncio.sleep(0.5)
-        return fetched.status
-
-    assert set(downloader.each([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
-    assert 5 * len(JPEG) < most <= 10 * len(JPEG)
-    assert downloader.slots.size == size  # more in flight would not help: nobody takes the bodies
-    assert downloader.room.taken == 0
-    # What fails while it is used is used, too.
-    with pytest.raises(ZeroDivisionError):
-        downloader.each([site.url("/")], _fail)
-    assert downloader.room.taken == 0
-
-
-def test_large_bodies_take_turns_in_memory(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twelve of four megabytes at once, one after the other: a small one passes, none times out."""
-    monkeypatch.setattr(pacing, "LARGE", 10_000)
-    monkeypatch.setattr(pacing, "MAX_LARGE", 1 << 20)
-    site.answers = {"/large": reply(body=JPEG + bytes(4 << 20)), "/small": reply()}
-    downloader = open_downloader(
-        concurrency_per_host=64, total_timeout=1.2, read_timeout=5, retries=0
-    )
-    most, grown = 0, Share.grown
-
-    async def watched(share: Share, size: int) -> None:
-        nonlocal most
-        await grown(share, size)
-        most = max(most, sum(downloader.room.large.values()))
-        if size > 4 << 20:
-            await asyncio.sleep(0.15)  # twelve in turn take longer than one may
-
-    monkeypatch.setattr(Share, "grown", watched)
-    urls = [site.url(f"/large?{i}") for i in range(12)]
-    found = fetch_all(downloader, *urls, site.url("/small"))
-    assert {(fetched.status, fetched.error) for fetched in found} == {("ok", None)}
-    assert 4 << 20 < most < 16 << 20  # one, and what the connections of the others have at hand
-    assert not downloader.room.large
-    assert downloader.room.taken == 0
-
-
-async def _fail(fetched: Fetched) -> float:
-    return 1 / 0
-
-
-def test_bodies_that_stall_halve_the_requests_in_flight(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A line with room for four bodies at a time, a tenth of a second each."""
-    line = threading.Semaphore(4)
-    monkeypatch.setattr(Window, "first", 16)
-    monkeypatch.setattr(Window, "least", 2)
-    monkeypatch.setattr(Window, "patience", 0.2)
-
-    def narrow(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(JPEG)))
-        handler.end_headers()
-        handler.wfile.write(JPEG[:50])
-        handler.wfile.flush()
-        with line:
-            time.sleep(0.1)
-        handler.wfile.write(JPEG[50:])
-
-    site.answers = {"/": narrow}
-    downloader = open_downloader(
-        concurrency=64, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
-    )
-    found = statuses(downloader, *(site.url(f"/?{i}") for i in range(60)))
-    assert found.count("ok") >= 55
-    assert downloader.slots.size < 16
-
-
-def test_requests_in_flight_grow_while_bodies_come(site: Site, open_downloader: Any) -> None:
-    site.answers = {"/": reply()}
-    downloader = open_downloader(concurrency=70, concurrency_per_host=500)
-    assert downloader.slots.size == 64
-    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(200)))) == {"ok"}
-    assert downloader.slots.size == 70  # and no more
 
 
 def test_every_server_is_told_who_asks(site: Site, open_downloader: Any) -> None:

@@ -1,0 +1,32 @@
+"""A server whose answers a test writes, and downloaders that are closed behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipelines.ingest.download import DownloadConfig, Downloader
+from tests.pipelines.ingest.sites import QUICK, Site
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.fixture
+def open_downloader() -> Iterator[Callable[..., Downloader]]:
+    opened: list[Downloader] = []
+
+    def opener(**settings: Any) -> Downloader:
+        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings})))
+        return opened[-1]
+
+    yield opener
+    for downloader in opened:
+        downloader.close()

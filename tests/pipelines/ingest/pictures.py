@@ -1,0 +1,43 @@
+"""Made pictures, encoded and stored, for the tests of decoding and encoding."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.ingest.decode import (
+    Opened,
+    Stored,
+)
+from pipelines.ingest.encode import ImageConfig
+
+LOSSLESS = ImageConfig(resize="no", format="png", reencode="always")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(width: int = 120, height: int = 80) -> Image.Image:
+    """A smooth picture whose corners differ: red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], -1).astype(np.uint8))
+
+
+def store(data: bytes, config: ImageConfig = LOSSLESS) -> Stored:
+    return Opened(data, config.max_pixels).store(config)
+
+
+def pixels(data: bytes, config: ImageConfig = LOSSLESS) -> np.ndarray:
+    """The stored picture as [h w 3]; fails where it is not the sound RGB it says it is."""
+    stored = store(data, config)
+    image = Image.open(io.BytesIO(stored.data))
+    assert image.mode == "RGB"
+    assert image.size == (stored.width, stored.height)
+    assert not image.getexif()
+    return np.asarray(image)

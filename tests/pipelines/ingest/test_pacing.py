@@ -1,0 +1,144 @@
+"""How many requests are in flight, and how much of their bodies is in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+
+from pipelines.ingest import pacing
+from pipelines.ingest.download import Fetched
+from pipelines.ingest.pacing import Share, Window
+from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
+
+
+def _slow_answer(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.05)
+    reply()(handler)
+
+
+@pytest.mark.parametrize(("total", "per_host", "expected"), [(100, 3, 3), (4, 100, 4)])
+def test_concurrency_is_bounded_and_used(
+    site: Site, open_downloader: Any, total: int, per_host: int, expected: int
+) -> None:
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(concurrency=total, concurrency_per_host=per_host, read_timeout=5)
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(20)))) == {"ok"}
+    assert site.most_in_flight == expected
+    assert not downloader.hosts  # a host leaves no trace
+
+
+def test_waiting_for_a_slot_is_no_time_out(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(concurrency_per_host=1, total_timeout=0.4, retries=0)
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(15)))) == {"ok"}
+
+
+def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
+    """Calls from several threads, as Ray Data makes them, run at the same time."""
+    site.answers = {"/": _slow_answer}
+    downloader = open_downloader(read_timeout=5)
+    lists = [[site.url(f"/?{i}{j}") for j in range(4)] for i in range(4)]
+    threads = [threading.Thread(target=fetch_all, args=(downloader, *urls)) for urls in lists]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert site.most_in_flight > 4
+
+
+def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "MAX_WAITING", 10 * len(JPEG))
+    monkeypatch.setattr(pacing, "ALLOWANCE", len(JPEG))
+    site.answers = {"/": reply(body=JPEG)}
+    downloader = open_downloader(concurrency=100, concurrency_per_host=100)
+    most, size = 0, downloader.slots.size
+
+    async def slowly(fetched: Fetched) -> str:
+        nonlocal most
+        most = max(most, downloader.room.taken)
+        await asyncio.sleep(0.5)
+        return fetched.status
+
+    assert set(downloader.each([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
+    assert 5 * len(JPEG) < most <= 10 * len(JPEG)
+    assert downloader.slots.size == size  # more in flight would not help: nobody takes the bodies
+    assert downloader.room.taken == 0
+    # What fails while it is used is used, too.
+    with pytest.raises(ZeroDivisionError):
+        downloader.each([site.url("/")], _fail)
+    assert downloader.room.taken == 0
+
+
+def test_large_bodies_take_turns_in_memory(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve of four megabytes at once, one after the other: a small one passes, none times out."""
+    monkeypatch.setattr(pacing, "LARGE", 10_000)
+    monkeypatch.setattr(pacing, "MAX_LARGE", 1 << 20)
+    site.answers = {"/large": reply(body=JPEG + bytes(4 << 20)), "/small": reply()}
+    downloader = open_downloader(
+        concurrency_per_host=64, total_timeout=1.2, read_timeout=5, retries=0
+    )
+    most, grown = 0, Share.grown
+
+    async def watched(share: Share, size: int) -> None:
+        nonlocal most
+        await grown(share, size)
+        most = max(most, sum(downloader.room.large.values()))
+        if size > 4 << 20:
+            await asyncio.sleep(0.15)  # twelve in turn take longer than one may
+
+    monkeypatch.setattr(Share, "grown", watched)
+    urls = [site.url(f"/large?{i}") for i in range(12)]
+    found = fetch_all(downloader, *urls, site.url("/small"))
+    assert {(fetched.status, fetched.error) for fetched in found} == {("ok", None)}
+    assert 4 << 20 < most < 16 << 20  # one, and what the connections of the others have at hand
+    assert not downloader.room.large
+    assert downloader.room.taken == 0
+
+
+async def _fail(fetched: Fetched) -> float:
+    return 1 / 0
+
+
+def test_bodies_that_stall_halve_the_requests_in_flight(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line with room for four bodies at a time, a tenth of a second each."""
+    line = threading.Semaphore(4)
+    monkeypatch.setattr(Window, "first", 16)
+    monkeypatch.setattr(Window, "least", 2)
+    monkeypatch.setattr(Window, "patience", 0.2)
+
+    def narrow(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(JPEG)))
+        handler.end_headers()
+        handler.wfile.write(JPEG[:50])
+        handler.wfile.flush()
+        with line:
+            time.sleep(0.1)
+        handler.wfile.write(JPEG[50:])
+
+    site.answers = {"/": narrow}
+    downloader = open_downloader(
+        concurrency=64, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
+    )
+    found = statuses(downloader, *(site.url(f"/?{i}") for i in range(60)))
+    assert found.count("ok") >= 55
+    assert downloader.slots.size < 16
+
+
+def test_requests_in_flight_grow_while_bodies_come(site: Site, open_downloader: Any) -> None:
+    site.answers = {"/": reply()}
+    downloader = open_downloader(concurrency=70, concurrency_per_host=500)
+    assert downloader.slots.size == 64
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(200)))) == {"ok"}
+    assert downloader.slots.size == 70  # and no more
