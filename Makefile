@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Two test processes, a file to each at a time: most of a test of a cluster is waiting.
 TWO := -n 2 --dist loadfile
 
-.PHONY: demo test fast check format lint types gpu clean
+.PHONY: demo test fast check format lint types gpu lock audit clean
 
 demo: $(INSTALLED)  ## the whole path on this machine; FULL=1 trains all of it, PHOTOS=FOLDER takes your photographs
 	$(RUN) jobs/demo.py $(if $(FULL),full=true) $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
@@ -33,6 +33,14 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
+
+lock: $(INSTALLED)  ## cluster/requirements.lock from pyproject.toml: what stands in it stays where it may
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	$(VENV)/bin/uv pip compile pyproject.toml --extra gcs --quiet --generate-hashes --no-header \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_28 -o cluster/requirements.lock
+
+audit: $(INSTALLED)  ## the locked packages against the advisories that are known today; asks the network
+	$(VENV)/bin/pip-audit --require-hashes --disable-pip -r cluster/requirements.lock
 
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no python3.11 or newer found: install one, or give PYTHON=…"; exit 2; }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-RAY_VERSION = "2.60.0"
 _CODE = "/home/ray/vlv"  # of the image
 _LABEL = {"app.kubernetes.io/part-of": "vlv"}
 _SETTINGS = {
@@ -20,6 +20,13 @@ _SETTINGS = {
 }
 
 Document = dict[str, Any]
+
+
+def ray_version() -> str:
+    """The Ray of the image, which the operator has to know: as the lock has it."""
+    lock = (Path(__file__).parent / "requirements.lock").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^ray==(\S+)", lock, re.MULTILINE)
+    return str(version)
 
 
 def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
@@ -46,7 +53,7 @@ def _object(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Documen
 
 def _cluster(sizes: dict[str, Any], groups: dict[str, Any]) -> Document:
     return {
-        "rayVersion": RAY_VERSION,
+        "rayVersion": ray_version(),
         "authOptions": {"mode": "token"},  # the operator makes the Secret and hands it to all pods
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {

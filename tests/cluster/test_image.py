@@ -1,0 +1,77 @@
+"""The image of the machines: a linted Dockerfile, and a lock that is what pyproject.toml asks for."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from cluster.kubernetes import ray_version
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "cluster/Dockerfile"
+LOCK = (ROOT / "cluster/requirements.lock").read_text()
+LOCKED = dict(re.findall(r"^([a-z0-9][\w.-]*)==(\S+)", LOCK, re.MULTILINE))
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(NAME, arguments) of the Dockerfile, continued lines joined, comments left out."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if rest]
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.is_file():
+        pytest.skip("hadolint is not installed: pip install -e '.[dev]'")
+    done = subprocess.run([hadolint, "-f", "json", DOCKERFILE], capture_output=True, text=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_it_ends_as_a_user_that_is_not_root() -> None:
+    assert [rest for name, rest in instructions() if name == "USER"][-1] == "1000:1000"
+
+
+def test_it_sets_no_secret_and_turns_tokens_on() -> None:
+    settings = " ".join(rest for name, rest in instructions() if name in ("ENV", "ARG"))
+    names = re.findall(r"(\w+)=", settings)
+    assert not [name for name in names if re.search("KEY|SECRET|PASSWORD|TOKEN$", name)]
+    assert "RAY_AUTH_MODE=token" in settings
+
+
+def test_every_package_comes_from_the_lock_by_its_hash() -> None:
+    (line,) = [rest for name, rest in instructions() if "pip install" in rest]
+    calls = re.findall(r"pip install ([^&]*)", line)
+    assert calls
+    assert all("--require-hashes --no-deps" in call for call in calls)
+    entries = re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert len(entries) == len(LOCKED)
+    assert {"setuptools", "packaging"} <= LOCKED.keys()  # what DeepSpeed is built with
+
+
+def test_the_lock_holds_every_dependency_within_its_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["gcs"]]
+    for requirement in map(Requirement, asked):
+        version = LOCKED.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement} is not in the lock: make lock"
+        assert requirement.specifier.contains(version), f"{requirement}, locked {version}"
+    assert ray_version() == LOCKED["ray"]
+
+
+def test_the_builder_gets_what_it_copies_and_nothing_else() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    let_in = {rule[1:] for rule in rules if rule.startswith("!")}
+    copies = [rest.split() for name, rest in instructions() if name == "COPY"]
+    sources = {words[-2] for words in copies if not words[0].startswith("--from")}
+    assert rules[0] == "*"
+    assert sources == let_in
+    assert all((ROOT / source).exists() for source in sources)
