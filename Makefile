@@ -40,7 +40,7 @@ lock: $(INSTALLED)  ## cluster/requirements.lock from pyproject.toml: what stand
 		--python-version 3.12 --python-platform x86_64-manylinux_2_28 -o cluster/requirements.lock
 
 audit: $(INSTALLED)  ## the locked packages against the advisories that are known today; asks the network
-	$(VENV)/bin/pip-audit --require-hashes --disable-pip -r cluster/requirements.lock
+	$(VENV)/bin/pip-audit --strict --require-hashes --disable-pip -r cluster/requirements.lock
 
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no python3.11 or newer found: install one, or give PYTHON=…"; exit 2; }

@@ -6,6 +6,7 @@ python cluster/render.py --check    # status 1 where a committed file is stale
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(HERE.parent))
 
 from cluster.kubernetes import kubernetes_files  # noqa: E402
+from cluster.monitoring import dashboard, prometheus_files  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
 HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.\n"
@@ -35,8 +37,8 @@ class _Dumper(yaml.SafeDumper):
 
 def rendered(sizes: dict[str, Any]) -> dict[str, str]:
     """Text of every rendered file by its path below cluster/."""
-    files = {**launcher_files(sizes), **kubernetes_files(sizes)}
-    return {
+    files = {**launcher_files(sizes), **kubernetes_files(sizes), **prometheus_files(sizes)}
+    texts = {
         path: HEADER
         + "---\n".join(
             yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=100)
@@ -44,6 +46,7 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
         )
         for path, documents in files.items()
     }
+    return {**texts, "monitoring/grafana.json": json.dumps(dashboard(), indent=1) + "\n"}
 
 
 def stale(sizes: dict[str, Any]) -> list[str]:

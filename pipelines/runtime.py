@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 from tqdm import tqdm
 
+from pipelines.telemetry import ROWS
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 
@@ -205,8 +206,11 @@ def run_chunks(
                 partial(_write_chunk, write=write), batch_size=None, batch_format="pyarrow"
             )
             for row in written.iter_rows():
-                totals.update(json.loads(row["statuses"]))
-                ours.update(json.loads(row["statuses"]))
+                statuses = json.loads(row["statuses"])
+                totals.update(statuses)
+                ours.update(statuses)
+                for status, rows in statuses.items():
+                    ROWS.add(rows, job=title, status=status)
                 if watch is not None:
                     watch(ours)
                 bar.set_postfix_str(summary(totals), refresh=False)

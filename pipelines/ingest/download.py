@@ -39,6 +39,7 @@ from pipelines.ingest.formats import SNIFF_BYTES
 from pipelines.ingest.optout import AGENT, agent_of, opted_out
 from pipelines.ingest.pacing import ALLOWANCE, Room, Share, Window
 from pipelines.schemas import DOWNLOAD, OK, status
+from pipelines.telemetry import INGEST_BYTES
 from vlv_model.config import Config
 
 T = TypeVar("T")
@@ -204,6 +205,7 @@ class Downloader:
                     if self.room.is_free.is_set():  # else it is not the line that they wait for
                         self.slots.grow()
                     self.room.count(len(body))
+                    INGEST_BYTES.add(len(body))
                     return Fetched(body, OK)
             except TimeoutError as error:
                 limit = f"not done in {self.config.total_timeout:g} seconds"

@@ -10,6 +10,8 @@ import asyncio
 import time
 from typing import Any
 
+from pipelines.telemetry import INGEST_REQUESTS
+
 MAX_WAITING = 128 << 20
 """Bytes of bodies that may be under way or wait to be used before no further URL is asked for."""
 ALLOWANCE = 128 << 10
@@ -33,15 +35,22 @@ class Window:
     def __init__(self, most: int) -> None:
         self.most = most
         self.size = min(most, self.first)
+        self.taken = 0  # requests in flight
         self._free = asyncio.Semaphore(self.size)
         self._surplus = 0  # slots that are taken and will not be given back
         self._shrunk = -self.patience
 
     async def __aenter__(self) -> None:
         await self._free.acquire()
+        self._count(1)
 
     async def __aexit__(self, *_: object) -> None:
+        self._count(-1)
         self._give_back()
+
+    def _count(self, more: int) -> None:
+        self.taken += more
+        INGEST_REQUESTS.set(self.taken)
 
     def grow(self) -> None:
         """A body came."""

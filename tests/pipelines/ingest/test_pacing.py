@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -142,3 +143,17 @@ def test_requests_in_flight_grow_while_bodies_come(site: Site, open_downloader: 
     assert downloader.slots.size == 64
     assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(200)))) == {"ok"}
     assert downloader.slots.size == 70  # and no more
+
+
+def test_requests_in_flight_are_counted_also_when_they_fail() -> None:
+    async def run() -> list[int]:
+        window = Window(4)
+        seen = []
+        with contextlib.suppress(OSError):
+            async with window:
+                async with window:
+                    seen.append(window.taken)
+                raise OSError
+        return [*seen, window.taken]
+
+    assert asyncio.run(run()) == [2, 0]
