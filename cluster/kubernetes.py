@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT
+from cluster.queues import queues
+
 _CODE = "/home/ray/vlv"  # of the image
 _LABEL = {"app.kubernetes.io/part-of": "vlv"}
 _SETTINGS = {
@@ -36,6 +39,7 @@ def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
     for job in sizes["jobs"]:
         files[f"kuberay/rayjob-{job}.yaml"] = [_job(sizes, job)]
         files[f"kuberay/kueue-{job}.yaml"] = [_queued(sizes, job)]
+    files["kuberay/kueue-queues.yaml"] = queues(sizes)
     return files
 
 
@@ -69,7 +73,7 @@ def _cluster(sizes: dict[str, Any], groups: dict[str, Any]) -> Document:
                 "num-gpus": "0",
                 "object-store-memory": str(sizes["head"]["object_store"] * 2**30),
                 "dashboard-host": "0.0.0.0",  # the pod's address: behind the token and the fence
-                "metrics-export-port": "8080",
+                "metrics-export-port": str(METRICS_PORT),
             },
             "template": _pod(sizes, sizes["head"], "head"),
         },
@@ -88,7 +92,7 @@ def _group(sizes: dict[str, Any], name: str, group: dict[str, Any]) -> Document:
             "num-cpus": str(group["cpus"]),
             "num-gpus": str(group["gpus"]),
             "object-store-memory": str(group["object_store"] * 2**30),
-            "metrics-export-port": "8080",
+            "metrics-export-port": str(METRICS_PORT),
             "resources": f"'{json.dumps({name: 1})}'",
         },
         "template": _pod(sizes, group, name),
@@ -128,9 +132,10 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
     healthy = ["http://localhost:52365/api/local_raylet_healthz"]
     if head:
         healthy.append("http://localhost:8265/api/gcs_healthz")
-    ports = {"metrics": 8080}
+    ports = {"metrics": METRICS_PORT}
     if head:
         ports |= {"gcs": 6379, "dashboard": 8265, "client": 10001}
+        ports |= {"as-metrics": AUTOSCALER_PORT, "dash-metrics": DASHBOARD_PORT}
     container: Document = {
         "name": "ray",
         "image": site["image"],
@@ -156,7 +161,13 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
     }
     pod: Document = {
         "terminationGracePeriodSeconds": 25 if size.get("spot") else 60,
-        "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
+        # For containers that others add, too; KubeRay's own takes over the one of "ray".
+        "securityContext": {
+            "fsGroup": 1000,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "containers": [container],
         "volumes": [
             {
@@ -170,7 +181,9 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             },
         ],
     }
-    if not head:
+    if head:
+        pod["serviceAccountName"] = "vlv-head"  # the operator lets it start pods
+    else:
         container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", "ray stop"]}}}
         pod |= {
             "serviceAccountName": "vlv-worker",
@@ -257,9 +270,13 @@ def _fence(sizes: dict[str, Any]) -> list[Document]:
             "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
         },
     }
-    account = _object("v1", "ServiceAccount", "vlv-worker", sizes, {})
-    del account["spec"]
-    account["automountServiceAccountToken"] = False
+    accounts = []
+    for name in ("vlv-head", "vlv-worker"):
+        account = _object("v1", "ServiceAccount", name, sizes, {})
+        del account["spec"]
+        account["metadata"]["annotations"] = dict(site["kubernetes_identity"])
+        account["automountServiceAccountToken"] = name == "vlv-head"  # it asks for pods
+        accounts.append(account)
     ours = {"podSelector": {"matchLabels": dict(_LABEL)}}
 
     def of_namespace(name: str) -> Document:
@@ -268,13 +285,19 @@ def _fence(sizes: dict[str, Any]) -> list[Document]:
     def ports(*numbers: int, protocol: str = "TCP") -> list[Document]:
         return [{"protocol": protocol, "port": number} for number in numbers]
 
+    def addresses(*names: str) -> list[Document]:
+        return [{"ipBlock": {"cidr": f"{name}/32"}} for name in names]
+
     incoming = {
         "podSelector": {"matchLabels": dict(_LABEL)},
         "policyTypes": ["Ingress"],
         "ingress": [
             {"from": [ours]},
             {"from": [of_namespace(site["operator_namespace"])], "ports": ports(8265, 52365)},
-            {"from": [of_namespace(site["monitoring_namespace"])], "ports": ports(8080)},
+            {
+                "from": [of_namespace(site["monitoring_namespace"])],
+                "ports": ports(METRICS_PORT, AUTOSCALER_PORT, DASHBOARD_PORT),
+            },
         ],
     }
     # Workers open strangers' URLs: not those of this network, nor of the machine's metadata.
@@ -285,9 +308,17 @@ def _fence(sizes: dict[str, Any]) -> list[Document]:
         "egress": [
             {"to": [ours]},
             {
-                "to": [of_namespace("kube-system")],
+                # The last two: a cache on the node, and Google's.
+                "to": [of_namespace("kube-system"), *addresses("169.254.20.10", "169.254.169.254")],
                 "ports": ports(53) + ports(53, protocol="UDP"),
             },
+            *(
+                {
+                    "to": addresses(place.rpartition(":")[0]),
+                    "ports": ports(int(place.rpartition(":")[2])),
+                }
+                for place in site["kubernetes_private_services"]
+            ),
             {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": private}}]},
         ],
     }
@@ -297,7 +328,7 @@ def _fence(sizes: dict[str, Any]) -> list[Document]:
     }
     return [
         namespace,
-        account,
+        *accounts,
         _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-incoming", sizes, incoming),
         _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-outgoing", sizes, outgoing),
         _object("policy/v1", "PodDisruptionBudget", "vlv-head", sizes, undisturbed),

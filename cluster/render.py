@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(HERE.parent))
 
+from cluster.dashboard import dashboard  # noqa: E402
 from cluster.kubernetes import kubernetes_files  # noqa: E402
-from cluster.monitoring import dashboard, prometheus_files  # noqa: E402
+from cluster.monitoring import prometheus_files  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
 HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.\n"

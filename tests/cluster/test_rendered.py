@@ -10,6 +10,7 @@ import yaml
 
 from cluster.render import HERE, read_sizes, rendered, stale
 from pipelines.config import load
+from pipelines.ingest.fetch import fetchers_of
 from pipelines.training.config import Stage1Config, Stage2Config
 
 SIZES = read_sizes()
@@ -102,3 +103,96 @@ def test_recaption_fits_its_group() -> None:
         <= asked["actors"]["num_actors"]
         <= group["max"] * group["gpus"]
     )
+
+
+def test_an_ingest_fits_its_group() -> None:
+    """A fetcher and the step that reads its plan are cut to fit a node of the group."""
+    group = SIZES["groups"]["cpu"]
+    for nodes in (1, group["max"]):
+        fetchers, decoders = fetchers_of([0, *[group["cpus"]] * nodes])
+        assert fetchers * decoders <= nodes * group["cpus"]
+        assert decoders <= group["cpus"]
+    assert SIZES["jobs"]["ingest"]["groups"] == ["cpu"]
+    assert fetchers_of([0])[1] <= group["cpus"]  # what the autoscaler is asked for first
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """Every pod template of the KubeRay files, as the Pod that comes of it."""
+    made = {}
+    for path, document in RAY.items():
+        spec = document["spec"]
+        cluster = spec.get("rayClusterSpec", spec)
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            made[f"{path}:{group.get('groupName', 'head')}"] = group["template"]
+        if "submitterPodTemplate" in spec:
+            made[f"{path}:submitter"] = spec["submitterPodTemplate"]
+    return {
+        name: {
+            **template,
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "a", **template["metadata"]},
+        }
+        for name, template in made.items()
+    }
+
+
+def test_kubernetes_accepts_pods_and_fence() -> None:
+    """By the schemas of Kubernetes itself, which KubeRay's CRDs only repeat."""
+    validator = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[dev]'")
+    latest = validator.latest_version()
+    for document in [*FILES["kuberay/namespace.yaml"], *pods().values()]:
+        validator.validate(copy.deepcopy(document), latest, strict=True)
+
+
+def test_pods_pass_the_restricted_standard() -> None:
+    for name, pod in pods().items():
+        for container in pod["spec"]["containers"]:
+            confined = container["securityContext"]
+            assert confined["runAsNonRoot"] is True, name
+            assert confined["allowPrivilegeEscalation"] is False, name
+            assert confined["capabilities"] == {"drop": ["ALL"]}, name
+            assert confined["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        kinds = {next(iter(set(v) - {"name"})) for v in pod["spec"].get("volumes", [])}
+        assert kinds <= {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected"}
+
+
+def test_shared_memory_holds_the_object_store_and_fits_the_memory() -> None:
+    for size in [SIZES["head"], *SIZES["groups"].values()]:
+        # What lies in /dev/shm counts as memory of the container.
+        assert size["object_store"] + 1 <= size["memory"] // 3
+
+
+def amount(quantity: object) -> float:
+    """Of cores or GiB."""
+    text = str(quantity)
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text.removesuffix("Gi"))
+
+
+def test_the_queue_has_room_for_each_job_and_all_groups() -> None:
+    objects = FILES["kuberay/kueue-queues.yaml"]
+    (queue,) = [o for o in objects if o["kind"] == "ClusterQueue"]
+    (group,) = queue["spec"]["resourceGroups"]
+    flavors = {o["metadata"]["name"]: o for o in objects if o["kind"] == "ResourceFlavor"}
+    assert [flavor["name"] for flavor in group["flavors"]] == list(flavors)
+    quota = {
+        flavor["name"]: {r["name"]: amount(r["nominalQuota"]) for r in flavor["resources"]}
+        for flavor in group["flavors"]
+    }
+    assert [r["name"] for f in group["flavors"] for r in f["resources"]] == group[
+        "coveredResources"
+    ] * len(flavors)
+    for path, document in RAY.items():
+        if not path.startswith("kuberay/kueue-"):
+            continue
+        for workers in document["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+            spec = workers["template"]["spec"]
+            asked = {
+                name: workers["replicas"] * amount(value)
+                for name, value in spec["containers"][0]["resources"]["requests"].items()
+            }
+            assert asked.keys() <= set(group["coveredResources"])
+            name = f"vlv-{workers['groupName']}"
+            assert flavors[name]["spec"]["nodeLabels"] == spec["nodeSelector"]
+            assert all(value <= quota[name][key] for key, value in asked.items()), path
+            assert asked["cpu"] > quota["vlv-head"]["cpu"]  # never mistaken for heads
