@@ -75,3 +75,10 @@ def test_the_builder_gets_what_it_copies_and_nothing_else() -> None:
     assert rules[0] == "*"
     assert sources == let_in
     assert all((ROOT / source).exists() for source in sources)
+
+
+def test_it_has_what_the_probes_call() -> None:
+    (line,) = [rest for name, rest in instructions() if "ca-certificates" in rest]
+    probes = (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
+    assert "wget" in probes
+    assert "wget" in line.split()

@@ -196,3 +196,24 @@ def test_the_queue_has_room_for_each_job_and_all_groups() -> None:
             assert flavors[name]["spec"]["nodeLabels"] == spec["nodeSelector"]
             assert all(value <= quota[name][key] for key, value in asked.items()), path
             assert asked["cpu"] > quota["vlv-head"]["cpu"]  # never mistaken for heads
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_machines_are_started_with_tokens_and_a_private_dashboard(cloud: str) -> None:
+    (launcher,) = FILES[f"launcher/{cloud}.yaml"]
+    assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
+    (start,) = [c for c in launcher["head_start_ray_commands"] if "--head" in c]
+    assert "--dashboard-host=127.0.0.1" in start
+    assert launcher["provider"]["use_internal_ips"] is True
+
+
+def test_every_cluster_of_kubernetes_has_a_token_and_the_fence() -> None:
+    ours = {"app.kubernetes.io/part-of": "vlv"}
+    for document in RAY.values():
+        cluster = document["spec"].get("rayClusterSpec", document["spec"])
+        assert cluster["authOptions"] == {"mode": "token"}
+    for name, pod in pods().items():
+        assert pod["metadata"]["labels"].items() >= ours.items(), name
+    policies = [o for o in FILES["kuberay/namespace.yaml"] if o["kind"] == "NetworkPolicy"]
+    assert all(p["spec"]["podSelector"]["matchLabels"].items() >= ours.items() for p in policies)
+    assert {kind for p in policies for kind in p["spec"]["policyTypes"]} == {"Ingress", "Egress"}
