@@ -124,7 +124,9 @@ def _bytes(file: Path, offset: int, size: int | None) -> bytes:
     end = None if size is None else offset + size
     if is_url(file):
         remote: Any = file
-        found: bytes = patiently(lambda: remote.fs.cat_file(remote.path, offset, end), file)
+        found: bytes = patiently(
+            lambda: remote.fs.cat_file(remote.path, start=offset, end=end), file
+        )
         return found
     if not file.is_file():  # of a pipe no end would come
         raise FileNotFoundError(errno.ENOENT, "there is no such file")
