@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.external import COLUMN, PLACE, ExternalImages, UndecodableImage
 from pipelines.places import open_parquet
 from pipelines.schemas import OK, has_text, require_columns
 from pipelines.storage import read_schema
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Decompressed row groups that one reader keeps, in bytes: neighbours of a row are often next.
 CACHE_BYTES = 512 * 2**20
 
+NAMES = ("name", "url")  # columns that say what an image is called
+
 
 def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
     """Mask of the held-out rows: keys (already hashes) mixed once more and compared to `share`."""
@@ -32,10 +35,6 @@ def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
     return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < share
-
-
-class UndecodableImage(DataError):
-    """The bytes of a row are no image that can be decoded."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,20 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
 class RowReader:
     """Reads rows of an index by position, keeping the row groups that it read last."""
 
-    def __init__(self, index: RowIndex, columns: Sequence[str] = ()) -> None:
-        self.index = index
+    def __init__(self, index: RowIndex, columns: Sequence[str] = (), named: bool = False) -> None:
+        """`columns` beside the image; `named` where `names` will be asked."""
+        self.index, self.named = index, named
         self.columns = list(columns)
         self.columns_read = ["key", "image", *columns]  # and nothing else of the table
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached = 0
+        self._external: dict[int, ExternalImages] = {}  # by file, of those that are listings
 
     def row(self, position: int) -> dict[str, Any]:
-        """`image` (its bytes) and the columns asked for, of one row."""
+        """`image` (its bytes, None where it has none) and the columns asked for, of one row.
+
+        Raises UndecodableImage where the row only names an image that cannot be read.
+        """
         file = int(self.index.file[position])
         group = self._group(file, int(self.index.group[position]))
         rows = group.slice(int(self.index.row[position]), 1).to_pylist()
@@ -151,9 +155,21 @@ class RowReader:
                 "no longer in its place"
             )
         values = rows[0]
+        if file in self._external:
+            content = self._external[file].read(values)
+            return {"image": content, **{name: values[name] for name in self.columns}}
         if isinstance(values["image"], dict):
             values["image"] = values["image"]["bytes"]
         return values
+
+    def names(self) -> list[str]:
+        """What the images of all rows are called: the name of a file, a URL, else the key."""
+        found: list[str] = []
+        for position in range(len(self.index)):
+            group = self._group(int(self.index.file[position]), int(self.index.group[position]))
+            column = next((name for name in NAMES if name in group.column_names), "key")
+            found.append(str(group[column][int(self.index.row[position])].as_py()))
+        return found
 
     def square(self, position: int, image_size: int) -> torch.Tensor:
         """The row's image, upright and in sRGB, as uint8 `[3 image_size image_size]`.
@@ -165,14 +181,17 @@ class RowReader:
         from pipelines.colour import upright_srgb
         from vlv_model.preprocessing import square_image
 
-        content = self.row(position)["image"]
+        content, key = self.row(position)["image"], self.index.keys[position]
+        if not content:
+            raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:
-            with Image.open(io.BytesIO(content or b"")) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 return square_image(upright_srgb(image), image_size)
         except Exception as error:
             # Ingest let only sound images through, so this table was damaged or made elsewhere.
-            key = self.index.keys[position]
-            raise UndecodableImage(f"the image of key {key} cannot be decoded: {error}") from error
+            # Pillow names the object in memory, which is another one each time.
+            reason = "it is of no known format" if "identify" in str(error) else error
+            raise UndecodableImage(f"the image of key {key} cannot be decoded: {reason}") from error
 
     def _group(self, file: int, group: int) -> pa.Table:
         where = (file, group)
@@ -181,7 +200,16 @@ class RowReader:
             return self._groups[where]
         path = self.index.files[file]
         with open_parquet(path) as parquet:
-            table = parquet.read_row_group(group, columns=self.columns_read)
+            schema = parquet.schema_arrow
+            is_listing = set(PLACE) <= set(schema.names)
+            columns = [*self.columns_read, *(PLACE if is_listing else ())]
+            if self.named:
+                known = [name for name in NAMES if name in schema.names]
+                columns += [name for name in known[:1] if name not in columns]
+            table = parquet.read_row_group(group, columns=columns)
+        if is_listing and file not in self._external:
+            column = (schema.metadata or {}).get(COLUMN)
+            self._external[file] = ExternalImages(column.decode() if column else None)
         self._groups[where] = table
         self._cached += table.nbytes
         while self._cached > CACHE_BYTES and len(self._groups) > 1:

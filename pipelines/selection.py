@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from pipelines.config import InputPlace, OutputPlace
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
+from pipelines.listing import list_images
 from pipelines.places import exclusive, open_parquet, place, write_parquet
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
@@ -31,7 +33,21 @@ class Selection(Config):
     """Which images of a table a job works on, and where its own table goes."""
 
     input: InputPlace = Field(
-        description="image table: what ingest wrote, or Parquet of its layout"
+        description="the images: a table that ingest wrote; Parquet with an image column (bytes, or "
+        "Hugging Face's struct); .tar shards (WebDataset, img2dataset); a folder of image files"
+    )
+    image_column: str | None = Field(
+        None, description="column of Parquet that has the images; default: the only one that can"
+    )
+    key_column: str | None = Field(
+        None,
+        description="column of Parquet that tells its rows apart (integers, or texts, which are "
+        "hashed; of `url` the same keys as ingest's); default: `key`, or the place of the row",
+    )
+    where: str | None = Field(
+        None,
+        description="take only rows for which this SQL condition on columns of the input holds, as "
+        "in \"aesthetic >= 6 and alt_text like '%dog%'\"",
     )
     output: OutputPlace = Field(description="folder of the table that is written")
     split: Literal["all", "train", "holdout"] = Field(
@@ -43,9 +59,14 @@ class Selection(Config):
         256, ge=1, le=65_536, description="rows of a chunk, the unit that is committed"
     )
 
-    def index(self) -> RowIndex:
+    def images(self) -> tuple[list[Path], dict[str, Any]]:
+        """The files of a table of the images, listed if need be, and what they are known by."""
+        output = place(self.output)
+        return list_images(output, self.input, self.image_column, self.key_column, self.where)
+
+    def index(self, files: list[Path] | None = None) -> RowIndex:
         """The selected rows, sorted by key. Raises DataError when there are none."""
-        index = RowIndex.open(parquet_files(self.input))
+        index = RowIndex.open(parquet_files(self.input) if files is None else files)
         if self.split != "all":
             held = in_holdout(index.keys, self.holdout)
             index = index.select(held if self.split == "holdout" else ~held)
@@ -69,9 +90,14 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table
     Raises RunError when the folder holds another run, DataError when nothing is selected.
     """
     table = Table(data.output)
-    index = data.index()
+    images, listed = data.images()
+    index = data.index(images)
     identity = {
         "data.input": data.input,
+        "data.image_column": data.image_column,
+        "data.key_column": data.key_column,
+        "data.where": data.where,
+        **listed,
         "data.split": data.split,
         "data.holdout": data.holdout if data.split != "all" else None,
         "data.limit": data.limit,
@@ -102,8 +128,8 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table
 class ReadImages:
     """First step of a chunk: its rows' keys and decoded squares.
 
-    Takes a block of one row (`chunk`), gives `chunk`, `key`, `pixels` (uint8 3·s·s, null where
-    the image cannot be decoded), `status`, `error`.
+    Takes a block of one row (`chunk`), gives `chunk`, `key`, `name` (of a file, or a URL), `pixels`
+    (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`.
     """
 
     def __init__(self, table: Table, image_size: int) -> None:
@@ -116,7 +142,8 @@ class ReadImages:
         with open_parquet(self.folder / PLAN) as parquet:
             plan = parquet.read_row_group(chunk)
         arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
-        reader = RowReader(RowIndex(self.files, *arrays.values()))
+        reader = RowReader(RowIndex(self.files, *arrays.values()), named=True)
+        names = reader.names()
         pixels: list[bytes | None] = []
         statuses: list[str] = []
         errors: list[str | None] = []
@@ -128,12 +155,13 @@ class ReadImages:
                 errors.append(None)
             except UndecodableImage as error:
                 pixels.append(None)
-                statuses.append(status("decode", "corrupt"))
+                statuses.append(status("decode", error.kind))
                 errors.append(str(error)[:200])
         return pa.table(
             {
                 "chunk": pa.array([chunk] * plan.num_rows, pa.int64()),
                 "key": plan["key"],
+                "name": pa.array(names, pa.string()),
                 "pixels": pa.array(pixels, pa.binary()),
                 "status": pa.array(statuses, pa.string()),
                 "error": pa.array(errors, pa.string()),

@@ -1,0 +1,285 @@
+"""Images as others keep them, listed once as a table of our layout (pipelines.external).
+
+    layout     what is there                         key: the hash of                    name
+    parquet    an image column, bytes or a struct    `key`, `data.key_column`, or        the struct's path, a file
+               of bytes and path                     the file's path and the row         name or URL, or both
+    tar        WebDataset shards, img2dataset's      shard's path/member                 the same
+    folder     image files, in folders too           path in the folder                  the same
+
+Paths are those below `data.input`, so keys stay when it is moved, and no two images share one. A
+listing is written while the input is read, file by file, and holds what a plan needs: no bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.config import is_url
+from pipelines.external import COLUMN, DAMAGED, LISTED_ROW, UNNAMED
+from pipelines.places import (
+    exclusive,
+    is_file,
+    open_parquet,
+    remove_folder,
+    write_atomically,
+    write_parquet,
+)
+from pipelines.predicate import Where, small_columns
+from pipelines.schemas import OK, key_of, url_key
+from pipelines.sources import IMAGES, Source, find_source, image_column_of, image_columns, walk
+from pipelines.storage import Table, read_json_object, read_schema
+from vlv_model.errors import DataError
+
+FOLDER, MADE_OF = "_plan/listing", "_plan/listing.json"
+_NAMES = ("file_name", "filename", "url", "URL")  # columns that name an image, the likeliest first
+_ROWS = 1 << 18  # of a file of the listing
+_ROW_GROUP = 1024
+_SHARDS = 8  # that are listed at a time
+
+
+def list_images(
+    output: Path,
+    path: str,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    where: str | None = None,
+) -> tuple[list[Path], dict[str, Any]]:
+    """The files of a table of our layout with the images at `path`, and what they are known by.
+
+    A table of ours is such a table, unless only rows of it are wanted; of anything else a listing
+    is written into `output`, once: a job that is continued goes on with the one that is there.
+    Raises DataError where there are no images, ConfigError for a condition that cannot be read.
+    """
+    asked = {"input": path, "image": image_column, "key": key_column, "where": where}
+    made_of = output / MADE_OF
+    there = read_json_object(made_of) if is_file(made_of) else None
+    if there is not None and there["asked"] == asked and there["layout"] == "folder":
+        # To look whether millions of files are still the same costs as much as listing them.
+        return _listed(output), {"layout": "folder"}
+    source = find_source(path, image_column, key_column)
+    if source.layout == "table" and where is None:
+        return list(source.files), {}
+    about = {"layout": source.layout, "files": _digest(source)}
+    with exclusive(output, "data.output"):
+        if there is None or there["asked"] != asked or there["files"] != about["files"]:
+            if Table(output).exists:
+                return _listed(output), about  # refused by whoever compares what they are of
+            _write(output, source, key_column, where)
+            write_atomically(made_of, json.dumps({"asked": asked, **about}))
+    return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
+
+
+def _listed(output: Path) -> list[Path]:
+    return sorted((output / FOLDER).glob("*.parquet"), key=str)
+
+
+def _digest(source: Source) -> str | None:
+    digest = hashlib.sha256()
+    for file in source.files:
+        digest.update(f"{_below(file, source.root)} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16] if source.files else None
+
+
+def _write(output: Path, source: Source, key_column: str | None, where: str | None) -> None:
+    remove_folder(output / FOLDER)
+    if not is_url(output):
+        (output / FOLDER).mkdir(parents=True)
+    schema = LISTED_ROW
+    if source.layout in ("table", "parquet"):
+        schema = LISTED_ROW.with_metadata({COLUMN: (source.column or "").encode()})
+    condition = Where(where) if where is not None else None
+    waiting: list[pa.Table] = []
+    written, rows = 0, 0
+
+    def flush() -> None:
+        nonlocal written
+        file = output / FOLDER / f"{written:06d}.parquet"
+        write_parquet(file, pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
+        waiting.clear()
+        written += 1
+
+    for table in _rows(source, key_column, condition):
+        waiting.append(table)
+        rows += table.num_rows
+        if sum(t.num_rows for t in waiting) >= _ROWS:
+            flush()
+    if waiting:
+        flush()
+    if not rows:
+        what = f"no row for which {where}" if where is not None else "no image"
+        raise DataError(f"data.input={source.root} has {what}")
+
+
+def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterator[pa.Table]:
+    if source.layout in ("table", "parquet"):
+        for file in source.files:
+            yield from _parquet_rows(source, file, key_column, where)
+        return
+    if source.layout == "tar":
+        with ThreadPoolExecutor(_SHARDS) as readers:
+            listed = partial(_members, root=source.root)
+            for first in range(0, len(source.files), _SHARDS):
+                shards = readers.map(listed, source.files[first : first + _SHARDS])
+                yield from (_kept(table, where) for table in shards)
+        return
+    files = _image_files(source.root)
+    while batch := list(islice(files, 16_384)):
+        yield _kept(_table(batch), where)
+
+
+def _kept(table: pa.Table, where: Where | None) -> pa.Table:
+    if where is None:
+        return table
+    mask = where.mask(table.select(["key", "name", "size"]))
+    return table.filter(pa.array(mask))
+
+
+def _parquet_rows(
+    source: Source, file: Path, key_column: str | None, where: Where | None
+) -> Iterator[pa.Table]:
+    schema, path, below = read_schema(file), str(file), _below(file, source.root)
+    column = source.column or "image"
+    if column not in image_columns(schema):
+        image_column_of(schema, column, path)
+    if key_column is not None and key_column not in schema.names:
+        raise DataError(f"data.key_column={key_column}: {file} has {', '.join(schema.names)}")
+    key = key_column or ("key" if _is_integer(schema, "key") else None)
+    status = "status" if source.layout == "table" and "status" in schema.names else None
+    title = next((name for name in _NAMES if name in schema.names), None)
+    is_struct = pa.types.is_struct(schema.field(column).type)
+    has_path = is_struct and any(field.name == "path" for field in schema.field(column).type)
+    wanted = {name for name in (key, status, title) if name}
+    wanted |= set(small_columns(schema)) if where is not None else set()
+    columns = [*sorted(wanted), *([f"{column}.path"] if has_path else ())]
+    first = 0
+    with open_parquet(file) as parquet:
+        for group in range(parquet.num_row_groups):
+            count = parquet.metadata.row_group(group).num_rows
+            rows = parquet.read_row_group(group, columns=columns) if columns else None
+            values = {name: rows[name].to_pylist() for name in wanted} if rows else {}
+            paths = rows[column].to_pylist() if rows and has_path else []
+            addresses = [f"{below}#{first + row}" for row in range(count)]
+            first += count
+            names = (values[title] if title else None) or [None] * count
+            if has_path:
+                inner = [value and value["path"] for value in paths]
+                names = [a or b for a, b in zip(inner, names, strict=True)]
+            found = values[key] if key else [None] * count
+            table = pa.table(
+                {
+                    "key": [
+                        key_of(address) if value is None else _key(value, key)
+                        for value, address in zip(found, addresses, strict=True)
+                    ],
+                    "name": [str(n) if n else a for n, a in zip(names, addresses, strict=True)],
+                    "image": [{"bytes": None, "path": path}] * count,
+                    "offset": pa.nulls(count, pa.int64()),
+                    "size": pa.nulls(count, pa.int64()),
+                    "group": [group] * count,
+                    "row": range(count),
+                    "status": values[status] if status else [OK] * count,
+                },
+                LISTED_ROW,
+            )
+            if where is not None and rows is not None:
+                table = table.filter(pa.array(where.mask(rows.select(sorted(wanted)))))
+            yield table
+
+
+def _is_integer(schema: pa.Schema, name: str) -> bool:
+    return name in schema.names and bool(pa.types.is_integer(schema.field(name).type))
+
+
+def _key(value: Any, column: str | None) -> int:
+    if isinstance(value, int):
+        return int(np.int64(np.uint64(value % 2**64)))  # uint64 keeps its bits
+    return url_key(value) if column in ("url", "URL") else key_of(str(value))
+
+
+def _members(shard: Path, root: Path) -> pa.Table:
+    """The images of a tar shard. One that is damaged gives its sound part, and a row that says so."""
+    below, path = _below(shard, root), str(shard)
+    rows: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    try:
+        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            end, total = 0, shard.stat().st_size
+            try:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
+                    end = member.offset_data + member.size
+                    if not member.isreg() or Path(member.name).suffix.lower() not in IMAGES:
+                        continue
+                    name = f"{below}/{_text(member.name)}"
+                    name = f"{name}@{member.offset}" if name in taken else name
+                    taken.add(name)
+                    size = member.size if end <= total else DAMAGED
+                    rows.append(_row(name, path, member.offset_data, size))
+                stream.seek(end + -end % tarfile.BLOCKSIZE)
+                whole = not any(stream.read(tarfile.BLOCKSIZE))
+            except tarfile.TarError:
+                whole = False
+            if not whole:
+                rows.append(_row(f"{below} from byte {end}", path, end, DAMAGED))
+    except tarfile.TarError as error:
+        rows.append(_row(f"{below} ({error})", path, 0, DAMAGED))
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read: {error}") from None
+    return _table(rows)
+
+
+def _image_files(root: Path) -> Iterator[dict[str, Any]]:
+    if is_file(root):
+        yield _row(root.name, str(root), None, None)
+        return
+    for inside, names in walk(root):
+        below = _below(inside, root)
+        for name, size in names:
+            if os.path.splitext(name)[1].lower() not in IMAGES:
+                continue
+            address = f"{below}/{name}" if below else name
+            text = _text(address)
+            if text != address:  # no string of Arrow holds it, and so no row could find it
+                size = UNNAMED
+            yield _row(text, _text(str(inside / name)), None, size, key_of(address))
+
+
+def _row(
+    name: str, path: str, offset: int | None, size: int | None, key: int | None = None
+) -> dict[str, Any]:
+    return {
+        "key": key_of(name) if key is None else key,
+        "name": name,
+        "image": {"bytes": None, "path": path},
+        "offset": offset,
+        "size": size,
+        "group": None,
+        "row": None,
+        "status": OK,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, LISTED_ROW)
+
+
+def _below(path: Path, root: Path) -> str:
+    """The path below `root`, with slashes; empty for the root itself."""
+    return "/".join(path.parts[len(root.parts) :])
+
+
+def _text(name: str) -> str:
+    """The name without what UTF-8 does not have."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,186 @@
+"""What kind of images lie at `data.input`, told from the names of files and one Parquet schema."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipelines.config import is_url
+from pipelines.places import is_file, is_folder, place
+from pipelines.storage import Table, parquet_files, read_schema
+from vlv_model.errors import DataError
+
+Layout = Literal["table", "parquet", "tar", "folder"]
+
+IMAGES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".ppm",
+    ]
+)
+_LIKELY = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What lies at `data.input`."""
+
+    layout: Layout
+    root: Path  # that names and keys are below of
+    files: tuple[Path, ...] = ()  # Parquet files or shards
+    column: str | None = None  # with the images, of Parquet
+
+
+def find_source(path: str, image_column: str | None, key_column: str | None) -> Source:
+    """Tell what lies at a path. Raises DataError, one line that says what was found there."""
+    where = place(path)
+    if is_file(where):
+        found = _Found()
+        found.add(where)
+    elif Table(where).exists:
+        return _parquet(where, parquet_files(path), image_column, key_column)
+    elif is_folder(where):
+        found = _look(where)
+    else:
+        raise DataError(
+            f"data.input={path} does not exist: expected a table, Parquet, .tar shards or images"
+        )
+    root = where if is_folder(where) else where.parent
+    if found.tars:  # img2dataset writes Parquet beside them, of the metadata alone
+        return Source("tar", root, tuple(sorted(found.tars, key=str)))
+    if found.parquets and not (found.images and image_column is None and _no_image(found.parquets)):
+        return _parquet(root, sorted(found.parquets, key=str), image_column, key_column)
+    if found.images:
+        return Source("folder", where)
+    if packed := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
+        raise DataError(f"data.input={path} holds {packed[0]} files: unpack them, to .tar at most")
+    there = ", ".join(f"{n} {s or 'without suffix'}" for s, n in found.others.most_common(5))
+    raise DataError(
+        f"data.input={path} holds no Parquet files, .tar shards or images; "
+        f"it has {there or 'no files'}"
+    )
+
+
+class _Found:
+    """The kinds of files that lie in a folder."""
+
+    def __init__(self) -> None:
+        self.tars: list[Path] = []
+        self.parquets: list[Path] = []
+        self.images = False
+        self.others: Counter[str] = Counter()
+
+    def add(self, file: Path) -> None:
+        suffix = file.suffix.lower()
+        if suffix == ".tar":
+            self.tars.append(file)
+        elif suffix == ".parquet":
+            self.parquets.append(file)
+        elif suffix in IMAGES:
+            self.images = True
+        else:
+            self.others[suffix] += 1
+
+
+def _look(folder: Path) -> _Found:
+    found = _Found()
+    for inside, names in walk(folder):
+        for name, _ in names:
+            # Of many images one is enough to know.
+            if not (found.images and os.path.splitext(name)[1].lower() in IMAGES):
+                found.add(inside / name)
+    return found
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
+    """Each folder below with its files' names and, in an object store, sizes; one at a time."""
+    if is_url(folder):
+        remote: Any = folder
+        for path, folders, files in remote.fs.walk(remote.path, detail=True):
+            for name in [name for name in folders if not name or name[0] in "._"]:
+                del folders[name]  # walk goes into those that stay
+            inside = place(f"{remote.protocol}://{path}")
+            yield inside, sorted((n, about["size"]) for n, about in files.items() if n[:1] != ".")
+        return
+    for path, folders, names in os.walk(folder):
+        # Files of ours and of other tools: plans, commits, .git.
+        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        yield Path(path), [(name, None) for name in sorted(names) if name[0] != "."]
+
+
+def _no_image(files: Iterable[Path]) -> bool:
+    return not any(image_columns(read_schema(file)) for file in islice(files, 1))
+
+
+def _parquet(
+    root: Path, files: list[Path], image_column: str | None, key_column: str | None
+) -> Source:
+    schema = read_schema(files[0])
+    ours = "key" in schema.names and pa.types.is_integer(schema.field("key").type)
+    if ours and "image" in schema.names and image_column is None and key_column is None:
+        return Source("table", root, tuple(files), "image")
+    column = image_column_of(schema, image_column, str(files[0]))
+    if key_column is not None and key_column not in schema.names:
+        raise DataError(
+            f"data.key_column={key_column}: {files[0]} has {', '.join(schema.names) or 'no columns'}"
+        )
+    return Source("parquet", root, tuple(files), column)
+
+
+def image_column_of(schema: pa.Schema, named: str | None, where: str) -> str:
+    """The column that has the images: the one that is named, or the only one that can.
+
+    Raises DataError with the columns that there are.
+    """
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"
+    found = image_columns(schema)
+    if named is not None:
+        if named not in found:
+            raise DataError(
+                f"data.image_column={named}: expected bytes or a struct of bytes and path; "
+                f"{where} has {there}"
+            )
+        return named
+    likely = [name for name in _LIKELY if name in found]
+    if len(found) == 1 or likely[:1] == ["image"]:
+        return likely[0] if likely else found[0]
+    if not found:
+        raise DataError(
+            f"{where} has no image column (bytes, or a struct of bytes and path); it has {there}"
+        )
+    raise DataError(
+        f"{where} has several columns that may be images ({', '.join(found)}): "
+        "name one as data.image_column"
+    )
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    def is_bytes(kind: pa.DataType) -> bool:
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+    def holds_images(kind: pa.DataType) -> bool:
+        if not pa.types.is_struct(kind):
+            return is_bytes(kind)
+        return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
+
+    return [field.name for field in schema if holds_images(field.type)]

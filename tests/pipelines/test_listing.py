@@ -1,0 +1,294 @@
+"""Images as others keep them: each is one row with a key of its own, and a broken one says so."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import external
+from pipelines.config import build
+from pipelines.places import place
+from pipelines.schemas import key_of, url_key
+from pipelines.selection import ReadImages, Selection, open_table
+from vlv_model.errors import ConfigError, DataError, RunError
+
+COLOURS = ["red", "green", "blue", "white"]
+
+
+def png(colour: str, size: int = 24) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def read(images: str | Path, output: str | Path, **more: Any) -> list[dict[str, Any]]:
+    """The rows of all chunks of a job over the images."""
+    selection = build(Selection, {"input": str(images), "output": str(output), **more})
+    table = open_table("caption", selection, {})
+    step = ReadImages(table, 8)
+    blocks = [step(pa.table({"chunk": [chunk]})) for chunk in table.pending()]
+    return sorted((row for b in blocks for row in b.to_pylist()), key=lambda row: row["name"])
+
+
+def colour_of(row: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(np.frombuffer(row["pixels"], np.uint8).reshape(3, 64)[:, 0].tolist())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    for inside, colour in (("a", "red"), ("b", "blue")):
+        (root / inside).mkdir(parents=True)
+        (root / inside / "photo.png").write_bytes(png(colour))
+    (root / "_DSC1.JPG").write_bytes(png("white"))  # what a file is, its bytes say
+    (root / "broken.jpg").write_bytes(b"\xff\xd8 not much")
+    (root / "empty.webp").touch()
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden.png").write_bytes(png("red"))
+    return root
+
+
+def test_a_folder_gives_a_row_for_each_image_file(folder: Path, tmp_path: Path) -> None:
+    rows = read(folder, tmp_path / "out")
+    assert [(row["name"], row["status"]) for row in rows] == [
+        ("_DSC1.JPG", "ok"),
+        ("a/photo.png", "ok"),
+        ("b/photo.png", "ok"),
+        ("broken.jpg", "decode:corrupt"),
+        ("empty.webp", "decode:no_image"),
+    ]
+    assert [row["key"] for row in rows] == [key_of(row["name"]) for row in rows]
+    assert colour_of(rows[1]) == (255, 0, 0)
+    assert colour_of(rows[2]) == (0, 0, 255)
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    again = read(moved, tmp_path / "again")
+    assert [row["key"] for row in again] == [row["key"] for row in rows]
+
+
+def test_a_file_that_goes_meanwhile_is_a_row(folder: Path, tmp_path: Path) -> None:
+    selection = build(Selection, {"input": str(folder), "output": str(tmp_path / "out")})
+    table = open_table("caption", selection, {})
+    (folder / "a/photo.png").unlink()
+    os.mkfifo(folder / "a/photo.png")  # which would be waited for
+    rows = ReadImages(table, 8)(pa.table({"chunk": [0]})).to_pylist()
+    states = {row["name"]: row["status"] for row in rows}
+    assert states["a/photo.png"] == "decode:unreadable"
+    assert states["b/photo.png"] == "ok"
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="cannot be read"):  # not a table full of broken images
+        ReadImages(table, 8)(pa.table({"chunk": [0]}))
+
+
+def test_what_is_there_is_said_where_nothing_is_an_image(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt", "c.json"):
+        (tmp_path / "in" / name).touch()
+    with pytest.raises(DataError, match=r"no Parquet files, .tar shards or images; .*2 .txt, 1 .j"):
+        read(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
+    first = read(folder, tmp_path / "out")
+    (folder / "new.png").write_bytes(png("red"))
+    assert read(folder, tmp_path / "out") == first
+    assert len(read(folder, tmp_path / "other")) == 6
+
+
+# --------------------------------------------------------------------------------------- Parquet
+
+
+def test_datasets_own_parquet_is_read(tmp_path: Path) -> None:
+    import datasets
+
+    pictures = [{"bytes": png(colour), "path": f"{colour}.png"} for colour in COLOURS]
+    made = datasets.Dataset.from_dict({"picture": pictures, "label": [0, 1, 2, 3]})
+    made = made.cast_column("picture", datasets.Image())
+    (tmp_path / "in").mkdir()
+    made.to_parquet(str(tmp_path / "in/train-00000-of-00001.parquet"))
+    rows = read(tmp_path / "in", tmp_path / "out")
+    assert {row["status"] for row in rows} == {"ok"}
+    assert [row["name"] for row in rows] == sorted(f"{colour}.png" for colour in COLOURS)
+    assert len({row["key"] for row in rows}) == 4
+
+
+def img2dataset(path: Path) -> Path:
+    """Parquet as img2dataset writes it: bytes in `jpg`, failures without any."""
+    found = [png(colour) for colour in COLOURS]
+    columns = {
+        "url": [f"HTTP://h.org/{colour}" for colour in COLOURS] + ["http://h.org/dead"],
+        "key": [f"00000000{i}" for i in range(5)],
+        "status": ["success"] * 4 + ["failed_to_download"],
+        "jpg": pa.array([*found, None], pa.binary()),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_img2datasets_parquet_is_read(tmp_path: Path) -> None:
+    file = img2dataset(tmp_path / "00000.parquet")
+    rows = read(file, tmp_path / "out")
+    assert [row["status"] for row in rows] == [*["ok"] * 4, "decode:no_image"]
+    assert {row["key"] for row in rows} == {key_of(f"00000.parquet#{i}") for i in range(5)}
+    rows = read(file, tmp_path / "urls", key_column="url")
+    assert {url_key(f"http://h.org/{colour}") for colour in COLOURS} < {r["key"] for r in rows}
+    rows = read(file, tmp_path / "some", where="status = 'success' and url like '%e%'")
+    assert [row["name"] for row in rows] == [f"HTTP://h.org/{c}" for c in sorted(COLOURS)]
+
+
+def test_a_row_group_that_is_large_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external, "_WHOLE", 100)
+    colours = [COLOURS[i % 4] for i in range(100)]
+    images = pa.array([png(colour) for colour in colours], pa.large_binary())
+    pq.write_table(pa.table({"content": images}), tmp_path / "in.parquet")
+    expected = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
+    rows = read(tmp_path / "in.parquet", tmp_path / "out", rows_per_chunk=7)
+    for row in rows:
+        colour = colours[int(row["name"].partition("#")[2])]
+        assert colour_of(row) == expected.get(colour, (255, 255, 255))
+    assert len(rows) == 100
+
+
+def test_columns_that_are_meant_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "in.parquet"
+    struct = pa.array([{"bytes": png("red"), "path": None}])
+    blob = pa.array([png("blue")], pa.binary())
+    pq.write_table(pa.table({"left": struct, "right": blob, "label": [1]}), file)
+    with pytest.raises(DataError, match=r"several columns .*\(left, right\)"):
+        read(file, tmp_path / "out")
+    (row,) = read(file, tmp_path / "out", image_column="right")
+    assert colour_of(row) == (0, 0, 255)
+    with pytest.raises(DataError, match=r"label \(int64\)"):
+        read(file, tmp_path / "other", image_column="label")
+    pq.write_table(pa.table({"label": [1], "words": ["a"]}), file)
+    with pytest.raises(DataError, match=r"no image column .* label \(int64\), words \(string\)"):
+        read(file, tmp_path / "third")
+
+
+def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for path in ("secret.png", "in/own.png"):
+        (tmp_path / path).write_bytes(png("red"))
+    names = ["own.png", "../secret.png", str(tmp_path / "secret.png"), "s3://bucket/secret.png"]
+    image = pa.array([{"bytes": None, "path": name} for name in names], external.IMAGE_STRUCT)
+    pq.write_table(pa.table({"image": image}), tmp_path / "in/t.parquet")
+    states = {row["name"]: row["status"] for row in read(tmp_path / "in", tmp_path / "out")}
+    assert states == dict.fromkeys(names, "decode:outside") | {"own.png": "ok"}
+
+
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    images = pa.array([png("red"), png("blue")], pa.binary())
+    pq.write_table(pa.table({"image": images, "id": ["a", "a"]}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="occurs more than once"):
+        read(tmp_path / "in.parquet", tmp_path / "out", key_column="id")
+
+
+# ------------------------------------------------------------------------------------------- tar
+
+
+def shard(path: Path, names: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in names.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    root = tmp_path / "shards"
+    root.mkdir()
+    for number in range(2):
+        names = {}
+        for i, colour in enumerate(COLOURS):
+            names[f"{i:09d}.png"] = png(colour)
+            names[f"{i:09d}.txt"] = b"a caption"
+            names[f"{i:09d}.json"] = b"{}"
+        shard(root / f"{number:05d}.tar", names)
+        pq.write_table(pa.table({"url": ["a"]}), root / f"{number:05d}.parquet")
+    return root
+
+
+def test_shards_give_a_row_for_each_image(shards: Path, tmp_path: Path) -> None:
+    rows = read(shards, tmp_path / "out")
+    assert [row["name"] for row in rows] == [
+        f"0000{number}.tar/{i:09d}.png" for number in range(2) for i in range(4)
+    ]
+    assert [row["key"] for row in rows] == [key_of(row["name"]) for row in rows]
+    assert [colour_of(row) for row in rows[:2]] == [(255, 0, 0), (0, 128, 0)]
+    some = read(shards, tmp_path / "some", where="name like '00001.tar/%' and size > 0")
+    assert some == [{**row, "chunk": 0} for row in rows[4:]]
+
+
+def test_a_damaged_shard_gives_what_is_sound_and_says_so(shards: Path, tmp_path: Path) -> None:
+    whole = (shards / "00000.tar").read_bytes()
+    (shards / "00000.tar").write_bytes(whole[:3000])  # in the header of the third file
+    (shards / "00001.tar").write_bytes(b"this is no archive")
+    rows = read(shards, tmp_path / "out")
+    states = [row["status"] for row in rows]
+    assert sorted(states) == ["decode:shard", "decode:shard", "ok"]
+    assert "damaged from byte" in next(r["error"] for r in rows if r["status"] != "ok")
+
+
+def test_changed_shards_are_another_run(shards: Path, tmp_path: Path) -> None:
+    read(shards, tmp_path / "out")
+    shard(shards / "00001.tar", {"a.png": png("red")})
+    with pytest.raises(RunError, match="files: "):
+        read(shards, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------- stores, conditions
+
+
+@pytest.fixture
+def remote(bucket: str, folder: Path, shards: Path) -> str:
+    img2dataset(folder.parent / "00000.parquet")
+    (place(bucket) / "parquet/00000.parquet").write_bytes(
+        (folder.parent / "00000.parquet").read_bytes()
+    )
+    for root in (folder, shards):
+        for file in root.rglob("*"):
+            if file.is_file():
+                below = file.relative_to(root.parent).as_posix()
+                (place(bucket) / below).write_bytes(file.read_bytes())
+    return bucket
+
+
+def test_object_stores_give_the_same_rows(
+    remote: str, folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    for name in ("images", "shards"):
+        here = read(tmp_path / name, tmp_path / f"here-{name}")
+        there = read(f"{remote}/{name}", f"{remote}/out-{name}")
+        left_out = ("chunk", "error")
+        assert [{k: v for k, v in row.items() if k not in left_out} for row in there] == [
+            {k: v for k, v in row.items() if k not in left_out} for row in here
+        ]
+    rows = read(f"{remote}/parquet", f"{remote}/out-parquet")
+    assert [row["status"] for row in rows] == [*["ok"] * 4, "decode:no_image"]
+
+
+def test_a_condition_chooses_rows_of_a_table_of_ours(pair_table: Path, tmp_path: Path) -> None:
+    everything = read(pair_table, tmp_path / "all")
+    some = read(pair_table, tmp_path / "some", where="caption like '%red%' and aesthetic is null")
+    assert 0 < len(some) < len(everything)
+    pixels = {row["key"]: row["pixels"] for row in everything}
+    assert all(row["pixels"] == pixels[row["key"]] for row in some)
+    with pytest.raises(DataError, match="no row for which"):
+        read(pair_table, tmp_path / "none", where="caption = 'never'")
+    with pytest.raises(ConfigError, match=r"data.where=.*colour.*columns: .*caption"):
+        read(pair_table, tmp_path / "wrong", where="colour = 'red'")
+    with pytest.raises(ConfigError, match="no condition"):
+        read(pair_table, tmp_path / "files", where="key in (select 1 from read_csv('/etc/passwd'))")
