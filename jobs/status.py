@@ -1,6 +1,6 @@
 """Status: how a table stands, while a job writes it or afterwards. Reads, and changes nothing.
 
-Any table will do: images, pairs, captions, pictures.
+Any table will do: images, latents, pairs, captions, pictures.
 
     python jobs/status.py /data/images
 """

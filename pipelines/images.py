@@ -69,16 +69,21 @@ class RowIndex:
         return digest.hexdigest()[:16]
 
     @classmethod
-    def open(cls, files: Sequence[Path], texts: Sequence[str] = ()) -> RowIndex:
+    def open(
+        cls,
+        files: Sequence[Path],
+        texts: Sequence[str] = (),
+        needed: Sequence[str] = ("image",),
+    ) -> RowIndex:
         """Index the rows of status `ok` that have a text in each of the columns `texts`.
 
-        Raises DataError for missing columns, columns of another type, an unreadable file, a table
+        Raises DataError for missing columns (beside `key` and `texts` those `needed`), columns of another type, an unreadable file, a table
         without a usable row, and a key that occurs twice.
         """
         columns: dict[str, list[np.ndarray]] = {"keys": [], "file": [], "group": [], "row": []}
         for number, path in enumerate(files):
             schema = read_schema(path)
-            _check_columns(path, schema, texts)
+            _check_columns(path, schema, texts, needed)
             names = ["key", *(["status"] if "status" in schema.names else []), *texts]
             with open_parquet(path) as parquet:
                 for group in range(parquet.num_row_groups):
@@ -107,8 +112,10 @@ class RowIndex:
         return cls(list(files), *(arrays[name][order] for name in columns))
 
 
-def _check_columns(path: Path, schema: pa.Schema, texts: Sequence[str]) -> None:
-    require_columns(schema, ["key", "image", *texts], str(path))
+def _check_columns(
+    path: Path, schema: pa.Schema, texts: Sequence[str], needed: Sequence[str]
+) -> None:
+    require_columns(schema, ["key", *needed, *texts], str(path))
     if not pa.types.is_integer(schema.field("key").type):
         found = schema.field("key").type
         raise DataError(f"{path}: column 'key' is {found}, expected int64 as ingest writes it")
@@ -131,17 +138,25 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
 class RowReader:
     """Reads rows of an index by position, keeping the row groups that it read last."""
 
-    def __init__(self, index: RowIndex, columns: Sequence[str] = (), named: bool = False) -> None:
-        """`columns` beside the image; `named` where `names` will be asked."""
+    def __init__(
+        self,
+        index: RowIndex,
+        columns: Sequence[str] = (),
+        *,
+        image: bool = True,
+        named: bool = False,
+    ) -> None:
+        """`columns` beside the image, which can be left out; `named` where `names` will be asked."""
         self.index, self.named = index, named
         self.columns = list(columns)
-        self.columns_read = ["key", "image", *columns]  # and nothing else of the table
+        # And nothing else of the table.
+        self.columns_read = ["key", *(["image"] if image else []), *columns]
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._cached = 0
         self._external: dict[int, ExternalImages] = {}  # by file, of those that are listings
 
     def row(self, position: int) -> dict[str, Any]:
-        """`image` (its bytes, None where it has none) and the columns asked for, of one row.
+        """`image` (its bytes, None where it has none), unless left out, and the columns asked for.
 
         Raises UndecodableImage where the row only names an image that cannot be read.
         """
@@ -155,10 +170,10 @@ class RowReader:
                 "no longer in its place"
             )
         values = rows[0]
-        if file in self._external:
+        if file in self._external and "image" in self.columns_read:
             content = self._external[file].read(values)
             return {"image": content, **{name: values[name] for name in self.columns}}
-        if isinstance(values["image"], dict):
+        if isinstance(values.get("image"), dict):
             values["image"] = values["image"]["bytes"]
         return values
 

@@ -91,6 +91,17 @@ RECONSTRUCTION_ROW = pa.schema(
 )
 """Output of reconstruct: the picture that an image's caption embeddings give back."""
 
+LATENT_ROW = pa.schema(
+    [
+        ("key", pa.int64()),
+        ("mean", pa.binary()),
+        ("deviation", pa.binary()),
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""Output of precompute: the distribution of an image's latents (pipelines.latents)."""
+
 
 def with_image_feature(schema: pa.Schema) -> pa.Schema:
     """The schema with the note by which Hugging Face datasets shows `image` as a picture."""

@@ -1,6 +1,6 @@
 """Jobs over the images of a table: which rows, in which chunks, and how a chunk is read.
 
-Recaption and reconstruct share this: a plan of chunks is written once into the output table, each
+Recaption, reconstruct and precompute share this: a plan of chunks is written once into the output table, each
 chunk is decoded on a CPU, passes through a model, and is committed (pipelines.runtime).
 """
 
@@ -183,11 +183,13 @@ def run_actors(
     actors: ActorConfig,
     config: RayConfig,
     title: str,
+    row_group: int = _ROW_GROUP,
 ) -> None:
     """Pass what `table` still lacks through a pool of actors of the class `step`.
 
     Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
-    model; a chunk is committed as soon as it is through. A finished table needs no Ray.
+    model; a chunk is committed as soon as it is through, in row groups of `row_group` rows. A
+    finished table needs no Ray.
     """
     import ray.data
 
@@ -209,6 +211,6 @@ def run_actors(
     needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
     with exclusive(table.folder, "data.output"), ray_session(config):
         check_resources(config, needed, f"actors.num_actors={actors.num_actors}")
-        write = partial(table.write, row_group_size=_ROW_GROUP)
+        write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
         run_chunks(table.pending(), stages, write, title, total, done)

@@ -19,7 +19,8 @@ from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating
-from vlv_model.preprocessing import pixels_from_vae, vae_pixels
+from vlv_model.latents import LatentFormat
+from vlv_model.preprocessing import pixels_from_vae
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -54,22 +55,31 @@ class VLVAutoEncoder(nn.Module):
         cls,
         model: loading.Model | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        with_vae: bool = True,
         **parts: Any,
     ) -> VLVAutoEncoder:
         """Build from pretrained parts, then load the trained weights, if any, strictly.
 
         `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
-        too: its encoder is opened); `parts` are fields of ModelConfig that win over it. Float32,
-        on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        too: its encoder is opened); `parts` are fields of ModelConfig that win over it. Without
+        its VAE it takes `latents` and makes no pictures. Float32, on the CPU, in eval mode. Raises
+        ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
         text_encoder = TextEncoder(*loading.load_text_encoder(config), bottleneck=config.bottleneck)
-        decoder = DiffusionDecoder(*loading.load_diffusion(config), image_size=config.image_size)
+        vae = loading.load_vae(config) if with_vae else loading.read_latent_format(config)
+        decoder = DiffusionDecoder(vae, *loading.load_unet(config), image_size=config.image_size)
         autoencoder = cls(encoder, text_encoder, decoder).eval()
         if checkpoint is not None:
             load_checkpoint(checkpoint, autoencoder, model=config)
         return autoencoder
+
+    @property
+    def latent_format(self) -> LatentFormat:
+        """What the VAE's latents look like."""
+        return self.diffusion_decoder.latent_format
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -93,6 +103,7 @@ class VLVAutoEncoder(nn.Module):
         *,
         posterior_noise: Tensor | None = None,
         encoder_pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Stage-1 loss, a float32 scalar.
 
@@ -100,9 +111,11 @@ class VLVAutoEncoder(nn.Module):
         timesteps int64 `[b]` · posterior_noise `[b c h w]`: the VAE's sampling noise, zeros for
         the posterior's mean; without it the global generator draws, as in `latent_dist.sample()` ·
         encoder_pixel_values float `[b 3 e e]`, ImageNet-normalised, spares the preprocessing;
-        without it the encoder sees the same squares, float ones rounded to uint8.
+        without it the encoder sees the same squares, float ones rounded to uint8 · latents
+        `[b c h w]`, scaled, spare the VAE.
         """
-        latents = self.latents(pixel_values, posterior_noise)
+        if latents is None:
+            latents = self.latents(pixel_values, posterior_noise)
         if encoder_pixel_values is None:
             is_uint8 = pixel_values.dtype == torch.uint8
             encoder_pixel_values = pixel_values if is_uint8 else pixels_from_vae(pixel_values)
@@ -117,8 +130,6 @@ class VLVAutoEncoder(nn.Module):
 
         `posterior_noise` `[b c h w]` as in `loss`.
         """
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = vae_pixels(pixel_values)
         return self.diffusion_decoder.encode(pixel_values, posterior_noise)
 
     def denoising_loss(

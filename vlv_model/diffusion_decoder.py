@@ -16,23 +16,29 @@ from torch import Tensor, nn
 
 from vlv_model.errors import ModelError
 from vlv_model.freezing import freeze
+from vlv_model.latents import LatentFormat, posterior
 from vlv_model.preprocessing import pixels_from_vae
 
 Sampler = Literal["ddpm", "ddim"]
 
 
 class DiffusionDecoder(nn.Module):
-    """Frozen VAE and UNet. Latents are float32 `[b c h w]`, c=4 and h=w=s/8 for an s x s image."""
+    """Frozen VAE and UNet. Latents are float32 `[b c h w]`, c=4 and h=w=s/8 for an s x s image.
+
+    With a LatentFormat in the VAE's place it takes latents and gives losses, but neither encodes
+    nor makes pictures.
+    """
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | LatentFormat,
         unet: UNet2DConditionModel,
         noise_scheduler: DDPMScheduler,
         image_size: int,
     ) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = None if isinstance(vae, LatentFormat) else vae
+        self.latent_format = vae if isinstance(vae, LatentFormat) else LatentFormat.of(vae.config)
         self.unet = unet
         self.noise_scheduler = noise_scheduler
         self.image_size = image_size
@@ -42,8 +48,7 @@ class DiffusionDecoder(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one image's latents."""
-        side = self.image_size // self._vae_factor
-        return self.vae.config.latent_channels, side, side
+        return self.latent_format.shape(self.image_size)
 
     @property
     def num_timesteps(self) -> int:
@@ -51,18 +56,18 @@ class DiffusionDecoder(nn.Module):
         return self.noise_scheduler.config.num_train_timesteps
 
     @torch.no_grad()
-    def encode(self, vae_pixels: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Pixels in [-1, 1] `[b 3 s s]` -> a sample of their latents, scaled, `[b c h w]`.
+    def encode(self, pixel_values: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> a sample of their latents `[b c h w]`, scaled.
 
         `posterior_noise` `[b c h w]` makes the sample the caller's: zeros give the posterior's
         mean. Without it the device's global generator draws, as in `latent_dist.sample()`.
         """
-        posterior = self.vae.encode(vae_pixels.to(self.vae.dtype)).latent_dist
-        if posterior_noise is None:
-            sample = posterior.sample()
-        else:
-            sample = posterior.mean + posterior.std * posterior_noise.to(posterior.std)
-        return sample.float() * self.vae.config.scaling_factor
+        mean, deviation = posterior(self._needed_vae(), pixel_values)
+        noise = posterior_noise
+        if noise is None:
+            # Not randn_like: it fills in the order of `mean`'s strides, which are a slice's.
+            noise = torch.randn(mean.shape, device=mean.device, dtype=mean.dtype)
+        return self.latent_format.sample(mean, deviation, noise)
 
     def loss(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, clip_embeddings: Tensor
@@ -98,7 +103,7 @@ class DiffusionDecoder(nn.Module):
         on the model's device or the CPU, so that a row's picture does not depend on its batch.
         `ddpm` is ancestral sampling, `ddim` is deterministic after the first noise.
         """
-        batch = clip_embeddings.shape[0]
+        vae, batch = self._needed_vae(), clip_embeddings.shape[0]
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} rows: give one per row")
         kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[scheduler]
@@ -112,8 +117,8 @@ class DiffusionDecoder(nn.Module):
             free = self._predict(latents, t, unconditional).float()
             noise_pred = free + guidance_scale * (guided - free)
             latents = sampler.step(noise_pred, t, latents, generator=list(generators)).prev_sample
-        latents = latents / self.vae.config.scaling_factor
-        return pixels_from_vae(self.vae.decode(latents.to(self.vae.dtype)).sample)
+        latents = latents / self.latent_format.scaling_factor
+        return pixels_from_vae(vae.decode(latents.to(vae.dtype)).sample)
 
     def _predict(self, noisy_latents: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         batch, dtype = noisy_latents.shape[0], self.unet.dtype
@@ -124,17 +129,13 @@ class DiffusionDecoder(nn.Module):
         rows = [torch.randn(self.latent_shape, generator=g, device=g.device) for g in generators]
         return torch.stack(rows)
 
-    @property
-    def _vae_factor(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def _needed_vae(self) -> AutoencoderKL:
+        if self.vae is None:
+            raise ModelError("this diffusion decoder was built without its VAE: build it with one")
+        return self.vae
 
     def _check_parts(self) -> None:
-        if self.image_size % self._vae_factor:
-            raise ModelError(
-                f"image_size is {self.image_size}, the VAE shrinks by {self._vae_factor}: "
-                f"choose a multiple of {self._vae_factor}"
-            )
-        channels = self.vae.config.latent_channels
+        channels, *_ = self.latent_shape
         if channels != self.unet.config.in_channels:
             raise ModelError(
                 f"the VAE has {channels} latent channels, the UNet expects "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ModelError
+from vlv_model.latents import LatentFormat
 from vlv_model.sources import Model, one_line, part_source, resolve_checkpoint, resolve_model
 
 __all__ = [
@@ -40,6 +42,9 @@ __all__ = [
     "load_florence",
     "load_language_model",
     "load_text_encoder",
+    "load_unet",
+    "load_vae",
+    "read_latent_format",
     "resolve_checkpoint",
     "resolve_model",
     "text_encoder_width",
@@ -86,7 +91,24 @@ def load_diffusion(
     config: ModelConfig,
 ) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler]:
     """VAE, UNet and the noise schedule (whatever sampler was published with it)."""
-    vae = _load_diffuser(config, "vae", AutoencoderKL)
+    return load_vae(config), *load_unet(config)
+
+
+def load_vae(config: ModelConfig) -> AutoencoderKL:
+    """The VAE alone."""
+    return _load_diffuser(config, "vae", AutoencoderKL)
+
+
+def read_latent_format(config: ModelConfig) -> LatentFormat:
+    """What the VAE's latents look like, from its configuration alone."""
+    source, subfolder = part_source(config, "vae")
+    _check_kind("vae", source, subfolder, "_class_name", AutoencoderKL.__name__)
+    load = partial(AutoencoderKL.load_config, source, subfolder=subfolder)
+    return LatentFormat.of(_load("vae", source, load))
+
+
+def load_unet(config: ModelConfig) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """UNet and the noise schedule."""
     unet = _load_diffuser(config, "unet", UNet2DConditionModel)
     source, subfolder = part_source(config, "scheduler")
     scheduler_config = _load(
@@ -94,7 +116,7 @@ def load_diffusion(
         source,
         lambda: DDPMScheduler.load_config(source, subfolder=subfolder),
     )
-    return vae, unet, DDPMScheduler.from_config(scheduler_config)
+    return unet, DDPMScheduler.from_config(scheduler_config)
 
 
 def load_language_model(config: ModelConfig) -> Qwen2ForCausalLM:

@@ -13,7 +13,7 @@ from vlv_model.config import Config, Trainable
 
 
 class ImageData(Config):
-    """The images of stage 1."""
+    """The images of a training."""
 
     input: InputPlace = Field(
         description="image table: what ingest wrote, or Parquet of its layout"
@@ -24,6 +24,16 @@ class ImageData(Config):
         lt=1,
         description="share of the images that is never trained on but evaluated; chosen by a hash "
         "of `key`, so it stays the same in every job and rerun",
+    )
+
+
+class Stage1Data(ImageData):
+    """The images of stage 1."""
+
+    latents: InputPlace | None = Field(
+        None,
+        description="table of latents that jobs/precompute.py made of data.input: the VAE is then "
+        "not loaded; default: the VAE runs in every step",
     )
 
 
@@ -140,7 +150,7 @@ class Stage2TrainConfig(TrainConfig):
 class Stage1Config(Config):
     """Everything that `jobs/stage1.py` needs to know."""
 
-    data: ImageData
+    data: Stage1Data
     run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")
     model: ModelSettings = ModelSettings()
     train: TrainConfig = TrainConfig()

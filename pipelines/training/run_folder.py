@@ -30,7 +30,7 @@ from vlv_model.errors import CheckpointError
 RESULT = "result.json"
 
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
-FREE = ("ray", "run_dir", "data.input", "data.output", "train.wandb", "train.max_failures",
+FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch",
         "train.cpus_per_worker", "train.use_gpu")  # fmt: skip
 
@@ -64,6 +64,8 @@ def identity(
     flat = {k: v for k, v in _flatten(values) if not k.startswith(FREE)}
     flat["rows"] = [len(index) for index in rows]
     flat["keys"] = [index.digest() for index in rows]
+    # Stored latents are rounded ones, wherever they lie.
+    flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
     flat["bytes"] = sum(file.stat().st_size for file in files)
     parts = (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).base_parts
     flat |= {f"model.{k} digest": v for k, v in fingerprint_parts(model, parts).items()}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipelines.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch, mix
 from vlv_model.autoencoder import VLVAutoEncoder
@@ -52,13 +53,18 @@ class Stage:
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
     """The denoising loss of VLVAutoEncoder on images alone (paper §3.2)."""
-    autoencoder = VLVAutoEncoder.from_pretrained(model, checkpoint)
+    stored = LatentReader(config.data.latents) if config.data.latents else None
+    autoencoder = VLVAutoEncoder.from_pretrained(model, checkpoint, with_vae=stored is None)
     shape = autoencoder.latent_shape
     num_timesteps = autoencoder.num_timesteps
 
     def prepare(batch: Batch) -> Prepared:
-        random = draws(config.train.seed, batch, shape, num_timesteps)
-        inputs = {"pixel_values": batch.pixel_values, **random}
+        inputs = draws(config.train.seed, batch, shape, num_timesteps)
+        if stored is not None:
+            mean, deviation = stored.read(batch.keys)
+            noise = inputs.pop("posterior_noise")
+            inputs["latents"] = autoencoder.latent_format.sample(mean, deviation, noise)
+        inputs["pixel_values"] = batch.pixel_values
         return Prepared(batch.keys, inputs, weight=len(batch.keys))
 
     fresh = ("encoder.learnable_queries", "encoder.caption_projector")

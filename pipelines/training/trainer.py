@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
+from pipelines.latents import LatentReader
 from pipelines.places import exclusive, place
 from pipelines.runtime import check_resources, ray_session
 from pipelines.storage import parquet_files, read_json_object
@@ -31,6 +34,9 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     files = parquet_files(config.data.input)
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     rows = split(RowIndex.open(files, columns), config.data.holdout)
+    if isinstance(config, Stage1Config) and config.data.latents:
+        keys = np.concatenate([index.keys for index in rows])
+        LatentReader(config.data.latents).check(model, keys)
     identity = run_folder.identity(config, model, checkpoint, files, rows)
     run_folder.check_free(run_dir, identity)  # before a stranger's folder gets a lock file
     with exclusive(run_dir, "run_dir"):

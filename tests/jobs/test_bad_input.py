@@ -14,6 +14,7 @@ from tests.jobs.conftest import ROOT, Ended, Job
 
 JOBS = [
     "ingest",
+    "precompute",
     "stage1",
     "stage2",
     "recaption",
@@ -80,7 +81,9 @@ def test_value_out_of_range(job: Job, tmp_path: Path, name: str, setting: str) -
     refused(job(name, *paths, setting), setting.split("=")[0])
 
 
-@pytest.mark.parametrize("name", ["ingest", "stage1", "stage2", "recaption", "reconstruct"])
+@pytest.mark.parametrize(
+    "name", ["ingest", "precompute", "stage1", "stage2", "recaption", "reconstruct"]
+)
 @pytest.mark.parametrize("make", ["missing", "empty"])
 def test_missing_or_empty_dataset(
     job: Job, tmp_path: Path, tiny_models: Path, name: str, make: str
@@ -94,7 +97,7 @@ def test_missing_or_empty_dataset(
 
 
 def models_for(name: str, tiny_models: Path, tmp_path: Path) -> Path:
-    if name == "stage1":
+    if name in ("precompute", "stage1"):
         return tiny_models
     return checkpoint("stage2" if name == "recaption" else "stage1", tiny_models, tmp_path / name)
 
@@ -160,6 +163,16 @@ def test_list_of_zero_urls(job: Job, tmp_path: Path) -> None:
     pq.write_table(pa.table({"URL": pa.array([], pa.string())}), tmp_path / "m.parquet")
     paths = [f"data.input={tmp_path / 'm.parquet'}", f"data.output={tmp_path / 'out'}"]
     refused(job("ingest", *paths), str(tmp_path / "m.parquet"))
+
+
+def test_latents_of_other_images(
+    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+) -> None:
+    """Before Ray is started or a folder is claimed."""
+    paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
+    ended = job("stage1", *paths, f"model.path={tiny_models}", f"data.latents={pair_table}")
+    refused(ended, "data.latents", str(pair_table), "jobs/precompute.py")
+    assert not (tmp_path / "r").exists()
 
 
 def test_list_without_urls(job: Job, tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def test_shipped_configs_name_settings_that_exist(size: str) -> None:
     """Each YAML file passes its job's own --print-config once the user's paths are given."""
     root = Path(__file__).parents[2]
     files = sorted((root / "jobs/configs" / size).glob("*.yaml"))
-    assert {f.stem for f in files} == {"ingest", "stage1", "stage2", "recaption", "reconstruct"}
+    jobs = {"ingest", "precompute", "stage1", "stage2", "recaption", "reconstruct"}
+    assert {f.stem for f in files} == jobs
     paths = ["data.input=/in"]
     for file in files:
         outputs = ["run_dir=/run"] if file.stem.startswith("stage") else ["data.output=/out"]

@@ -37,10 +37,11 @@ def of_vae(vae: AutoencoderKL, pictures: Pictures) -> dict[str, float]:
 def of_text_to_image(folder: Path, pictures: Pictures) -> dict[str, float]:
     """Denoising loss with the true caption, with none, and with that of another picture."""
     model, _ = resolve_model(folder)
-    decoder = DiffusionDecoder(*load_diffusion(model), image_size=model.image_size)
+    vae, unet, scheduler = load_diffusion(model)
+    decoder = DiffusionDecoder(vae, unet, scheduler, model.image_size)
     text_encoder = TextEncoder(*load_text_encoder(model))
     conditions = text_conditions(text_encoder, [caption(scene) for scene in pictures.scenes])
-    latents = encode(decoder.vae, pictures) * decoder.vae.config.scaling_factor
+    latents = encode(vae, pictures) * decoder.latent_format.scaling_factor
     return denoising_losses(decoder, latents, conditions, pictures.seed)
 
 

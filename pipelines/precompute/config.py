@@ -1,0 +1,31 @@
+"""Settings of precomputing latents."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipelines.runtime import RayConfig
+from pipelines.selection import ActorConfig, Selection
+from pipelines.training.model import ModelSettings
+from vlv_model.config import Config
+
+
+class EncodeConfig(Config):
+    """How the VAE is run."""
+
+    batch_size: int = Field(32, ge=1, description="images that are encoded at once")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="arithmetic of the VAE; what is stored is bfloat16 either way"
+    )
+
+
+class PrecomputeConfig(Config):
+    """Everything that `jobs/precompute.py` needs to know."""
+
+    data: Selection
+    model: ModelSettings = ModelSettings()
+    encode: EncodeConfig = EncodeConfig()
+    actors: ActorConfig = ActorConfig()
+    ray: RayConfig = RayConfig()

@@ -1,0 +1,35 @@
+"""Precompute: an image table in, a table of the images' latents out, for stage 1 to read."""
+
+from __future__ import annotations
+
+from pipelines.latents import KIND, made_of
+from pipelines.precompute.config import PrecomputeConfig
+from pipelines.selection import open_table, run_actors
+from pipelines.storage import IMAGE_ROW_GROUP
+
+
+def precompute(config: PrecomputeConfig) -> dict[str, int]:
+    """Encode what the output table still lacks; returns its rows by status.
+
+    Raises ModelError where there is no VAE, and what `open_table` raises.
+    """
+    # Here, so that --help need not wait for the libraries of the models.
+    from pipelines.precompute.predictor import EncodeImages
+    from vlv_model.loading import load_vae
+    from vlv_model.sources import resolve_model
+
+    model, _ = resolve_model(config.model.resolve()[0])
+    load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint
+    identity = {**made_of(model), "precision": config.encode.precision}
+    table = open_table(KIND, config.data, identity)
+    run_actors(
+        table,
+        model.image_size,
+        EncodeImages,
+        (model, config.encode, config.actors.use_gpu),
+        config.actors,
+        config.ray,
+        "precompute",
+        row_group=IMAGE_ROW_GROUP,  # training reads single rows in random order
+    )
+    return table.counts()

@@ -1,0 +1,49 @@
+"""The VAE as a step of a chunk: squares in, the distributions of their latents out."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import torch
+
+from pipelines.latents import packed
+from pipelines.precompute.config import EncodeConfig
+from pipelines.schemas import LATENT_ROW, OK
+from pipelines.selection import squares
+from vlv_model.config import ModelConfig
+from vlv_model.freezing import freeze
+from vlv_model.latents import posterior
+from vlv_model.loading import load_vae
+
+
+class EncodeImages:
+    """Encodes the squares of a chunk; the VAE is loaded once, when the actor starts."""
+
+    def __init__(self, model: ModelConfig, encode: EncodeConfig, use_gpu: bool) -> None:
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        dtype = torch.bfloat16 if encode.precision == "bfloat16" else torch.float32
+        self.vae = freeze(load_vae(model)).to(self.device, dtype)
+        self.image_size = model.image_size
+        self.batch_size = encode.batch_size
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        usable = pa.array([value == OK for value in block["status"].to_pylist()])
+        pixels = block["pixels"].filter(usable)
+        encoded = iter(self._encode(pixels) if len(pixels) else [])
+        rows = [next(encoded) if ok else (None, None) for ok in usable.to_pylist()]
+        columns = {
+            "chunk": block["chunk"],
+            "key": block["key"],
+            "mean": [mean for mean, _ in rows],
+            "deviation": [deviation for _, deviation in rows],
+            "status": block["status"],
+            "error": block["error"],
+        }
+        return pa.table(columns, schema=pa.schema([("chunk", pa.int64()), *LATENT_ROW]))
+
+    def _encode(self, pixels: pa.ChunkedArray) -> list[tuple[bytes, bytes]]:
+        images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]
+        rows: list[tuple[bytes, bytes]] = []
+        for batch in images.split(self.batch_size):
+            mean, deviation = posterior(self.vae, batch.to(self.device))
+            rows += zip(packed(mean), packed(deviation), strict=True)
+        return rows

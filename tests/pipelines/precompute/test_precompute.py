@@ -1,0 +1,172 @@
+"""Latents that are stored in place of a VAE that runs in every step."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.config import build, load
+from pipelines.images import RowIndex, RowReader
+from pipelines.latents import KIND, LatentReader, made_of, packed, unpacked
+from pipelines.precompute.config import EncodeConfig, PrecomputeConfig
+from pipelines.precompute.dataset import precompute
+from pipelines.precompute.predictor import EncodeImages
+from pipelines.selection import ReadImages, Selection, open_table
+from pipelines.status import StatusConfig, status_text
+from pipelines.storage import IMAGE_ROW_GROUP, parquet_files
+from pipelines.training.config import Stage1Config
+from pipelines.training.data import Batch
+from pipelines.training.stages import stage1
+from vlv_model.errors import DataError
+from vlv_model.latents import posterior
+from vlv_model.loading import load_vae
+from vlv_model.sources import resolve_model
+
+
+@pytest.fixture(scope="module")
+def latents(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of `pair_table`, written as the job writes them, without Ray."""
+    folder = tmp_path_factory.mktemp("latents") / "table"
+    return encoded(pair_table, tiny_models, folder)
+
+
+def encoded(images: Path, models: Path, folder: Path, limit: int | None = None) -> Path:
+    model, _ = resolve_model(models)
+    selection = build(Selection, {"input": str(images), "output": str(folder), "limit": limit})
+    table = open_table(KIND, selection, {**made_of(model), "precision": "float32"})
+    read = ReadImages(table, model.image_size)
+    encode = EncodeImages(model, EncodeConfig(), use_gpu=False)
+    for chunk in table.pending():
+        rows = encode(read(pa.table({"chunk": [chunk]})))
+        table.write(chunk, rows.drop_columns(["chunk"]), row_group_size=IMAGE_ROW_GROUP)
+    return folder
+
+
+def keys_of(images: Path) -> np.ndarray:
+    return RowIndex.open(sorted(images.glob("*.parquet"))).keys
+
+
+def test_bfloat16_survives_the_bytes() -> None:
+    values = torch.randn(3, 4, 2, 2).to(torch.bfloat16).float()
+    rows = packed(values)
+    assert [len(row) for row in rows] == [2 * 16] * 3
+    assert torch.equal(unpacked(rows, (4, 2, 2)), values)
+    assert packed(torch.tensor([[1.0]])) == [b"\x80\x3f"]  # 0x3f80, little-endian
+
+
+def test_stored_latents_are_the_vaes(latents: Path, pair_table: Path, tiny_models: Path) -> None:
+    model, _ = resolve_model(tiny_models)
+    images = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
+    positions = [70, 3, 119]
+    squares = torch.stack([images.square(p, model.image_size) for p in positions])
+    mean, deviation = posterior(load_vae(model), squares)
+    read = LatentReader(str(latents)).read([int(images.index.keys[p]) for p in positions])
+    for stored, expected in zip(read, (mean, deviation), strict=True):
+        assert torch.allclose(stored, expected, rtol=2**-8, atol=1e-6)
+        assert not torch.equal(stored, expected)
+
+
+def test_a_training_row_reads_little(latents: Path) -> None:
+    for file in parquet_files(str(latents)):
+        groups = pq.ParquetFile(file).metadata
+        assert all(
+            groups.row_group(i).num_rows <= IMAGE_ROW_GROUP for i in range(groups.num_row_groups)
+        )
+
+
+@pytest.mark.parametrize("epoch", [0, 3, -1])
+def test_the_loss_is_the_online_one(
+    latents: Path, pair_table: Path, tiny_models: Path, tmp_path: Path, epoch: int
+) -> None:
+    """The same noise for the same (seed, epoch, key); what differs is the rounding of latents."""
+    model, _ = resolve_model(tiny_models)
+    given = {"input": str(pair_table)}
+    online = stage1(build(Stage1Config, {"data": given, "run_dir": str(tmp_path)}), model, None)
+    given = {**given, "latents": str(latents)}
+    stored = stage1(build(Stage1Config, {"data": given, "run_dir": str(tmp_path)}), model, None)
+    reader = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
+    batch = Batch.read(reader, [(epoch, p) for p in range(8)], model.image_size)
+    here, there = (stage.prepare(batch) for stage in (stored, online))
+    assert here.inputs.keys() == {"pixel_values", "noise", "timesteps", "latents"}
+    with torch.no_grad():
+        latent = online.model.latents(batch.pixel_values, there.inputs["posterior_noise"])
+        assert torch.allclose(here.inputs["latents"], latent, rtol=2**-7, atol=2**-6)
+        losses = [s.model(**p.inputs).item() for s, p in ((stored, here), (online, there))]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_the_vae_is_not_loaded(
+    latents: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(tiny_models, models)
+    for weights in (models / "diffusion/vae").glob("*.safetensors"):
+        weights.unlink()
+    model, _ = resolve_model(models)
+    data = {"input": str(pair_table), "latents": str(latents)}
+    stage = stage1(build(Stage1Config, {"data": data, "run_dir": str(tmp_path)}), model, None)
+    assert not [name for name, _ in stage.model.named_parameters() if "vae" in name]
+
+
+def test_a_table_that_fits_passes(latents: Path, pair_table: Path, tiny_models: Path) -> None:
+    LatentReader(str(latents)).check(resolve_model(tiny_models)[0], keys_of(pair_table))
+
+
+def test_another_vae_is_refused(
+    latents: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(tiny_models, models)
+    (weights,) = (models / "diffusion/vae").glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(DataError, match=r"VAE and image size \(vae: sha256:.* precompute it"):
+        LatentReader(str(latents)).check(resolve_model(models)[0], keys_of(pair_table))
+
+
+def test_another_image_size_is_refused(latents: Path, pair_table: Path, tiny_models: Path) -> None:
+    model = resolve_model(tiny_models)[0].model_copy(update={"image_size": 128})
+    with pytest.raises(DataError, match="image_size: 64 there, 128 here"):
+        LatentReader(str(latents)).check(model, keys_of(pair_table))
+
+
+def test_missing_images_are_refused(pair_table: Path, tiny_models: Path, tmp_path: Path) -> None:
+    some = LatentReader(str(encoded(pair_table, tiny_models, tmp_path / "t", limit=100)))
+    with pytest.raises(DataError, match=r"lacks 20 of the 120 images .*\(the first is key \d+\)"):
+        some.check(resolve_model(tiny_models)[0], keys_of(pair_table))
+
+
+def test_what_is_no_table_of_latents_is_refused(pair_table: Path) -> None:
+    with pytest.raises(DataError, match="is a foreign table, expected one that jobs/precompute"):
+        LatentReader(str(pair_table))
+
+
+@pytest.mark.end_to_end
+def test_the_job_writes_each_image_once(
+    ray_local: None, pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "latents"
+    config = load(PrecomputeConfig, None, [
+        f"data.input={pair_table}", f"data.output={out}", "data.rows_per_chunk=50",
+        f"model.path={tiny_models}", "actors.use_gpu=false",
+    ])  # fmt: skip
+    assert precompute(config) == {"ok": 120}
+    expected, found = LatentReader(str(latents)), LatentReader(str(out))
+    keys = expected.index.keys.tolist()
+    assert found.index.keys.tolist() == keys
+    for here, there in zip(found.read(keys), expected.read(keys), strict=True):
+        assert torch.allclose(here, there, rtol=2**-7, atol=1e-6)  # other batches, other rounding
+    # Lost work is done again, finished work is not.
+    before = {part: part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))}
+    (out / "_commits/000001.json").unlink()
+    with pytest.raises(DataError, match=r"data\.latents=.* not finished"):
+        LatentReader(str(out))
+    assert precompute(config) == {"ok": 120}
+    again = {part: part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))}
+    assert [part.stem for part in before if again[part] != before[part]] == ["part-000001"]
+    assert "latents table" in status_text(StatusConfig(table=str(out)))

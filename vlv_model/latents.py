@@ -1,0 +1,59 @@
+"""Latents: what the VAE says of an image, as a distribution, and a scaled sample of it.
+
+The VAE gives each latent's mean and standard deviation. They depend on the image alone, so they can
+be computed once; what training draws anew for every row and epoch is the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from vlv_model.errors import ModelError
+from vlv_model.preprocessing import vae_pixels
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """The latents of one VAE, known from its configuration alone."""
+
+    channels: int
+    factor: int  # by which they are smaller than the image
+    scaling_factor: float  # which the diffusion model's latents are multiplied by
+
+    @classmethod
+    def of(cls, vae_config: Mapping[str, Any]) -> LatentFormat:
+        """From the configuration of an AutoencoderKL."""
+        return cls(
+            vae_config["latent_channels"],
+            2 ** (len(vae_config["block_out_channels"]) - 1),
+            vae_config["scaling_factor"],
+        )
+
+    def shape(self, image_size: int) -> tuple[int, int, int]:
+        """(c, h, w) of one image's latents. Raises ModelError for a side that does not divide."""
+        if image_size % self.factor:
+            raise ModelError(
+                f"image_size is {image_size}, the VAE shrinks by {self.factor}: "
+                f"choose a multiple of {self.factor}"
+            )
+        side = image_size // self.factor
+        return self.channels, side, side
+
+    def sample(self, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+        """A scaled sample, float32; all `[b c h w]`. Zeros for `noise` give the scaled mean."""
+        return (mean + deviation * noise.to(deviation)).float() * self.scaling_factor
+
+
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> mean and deviation `[b c h w]`, unscaled."""
+    if pixel_values.dtype == torch.uint8:
+        pixel_values = vae_pixels(pixel_values)
+    distribution = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return distribution.mean, distribution.std
