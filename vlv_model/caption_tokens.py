@@ -88,9 +88,15 @@ def decode_captions(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor) -> list
         stopped = end_of_text in ids
         if stopped:
             ids = ids[: ids.index(end_of_text)]
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = caption_text(tokenizer, ids)
         captions.append(GeneratedCaption(text, len(ids), "stop" if stopped else "length"))
     return captions
+
+
+def caption_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What generated ids without their end-of-text say."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:

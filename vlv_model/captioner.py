@@ -18,12 +18,14 @@ from vlv_model import loading
 from vlv_model.caption_tokens import (
     IGNORED,
     GeneratedCaption,
+    caption_text,
     decode_captions,
     end_of_text_id,
     tokenize_captions,
 )
 from vlv_model.checkpoint import load_checkpoint
 from vlv_model.config import Trainable
+from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating, freeze, thaw
@@ -166,6 +168,18 @@ class VLVCaptioner(nn.Module):
     # An engine that wraps the module calls forward; everybody else reads better with a name.
     loss = forward
 
+    def decoder(
+        self, slots: int, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> SlotDecoder:
+        """What decodes prefixes greedily, or by `sampling`, at most `slots` at a time."""
+        return SlotDecoder(
+            self.language_model,
+            end_of_text_id(self.tokenizer),
+            slots=slots,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+
     def generate(
         self, pixel_values: Tensor, num_beams: int = 1, max_new_tokens: int = 300
     ) -> list[GeneratedCaption]:
@@ -174,9 +188,22 @@ class VLVCaptioner(nn.Module):
         One beam is greedy search. Rows do not see each other: all prefixes are equally long. A
         caption ends at `end_of_text_id`, or is cut at `max_new_tokens`, which count it too.
         """
-        end_of_text = end_of_text_id(self.tokenizer)
         with evaluating(self):
             prefix = self.prefix(pixel_values)
+            if num_beams > 1:
+                return self.search(prefix, num_beams, max_new_tokens)
+            found = decode(self.decoder(len(prefix), max_new_tokens), range(len(prefix)), prefix)
+        return [self.caption_of(finished) for finished in found]
+
+    def caption_of(self, finished: Finished) -> GeneratedCaption:
+        """A decoded sequence as text."""
+        text = caption_text(self.tokenizer, finished.ids)
+        return GeneratedCaption(text, len(finished.ids), finished.finish_reason)
+
+    def search(self, prefix: Tensor, num_beams: int, max_new_tokens: int) -> list[GeneratedCaption]:
+        """Captions of prefixes `[b q h]` by transformers' beam search, all of them at once."""
+        end_of_text = end_of_text_id(self.tokenizer)
+        with torch.no_grad():
             new_ids = self.language_model.generate(
                 inputs_embeds=prefix,
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.int64),

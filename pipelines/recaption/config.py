@@ -14,7 +14,7 @@ from vlv_model.config import Config
 
 
 class GenerateConfig(Config):
-    """How captions are decoded. Everything here is part of a caption's fingerprint."""
+    """How captions are decoded. All but `batch_size` is part of a caption's fingerprint."""
 
     num_beams: int = Field(4, ge=1, description="beams of the search; 1 is greedy")
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")

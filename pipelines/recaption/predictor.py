@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pyarrow as pa
 import torch
 
 from pipelines.recaption.config import GenerateConfig
-from pipelines.schemas import CAPTION_ROW, OK
+from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
+from pipelines.schemas import CAPTION_ROW, OK, status
 from pipelines.selection import squares
+from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
@@ -33,8 +38,9 @@ def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: Gen
         "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
         "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
-        # The batch size changes no caption beyond rounding, but rounding can turn a close call.
-        "generate": generate.model_dump(),
+        # Not the batch size: beyond rounding, which a device or a library's version changes as
+        # well, no caption depends on what else is decoded beside it.
+        "generate": generate.model_dump(exclude={"batch_size"}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -59,35 +65,40 @@ class CaptionImages:
         use_gpu: bool,
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.captioner = open_captioner(model, checkpoint, generate, self.device)
+        self.engine = Engine(open_captioner(model, checkpoint, generate, self.device), generate)
         self.image_size = model.image_size
-        self.generate = generate
         self.fingerprint = fingerprint
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        usable = [value == OK for value in block["status"].to_pylist()]
-        pixels = block["pixels"].filter(pa.array(usable))
-        generated = iter(self._caption(pixels) if len(pixels) else [])
-        rows = [next(generated) if ok else None for ok in usable]
+        statuses, errors = block["status"].to_pylist(), block["error"].to_pylist()
+        usable = [row for row, value in enumerate(statuses) if value == OK]
+        captions: list[GeneratedCaption | None] = [None] * len(statuses)
+        for outcome in self._caption(block.take(usable)):
+            row = usable[outcome.position]
+            captions[row] = outcome.caption
+            if outcome.error:
+                statuses[row], errors[row] = status("caption", "failed"), outcome.error
         return pa.table(
             {
                 "chunk": block["chunk"],
                 "key": block["key"],
-                "caption": pa.array([r and r.text for r in rows], pa.string()),
-                "num_tokens": pa.array([r and r.num_tokens for r in rows], pa.int32()),
-                "finish_reason": pa.array([r and r.finish_reason for r in rows], pa.string()),
-                "model": pa.array([self.fingerprint] * len(rows), pa.string()),
-                "status": block["status"],
-                "error": block["error"],
+                "caption": pa.array([c and c.text for c in captions], pa.string()),
+                "num_tokens": pa.array([c and c.num_tokens for c in captions], pa.int32()),
+                "finish_reason": pa.array([c and c.finish_reason for c in captions], pa.string()),
+                "model": pa.array([self.fingerprint] * len(statuses), pa.string()),
+                "status": pa.array(statuses, pa.string()),
+                "error": pa.array(errors, pa.string()),
             },
             schema=pa.schema([("chunk", pa.int64()), *CAPTION_ROW]),
         )
 
-    def _caption(self, pixels: pa.ChunkedArray) -> list[Any]:
-        images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]
-        captions = []
-        for batch in images.split(self.generate.batch_size):
-            captions += self.captioner.generate(
-                batch.to(self.device), self.generate.num_beams, self.generate.max_new_tokens
-            )
-        return captions
+    def _caption(self, rows: pa.Table) -> Iterator[Outcome]:
+        if not rows.num_rows:
+            return
+        images = torch.from_numpy(squares(rows["pixels"], self.image_size))  # uint8 [n 3 s s]
+        try:
+            yield from self.engine.captions(rows["key"].to_pylist(), images)
+        except ModelDiedError as error:
+            # An error would end the job; a process that is gone is replaced, with a new model.
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)

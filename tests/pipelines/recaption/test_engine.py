@@ -1,0 +1,87 @@
+"""The engine: the captions of the plain model, and errors that stay with their image."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.recaption.config import GenerateConfig
+from pipelines.recaption.engine import Engine, ModelDiedError
+from pipelines.recaption.predictor import CaptionImages
+from tests.vlv_model.drawings import scenes
+from vlv_model.captioner import VLVCaptioner
+
+GENERATE = GenerateConfig(num_beams=1, max_new_tokens=6, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_models: Path) -> VLVCaptioner:
+    return VLVCaptioner.from_pretrained(tiny_models)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return scenes(8, seed=0)  # uint8 [8 3 64 64]
+
+
+def break_model(
+    captioner: VLVCaptioner, monkeypatch: pytest.MonkeyPatch, bad: torch.Tensor | None
+) -> None:
+    """Make the model fail on batches that hold the image `bad`, or on all."""
+    prefix = captioner.prefix
+
+    def failing(pixels: torch.Tensor) -> torch.Tensor:
+        if bad is None or any(torch.equal(square, bad) for square in pixels):
+            raise RuntimeError("a bad day")
+        return prefix(pixels)
+
+    monkeypatch.setattr(captioner, "prefix", failing)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_captions_are_the_models_own_whatever_the_batch(captioner, images, beams):
+    expected = captioner.generate(images, num_beams=beams, max_new_tokens=6)
+    for batch_size in (1, 3, 64):
+        settings = GENERATE.model_copy(update={"batch_size": batch_size, "num_beams": beams})
+        found = {
+            o.position: o.caption for o in Engine(captioner, settings).captions(range(8), images)
+        }
+        assert [found[i] for i in range(8)] == expected
+
+
+def test_an_image_that_fails_costs_no_other_its_caption(captioner, images, monkeypatch):
+    expected = captioner.generate(images, max_new_tokens=6)
+    break_model(captioner, monkeypatch, images[4])
+    found = {o.position: o for o in Engine(captioner, GENERATE).captions(range(8), images)}
+    assert found[4].caption is None
+    assert found[4].error == "RuntimeError: a bad day"
+    others = [i for i in range(8) if i != 4]
+    assert [found[i].caption for i in others] == [expected[i] for i in others]
+    assert len(found) == 8
+
+
+def test_a_model_that_captions_nothing_is_dead(captioner, images, monkeypatch):
+    break_model(captioner, monkeypatch, None)
+    with pytest.raises(ModelDiedError, match="no image any more: a bad day"):
+        list(Engine(captioner, GENERATE).captions(range(8), images))
+
+
+def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, images, monkeypatch):
+    import pyarrow as pa
+
+    break_model(captioner, monkeypatch, images[1])
+    step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
+    step.engine, step.image_size, step.fingerprint = Engine(captioner, GENERATE), 64, "f"
+    block = pa.table(
+        {
+            "chunk": [5, 5, 5],
+            "key": [10, 11, 12],
+            "pixels": [images[0].numpy().tobytes(), None, images[1].numpy().tobytes()],
+            "status": ["ok", "decode:corrupt", "ok"],
+            "error": pa.array([None, "no image", None], pa.string()),
+        }
+    )
+    rows = step(block).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "decode:corrupt", "caption:failed"]
+    assert [row["error"] for row in rows] == [None, "no image", "RuntimeError: a bad day"]
+    assert [row["caption"] is None for row in rows] == [False, True, True]
