@@ -75,12 +75,15 @@ class Chaos:
             attempt = self.attempt or self._start()
             before = self.place.commits()
             if self._comes(before):
-                self._inject(left.pop(0), attempt)
+                if not self._inject(left[0], attempt):
+                    left.append(left[0])  # later, when there is one of that sort
+                left.pop(0)
             elif attempt.is_going:
                 self.problems.append("hung: no commit in three minutes")
                 self._ended(attempt)
             elif attempt.process.returncode == 0:
                 self.attempt = None
+                self.problems.append(f"ended before its last {len(left)} faults: give more --rows")
                 break
             else:
                 self._ended(attempt)
@@ -122,13 +125,13 @@ class Chaos:
         self.attempts.append(self.attempt)
         return self.attempt
 
-    def _inject(self, fault: str, attempt: Attempt) -> None:
+    def _inject(self, fault: str, attempt: Attempt) -> bool:
+        """False where no process of that sort is there at the moment."""
         attempt.family()
         new = Injected(fault, time.monotonic())
         if fault in KILLS:
-            if not attempt.kill(fault, self.rng):  # none of that sort is there yet
-                new.fault = fault = "driver"
-                attempt.kill("driver", self.rng)
+            if not attempt.kill(fault, self.rng):
+                return False
             if fault in ENDING and not attempt.wait(PATIENCE):
                 self.problems.append(f"hung: the driver still lived {PATIENCE:g} s after {fault}")
         else:
@@ -138,6 +141,7 @@ class Chaos:
             self._ended(attempt)
         if problem := self.place.look():
             self.problems.append(f"after {new.fault}: {problem}")
+        return True
 
     def _ended(self, attempt: Attempt) -> None:
         """Note how an attempt ended that has to be repeated."""
