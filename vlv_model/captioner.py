@@ -144,7 +144,7 @@ class VLVCaptioner(nn.Module):
         """Stage-2 loss, a float32 scalar: summed cross-entropy / `num_label_tokens`.
 
         pixel_values uint8 `[b 3 s s]` · input_ids, attention_mask, labels int64 `[b n]` as
-        `tokenize` makes them · encoder_pixel_values float `[b 3 e e]` spares the preprocessing.
+        `tokenize` makes them, padded at the end · encoder_pixel_values float `[b 3 e e]` spares the preprocessing.
         num_label_tokens is this batch's own count unless given: in data-parallel training give
         the global batch's, since the mean of the ranks' means is another number.
         """
@@ -152,10 +152,10 @@ class VLVCaptioner(nn.Module):
         prefix = self.prefix(pixels)  # [b q h]
         num_queries = prefix.shape[1]
         embeddings = self.language_model.get_input_embeddings()(input_ids)  # [b n h]
-        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        # Without the mask: padding stands at the end, where causal attention sees none of it from
+        # a label's place, and no mask lets attention take its fastest kernel.
         hidden = self.language_model.model(
             inputs_embeds=torch.cat([prefix, embeddings], dim=1),
-            attention_mask=mask,
             use_cache=False,
         ).last_hidden_state  # [b q+n h]
         # Each position predicts the next: the last query's the first caption token. A vocabulary

@@ -76,10 +76,17 @@ def resize_bicubic(pixel_values: Tensor, size: int) -> Tensor:
     overshoot are clamped once only, and sharp edges come out up to 17 levels of 255 off. What
     remains, from Pillow's fixed-point weights, is 1 level in fewer than 1 of 1,000 values of a
     photograph-sized image, and never more than 2 (tested).
+
+    On the CPU torch has that filter on bytes, in Pillow's fixed-point arithmetic and much faster.
+    Enlarging, the two agree; shrinking, it rounds its weights more, and we do not take it.
     """
     side = pixel_values.shape[-1]
     if side == size:
         return pixel_values
+    if pixel_values.device.type == "cpu" and size > side:
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # the faster way
+        enlarged = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
+        return enlarged.contiguous()
     for shape in ((side, size), (size, size)):
         resized = F.interpolate(
             pixel_values.float(), size=shape, mode="bicubic", antialias=True, align_corners=False

@@ -10,7 +10,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.vlv_model.published_configs import FLORENCE_2_LARGE, QWEN_25, SD_21_BASE_TEXT_ENCODER
+from benchmarks.published_configs import FLORENCE_2_LARGE, QWEN_25, SD_21_BASE_TEXT_ENCODER
 from vlv_model.captioner import VLVCaptioner, build_language_projector
 from vlv_model.config import ModelConfig
 from vlv_model.encoder import VLVEncoder

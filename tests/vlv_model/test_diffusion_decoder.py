@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from benchmarks.published_configs import SD_21_BASE_SCHEDULER
 from tests.vlv_model import reference
-from tests.vlv_model.published_configs import SD_21_BASE_SCHEDULER
 from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.errors import ModelError
 from vlv_model.loading import load_diffusion, resolve_model

@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from tests.vlv_model.full_size import CONFIG, build_captioner, build_encoder, build_text_encoder
-from tests.vlv_model.published_configs import (
+from benchmarks.published_configs import (
     PARAMETERS,
     QWEN_25,
     SD_21_BASE_UNET,
     SD_21_BASE_VAE,
 )
+from tests.vlv_model.full_size import CONFIG, build_captioner, build_encoder, build_text_encoder
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.diffusion_decoder import DiffusionDecoder
 
