@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -47,13 +48,17 @@ def main(
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _REFUSED_BY_SYSTEM:
-            print(f"error: {error.strerror}: {error.filename or 'writing'}", file=sys.stderr)
-            return BAD_INPUT
-        for cause in causes_of(error):
+        causes = list(causes_of(error))
+        for cause in causes:
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):
                 line = str(cause).partition(_RAYS_POSTSCRIPT)[0]
                 print(f"error: {line}", file=sys.stderr)
+                return BAD_INPUT
+        for cause in causes:
+            # Of a worker, too: Arrow's and fsspec's words for it are as many as their layers.
+            if isinstance(cause, OSError) and cause.errno in _REFUSED_BY_SYSTEM:
+                where = cause.filename or "writing"
+                print(f"error: {os.strerror(cause.errno)}: {where}", file=sys.stderr)
                 return BAD_INPUT
         raise
     return 0

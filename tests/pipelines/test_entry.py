@@ -1,0 +1,55 @@
+"""How a job says what went wrong: in one line, however deep the cause lies."""
+
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.entry import BAD_INPUT, main
+from vlv_model.config import Config
+from vlv_model.errors import DataError
+
+
+class Nothing(Config):
+    """A job without settings."""
+
+
+def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    def run(_: Nothing) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["jobs/some.py"])
+    return main(Nothing, run, "A job.")
+
+
+def wrapped(cause: BaseException) -> RuntimeError:
+    """As a step's error comes back from a worker."""
+    outer = RuntimeError("a step failed")
+    outer.cause = cause  # type: ignore[attr-defined]
+    return outer
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, wrapped])
+def test_a_full_disk_is_one_line(wrap, monkeypatch, capsys) -> None:
+    arrows = OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left")
+    assert ended(wrap(arrows), monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: No space left on device: writing\n"
+
+
+def test_the_file_is_named_where_it_is_known(monkeypatch, capsys) -> None:
+    error = wrapped(OSError(errno.EACCES, "Permission denied", str(Path("/data/x"))))
+    assert ended(error, monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: Permission denied: /data/x\n"
+
+
+def test_a_line_of_ours_wins_over_what_it_was_made_of(monkeypatch, capsys) -> None:
+    error = DataError("data.input=/x cannot be read: mend it")
+    error.__cause__ = OSError(errno.EACCES, "Permission denied", "/x")
+    assert ended(error, monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: data.input=/x cannot be read: mend it\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch) -> None:
+    with pytest.raises(OSError, match="odd"):
+        ended(OSError(errno.EIO, "odd"), monkeypatch)
