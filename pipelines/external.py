@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class ExternalImages:
         self._rows: Iterator[pa.Array] = iter(())
         self._batch: pa.Array = pa.nulls(0)
         self._start = 0  # position of `_batch` in its row group
+        self._lock = threading.Lock()  # of these four
 
     def read(self, row: dict[str, Any]) -> bytes | None:
         """The bytes of the image of a row (`LISTED_ROW`); None where a Parquet row has none.
@@ -70,7 +72,8 @@ class ExternalImages:
         """
         path = row["image"]["path"]
         if row["group"] is not None:
-            return self._parquet(path, row["group"], row["row"])
+            with self._lock:
+                return self._parquet(path, row["group"], row["row"])
         if row["size"] == DAMAGED:
             raise UndecodableImage(f"{path} is damaged from byte {row['offset']} on", "shard")
         if row["size"] == UNNAMED:

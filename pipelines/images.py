@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines.external import COLUMN, PLACE, ExternalImages, UndecodableImage
 from pipelines.places import open_parquet
@@ -23,8 +25,14 @@ from vlv_model.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+K = TypeVar("K")
+V = TypeVar("V")
+
 # Decompressed row groups that one reader keeps, in bytes: neighbours of a row are often next.
 CACHE_BYTES = 512 * 2**20
+# Memory of the footers that one reader keeps: without its file's, a row costs the reading of one.
+FOOTER_BYTES = 512 * 2**20
+_CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/log.md)
 
 NAMES = ("name", "url")  # columns that say what an image is called
 
@@ -136,7 +144,10 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
 
 
 class RowReader:
-    """Reads rows of an index by position, keeping the row groups that it read last."""
+    """Reads rows of an index by position, keeping the row groups and footers that it read last.
+
+    Several threads may read at the same time.
+    """
 
     def __init__(
         self,
@@ -151,8 +162,8 @@ class RowReader:
         self.columns = list(columns)
         # And nothing else of the table.
         self.columns_read = ["key", *(["image"] if image else []), *columns]
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        self._cached = 0
+        self._groups: _Cache[tuple[int, int], pa.Table] = _Cache(CACHE_BYTES)
+        self._footers: _Cache[int, pq.FileMetaData] = _Cache(FOOTER_BYTES)
         self._external: dict[int, ExternalImages] = {}  # by file, of those that are listings
 
     def row(self, position: int) -> dict[str, Any]:
@@ -210,23 +221,64 @@ class RowReader:
 
     def _group(self, file: int, group: int) -> pa.Table:
         where = (file, group)
-        if where in self._groups:
-            self._groups.move_to_end(where)
-            return self._groups[where]
-        path = self.index.files[file]
-        with open_parquet(path) as parquet:
+        if (kept := self._groups.get(where)) is not None:
+            return kept
+        footer = self._footers.get(file)
+        try:
+            table, schema = self._read(file, group, footer)
+        except DataError:
+            if footer is None:
+                raise
+            # A file that was written anew meanwhile: `row` says so by the key that is there now.
+            self._footers.drop(file)
+            table, schema = self._read(file, group, None)
+        if set(PLACE) <= set(schema.names):
+            column = (schema.metadata or {}).get(COLUMN)
+            images = ExternalImages(column.decode() if column else None)
+            self._external.setdefault(file, images)  # the first thread's, if there are several
+        self._groups.put(where, table, table.nbytes)
+        return table
+
+    def _read(
+        self, file: int, group: int, footer: pq.FileMetaData | None
+    ) -> tuple[pa.Table, pa.Schema]:
+        # Without a lock: other threads read other groups meanwhile.
+        with open_parquet(self.index.files[file], footer=footer) as parquet:
+            about = parquet.metadata
+            self._footers.put(file, about, about.num_row_groups * about.num_columns * _CHUNK_BYTES)
             schema = parquet.schema_arrow
-            is_listing = set(PLACE) <= set(schema.names)
-            columns = [*self.columns_read, *(PLACE if is_listing else ())]
+            columns = [*self.columns_read, *(PLACE if set(PLACE) <= set(schema.names) else ())]
             if self.named:
                 known = [name for name in NAMES if name in schema.names]
                 columns += [name for name in known[:1] if name not in columns]
-            table = parquet.read_row_group(group, columns=columns)
-        if is_listing and file not in self._external:
-            column = (schema.metadata or {}).get(COLUMN)
-            self._external[file] = ExternalImages(column.decode() if column else None)
-        self._groups[where] = table
-        self._cached += table.nbytes
-        while self._cached > CACHE_BYTES and len(self._groups) > 1:
-            self._cached -= self._groups.popitem(last=False)[1].nbytes
-        return table
+            return parquet.read_row_group(group, columns=columns), schema
+
+
+class _Cache(Generic[K, V]):
+    """What was used last, of at most so many bytes, though always one; safe for several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._values: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: K) -> V | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def drop(self, key: K) -> None:
+        with self._lock:
+            if key in self._values:
+                self._held -= self._values.pop(key)[1]
+
+    def put(self, key: K, value: V, size: int) -> None:
+        with self._lock:
+            if key in self._values:
+                return
+            self._values[key] = (value, size)
+            self._held += size
+            while self._held > self._limit and len(self._values) > 1:
+                self._held -= self._values.popitem(last=False)[1][1]

@@ -161,15 +161,19 @@ def readable(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_parquet(file: Path, in_pieces: bool = False) -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    file: Path, in_pieces: bool = False, footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
     """A Parquet file to read from; DataError where it is none.
 
     `in_pieces` for row groups that may be larger than memory: they are not fetched whole, as they
-    are otherwise, in few requests.
+    are otherwise, in few requests. `footer` is the file's `metadata` of an earlier time, which is
+    then not read again.
     """
     options: dict[str, Any] = {"pre_buffer": True}
     if in_pieces:
         options = {"pre_buffer": False, "buffer_size": _PIECE * (8 if is_url(file) else 1)}
+    options["metadata"] = footer
     with readable(file):
         if not is_url(file):
             with pq.ParquetFile(file, **options) as parquet:

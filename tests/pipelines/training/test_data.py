@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,60 @@ def test_each_position_reads_its_own_row(files: list[Path]) -> None:
     for position, key in enumerate(index.keys.tolist()):
         assert reader.row(position)["caption"] == f"caption {key}"
         assert reader.square(position, SIZE)[0, 0, 0].item() == key
+
+
+def cut_footer(file: Path) -> None:
+    """Nobody can open the file any more; its row groups stay where they are."""
+    with open(file, "r+b") as stream:
+        stream.seek(-8, io.SEEK_END)
+        stream.write(b"\0" * 8)
+
+
+def test_a_footer_is_read_once(tmp_path: Path) -> None:
+    (file,) = write_table(tmp_path, list(range(1, 10)), files=1)
+    index = RowIndex.open([file])
+    reader = RowReader(index)
+    reader.row(0)
+    cut_footer(file)
+    assert reader.square(8, SIZE)[0, 0, 0].item() == 9  # of another row group
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        RowReader(index).row(8)
+
+
+def test_footers_that_were_used_long_ago_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.images.FOOTER_BYTES", 1)
+    monkeypatch.setattr("pipelines.images.CACHE_BYTES", 1)
+    paths = write_table(tmp_path, [1, 2, 3, 4], files=2)  # 1 and 3, 2 and 4
+    reader = RowReader(RowIndex.open(paths))
+    for position in (0, 1):
+        reader.row(position)
+    for path in paths:
+        cut_footer(path)
+    assert reader.square(3, SIZE)[0, 0, 0].item() == 4
+    with pytest.raises(DataError, match=r"part-0\.parquet is not a readable"):
+        reader.row(2)
+
+
+def test_a_file_that_was_written_anew_after_its_footer_was_read_is_noticed(tmp_path: Path) -> None:
+    write_table(tmp_path, list(range(1, 30)), files=1)
+    reader = RowReader(RowIndex.open([tmp_path / "part-0.parquet"]))
+    reader.row(0)
+    write_table(tmp_path, list(range(31, 50)), files=1, group=3)
+    with pytest.raises(DataError, match="was changed while it was in use"):
+        reader.row(9)
+
+
+def test_threads_read_beside_each_other(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("CACHE_BYTES", "FOOTER_BYTES"):
+        monkeypatch.setattr(f"pipelines.images.{limit}", 2000)  # so that all of it is in motion
+    index = RowIndex.open(files)
+    reader = RowReader(index)
+    positions = np.random.default_rng(0).integers(len(index), size=400).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        squares = list(threads.map(lambda p: reader.square(p, SIZE), positions))
+    assert [int(s[0, 0, 0]) for s in squares] == [index.keys[p] for p in positions]
 
 
 def test_order_does_not_depend_on_the_files(tmp_path: Path, files: list[Path]) -> None:
