@@ -1,5 +1,6 @@
 """The five jobs, submitted to a real head as a user does: tokens on, everything on loopback."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -84,7 +85,8 @@ def head() -> Iterator[Head]:
             process.wait(3)
         except subprocess.TimeoutExpired:
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                one.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # its turn came while we looked
+                    one.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
