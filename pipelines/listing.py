@@ -38,7 +38,15 @@ from pipelines.places import (
 )
 from pipelines.predicate import Where, small_columns
 from pipelines.schemas import OK, key_of, url_key
-from pipelines.sources import IMAGES, Source, find_source, image_column_of, image_columns, walk
+from pipelines.sources import (
+    IMAGES,
+    Source,
+    find_source,
+    image_column_of,
+    image_columns,
+    is_integer,
+    walk,
+)
 from pipelines.storage import Table, read_json_object, read_schema
 from vlv_model.errors import DataError
 
@@ -155,7 +163,7 @@ def _parquet_rows(
         image_column_of(schema, column, path)
     if key_column is not None and key_column not in schema.names:
         raise DataError(f"data.key_column={key_column}: {file} has {', '.join(schema.names)}")
-    key = key_column or ("key" if _is_integer(schema, "key") else None)
+    key = key_column or ("key" if is_integer(schema, "key") else None)
     status = "status" if source.layout == "table" and "status" in schema.names else None
     title = next((name for name in _NAMES if name in schema.names), None)
     is_struct = pa.types.is_struct(schema.field(column).type)
@@ -196,10 +204,6 @@ def _parquet_rows(
             if where is not None and rows is not None:
                 table = table.filter(pa.array(where.mask(rows.select(sorted(wanted)))))
             yield table
-
-
-def _is_integer(schema: pa.Schema, name: str) -> bool:
-    return name in schema.names and bool(pa.types.is_integer(schema.field(name).type))
 
 
 def _key(value: Any, column: str | None) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +67,9 @@ def find_source(path: str, image_column: str | None, key_column: str | None) -> 
     root = where if is_folder(where) else where.parent
     if found.tars:  # img2dataset writes Parquet beside them, of the metadata alone
         return Source("tar", root, tuple(sorted(found.tars, key=str)))
-    if found.parquets and not (found.images and image_column is None and _no_image(found.parquets)):
+    # Beside image files Parquet may be a list of them, without images of its own.
+    are_images = not found.images or image_column is not None
+    if found.parquets and (are_images or image_columns(read_schema(found.parquets[0]))):
         return _parquet(root, sorted(found.parquets, key=str), image_column, key_column)
     if found.images:
         return Source("folder", where)
@@ -128,16 +129,16 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
         yield Path(path), [(name, None) for name in sorted(names) if name[0] != "."]
 
 
-def _no_image(files: Iterable[Path]) -> bool:
-    return not any(image_columns(read_schema(file)) for file in islice(files, 1))
-
-
 def _parquet(
     root: Path, files: list[Path], image_column: str | None, key_column: str | None
 ) -> Source:
     schema = read_schema(files[0])
-    ours = "key" in schema.names and pa.types.is_integer(schema.field("key").type)
-    if ours and "image" in schema.names and image_column is None and key_column is None:
+    if (
+        is_integer(schema, "key")
+        and "image" in schema.names
+        and image_column is None
+        and key_column is None
+    ):
         return Source("table", root, tuple(files), "image")
     column = image_column_of(schema, image_column, str(files[0]))
     if key_column is not None and key_column not in schema.names:
@@ -172,6 +173,11 @@ def image_column_of(schema: pa.Schema, named: str | None, where: str) -> str:
         f"{where} has several columns that may be images ({', '.join(found)}): "
         "name one as data.image_column"
     )
+
+
+def is_integer(schema: pa.Schema, name: str) -> bool:
+    """Whether there is such a column, of integers."""
+    return name in schema.names and bool(pa.types.is_integer(schema.field(name).type))
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
