@@ -189,21 +189,25 @@ def run_chunks(
     total_rows: int,
     done: Mapping[str, int],
     watch: Callable[[Mapping[str, int]], None] | None = None,
+    write_cpus: float = 1,
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
     `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
     those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
-    row: `chunk`) and returns the
-    dataset of the table's rows, each with its `chunk`. Its steps are `map_batches` with
-    `batch_size=None`, so that a chunk stays one block all the way.
+    row: `chunk`) and returns the dataset of the table's rows, each with its `chunk`. Its steps are
+    `map_batches` with `batch_size=None`, so that a chunk stays one block all the way. A write
+    counts for `write_cpus`.
     """
     totals, ours = Counter(done), Counter[str]()
     with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
         bar.set_postfix_str(summary(totals))
         for chunks in _waves(pending):
             written = stages(chunks).map_batches(
-                partial(_write_chunk, write=write), batch_size=None, batch_format="pyarrow"
+                partial(_write_chunk, write=write),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=write_cpus,
             )
             for row in written.iter_rows():
                 statuses = json.loads(row["statuses"])

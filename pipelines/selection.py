@@ -6,6 +6,7 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from vlv_model.errors import DataError
 
 PLAN = "_plan/rows.parquet"
 _ROW_GROUP = 256  # rows, of tables without photographs
+# What Ray counts for an actor on a CPU, and for a task that decodes or writes beside it.
+_ACTOR_CPUS, _TASK_CPUS = 0.5, 0.25
 
 
 class Selection(Config):
@@ -80,8 +83,24 @@ class Selection(Config):
 class ActorConfig(Config):
     """The actors that hold the model."""
 
-    num_actors: int = Field(1, ge=1, description="actors, each with its own copy of the model")
+    num_actors: int | None = Field(
+        None,
+        ge=1,
+        description="actors, each with its own copy of the model (on CPUs, one thread of work); "
+        "default: one for each GPU that the Ray has, or for each core",
+    )
     use_gpu: bool = Field(True, description="one CUDA GPU for each actor; false runs on CPUs")
+
+    def count(self, config: RayConfig) -> int:
+        """Actors of a Ray that is connected: as many as are asked for, or can work at once."""
+        import ray
+
+        if self.num_actors is not None:
+            return self.num_actors
+        there = ray.cluster_resources().get("GPU" if self.use_gpu else "CPU", 0)
+        # A Ray of the job's own may be told of more CPUs than the machine has.
+        most = there if self.use_gpu or config.cluster else min(there, os.cpu_count() or 1)
+        return max(1, int(most))
 
 
 def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table:
@@ -193,24 +212,27 @@ def run_actors(
     """
     import ray.data
 
+    if not table.pending():
+        return
     blocks = {"batch_size": None, "batch_format": "pyarrow"}
-    # Of one CPU, decoding has to get a share too: the actor must not take the whole of it.
-    device: dict[str, Any] = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": 0.5}
+    # Beside the actors decoding has to get a share, too, however few CPUs there are.
+    device: dict[str, Any] = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": _ACTOR_CPUS}
     if config.group:
         device["resources"] = config.pinned()
 
-    def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
-        decoded = chunks.map_batches(ReadImages(table, image_size), num_cpus=0.25, **blocks)
-        pool = ray.data.ActorPoolStrategy(size=actors.num_actors)
-        return decoded.map_batches(
-            step, fn_constructor_args=arguments, compute=pool, **device, **blocks
-        )
-
-    if not table.pending():
-        return
-    needed = {"GPU": actors.num_actors} if actors.use_gpu else {"CPU": 0.5 * actors.num_actors}
     with exclusive(table.folder, "data.output"), ray_session(config):
-        check_resources(config, needed, f"actors.num_actors={actors.num_actors}")
+        count = actors.count(config)
+        needed = {"GPU": count} if actors.use_gpu else {"CPU": _ACTOR_CPUS * count}
+        check_resources(config, needed, f"actors.num_actors={count}")
+
+        def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
+            read = ReadImages(table, image_size)
+            decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **blocks)
+            pool = ray.data.ActorPoolStrategy(size=count)
+            return decoded.map_batches(
+                step, fn_constructor_args=arguments, compute=pool, **device, **blocks
+            )
+
         write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
-        run_chunks(table.pending(), stages, write, title, total, done)
+        run_chunks(table.pending(), stages, write, title, total, done, write_cpus=_TASK_CPUS)

@@ -63,7 +63,9 @@ class Finished:
 
 
 @dataclass
-class _Sequence:
+class Running:
+    """A sequence that has a slot, and what it says so far."""
+
     ticket: int
     key: int
     ids: list[int] = field(default_factory=list)
@@ -99,7 +101,7 @@ class SlotDecoder:
         self.heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.epsilon = config.rms_norm_eps
-        self._sequences: list[_Sequence] = []  # that of slot i at i: slots in use have no gaps
+        self._sequences: list[Running] = []  # that of slot i at i: slots in use have no gaps
         self._finished: list[Finished] = []
         self._cache = torch.empty(0)  # [layers 2 slots kv_heads positions head_dim]
         self._rotation = torch.empty(0)  # [2 positions head_dim]: cosines, sines
@@ -138,7 +140,7 @@ class SlotDecoder:
                 query, *map(self._repeated, (key, value)), is_causal=True
             )
             hidden = self._finish_layer(layer, hidden, attended.transpose(1, 2))
-        self._sequences += [_Sequence(*pair) for pair in zip(tickets, keys, strict=True)]
+        self._sequences += [Running(*pair) for pair in zip(tickets, keys, strict=True)]
         self._position = length
         self._choose(hidden[:, -1], mine)
 
@@ -207,13 +209,10 @@ class SlotDecoder:
         """The next token of the sequences in `where`, whose last hidden states `[n h]` these are."""
         logits = self.lm_head(self._norm(self.model.norm, hidden))  # [n v]
         mine = self._sequences[where]
-        if self.sampling is None:
-            chosen = logits.argmax(-1)
-        else:
-            numbers = [len(s.ids) for s in mine]
-            chosen = self.sampling.draw(logits, [s.key for s in mine], numbers)
         ended = []
-        for slot, (sequence, token) in enumerate(zip(mine, chosen.tolist(), strict=True)):
+        for slot, (sequence, token) in enumerate(
+            zip(mine, self._tokens(logits, mine), strict=True)
+        ):
             reason: FinishReason | None = None
             if token == self.end_of_text:
                 reason = "stop"
@@ -225,6 +224,15 @@ class SlotDecoder:
                 self._finished.append(Finished(sequence.ticket, sequence.ids, reason))
                 ended.append(where.start + slot)
         self._close_gaps(ended)
+
+    def _tokens(self, logits: Tensor, sequences: Sequence[Running]) -> list[int]:
+        """The token that each sequence goes on with, by its logits `[n v]`."""
+        if self.sampling is None:
+            chosen = logits.argmax(-1)
+        else:
+            numbers = [len(s.ids) for s in sequences]
+            chosen = self.sampling.draw(logits, [s.key for s in sequences], numbers)
+        return chosen.tolist()
 
     def _close_gaps(self, ended: list[int]) -> None:
         """Take the slots `ended` out of use: the last slots in use move into the gaps."""

@@ -14,6 +14,10 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.decoding import SlotDecoder
 from vlv_model.freezing import evaluating
 
+# Images whose prefixes are computed at once on a CPU: of more, the buffers of each layer go back to
+# the system and are faulted in anew.
+_CPU_PREFIXES = 16
+
 
 class ModelDiedError(RuntimeError):
     """The model captions nothing any more, whatever the image: its process has to be replaced."""
@@ -87,6 +91,8 @@ class Engine:
     def _decoded(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
         size = self.generate.batch_size
         slots = min(size, len(keys))
+        if self.device.type == "cpu":
+            size = min(size, _CPU_PREFIXES)
         decoder: SlotDecoder = self.captioner.decoder(slots, self.generate.max_new_tokens)
         prefixes: Tensor | None = None
         begun = start = 0  # images that have a prefix, and that are in the decoder or through it

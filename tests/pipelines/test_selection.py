@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import build
+from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW
-from pipelines.selection import ReadImages, Selection, open_table
+from pipelines.selection import ActorConfig, ReadImages, Selection, open_table
 from vlv_model.errors import DataError, RunError
 
 
@@ -78,3 +80,19 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read(chunk(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "count"),
+    [
+        ({"use_gpu": True}, {"GPU": 3.0, "CPU": 32.0}, 3),
+        ({"use_gpu": True}, {"CPU": 32.0}, 1),  # the cluster may be asleep
+        ({"use_gpu": False}, {"CPU": 1000.0}, os.cpu_count()),
+        ({"use_gpu": False}, {"CPU": 1.0}, 1),
+        ({"use_gpu": False, "num_actors": 5}, {"CPU": 1.0}, 5),
+    ],
+)
+def test_as_many_actors_as_can_work_at_once(monkeypatch, settings, there, count):
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert ActorConfig(**settings).count(RayConfig()) == count

@@ -1,0 +1,93 @@
+"""The benchmark of recaption: its contenders say the same, and its figures are what they say."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from benchmarks import captioners
+from benchmarks.caption_loops import Loop, run_loop
+from benchmarks.recaption import LOOPS, Bench, job_rates, margin, told
+from pipelines.recaption import predictor
+from pipelines.recaption.engine import Engine
+from pipelines.storage import Table
+from vlv_model.caption_tokens import caption_text
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("bench"), "tiny", "cpu", quick=True)
+    bench.prepare()
+    return bench
+
+
+def test_all_who_caption_end_where_they_are_told_to(bench: Bench) -> None:
+    cpu = torch.device("cpu")
+    plain = run_loop(Loop(4, 1, stop=True), bench.model, bench.file, 8, bench.longest, cpu)
+    beams = run_loop(Loop(2, 4, stop=True), bench.model, bench.file, 2, bench.longest, cpu)
+    lengths = {key: captioners.forced_length(key, bench.longest) - 1 for key in plain.said}
+    assert len(set(lengths.values())) > 2
+    assert {key: len(ids) for key, ids in plain.said.items()} == lengths
+    assert {key: len(ids) for key, ids in beams.said.items()} == dict(list(lengths.items())[:2])
+    endless = run_loop(Loop(2, 1, stop=False), bench.model, bench.file, 2, bench.longest, cpu)
+    assert [len(ids) for ids in endless.said.values()] == [bench.longest] * 2
+
+    captioner = captioners.open_captioner(bench.model)
+    squares = captioners.squares_of(bench.file, plain.said, captioner)
+    engine = Engine(captioner, bench.config().generate)
+    images = torch.stack(list(squares.values()))
+    for outcome in engine.captions(list(squares), images):
+        key = list(squares)[outcome.position]
+        ids = plain.said[key]
+        assert outcome.caption is not None
+        assert outcome.caption.text == caption_text(captioner.tokenizer, ids)
+
+
+def test_the_margin_is_that_of_the_token_where_they_part(bench: Bench) -> None:
+    captioner = captioners.open_captioner(bench.model)
+    square = next(iter(captioners.squares_of(bench.file, {0}, captioner).values()))
+    with torch.no_grad():
+        prefix = captioner.prefix(square[None])
+        logits = captioner.language_model(inputs_embeds=prefix).logits[0, -1]
+    logits[captioner.tokenizer.eos_token_id] = -torch.inf
+    first, second = logits.topk(2)[0].tolist()
+    assert margin(captioner, square, [5, 6], "") == pytest.approx(first - second, abs=1e-5)
+
+
+def test_the_rate_of_a_job_leaves_out_its_start(tmp_path: Path) -> None:
+    table = Table(tmp_path / "table")
+    table.folder.mkdir()
+    table.create("caption", {}, chunks=4)
+    for chunk in range(4):
+        rows = {"key": [chunk], "status": ["ok"], "num_tokens": [10]}
+        table.write(chunk, pa.table(rows))
+        os.utime(tmp_path / f"table/_commits/{chunk:06d}.json", (0, 100 + 2 * chunk))
+    rates = job_rates(table.folder, begun=90, seconds=40, workers=2)
+    assert rates == {
+        "captions_per_second": 0.5,  # two rows between the times 102 and 106
+        "tokens_per_second": 5.0,
+        "captions_per_second_over_all": 0.1,
+        "seconds_to_first_commit": 10,
+        "seconds": 40,
+    }
+
+
+def test_ratios_are_of_medians() -> None:
+    runs = {name: [{"captions_per_second": n} for n in (1, 2, 9)] for name in (*LOOPS, "bare")}
+    found = told({**runs, "ours": [{"captions_per_second": n} for n in (4, 6, 5)]})
+    assert (found["ratio_to_plain"], found["share_of_bare_model"]) == (2.5, 2.5)
+
+
+@pytest.mark.end_to_end
+def test_the_job_says_what_the_plain_loop_says(
+    bench: Bench, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "CaptionImages", captioners.ForcedCaptionImages)
+    bench.contend("ours")
+    assert bench.contend("plain")["images"] == 8
+    assert json.loads((bench.folder / "plain.json").read_text())
+    compared = bench.compared()
+    assert (compared["captions_compared"], compared["captions_identical"]) == (8, True)
