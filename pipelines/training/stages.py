@@ -52,14 +52,26 @@ class Stage:
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
-    """The denoising loss of VLVAutoEncoder on images alone (paper §3.2)."""
+    """Stage 1 of a run: its model, opened, and the latents that were stored for it, if any."""
     stored = LatentReader(config.data.latents) if config.data.latents else None
     autoencoder = VLVAutoEncoder.from_pretrained(model, checkpoint, with_vae=stored is None)
+    return denoising(autoencoder, config.train.seed, stored)
+
+
+def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
+    """Stage 2 of a run: its model, opened, trainable where the settings say so."""
+    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True)
+    captioner.set_trainable(config.train.trainable)
+    return captioning(captioner, config.data.caption_column, config.train.max_caption_tokens)
+
+
+def denoising(autoencoder: VLVAutoEncoder, seed: int, stored: LatentReader | None = None) -> Stage:
+    """The denoising loss of VLVAutoEncoder on images alone (paper §3.2)."""
     shape = autoencoder.latent_shape
     num_timesteps = autoencoder.num_timesteps
 
     def prepare(batch: Batch) -> Prepared:
-        inputs = draws(config.train.seed, batch, shape, num_timesteps)
+        inputs = draws(seed, batch, shape, num_timesteps)
         if stored is not None:
             mean, deviation = stored.read(batch.keys)
             noise = inputs.pop("posterior_noise")
@@ -71,14 +83,11 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
     return Stage("stage1", autoencoder, [], prepare, fresh)
 
 
-def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
+def captioning(captioner: VLVCaptioner, column: str, max_tokens: int) -> Stage:
     """The caption loss of VLVCaptioner on image + caption pairs (paper §3.3)."""
-    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True)
-    captioner.set_trainable(config.train.trainable)
-    column = config.data.caption_column
 
     def prepare(batch: Batch) -> Prepared:
-        tokens = captioner.tokenize(batch.columns[column], config.train.max_caption_tokens)
+        tokens = captioner.tokenize(batch.columns[column], max_tokens)
         inputs = {"pixel_values": batch.pixel_values, **tokens}
         return Prepared(batch.keys, inputs, weight=int((tokens["labels"] >= 0).sum()))
 

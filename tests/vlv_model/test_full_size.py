@@ -1,19 +1,15 @@
 """The full-size models on the meta device: shapes and counts, no memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from benchmarks.published_configs import (
-    PARAMETERS,
-    QWEN_25,
-    SD_21_BASE_UNET,
-    SD_21_BASE_VAE,
-)
-from tests.vlv_model.full_size import CONFIG, build_captioner, build_encoder, build_text_encoder
-from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.diffusion_decoder import DiffusionDecoder
+from benchmarks import models
+from benchmarks.published_configs import PARAMETERS, QWEN_25
 
+META = torch.device("meta")
+FULL = models.SIZES["full"]
 BART_STACKS = 413_631_488 - 51_289 * 1024  # the language model without its shared embeddings
 QUERIES = 77 * 1024
 CAPTION_PROJECTOR = 2 * (1024 * 1024 + 1024)
@@ -29,13 +25,13 @@ def trainable_parts(module) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def encoder(tiny):
-    return build_encoder(tiny)
+def autoencoder():
+    return models.autoencoder(FULL, META)
 
 
 @pytest.fixture(scope="module")
-def text_encoder():
-    return build_text_encoder()
+def encoder(autoencoder):
+    return autoencoder.encoder
 
 
 def test_florence_has_the_published_size(encoder):
@@ -47,15 +43,11 @@ def test_florence_has_the_published_size(encoder):
     assert count(florence.language_model) == 413_631_488
 
 
-def test_stage_1_at_full_size(encoder, text_encoder):
-    with torch.device("meta"):
-        vae, unet = AutoencoderKL(**SD_21_BASE_VAE), UNet2DConditionModel(**SD_21_BASE_UNET)
-    decoder = DiffusionDecoder(vae, unet, DDPMScheduler(), CONFIG.image_size)
-    autoencoder = VLVAutoEncoder(encoder, text_encoder, decoder)
-    encoder.set_trainable(language_model=True, queries=True)
+def test_stage_1_at_full_size(autoencoder):
+    decoder, text_encoder = autoencoder.diffusion_decoder, autoencoder.text_encoder
     assert autoencoder.latent_shape == (4, 48, 48)
-    assert count(unet) == PARAMETERS["unet"]
-    assert count(vae) == PARAMETERS["vae"]
+    assert count(decoder.unet) == PARAMETERS["unet"]
+    assert count(decoder.vae) == PARAMETERS["vae"]
     assert count(text_encoder) == PARAMETERS["text_encoder"]
     assert count(autoencoder, trainable=True) == BART_STACKS + QUERIES + CAPTION_PROJECTOR
     assert trainable_parts(autoencoder) == {
@@ -74,8 +66,8 @@ def test_stage_1_at_full_size(encoder, text_encoder):
 
 
 @pytest.mark.parametrize("size", QWEN_25)
-def test_stage_2_at_full_size(tiny, encoder, text_encoder, size):
-    captioner = build_captioner(tiny, encoder, text_encoder, size)
+def test_stage_2_at_full_size(size):
+    captioner = models.captioner(replace(FULL, language_model=QWEN_25[size]), META)
     language_model, projector = captioner.language_model, captioner.language_projector
     hidden = language_model.config.hidden_size
     assert count(language_model) == PARAMETERS[size]
@@ -92,9 +84,10 @@ def test_stage_2_at_full_size(tiny, encoder, text_encoder, size):
         assert not [p for p in trainable_parts(captioner) if p.startswith(frozen)]
 
 
-def test_shapes_at_full_size(encoder, text_encoder):
+def test_shapes_at_full_size(autoencoder, encoder):
     pixels = torch.zeros(2, 3, 768, 768, device="meta")
     features = encoder.florence.get_image_features(pixels).pooler_output
     assert features.shape == (2, 577, 1024)  # the spatial mean and 24 x 24 patches
     queries = encoder.learnable_queries.expand(2, -1, -1)
-    assert text_encoder(encoder.caption_projector(queries)).shape == (2, 77, 1024)
+    embeddings = autoencoder.text_encoder(encoder.caption_projector(queries))
+    assert embeddings.shape == (2, 77, 1024)

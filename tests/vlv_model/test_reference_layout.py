@@ -1,16 +1,17 @@
 """At full size, on the meta device: the map has a place for every tensor, and each its own."""
 
 import pytest
+import torch
 
+from benchmarks.models import SIZES, captioner
 from tests.vlv_model import published_layout
-from tests.vlv_model.full_size import build_captioner, build_encoder, build_text_encoder
 from vlv_model.reference_layout import BIAS, HEAD, expected_tensors
 
 
 @pytest.fixture(scope="module")
-def full_size(tiny):
+def full_size():
     """The captioner of the paper: Florence-2-large, the text encoder of SD 2.1, Qwen2.5-3B."""
-    return build_captioner(tiny, build_encoder(tiny), build_text_encoder(), "3B")
+    return captioner(SIZES["full"], torch.device("meta"))
 
 
 def test_every_tensor_has_one_place(full_size):

@@ -1,0 +1,19 @@
+"""The optimiser of both stages, before DeepSpeed takes it."""
+
+from __future__ import annotations
+
+import torch
+
+from pipelines.training.config import TrainConfig
+from pipelines.training.stages import Stage
+
+
+def build_optimizer(stage: Stage, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; each group keeps its `share` of the scheduled rate."""
+    return torch.optim.AdamW(
+        stage.parameter_groups(train.pretrained_rate),
+        lr=train.learning_rate,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=True,  # one kernel for all of the update, on CPUs too
+    )

@@ -1,0 +1,68 @@
+"""The benchmark of training at its smallest: every line of it, and that both sides do the same."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.models import SIZES
+from benchmarks.training_steps import (
+    Masters,
+    Variant,
+    batch_of,
+    our_stage,
+    reference_inputs,
+    reference_loss,
+    step_of,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def test_the_last_line_tells_ratios_and_parity(capsys):
+    assert training.main(["--size", "tiny", "--device", "cpu", "--quick"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["benchmark"], told["size"], told["device"]) == ("training", "tiny", "cpu")
+    assert told["stage1_ratio"] > 0
+    assert told["stage2_ratio"] > 0
+    assert told["mfu"] is None  # there is no rate of a CPU to hold it against
+    assert told["stage1_loss_difference"] <= 1e-4
+    assert told["stage2_loss_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_gradients_are_the_references(stage):
+    ours = our_stage(SIZES["tiny"], stage, CPU, kept=False)
+    theirs = our_stage(SIZES["tiny"], stage, CPU, kept=False)
+    batch = batch_of(SIZES["tiny"], stage)
+    ours.model.eval()(**ours.prepare(batch).inputs).backward()
+    reference_loss(theirs).eval()(*reference_inputs(theirs, batch)).backward()
+    expected = {n: p.grad for n, p in theirs.model.named_parameters() if p.requires_grad}
+    found = {n: p.grad for n, p in ours.model.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_steps_of_a_variant_train(capsys):
+    step = step_of(SIZES["tiny"], "stage2", CPU, Variant("ours", precision="bfloat16"))
+    losses = [step() for _ in range(3)]
+    assert losses[2] < losses[0]
+
+
+def test_masters_keep_what_bfloat16_would_lose():
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    masters = Masters(optimizer)
+    for _ in range(100):  # each of them rounds away in bfloat16
+        weight.grad = torch.ones_like(weight)
+        masters.take_gradients()
+        optimizer.step()
+        masters.give_weights()
+    assert weight.tolist() == [pytest.approx(0.99, abs=4e-3)] * 4
