@@ -95,7 +95,10 @@ def test_a_chunk_of_dead_links_needs_no_decoder(fetcher: ImageFetcher) -> None:
 def test_decoders_that_are_killed_cost_their_files_a_row_at_most(
     tmp_path: Path, fetcher: ImageFetcher
 ) -> None:
-    """Chunks come from several threads, and somebody kills a decoder again and again."""
+    """Chunks come from several threads, and somebody kills a decoder again and again.
+
+    A file that was in a killed child is tried in one more, so a lone kill costs no row.
+    """
     made: list[pa.Table] = []
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 40, num_broken=0)
@@ -115,4 +118,5 @@ def test_decoders_that_are_killed_cost_their_files_a_row_at_most(
     statuses = [status for rows in made for status in rows["status"].to_pylist()]
     assert len(statuses) == 120
     assert set(statuses) <= {"ok", "decode:crashed"}
-    assert 1 <= statuses.count("decode:crashed") <= killed
+    assert killed >= 1
+    assert 2 * statuses.count("decode:crashed") <= killed
