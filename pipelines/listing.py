@@ -30,6 +30,7 @@ from pipelines.config import is_url
 from pipelines.external import COLUMN, DAMAGED, LISTED_ROW, UNNAMED
 from pipelines.places import (
     exclusive,
+    files_below,
     is_file,
     open_parquet,
     remove_folder,
@@ -90,7 +91,7 @@ def list_images(
 
 
 def _listed(output: Path) -> list[Path]:
-    return sorted((output / FOLDER).glob("*.parquet"), key=str)
+    return [file for file in files_below(output / FOLDER) if file.suffix == ".parquet"]
 
 
 def _digest(source: Source) -> str | None:

@@ -9,6 +9,7 @@ tools read them (AWS_ENDPOINT_URL, …).
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import glob
 import io
 import json
@@ -19,23 +20,29 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 from upath import UPath
 
 from pipelines.config import is_url
-from vlv_model.errors import DataError, RunError
+from vlv_model.errors import DataError, RunError, VLVError
 
 T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 # A store that fails for a while is asked again after these seconds.
 _PATIENCE = (1.0, 2.0, 5.0, 15.0, 30.0)
+# What is no failure of a store: its answers, and faults of ours.
+_ANSWERS = (
+    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    VLVError, ValueError, TypeError, AttributeError, LookupError,
+)  # fmt: skip
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_beside` names
 _LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
@@ -53,12 +60,22 @@ def place(path: str | Path) -> Path:
 
 def is_file(path: Path) -> bool:
     """False too for names that no file can have, where Path raises."""
-    return path.is_file() if is_url(path) else os.path.isfile(path)
+    return _kind(path) == "file" if is_url(path) else os.path.isfile(path)
 
 
 def is_folder(path: Path) -> bool:
     """An object store has no folders: there it is what something lies under."""
-    return path.is_dir() if is_url(path) else os.path.isdir(path)
+    return _kind(path) == "directory" if is_url(path) else os.path.isdir(path)
+
+
+def _kind(path: Path) -> str | None:
+    """What lies at a URL. fsspec's `isfile` says no, too, where the store does not answer."""
+    remote: Any = path
+    try:
+        kind: str = patiently(lambda: remote.fs.info(remote.path), path)["type"]
+    except FileNotFoundError:
+        return None
+    return kind
 
 
 def make_folder(folder: Path, setting: str) -> None:
@@ -66,9 +83,11 @@ def make_folder(folder: Path, setting: str) -> None:
     try:
         if is_url(folder):  # needs no folders, but a bucket that we may see
             remote: Any = folder
-            remote.fs.info(remote.drive)
+            patiently(lambda: remote.fs.info(remote.drive), folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
+    except RunError:
+        raise
     except FileNotFoundError:
         raise RunError(f"{setting}={folder}: there is no such bucket: make it first") from None
     except Exception as problem:  # stores raise errors of their own, without a common base
@@ -80,36 +99,96 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder with all that is in it, if it is there."""
     if not is_url(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
+    else:
         remote: Any = folder
-        remote.fs.rm(remote.path, recursive=True)
+        with suppress(FileNotFoundError):
+            patiently(lambda: remote.fs.rm(remote.path, recursive=True), folder)
+
+
+def entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the store tells of all that lies at a URL, by name, sorted; none where nothing does."""
+    remote: Any = folder
+    try:
+        found = patiently(lambda: remote.fs.ls(remote.path, detail=True), folder)
+    except FileNotFoundError:
+        return {}
+    inside = len(remote.path.rstrip("/")) + 1
+    named = {one["name"][inside:].rstrip("/"): one for one in found}
+    return {name: named[name] for name in sorted(named) if name}
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where it is not there."""
+    if is_url(folder):
+        return list(entries(folder))
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder, at any depth, sorted; none where it is not there."""
+    if not is_url(folder):
+        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
+        return sorted(Path(file) for file in found if os.path.isfile(file))
+    remote: Any = folder
+    names = patiently(lambda: remote.fs.find(remote.path), folder)
+    inside = len(remote.path.rstrip("/")) + 1
+    return sorted((folder / name[inside:] for name in names if name[inside:]), key=str)
 
 
 def matching(pattern: str) -> list[Path]:
     """The files that a glob pattern names, sorted."""
     if not is_url(pattern):
         return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    head, star, _ = pattern.partition("*")
-    root = place(head if star and head.endswith("/") else head.rpartition("/")[0])
-    rest = pattern[len(str(root).rstrip("/")) + 1 :]
-    return sorted((p for p in root.glob(rest) if p.is_file()), key=str)
+    root = place(pattern.partition("*")[0].rpartition("/")[0])
+    below = pattern[len(str(root).rstrip("/")) + 1 :]
+    return sorted(_matching(root, below.split("/")), key=str)
+
+
+def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """fsspec's own glob passes over what a store does not answer for, and may return a part."""
+    if "**" in names:
+        whole = re.compile(glob_translate("/".join(names)))
+        inside = len(str(folder).rstrip("/")) + 1
+        yield from (file for file in files_below(folder) if whole.match(str(file)[inside:]))
+        return
+    wanted = re.compile(fnmatch.translate(names[0]))
+    for name, one in entries(folder).items():
+        if wanted.match(name):
+            if one["type"] == "directory":
+                yield from _matching(folder / name, names[1:]) if names[1:] else ()
+            elif len(names) == 1:
+                yield folder / name
 
 
 # --------------------------------------------------------------------------------- whole files
 
 
 def patiently(action: Callable[[], T], path: Path) -> T:
-    """Do something with a remote file, again after a pause where the store fails for a while."""
+    """Do something with a remote file, again after a pause where the store fails for a while.
+
+    What the store answers (not there, not permitted) is raised as it is; RunError, one line, where
+    it does not answer for about a minute.
+    """
     if not is_url(path):
         return action()
-    for pause in _PATIENCE:
+    for pause in (*_PATIENCE, None):
         try:
             return action()
-        except (FileNotFoundError, PermissionError, FileExistsError):
+        except _ANSWERS:
             raise
-        except OSError:
+        except Exception as problem:  # clients raise errors of their own, without a common base
+            if pause is None:
+                raise _unanswered(path, problem) from problem
             time.sleep(pause)
-    return action()
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _unanswered(path: Path, problem: Exception) -> RunError:
+    reason = " ".join(str(problem).split())[:160] or type(problem).__name__
+    return RunError(
+        f"{path}: the store does not answer ({reason}): when it does, the same command goes on "
+        "where this one stopped"
+    )
 
 
 def _beside(path: Path) -> Path:
@@ -156,8 +235,14 @@ def readable(file: Path) -> Iterator[None]:
     """Turn what Arrow says of a damaged Parquet file into one DataError line that names it."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is not there any more") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable Parquet file: {str(error)[:160]}") from error
+    except Exception as error:
+        if not is_url(file) or isinstance(error, _ANSWERS):
+            raise
+        raise _unanswered(file, error) from error
 
 
 @contextmanager
@@ -252,7 +337,8 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
 
     first = json.dumps({"owner": me, "time": time.time()}).encode()
     try:
-        remote.fs.pipe_file(remote.path, first, mode="create")  # If-None-Match: one of us wins
+        # If-None-Match: one of us wins
+        patiently(lambda: remote.fs.pipe_file(remote.path, first, mode="create"), lock)
     except FileExistsError:
         try:
             held = holder()
@@ -265,7 +351,8 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
 
     def keep() -> None:
         while not stop.wait(_RENEW):
-            renew()
+            with suppress(RunError):  # the job's own writes say it
+                renew()
 
     keeper = threading.Thread(target=keep, daemon=True, name="lease")
     keeper.start()
@@ -274,5 +361,7 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
     finally:
         stop.set()
         keeper.join()
-        if holder().get("owner") == me:
-            lock.unlink()
+        # Where the store has not answered since, the lease runs out by itself.
+        with suppress(FileNotFoundError, RunError):
+            if holder().get("owner") == me:
+                patiently(lock.unlink, lock)

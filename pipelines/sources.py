@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 
 from pipelines.config import is_url
-from pipelines.places import is_file, is_folder, place
+from pipelines.places import entries, is_file, is_folder, place
 from pipelines.storage import Table, parquet_files, read_schema
 from vlv_model.errors import DataError
 
@@ -116,12 +116,16 @@ def _look(folder: Path) -> _Found:
 def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
     """Each folder below with its files' names and, in an object store, sizes; one at a time."""
     if is_url(folder):
-        remote: Any = folder
-        for path, folders, files in remote.fs.walk(remote.path, detail=True):
-            for name in [name for name in folders if not name or name[0] in "._"]:
-                del folders[name]  # walk goes into those that stay
-            inside = place(f"{remote.protocol}://{path}")
-            yield inside, sorted((n, about["size"]) for n, about in files.items() if n[:1] != ".")
+        waiting = [folder]
+        while waiting:  # fsspec's own walk passes over a folder that the store does not answer for
+            inside = waiting.pop()
+            found = entries(inside)
+            folders = [n for n, one in found.items() if one["type"] == "directory"]
+            yield (
+                inside,
+                [(n, o["size"]) for n, o in found.items() if o["type"] == "file" and n[0] != "."],
+            )
+            waiting += [inside / name for name in reversed(folders) if name[0] not in "._"]
         return
     for path, folders, names in os.walk(folder):
         # Files of ours and of other tools: plans, commits, .git.

@@ -30,9 +30,11 @@ import pyarrow.parquet as pq
 from pipelines.config import is_url
 from pipelines.places import (
     LOCK_FILE,
+    files_below,
     is_file,
     is_folder,
     make_folder,
+    names_in,
     open_parquet,
     patiently,
     place,
@@ -153,7 +155,8 @@ class Table:
             raise RunError(f"{self.folder / '_commits'} holds a file that is no commit") from None
 
     def _commit_files(self) -> list[Path]:
-        return sorted((self.folder / "_commits").glob("[0-9]*.json"), key=str)
+        found = files_below(self.folder / "_commits")
+        return [file for file in found if file.suffix == ".json" and file.stem.isdigit()]
 
     def counts(self) -> dict[str, int]:
         """Rows by status over all finished chunks, `ok` first, then by name."""
@@ -200,7 +203,7 @@ class Table:
 def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
     """Raise RunError when `folder` is not a folder, or holds what no job of ours left there."""
     make_folder(folder, setting)
-    names = sorted(p.name for p in folder.iterdir()) if is_folder(folder) else []
+    names = names_in(folder)
     # Hidden files of 32 hex digits are temporary ones of `write_atomically`.
     ours = {*ours, LOCK_FILE}
     strangers = [n for n in names if n not in ours and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
@@ -242,9 +245,9 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
             )
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:
-        found = where.glob("**/*.parquet") if is_folder(where) else ()
         inside = len(where.parts)
-        files = sorted((p for p in found if p.is_file() and _is_data(p.parts[inside:])), key=str)
+        found = (p for p in files_below(where) if p.suffix == ".parquet")
+        files = [p for p in found if _is_data(p.parts[inside:])]
     if not files:
         what = "has no Parquet files" if is_folder(where) else "does not exist"
         raise DataError(f"{setting}={path} {what}: expected a Parquet file or a folder of them")

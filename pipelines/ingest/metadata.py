@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, check_columns, none_passes
 from pipelines.ingest.readers import SUFFIXES, format_of, read_parquet, read_tables
-from pipelines.places import is_file, is_folder, matching, place
+from pipelines.places import files_below, is_file, is_folder, matching, place
 from pipelines.schemas import METADATA_ROW, PROVENANCE, require_columns
 from pipelines.storage import read_schema
 from vlv_model.errors import ConfigError, DataError
@@ -58,8 +58,8 @@ def input_files(path: str) -> list[Path]:
     if is_file(where):
         return [where]
     if folder := is_folder(where):
-        found = (p for p in where.rglob("*") if p.is_file() and p.name[0] not in "._")
-        files = sorted((p for p in found if format_of(p) in SUFFIXES), key=str)
+        found = (p for p in files_below(where) if p.name[0] not in "._")
+        files = [p for p in found if format_of(p) in SUFFIXES]
     else:
         files = matching(path)
     if not files:

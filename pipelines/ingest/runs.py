@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.places import remove_folder, write_atomically
+from pipelines.places import files_below, remove_folder, write_atomically
 from pipelines.storage import Table, read_json_object
 
 FOLDER = "_runs"
@@ -75,7 +75,7 @@ class Run:
 
 def runs_of(table: Table) -> list[Run]:
     """The declared runs of a table, in order."""
-    found = sorted((table.folder / FOLDER).glob(f"*/{RUN_FILE}"), key=str)
+    found = [file for file in files_below(table.folder / FOLDER) if file.name == RUN_FILE]
     return [_run(table, int(file.parent.name)) for file in found]
 
 

@@ -6,12 +6,14 @@ import json
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from benchmarks.faults import Line
 from pipelines import places
 from pipelines.places import (
     exclusive,
@@ -23,6 +25,7 @@ from pipelines.places import (
     write_atomically,
     write_parquet,
 )
+from pipelines.sources import walk
 from pipelines.storage import Table, parquet_files, read_rows
 from vlv_model.errors import DataError, RunError
 
@@ -178,3 +181,49 @@ def test_leases_are_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Non
             if noted() > first:
                 return
     raise AssertionError("the lease was never renewed")
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that seems not to be there would be begun again, over the one that is."""
+    import s3fs
+
+    monkeypatch.setattr(places, "_PATIENCE", (0.01,))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    line = Line(int(s3_server.rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        folder = place(f"{bucket}/t")
+        table = Table(folder)
+        table.create("image", {"a": 1}, 1)
+        table.write(0, ROWS)
+        asked: list[Callable[[], Any]] = [
+            lambda: table.exists,
+            table.pending,
+            lambda: table.check_free("image", {"a": 1}),
+            lambda: parquet_files(str(folder)),
+            lambda: places.files_below(folder),
+            lambda: places.names_in(folder),
+            lambda: places.is_folder(folder),
+            lambda: matching(f"{folder}/part-*.parquet"),
+            lambda: matching(f"{folder}/**"),
+            lambda: list(walk(folder)),
+            lambda: read_parquet_file(table.part(0)),
+            lambda: remove_folder(folder),
+        ]
+        line.turn("refuses")
+        for ask in asked:
+            with pytest.raises(RunError, match="the store does not answer"):
+                ask()
+        with pytest.raises(RunError, match="does not answer"), exclusive(folder, "data.output"):
+            raise AssertionError("held by nobody")
+        line.turn("passes")
+        assert table.pending() == []
+        for ask in asked:
+            ask()
+        assert places.files_below(folder) == []
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -78,7 +78,7 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
     planned = open_table("caption", selection(tmp_path / "images", tmp_path / "out"), {})
     read = ReadImages(planned, 64)
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(DataError, match="not a readable Parquet file"):
+    with pytest.raises(DataError, match="is not there any more"):
         read(chunk(0))
 
 
