@@ -46,15 +46,14 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     module: nn.Module,
     metadata: CheckpointMetadata,
-    home: str | os.PathLike[str] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write the trainable weights of `module` (those that require gradients), in float32.
 
     `weights` are those weights by name, where the module does not hold them itself: gathered from
-    ZeRO-3's partitions, or the float32 masters of bfloat16 ones. `home` is where the folder will
-    lie in the end, where that is another place: the parent's path is kept relative to it. All or
-    nothing. Raises CheckpointError when `folder` exists already, the parent is no checkpoint or
+    ZeRO-3's partitions, or the float32 masters of bfloat16 ones. `more_files` are further tensors,
+    by file and name, that lie beside the weights. All or nothing. Raises CheckpointError when `folder` exists already, the parent is no checkpoint or
     the weights are not the trainable ones of `module`, whole.
     """
     weights = _trainable_weights(module, weights)
@@ -63,9 +62,9 @@ def save_checkpoint(
         **metadata.model_dump(exclude={"parent", "model"}),
         "model": config,
         "base_models": fingerprint_parts(config, module.base_parts),
-        "parent": _parent_of(Path(home or folder).absolute(), metadata.parent),
+        "parent": _parent_of(Path(folder).absolute(), metadata.parent),
     }
-    return write_checkpoint(folder, weights, about)
+    return write_checkpoint(folder, weights, about, more_files)
 
 
 def load_checkpoint(
@@ -120,7 +119,7 @@ def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[s
     weights: dict[str, Tensor] = {}
     for path, info in chain:
         weights |= read_weights(path, info)
-    own = {"format_version", "tensors", "sha256", "parent", "merged_stages"}
+    own = {"format_version", "tensors", "sha256", "parent", "merged_stages", "more_files"}
     merged_stages = _stages(chain)[:-1]
     base_models: dict[str, str] = {}
     for _, info in chain:  # stage 1 knows the UNet's fingerprint, stage 2 the language model's

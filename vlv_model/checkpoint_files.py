@@ -1,5 +1,7 @@
 """A checkpoint's folder: `model.safetensors` with `checkpoint.json` beside it. No pickle anywhere.
 
+A training's checkpoint has more files of tensors beside them (the optimiser's), with their digests.
+
 A stage-2 checkpoint names its stage-1 parent, which holds the queries and the caption projector,
 by a path relative to itself and by digest. This module knows the files; what the tensors mean to
 a module is `vlv_model.checkpoint`'s business.
@@ -64,6 +66,9 @@ class CheckpointInfo(CheckpointMetadata):
     )
     tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
     sha256: str = Field(description="digest of the weights file")
+    more_files: dict[str, str] = Field(
+        {}, description="digest of each further file, which only a training reads"
+    )
 
 
 Chain = list[tuple[Path, CheckpointInfo]]
@@ -102,19 +107,40 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other users
+        for path in (*temporary.rglob("*"), temporary):
+            # mkdtemp's 0700 and safetensors' 0600 would hide the checkpoint from other users.
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            _flush(path)  # or a machine that loses power keeps the name and not the content
         temporary.rename(folder)
+        _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
 
 
-def put_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write weights and checkpoint.json into a folder; `about` as in `write_checkpoint`."""
+def _flush(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_checkpoint(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write weights and checkpoint.json into a folder; arguments as in `write_checkpoint`."""
     save_file(dict(weights), folder / WEIGHTS_FILE)
+    for name, tensors in (more_files or {}).items():
+        save_file(dict(tensors), folder / name)
     info = CheckpointInfo(
         format_version=FORMAT_VERSION,
         tensors={name: list(tensor.shape) for name, tensor in weights.items()},
         sha256=sha256_of(folder / WEIGHTS_FILE),
+        more_files={name: sha256_of(folder / name) for name in more_files or {}},
         **about,
     )
     text = info.model_dump_json(indent=2)
@@ -122,15 +148,18 @@ def put_checkpoint(folder: Path, weights: Mapping[str, Tensor], about: Mapping[s
 
 
 def write_checkpoint(
-    folder: str | os.PathLike[str], weights: Mapping[str, Tensor], about: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write weights and checkpoint.json, all or nothing: beside `folder`, which is then renamed.
 
-    `about` holds the fields of CheckpointInfo that do not follow from the weights. Raises
-    CheckpointError when `folder` exists already.
+    `about` holds the fields of CheckpointInfo that do not follow from the weights; `more_files`
+    are further safetensors files by name. Raises CheckpointError when `folder` exists already.
     """
     with new_folder(folder) as temporary:
-        put_checkpoint(temporary, weights, about)
+        put_checkpoint(temporary, weights, about, more_files)
     return Path(folder).absolute()
 
 
@@ -162,14 +191,19 @@ def read_chain(folder: str | os.PathLike[str]) -> Chain:
 
 def check_weights(folder: Path, info: CheckpointInfo) -> Path:
     """The weights file of a checkpoint; CheckpointError unless it has the manifest's digest."""
-    path = folder / WEIGHTS_FILE
+    return check_file(folder, WEIGHTS_FILE, info.sha256)
+
+
+def check_file(folder: Path, name: str, sha256: str) -> Path:
+    """A file of a checkpoint; CheckpointError unless it is there and has this digest."""
+    path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"'{folder}' lacks {WEIGHTS_FILE}: copy the whole folder")
+        raise CheckpointError(f"'{folder}' lacks {name}: copy the whole folder")
     digest = sha256_of(path)
-    if digest != info.sha256:
+    if digest != sha256:
         raise CheckpointError(
             f"'{path}' is damaged: its digest is {digest[:12]}, {CHECKPOINT_FILE} says "
-            f"{info.sha256[:12]}: copy it again"
+            f"{sha256[:12]}: copy it again"
         )
     return path
 

@@ -1,31 +1,31 @@
-"""Training checkpoints: our weights in safetensors, DeepSpeed's optimiser state beside them.
+"""Training checkpoints: trained weights and the optimiser's state, by the names of the parameters.
 
     <run_dir>/checkpoints/step-00001000/
-        model.safetensors   trainable weights (vlv_model.checkpoint)
-        checkpoint.json     step, rows seen, settings, base models, parent
-        optimizer/          DeepSpeed's files, one set for each worker
-        optimizer.json      their digests; written by the run, checked before they are read
+        model.safetensors      trainable weights, float32: under bfloat16 the masters
+        optimizer.safetensors  AdamW's two moments of each of them
+        checkpoint.json        step, rows seen, settings, base models, parent, digests
 
-Workers write into folders of their own that Ray Train merges, so a checkpoint counts as finished
-when every file that its two manifests name is there in full size. DeepSpeed's files are pickles:
-they are opened only when their digests are the ones that this run noted.
+A checkpoint is written beside its place and renamed, so it is there whole or not at all. The
+schedule, the position in the data and all random draws follow from the step, so that is all there
+is to save. Nothing in it depends on the number of workers or the ZeRO stage.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.places import write_atomically
 from vlv_model.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vlv_model.checkpoint import CheckpointMetadata
+
 FOLDER = "checkpoints"
-_TAG = "optimizer"
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
@@ -49,93 +49,84 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """True when all files that the manifests name are there, each in its size."""
+    """True when all files are there, each in the length that its own head tells.
+
+    That they were renamed together is not enough: a folder may have been copied in part.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from vlv_model.checkpoint_files import WEIGHTS_FILE, read_checkpoint
+
     try:
-        manifest = json.loads((folder / "optimizer.json").read_text())
-        sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-        sizes["model.safetensors"] = manifest["model_size"]
-        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
-        return complete and (folder / "checkpoint.json").is_file()
-    except (OSError, ValueError, KeyError):
+        files = [WEIGHTS_FILE, *read_checkpoint(folder).more_files]
+        for name in files:
+            with safe_open(folder / name, "np"):
+                pass
+        return True
+    except (OSError, SafetensorError, CheckpointError):
         return False
 
 
-def gathered_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The trainable weights, whole, on the CPU of the ranks that `keep` them; empty on others.
+def save(
+    run_dir: Path,
+    model: nn.Module,
+    metadata: CheckpointMetadata,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write a checkpoint from gathered tensors, then drop all but the `keep` newest."""
+    from vlv_model.checkpoint import save_checkpoint
 
-    Called by all ranks together, since gathering needs all; kept where they are written, since
-    all ranks of a machine could not hold them.
-    Under ZeRO-3 a parameter is spread over the workers, and under bfloat16 the weights that training
-    goes on with are DeepSpeed's float32 masters: both are asked of DeepSpeed.
+    folder = run_dir / FOLDER / checkpoint_name(metadata.step)
+    shutil.rmtree(folder, ignore_errors=True)  # only one that was not finished is written again
+    save_checkpoint(folder, model, metadata, weights, more_files={OPTIMIZER_FILE: moments})
+    prune(run_dir, keep)
+    return folder
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Drop all checkpoints but the `keep` newest finished ones."""
+    kept = list(finished_checkpoints(run_dir))[:keep]
+    for pattern in ("step-*", ".step-*"):  # the latter: being written when its process was killed
+        for other in (run_dir / FOLDER).glob(pattern):
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def load_optimizer(engine: Any, folder: Path) -> None:
+    """Restore the optimiser of a fresh engine from a checkpoint, at any world size and ZeRO stage.
+
+    The module's weights were loaded before, strictly. Raises CheckpointError where the optimiser's
+    file is missing, damaged, or not of the parameters that are trained here.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
+    import torch
+    from safetensors import SafetensorError, safe_open
 
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # Without ZeRO and bfloat16 there is no master: the parameter is it.
-            kept_by_deepspeed = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-            master = safe_get_full_fp32_param(parameter) if kept_by_deepspeed else None
-            if keep:
-                weights[name] = (parameter if master is None else master).detach().cpu()
-    return weights
+    from pipelines.training import optimizer_state
+    from vlv_model.checkpoint import describe_misfits
+    from vlv_model.checkpoint_files import WEIGHTS_FILE, check_file, read_checkpoint
 
-
-def save_optimizer(engine: Any, folder: Path, world_rank: int, world_size: int) -> None:
-    """Write DeepSpeed's state of this worker into `folder`, and from rank 0 the manifest.
-
-    Called by every rank together, with a folder of its own each; rank 0's already holds
-    `model.safetensors`.
-    """
-    import torch.distributed as dist
-
-    from vlv_model.fingerprint import sha256_of
-
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-    for script in folder.glob("zero_to_*.py"):  # helpers that open the pickles unchecked
-        script.unlink()
-    mine = {
-        str(file.relative_to(folder)): {"sha256": sha256_of(file), "size": file.stat().st_size}
-        for file in sorted((folder / _TAG).iterdir())
-    }
-    gathered: list[dict[str, Any]] = [{}] * world_size
-    dist.all_gather_object(gathered, mine)
-    if world_rank == 0:
-        manifest = {
-            "world_size": world_size,
-            "zero_stage": engine.zero_optimization_stage(),
-            "model_size": (folder / "model.safetensors").stat().st_size,
-            "files": {name: entry for files in gathered for name, entry in files.items()},
-        }
-        write_atomically(folder / "optimizer.json", json.dumps(manifest, indent=2))
-
-
-def load_optimizer(engine: Any, folder: Path, world_size: int) -> None:
-    """Restore DeepSpeed's state of this worker. The weights were loaded before, strictly.
-
-    Raises CheckpointError when the files were written for another number of workers or another
-    ZeRO stage, or are not the ones that the manifest names.
-    """
-    from vlv_model.fingerprint import sha256_of
-
-    manifest = json.loads((folder / "optimizer.json").read_text())
-    for setting, here in (
-        ("train.num_workers", world_size),
-        ("train.zero_stage", engine.zero_optimization_stage()),
-    ):
-        there = manifest["world_size" if setting.endswith("workers") else "zero_stage"]
-        if there != here:
-            raise CheckpointError(
-                f"{folder} was written with {setting}={there}, this run has {here}: "
-                f"continue it with {setting}={there}"
-            )
-    written = {f"{_TAG}/{file.name}" for file in (folder / _TAG).iterdir()}
-    if strangers := written - set(manifest["files"]):
-        raise CheckpointError(f"{folder} holds a file that its run did not write: {min(strangers)}")
-    for name, entry in manifest["files"].items():
-        if sha256_of(folder / name) != entry["sha256"]:
-            raise CheckpointError(
-                f"{folder / name} is not the file that its run wrote: digest differs"
-            )
-    # DeepSpeed's copy of the module has no frozen weights; ours has been loaded strictly.
-    engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+    info = read_checkpoint(folder)
+    if OPTIMIZER_FILE not in info.more_files:
+        raise CheckpointError(
+            f"'{folder}' has no {OPTIMIZER_FILE}: a run cannot be continued from it; start a new "
+            f"one with model.path={folder}"
+        )
+    file = check_file(folder, OPTIMIZER_FILE, info.more_files[OPTIMIZER_FILE])
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as weights, safe_open(file, "pt") as states:
+            found = {
+                name: torch.empty(states.get_slice(name).get_shape(), device="meta")
+                for name in states.keys()  # noqa: SIM118
+            }
+            expected = {
+                optimizer_state.state_name(name, moment): optimizer_state.whole_shape(parameter)
+                for name, parameter in optimizer_state.trainable(engine.module)
+                for moment in optimizer_state.MOMENTS
+            }
+            if misfits := describe_misfits(found, expected):
+                raise CheckpointError(f"'{file}' does not fit the model: {'; '.join(misfits)}")
+            optimizer_state.restore(engine, info.step, weights.get_tensor, states.get_tensor)
+    except SafetensorError as problem:
+        raise CheckpointError(f"'{file}' is no safetensors file: {problem}") from problem

@@ -62,7 +62,8 @@ class TrainConfig(Config):
         None,
         ge=1,
         description="rows that one worker passes through the model at once; the rest of the "
-        "global batch is accumulated; default: all of the worker's rows",
+        "global batch is accumulated; default: all of the worker's rows, and what it was at first "
+        "where a run is continued",
     )
     num_workers: int = Field(1, ge=1, description="workers (one per GPU)")
     use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
@@ -94,7 +95,7 @@ class TrainConfig(Config):
     eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    max_failures: int = Field(3, ge=0, description="lost workers after which the job gives up")
+    max_failures: int = Field(10, ge=0, description="lost workers after which the job gives up")
     prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
@@ -109,10 +110,16 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
-        if self.global_batch_size % (self.num_workers * self.rows_at_once):
+        if self.global_batch_size % self.rows_at_once:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} must be a multiple of "
-                f"num_workers × micro_batch_size = {self.num_workers} × {self.rows_at_once}"
+                f"micro_batch_size={self.rows_at_once}"
+            )
+        if self.micro_batches < self.num_workers:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} has {self.micro_batches} "
+                f"micro-batches of {self.rows_at_once} rows for num_workers={self.num_workers}: "
+                "each worker needs one"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(
@@ -125,9 +132,13 @@ class TrainConfig(Config):
         return self.micro_batch_size or max(1, self.global_batch_size // self.num_workers)
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches that one worker adds up for one update."""
-        return self.global_batch_size // (self.num_workers * self.rows_at_once)
+    def micro_batches(self) -> int:
+        """Micro-batches of one update, over all workers."""
+        return self.global_batch_size // self.rows_at_once
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that one worker adds up for one update; on some, the last may be empty."""
+        return -(-self.micro_batches // world_size)
 
 
 class Stage2TrainConfig(TrainConfig):

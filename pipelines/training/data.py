@@ -3,9 +3,10 @@
 The order is a pure function of the keys in the table, the seed and the epoch: rows are sorted by
 `key`, then permuted. Step `s` takes the rows at positions `s·G … (s+1)·G - 1` of the endless
 sequence of epochs (G = global batch size), so no batch is short: one that reaches an epoch's end
-goes on with the next epoch. Each worker takes its own slice of those rows, by world rank. Nothing
-depends on the number of workers, on files or on timing, and any step can be read without the ones
-before it.
+goes on with the next epoch. Those rows are cut into micro-batches, and micro-batch `i` belongs to
+the worker of rank `i mod W` (W = number of workers). So which rows pass through the model together
+does not depend on the number of workers, on files or on timing, and any step can be read without
+the ones before it.
 """
 
 from __future__ import annotations
@@ -89,28 +90,26 @@ class StepReader:
         read: Callable[[Sequence[tuple[int, int]]], Any],
         train: TrainConfig,
         world_rank: int,
+        world_size: int,
     ) -> None:
         self.order = order
         self.read_rows = read
         self.train = train
         self.world_rank = world_rank
+        self.world_size = world_size
 
-    def rows(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, position) of the rows that this worker uses in `step`."""
-        share = self.train.global_batch_size // self.train.num_workers
-        start = step * self.train.global_batch_size + self.world_rank * share
-        return self.order.take(start, share)
+    def read(self, step: int) -> list[tuple[int, Any]]:
+        """The micro-batches of `step` that this worker uses, each with its number in the step."""
+        size = self.train.rows_at_once
+        start = step * self.train.global_batch_size
+        numbers = range(self.world_rank, self.train.micro_batches, self.world_size)
+        return [(i, self.read_rows(self.order.take(start + i * size, size))) for i in numbers]
 
-    def read(self, step: int) -> list[Any]:
-        """The micro-batches of `step`."""
-        rows, size = self.rows(step), self.train.rows_at_once
-        return [self.read_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-    def steps(self, start: int) -> Iterator[tuple[int, list[Any]]]:
+    def steps(self, start: int) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
         """(step, micro-batches) from `start` on; a failure to read is raised where it is used."""
         stop = self.train.steps
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows") as pool:
-            ahead: deque[Future[list[Any]]] = deque()
+            ahead: deque[Future[list[tuple[int, Any]]]] = deque()
             try:
                 for step in range(start, stop):
                     while len(ahead) < self.train.prefetch and step + len(ahead) < stop:

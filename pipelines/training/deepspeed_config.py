@@ -7,13 +7,15 @@ from typing import Any
 from pipelines.training.config import TrainConfig
 
 
-def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given. The learning rate is not in it: the loop sets it."""
+    accumulation = train.accumulation(world_size)
     return {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.rows_at_once * accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.rows_at_once,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.max_grad_norm,
+        "gradient_accumulation_steps": accumulation,
+        # Without ZeRO, DeepSpeed tells no norm: the loop clips itself.
+        "gradient_clipping": train.max_grad_norm if train.zero_stage else 0.0,
         "bf16": {"enabled": train.precision == "bfloat16"},
         "zero_optimization": {"stage": train.zero_stage},
         # We bring torch's AdamW; DeepSpeed's list of tested optimisers leaves it out.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,29 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed as dist
 
 from pipelines.images import RowIndex, RowReader
-from pipelines.training.checkpointing import (
-    checkpoint_name,
-    gathered_weights,
-    load_optimizer,
-    save_optimizer,
-    step_of,
-)
+from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import Batch, GlobalOrder, StepReader, mix
-from pipelines.training.deepspeed_config import deepspeed_config
+from pipelines.training.engine import clip_gradients, start_engine
+from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
-from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
+from vlv_model.checkpoint import CheckpointMetadata
 from vlv_model.errors import VLVError
+
+LISTED = 64  # rows in an error message
 
 
 class NonFiniteLoss(VLVError):
-    """The loss is not a number; raised before the update that it would have spoilt."""
+    """Loss or gradient is not a number; raised before the update that it would have spoilt."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Trainer:
     """Runs `train.steps` updates of a stage, evaluates, and saves; one instance per worker.
 
     `emit` takes a dictionary for each thing that the driver shows or logs (rank 0 only).
-    `metadata(step)` is what a checkpoint says about itself; `checkpoints` is where Ray Train puts it.
+    `metadata(step)` is what a checkpoint says about itself.
     """
 
     def __init__(
@@ -62,7 +57,7 @@ class Trainer:
         worker: Worker,
         emit: Callable[[dict[str, Any]], None],
         metadata: Callable[[int], CheckpointMetadata],
-        checkpoints: Path,
+        run_dir: Path,
     ) -> None:
         self.stage = stage
         self.train_config = train
@@ -71,36 +66,23 @@ class Trainer:
         self.worker = worker
         self.emit = emit if worker.world_rank == 0 else lambda event: None
         self.metadata = metadata
-        self.checkpoints = checkpoints
+        self.run_dir = run_dir
         self.step = 0
         order = GlobalOrder(len(rows), train.seed)
         self.rows = RowReader(rows, stage.columns)
         read = partial(self._read, self.rows)
-        self.reader = StepReader(order, read, train, worker.world_rank)
+        self.reader = StepReader(order, read, train, worker.world_rank, worker.world_size)
 
     def start(self, checkpoint: Path | None) -> None:
         """Put the model under DeepSpeed and, after an interruption, take up its optimiser's state.
 
         The model was opened from `checkpoint` already.
         """
-        import deepspeed
-
         self.stage.model.to(self.worker.device)
-        train = self.train_config
-        groups = self.stage.parameter_groups(train.pretrained_rate)
-        optimizer = torch.optim.AdamW(
-            groups, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
-        )
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.stage.model,
-            optimizer=optimizer,
-            model_parameters=groups,
-            config=deepspeed_config(train),
-            dist_init_required=False,
-        )
+        self.engine = start_engine(self.stage, self.train_config, self.worker.world_size)
         if checkpoint is not None:
-            self.step = step_of(checkpoint)
-            load_optimizer(self.engine, checkpoint, self.worker.world_size)
+            self.step = checkpointing.step_of(checkpoint)
+            checkpointing.load_optimizer(self.engine, checkpoint)
         self.emit({"event": "start", "step": self.step})
 
     def run(self) -> None:
@@ -131,37 +113,40 @@ class Trainer:
                 self.save()
             waiting = time.perf_counter()
 
-    def update(self, step: int, batches: list[Prepared]) -> tuple[float, float | None]:
+    def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float]:
         """One optimiser update; returns the global batch's loss and the gradient's norm.
 
-        The loss is a mean over the *global* batch: each micro-batch's mean counts by its share of
-        all images or label tokens, which differ between workers in stage 2.
+        `batches` are this worker's micro-batches with their numbers in the step. The loss is a
+        mean over the *global* batch: each micro-batch's mean counts by its share of all images or
+        label tokens, which differ between workers in stage 2.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(self.train_config, step)
-        # Dropout depends on the step and the rank alone, so a resumed run repeats it.
-        torch.manual_seed(mix(self.train_config.seed, step, self.worker.world_rank) >> 1)
+        train = self.train_config
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["share"] * learning_rate(train, step)
         self.engine.train()
-        total_weight = self._sum_over_workers(float(sum(batch.weight for batch in batches)))
+        total_weight = self._sum_over_workers(float(sum(batch.weight for _, batch in batches)))
+        # All workers pass equally often; where the last has nothing left, its share is nothing.
+        rounds = train.accumulation(self.worker.world_size)
+        passes = [(number, batch, batch.weight / total_weight) for number, batch in batches]
+        passes += [(*batches[-1], 0.0)] * (rounds - len(batches))
         # DeepSpeed takes the mean over workers and accumulated micro-batches: undo that mean.
-        parts = self.worker.world_size * len(batches)
-        loss = 0.0
-        for number, batch in enumerate(batches):
+        parts = self.worker.world_size * rounds
+        losses = []
+        for turn, (number, batch, share) in enumerate(passes):
+            # Dropout belongs to the micro-batch, so another number of workers repeats it.
+            torch.manual_seed(mix(train.seed, step, number) >> 1)
             mean = self.engine(**self._to_device(batch))
-            share = mean * (batch.weight / total_weight)
-            self.engine.backward(share * parts)
-            loss += share.item()
-            if number == len(batches) - 1:
-                loss = self._sum_over_workers(loss)
-                self._refuse_non_finite(loss, step, batches)
+            self.engine.backward(mean * (share * parts))
+            losses.append(mean.item() * share)
+            if turn == rounds - 1:
+                loss = self._sum_over_workers(sum(losses))
+                self._refuse_non_finite(loss, step, batches, losses)
+                if not train.zero_stage:
+                    norm = self._finite(clip_gradients(self.engine, train.max_grad_norm), step)
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()  # None without ZeRO
-        if norm is not None and not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"the gradient of step {step + 1} is not finite: lower train.learning_rate; the "
-                "last checkpoint is from before it"
-            )
-        return loss, None if norm is None else float(norm)
+        if train.zero_stage:  # which leaves out an update whose gradient is not finite
+            norm = self._finite(float(self.engine.get_global_grad_norm()), step)
+        return loss, norm
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -186,20 +171,14 @@ class Trainer:
         self.emit({**event, "columns_read": self.rows.columns_read})
 
     def save(self) -> None:
-        """Report a checkpoint to Ray Train, which stores it in the run folder."""
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
-            folder = Path(temporary) / checkpoint_name(self.step)
-            writes = self.worker.world_rank == 0
-            weights = gathered_weights(self.stage.model, keep=writes)
-            if writes:
-                home = self.checkpoints / checkpoint_name(self.step)
-                save_checkpoint(folder, self.stage.model, self.metadata(self.step), home, weights)
-            save_optimizer(self.engine, folder, self.worker.world_rank, self.worker.world_size)
-            ray.train.report(
-                {"step": self.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=checkpoint_name(self.step),
-            )
+        """Gather weights and optimiser from all workers, and write them into the run folder."""
+        writes = self.worker.world_rank == 0
+        weights = gather_weights(self.engine, keep=writes)
+        moments = gather_moments(self.engine, keep=writes)
+        if writes:
+            about = self.metadata(self.step)
+            keep = self.train_config.keep_checkpoints
+            checkpointing.save(self.run_dir, self.stage.model, about, weights, moments, keep)
         self.emit({"event": "checkpoint", "step": self.step})
 
     def _read(self, reader: RowReader, rows: Sequence[tuple[int, int]]) -> Prepared:
@@ -214,11 +193,29 @@ class Trainer:
             dist.all_reduce(total)
         return total.item()
 
-    def _refuse_non_finite(self, loss: float, step: int, batches: list[Prepared]) -> None:
+    def _refuse_non_finite(
+        self, loss: float, step: int, batches: list[tuple[int, Prepared]], losses: list[float]
+    ) -> None:
+        """Stop all workers, naming the rows of the micro-batches that are to blame, on any of them."""
         if math.isfinite(loss):
             return
-        keys = [key for batch in batches for key in batch.keys]
+        pairs = zip(batches, losses, strict=False)  # without an empty last one
+        mine = [key for (_, batch), part in pairs if not math.isfinite(part) for key in batch.keys]
+        found: list[list[int]] = [[]] * self.worker.world_size
+        if self.worker.world_size > 1:
+            dist.all_gather_object(found, mine)
+        else:
+            found = [mine]
+        keys = sorted(key for several in found for key in several)
         raise NonFiniteLoss(
-            f"the loss of step {step + 1} is {loss}; worker {self.worker.world_rank} had the rows "
-            f"{keys[:8]}{'…' if len(keys) > 8 else ''}: lower train.learning_rate or look at them"
+            f"the loss of step {step + 1} is {loss}; it comes from the {len(keys)} rows "
+            f"{', '.join(map(str, keys[:LISTED]))}{', …' if len(keys) > LISTED else ''}: lower "
+            "train.learning_rate or look at them"
         )
+
+    def _finite(self, norm: float, step: int) -> float:
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(
+                f"the gradient of step {step + 1} is not finite: lower train.learning_rate"
+            )
+        return norm

@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import dump
+from pipelines.config import build, dump
 from pipelines.images import RowIndex
 from pipelines.places import write_atomically
 from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
@@ -32,7 +31,23 @@ RESULT = "result.json"
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch",
-        "train.cpus_per_worker", "train.use_gpu")  # fmt: skip
+        "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage")  # fmt: skip
+
+
+def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config | Stage2Config:
+    """`config` with the size of its micro-batches: what the run began with, if it was not given.
+
+    Its default follows from the number of workers, which may change, and may not change what is
+    drawn for a micro-batch. Raises ConfigError where it does not fit the workers of today.
+    """
+    if config.train.micro_batch_size is not None:
+        return config
+    size = config.train.rows_at_once
+    if (run_dir / "run.json").is_file():
+        size = read_json_object(run_dir / "run.json").get("train.micro_batch_size") or size
+    values = dump(config)
+    values["train"]["micro_batch_size"] = size
+    return build(type(config), values)
 
 
 def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
@@ -111,17 +126,12 @@ def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
 
 
 def tidy(run_dir: Path, keep: int) -> None:
-    """Before a fit: drop unfinished and surplus checkpoints, and Ray Train's notes on them.
+    """Before a fit: drop unfinished and surplus checkpoints, and Ray Train's notes on its last fit.
 
-    Ray Train's snapshot is not written atomically and refers to checkpoints by name; we find the
-    newest finished one ourselves, so each fit starts with clean notes.
+    Ray Train is told of no checkpoint: the newest finished one is found in the folder.
     """
-    folder = run_dir / checkpointing.FOLDER
-    kept = list(checkpointing.finished_checkpoints(run_dir))[:keep]
-    for other in folder.glob("step-*"):
-        if other not in kept:
-            shutil.rmtree(other)
-    for snapshot in folder.glob("checkpoint_manager_snapshot*"):
+    checkpointing.prune(run_dir, keep)
+    for snapshot in (run_dir / checkpointing.FOLDER).glob("checkpoint_manager_snapshot*"):
         snapshot.unlink()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
 from vlv_model.errors import DataError, VLVError
 
+if TYPE_CHECKING:
+    from pipelines.training.loop import Worker
+
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     """Run a stage to its end, or continue it where it was killed; returns its result.
@@ -29,6 +33,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
     """
     run_dir = Path(config.run_dir)
+    config = run_folder.settle(config, run_dir)
     model, checkpoint = config.model.resolve()
     run_folder.check_start(config, checkpoint)
     files = parquet_files(config.data.input)
@@ -79,7 +84,7 @@ def _fit(
     parent: Path | None,
     files: list[str],
 ) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
@@ -88,7 +93,6 @@ def _fit(
     needed |= {"GPU": train.num_workers} if train.use_gpu else {}
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
-    last = checkpointing.latest_checkpoint(run_dir)
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
     events = Queue(actor_options={"num_cpus": 0})
     refusals = Queue(actor_options={"num_cpus": 0})
@@ -99,7 +103,6 @@ def _fit(
             "config": dump(config),
             "model": model.model_dump(),
             "parent": str(parent) if parent else None,
-            "checkpoint": str(last) if last else None,
             "files": files,
             "events": events,
             "refusals": refusals,
@@ -118,7 +121,6 @@ def _fit(
             name=checkpointing.FOLDER,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
         ),
     )
     with MetricsSink(events, run_dir, stage, train.steps, dump(config), train.wandb):
@@ -154,9 +156,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from pipelines.training.loop import Trainer, Worker
-    from pipelines.training.stages import stage1, stage2
-    from vlv_model.checkpoint import CheckpointMetadata
+    from pipelines.training.loop import Worker
 
     if not use_gpu:
         # An optional kernel for CPUs whose compilation takes half a minute on first use.
@@ -168,8 +168,19 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
+    run_worker(loop, worker, loop["events"].put)
+
+
+def run_worker(
+    loop: Mapping[str, Any], worker: Worker, emit: Callable[[dict[str, Any]], None]
+) -> None:
+    """Train on one of the processes of a process group that stands already."""
+    from pipelines.training.loop import Trainer
+    from pipelines.training.stages import stage1, stage2
+    from vlv_model.checkpoint import CheckpointMetadata
+
     model = ModelConfig(**loop["model"])
-    last = _resume_from(loop["checkpoint"])
+    last = _resume_from(Path(loop["config"]["run_dir"]), worker)
     parent = Path(loop["parent"]) if loop["parent"] else None
     config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
@@ -198,19 +209,19 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
         rows,
         holdout,
         worker,
-        emit=loop["events"].put,
+        emit=emit,
         metadata=metadata,
-        checkpoints=Path(config.run_dir) / checkpointing.FOLDER,
+        run_dir=Path(config.run_dir),
     )
     trainer.start(last)
     trainer.run()
 
 
-def _resume_from(given: str | None) -> Path | None:
-    """The newest checkpoint: of this fit, after a worker was lost, else of an earlier one."""
-    import ray.train
+def _resume_from(run_dir: Path, worker: Worker) -> Path | None:
+    """The newest finished checkpoint of the run, as rank 0 sees it: a shared disk may lag."""
+    import torch.distributed as dist
 
-    reported = ray.train.get_checkpoint()
-    if reported is not None:
-        return Path(reported.path)
-    return Path(given) if given else None
+    found = [checkpointing.latest_checkpoint(run_dir)]
+    if worker.world_size > 1:
+        dist.broadcast_object_list(found, src=0, device=worker.device)
+    return found[0]

@@ -10,10 +10,12 @@ from vlv_model.errors import ConfigError
 
 
 def test_batches_must_divide() -> None:
-    with pytest.raises(ValueError, match="multiple of num_workers"):
-        TrainConfig(global_batch_size=10, num_workers=4)
+    with pytest.raises(ValueError, match="multiple of micro_batch_size=4"):
+        TrainConfig(global_batch_size=10, micro_batch_size=4)
+    with pytest.raises(ValueError, match="has 2 micro-batches of 4 rows for num_workers=3"):
+        TrainConfig(global_batch_size=8, micro_batch_size=4, num_workers=3)
     config = TrainConfig(global_batch_size=64, num_workers=4, micro_batch_size=8)
-    assert config.accumulation == 2
+    assert [config.accumulation(workers) for workers in (1, 2, 3, 4, 8)] == [8, 4, 3, 2, 1]
 
 
 def test_a_batch_that_does_not_divide_is_one_line() -> None:
@@ -26,13 +28,17 @@ def test_deepspeed_is_told_what_the_settings_say() -> None:
     train = TrainConfig(
         global_batch_size=64, num_workers=4, micro_batch_size=4, precision="bfloat16", zero_stage=1
     )
-    told = deepspeed_config(train)
+    told = deepspeed_config(train, world_size=4)
     assert told["train_batch_size"] == 64
     assert told["train_micro_batch_size_per_gpu"] == 4
     assert told["gradient_accumulation_steps"] == 4
     assert told["bf16"] == {"enabled": True}
     assert told["zero_optimization"]["stage"] == 1
     assert told["gradient_clipping"] == train.max_grad_norm
+
+
+def test_without_zero_the_loop_clips_and_not_deepspeed() -> None:
+    assert deepspeed_config(TrainConfig(zero_stage=0), world_size=1)["gradient_clipping"] == 0
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -226,23 +226,24 @@ def test_any_step_is_read_without_the_ones_before() -> None:
     assert one.permutation(0).tolist() != one.permutation(1).tolist()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: int) -> None:
     index = RowIndex.open(files, [])
     order = GlobalOrder(len(index), 0)
-    train = TrainConfig(
-        steps=9, global_batch_size=16, num_workers=workers, micro_batch_size=2, prefetch=3
-    )
+    train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2, prefetch=3)
 
     def read(rows: list[tuple[int, int]]) -> list[int]:
         return Batch.read(RowReader(index), rows, SIZE).keys
 
     expected = [[int(index.keys[row]) for _, row in order.take(step * 16, 16)] for step in range(9)]
-    ranks = [list(StepReader(order, read, train, rank).steps(4)) for rank in range(workers)]
+    ranks = [list(StepReader(order, read, train, r, workers).steps(4)) for r in range(workers)]
     for number, step in enumerate(range(4, 9)):
         assert all(steps[number][0] == step for steps in ranks)
-        keys = [key for steps in ranks for micro in steps[number][1] for key in micro]
-        assert keys == expected[step]
+        numbered = dict(micro for steps in ranks for micro in steps[number][1])
+        assert sorted(numbered) == list(range(8))
+        for i, keys in numbered.items():  # the same micro-batches, however they are dealt out
+            assert keys == expected[step][2 * i : 2 * i + 2]
+        assert all(len(s[number][1]) <= train.accumulation(workers) for s in ranks)
 
 
 def test_a_failure_to_read_reaches_the_loop() -> None:
@@ -251,7 +252,7 @@ def test_a_failure_to_read_reaches_the_loop() -> None:
 
     train = TrainConfig(steps=3, global_batch_size=2)
     with pytest.raises(DataError, match="disk gone"):
-        list(StepReader(GlobalOrder(5, 0), read, train, 0).steps(0))
+        list(StepReader(GlobalOrder(5, 0), read, train, 0, 1).steps(0))
 
 
 def test_holdout_is_a_stable_share() -> None:

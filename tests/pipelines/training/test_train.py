@@ -19,12 +19,7 @@ from safetensors.torch import load_file
 
 from pipelines.config import load
 from pipelines.images import RowIndex, RowReader
-from pipelines.training.checkpointing import (
-    finished_checkpoints,
-    is_finished,
-    latest_checkpoint,
-    load_optimizer,
-)
+from pipelines.training.checkpointing import finished_checkpoints, is_finished, latest_checkpoint
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
@@ -81,11 +76,9 @@ def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) 
     told = json.loads((kept[0] / "checkpoint.json").read_text())
     assert (told["stage"], told["step"], told["rows_seen"]) == ("stage1", 12, 96)
     assert told["config"]["train"]["steps"] == STEPS
-    assert not list(kept[0].glob("*.py"))
-    # DeepSpeed's copies of the weights are the trainable ones too.
     weights_size = (kept[0] / "model.safetensors").stat().st_size
-    state = kept[0] / "optimizer" / "mp_rank_00_model_states.pt"
-    assert state.stat().st_size < 2 * weights_size  # the frozen ones are ten times as large
+    whole = sum(file.stat().st_size for file in kept[0].iterdir())
+    assert whole < 3.1 * weights_size  # two moments of each; the frozen ones are ten times as large
 
 
 def test_pretrained_weights_move_at_a_rate_of_their_own(unbroken: Path, tiny_models: Path) -> None:
@@ -185,44 +178,13 @@ def test_a_killed_job_continues_from_the_last_whole_checkpoint(
     (run_dir / "result.json").unlink()
     newest = latest_checkpoint(run_dir)
     assert newest is not None
-    next((newest / "optimizer").glob("*rank_1*")).unlink()
+    (newest / "optimizer.safetensors").unlink()
     assert not is_finished(newest)
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"event": "st')
     train(stage1_config(pair_table, tiny_models, run_dir))
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
-
-
-class Engine:
-    """Stands for DeepSpeed's engine, which must not be asked to open anything here."""
-
-    def zero_optimization_stage(self) -> int:
-        return 2
-
-    def load_checkpoint(self, *_: Any, **__: Any) -> None:
-        raise AssertionError("a pickle was opened")
-
-
-def test_an_exchanged_optimizer_file_is_not_opened(unbroken: Path, tmp_path: Path) -> None:
-    """DeepSpeed's files are pickles: one that the run did not write must not reach the loader."""
-    newest = latest_checkpoint(unbroken)
-    assert newest is not None
-    with pytest.raises(AssertionError, match="a pickle was opened"):  # as written: to the loader
-        load_optimizer(Engine(), newest, world_size=2)
-    with pytest.raises(CheckpointError, match=r"num_workers=2, this run has 1"):
-        load_optimizer(Engine(), newest, world_size=1)
-    shutil.copytree(newest, copy := tmp_path / newest.name)
-    (copy / "optimizer" / "more.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"did not write: optimizer/more\.pt"):
-        load_optimizer(Engine(), copy, world_size=2)
-    (copy / "optimizer" / "more.pt").unlink()
-    state = next((copy / "optimizer").glob("*rank_1*"))
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="digest differs"):
-        load_optimizer(Engine(), copy, world_size=2)
 
 
 def stage2_config(table: Path, stage1: Path, run_dir: Path, *more: str) -> Stage2Config:

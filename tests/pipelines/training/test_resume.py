@@ -1,0 +1,164 @@
+"""A training goes on with another number of workers and another ZeRO stage as if nothing had been."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.config import dump, load
+from pipelines.training.checkpointing import is_finished, load_optimizer
+from pipelines.training.config import Stage1Config
+from tests.pipelines.training.worlds import run_world
+from vlv_model.errors import CheckpointError
+from vlv_model.sources import resolve_model
+
+pytestmark = pytest.mark.end_to_end
+
+BEGUN, BETWEEN, STEPS = 2, 4, 6  # every training has checkpoints at these steps
+
+
+class Runs:
+    """Trainings of one table and model, each in its folder."""
+
+    def __init__(self, folder: Path, table: Path, models: Path) -> None:
+        self.folder, self.table, self.models = folder, table, models
+
+    def segment(self, name: str, *settings: str, after: Path | None = None) -> dict[str, Any]:
+        """One training to its end, from the start or from a checkpoint."""
+        given = [
+            f"data.input={self.table}", f"run_dir={self.folder / name}", "train.use_gpu=false",
+            "data.holdout=0.2", f"train.steps={STEPS}", "train.global_batch_size=8",
+            "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01",
+            "train.max_grad_norm=0.05", "train.eval_rows=2", "train.eval_every=100",
+            "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.num_workers=1",
+        ]  # fmt: skip
+        config = load(Stage1Config, None, [*given, *settings])
+        files = [str(file) for file in sorted(self.table.glob("*.parquet"))]
+        loop = {"stage": "stage1", "config": dump(config), "files": files, "parent": None}
+        loop["model"] = resolve_model(self.models)[0].model_dump()
+        copied = [str(after)] if after else []
+        return {"loop": loop, "copy": copied, "events": str(self.folder / f"{name}.json")}
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.folder / name / "checkpoints" / f"step-{step:08d}"
+
+    def steps(self, name: str) -> dict[int, dict[str, Any]]:
+        events = json.loads((self.folder / f"{name}.json").read_text())
+        return {event["step"]: event for event in events if event["event"] == "step"}
+
+    def curve(self, name: str, figure: str = "loss", start: int = BEGUN) -> list[float]:
+        """A figure of all steps behind `start`."""
+        steps = self.steps(name)
+        return [steps[step][figure] for step in range(start + 1, STEPS + 1)]
+
+
+@pytest.fixture(scope="module")
+def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Two workers, then one, then two; all that goes on from another training is named so below."""
+    runs = Runs(tmp_path_factory.mktemp("worlds"), pair_table, tiny_models)
+    segment, checkpoint = runs.segment, runs.checkpoint
+    begun, begun_low = checkpoint("unbroken", BEGUN), checkpoint("low", BEGUN)
+    low = ["train.precision=bfloat16"]
+    two = [
+        segment("unbroken", "train.zero_stage=2"),
+        segment("again", "train.zero_stage=2", after=begun),
+        *(segment(f"zero-{n}", f"train.zero_stage={n}", after=begun) for n in (0, 3)),
+        segment("low", "train.zero_stage=2", *low),
+        segment("low-again", "train.zero_stage=2", *low, after=begun_low),
+        *(segment(f"low-{n}", f"train.zero_stage={n}", *low, after=begun_low) for n in (0, 1, 3)),
+    ]
+    run_world(2, two, runs.folder)
+    one = [
+        segment("one", "train.zero_stage=1", after=begun),
+        segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
+        segment("one-3", "train.zero_stage=3", after=checkpoint("zero-0", BETWEEN)),
+    ]
+    run_world(1, one, runs.folder)
+    back = segment("two-one-two", "train.zero_stage=3", after=checkpoint("one", BETWEEN))
+    run_world(2, [back], runs.folder)
+    return runs
+
+
+def test_the_same_world_repeats_every_loss(runs: Runs) -> None:
+    for figure in ("loss", "grad_norm"):
+        there = runs.curve("unbroken", figure)
+        assert runs.curve("again", figure) == pytest.approx(there, rel=1e-6)
+    assert min(runs.curve("unbroken", "grad_norm")) > 0.05  # clipped in every step
+
+
+@pytest.mark.parametrize("name", ["zero-0", "zero-3", "one"])
+def test_another_zero_stage_and_number_of_workers_goes_on(runs: Runs, name: str) -> None:
+    """Also its norm and clipping, which DeepSpeed leaves out without ZeRO."""
+    for figure in ("loss", "grad_norm"):
+        there = runs.curve("unbroken", figure)
+        assert runs.curve(name, figure) == pytest.approx(there, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one-0", "one-3", "two-one-two"])
+def test_a_training_that_was_changed_twice_goes_on(runs: Runs, name: str) -> None:
+    for figure in ("loss", "grad_norm"):
+        there = runs.curve("unbroken", figure, start=BETWEEN)
+        assert runs.curve(name, figure, start=BETWEEN) == pytest.approx(there, rel=1e-5)
+
+
+def test_bfloat16_goes_on_from_its_masters(runs: Runs) -> None:
+    assert runs.curve("low-again") == runs.curve("low")
+    for name in ("low-0", "low-1", "low-3"):  # gradients are summed in bfloat16, in other orders
+        assert runs.curve(name) == pytest.approx(runs.curve("low"), rel=2e-3)
+    weights = load_file(runs.checkpoint("low", BEGUN) / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
+
+
+def test_the_optimizer_is_saved_by_name_and_of_trained_weights_alone(runs: Runs) -> None:
+    for name in ("unbroken", "zero-0", "zero-3", "one"):
+        folder = runs.checkpoint(name, BETWEEN)
+        weights = load_file(folder / "model.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        names = {f"{w}.{m}" for w in weights for m in ("exp_avg", "exp_avg_sq")}
+        assert set(moments) == names
+        assert all(moments[f"{w}.exp_avg"].shape == tensor.shape for w, tensor in weights.items())
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "checkpoint.json", "model.safetensors", "optimizer.safetensors",
+        ]  # fmt: skip
+    there = load_file(runs.checkpoint("unbroken", BETWEEN) / "optimizer.safetensors")
+    for name in ("zero-0", "zero-3", "one"):
+        here = load_file(runs.checkpoint(name, BETWEEN) / "optimizer.safetensors")
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-6)
+
+
+class Engine:
+    """Stands for DeepSpeed's engine, which must not be reached here."""
+
+    def __init__(self) -> None:
+        self.module = torch.nn.Linear(2, 2)
+
+
+def test_an_optimizer_that_is_damaged_or_of_another_model_is_refused(
+    runs: Runs, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(runs.checkpoint("unbroken", BETWEEN), tmp_path / "step-00000004"))
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* tensors unexpected"):
+        load_optimizer(Engine(), folder)
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert is_finished(folder)
+    with pytest.raises(CheckpointError, match="is damaged: its digest is"):
+        load_optimizer(Engine(), folder)
+    file.write_bytes(content[:-1])
+    assert not is_finished(folder)
+    file.unlink()
+    assert not is_finished(folder)
+    with pytest.raises(CheckpointError, match=r"lacks optimizer\.safetensors"):
+        load_optimizer(Engine(), folder)
+    about = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(about | {"more_files": {}}))
+    assert is_finished(folder)  # weights alone: an export, or of another program
+    with pytest.raises(CheckpointError, match=r"start a new one with model\.path="):
+        load_optimizer(Engine(), folder)
