@@ -29,6 +29,18 @@ def mix(*values: int) -> int:
     return int(np.random.SeedSequence([v % 2**64 for v in values]).generate_state(1, np.uint64)[0])
 
 
+def keys_digest(keys: Sequence[int]) -> int:
+    """64 bits that tell which keys these are, in any order; those of parts add up, modulo 2**64.
+
+    Each key is scattered by the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    with np.errstate(over="ignore"):
+        bits = np.array(keys, np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
+
+
 class GlobalOrder:
     """The endless sequence of (epoch, row) that the run walks through; see the module's text."""
 

@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from pipelines.images import RowIndex, RowReader
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import Batch, GlobalOrder, StepReader, mix
+from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.engine import clip_gradients, start_engine
+from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
@@ -43,7 +45,7 @@ class Worker:
 class Trainer:
     """Runs `train.steps` updates of a stage, evaluates, and saves; one instance per worker.
 
-    `emit` takes a dictionary for each thing that the driver shows or logs (rank 0 only).
+    `emit` takes a dictionary for each thing that the driver shows (rank 0 only).
     `metadata(step)` is what a checkpoint says about itself.
     """
 
@@ -64,7 +66,8 @@ class Trainer:
         self.image_size = image_size
         self.holdout = RowReader(holdout, stage.columns)
         self.worker = worker
-        self.emit = emit if worker.world_rank == 0 else lambda event: None
+        self.emit = emit
+        self.log = MetricsLog(run_dir)
         self.metadata = metadata
         self.run_dir = run_dir
         self.step = 0
@@ -83,22 +86,25 @@ class Trainer:
         if checkpoint is not None:
             self.step = checkpointing.step_of(checkpoint)
             checkpointing.load_optimizer(self.engine, checkpoint)
-        self.emit({"event": "start", "step": self.step})
+        if self.worker.world_rank == 0:
+            self.log.begin(self.step)
+            self.emit({"event": "start", "step": self.step})
 
     def run(self) -> None:
         """All updates that are left, with an evaluation before the first and after the last."""
         train = self.train_config
-        if self.step in (0, train.steps):  # the latter: killed between the last save and its end
+        if self.step == 0:
             self.evaluate()
         waiting = time.perf_counter()
         for step, batches in self.reader.steps(self.step):
             data_seconds = time.perf_counter() - waiting
             loss, grad_norm = self.update(step, batches)
             self.step = step + 1
-            self.emit(
+            self._tell(
                 {
                     "event": "step",
                     "step": self.step,
+                    "keys": self._digest_of_keys(batches),
                     "loss": loss,
                     "learning_rate": learning_rate(train, step),
                     "grad_norm": grad_norm,
@@ -168,7 +174,7 @@ class Trainer:
                 weight += batch.weight
         loss = self._sum_over_workers(total) / self._sum_over_workers(weight)
         event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
-        self.emit({**event, "columns_read": self.rows.columns_read})
+        self._tell({**event, "columns_read": self.rows.columns_read})
 
     def save(self) -> None:
         """Gather weights and optimiser from all workers, and write them into the run folder."""
@@ -176,10 +182,24 @@ class Trainer:
         weights = gather_weights(self.engine, keep=writes)
         moments = gather_moments(self.engine, keep=writes)
         if writes:
+            self.log.sync()
             about = self.metadata(self.step)
             keep = self.train_config.keep_checkpoints
             checkpointing.save(self.run_dir, self.stage.model, about, weights, moments, keep)
-        self.emit({"event": "checkpoint", "step": self.step})
+        self._tell({"event": "checkpoint", "step": self.step})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self.worker.world_rank == 0:
+            self.log.append(event)
+            self.emit(event)
+
+    def _digest_of_keys(self, batches: list[tuple[int, Prepared]]) -> str:
+        """Which rows all workers used in a step: `keys_digest` as hex."""
+        mine = keys_digest([key for _, batch in batches for key in batch.keys])
+        digest = torch.tensor(np.uint64(mine).astype(np.int64), device=self.worker.device)
+        if self.worker.world_size > 1:
+            dist.all_reduce(digest)  # wraps around, as the digest does
+        return f"{digest.item() % 2**64:016x}"
 
     def _read(self, reader: RowReader, rows: Sequence[tuple[int, int]]) -> Prepared:
         return self.stage.prepare(Batch.read(reader, rows, self.image_size))

@@ -1,7 +1,9 @@
-"""What a run says while it trains: a bar on the console, a JSONL file, Weights & Biases.
+"""What a run says while it trains: a JSONL file; a bar on the console, Weights & Biases, gauges.
 
-Rank 0 sends events to the driver through a queue; the driver is the only one that writes. After a
-restart from a checkpoint, lines of later steps are taken back, so that every step stands once.
+The file is written by rank 0 of the training itself, so that no line is lost with a driver, and is
+on the disk before any checkpoint of its steps. After a restart from a checkpoint, lines of later
+steps are taken back: every step stands there once. Besides, rank 0 sends each event to the driver
+through a queue, for all that is only shown: there, steps that are done again are told again.
 """
 
 from __future__ import annotations
@@ -14,9 +16,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines import telemetry
 from pipelines.places import write_atomically
 
 FILE = "metrics.jsonl"
+
+GAUGES = {
+    "loss": telemetry.TRAIN_LOSS,
+    "heldout_loss": telemetry.TRAIN_HELDOUT_LOSS,
+    "grad_norm": telemetry.TRAIN_GRAD_NORM,
+    "images_per_second": telemetry.TRAIN_IMAGES_PER_SECOND,
+    "data_seconds": telemetry.TRAIN_DATA_SECONDS,
+}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -46,6 +57,28 @@ def columns_read(run_dir: Path) -> list[str]:
     return [e for e in read_metrics(run_dir) if e["event"] == "eval"][-1]["columns_read"]
 
 
+class MetricsLog:
+    """The JSONL file as rank 0 writes it; several threads may."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE
+        self._lock = threading.Lock()
+
+    def begin(self, step: int) -> None:
+        """Take back what was told behind `step`, from which the training goes on; at 0 all."""
+        kept = [e for e in read_metrics(self.path.parent) if e["step"] <= step and step]
+        write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def append(self, event: dict[str, Any]) -> None:
+        with self._lock, open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def sync(self) -> None:
+        """Have the disk keep it: called before a checkpoint says that these steps are done."""
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 class MetricsSink:
     """The driver's end of the queue; use as a context manager around the training."""
 
@@ -53,8 +86,8 @@ class MetricsSink:
         self, queue: Any, run_dir: Path, stage: str, steps: int, config: dict[str, Any], wandb: str
     ) -> None:
         self.queue = queue
-        self.run_dir = run_dir
         self.stage = stage
+        self._tags = {"stage": stage, "run": run_dir.name}
         self.steps = steps
         self.run = _start_wandb(run_dir, stage, config, wandb)
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
@@ -87,13 +120,14 @@ class MetricsSink:
 
     def _take(self, event: dict[str, Any]) -> None:
         step = event["step"]
+        telemetry.TRAIN_STEP.set(step, **self._tags)
         if event["event"] == "start":
-            self._forget_after(step)
             self._bar.n = step
             self._bar.refresh()
             return
-        with open(self.run_dir / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        for figure, gauge in GAUGES.items():
+            if figure in event:
+                gauge.set(event[figure], **self._tags)
         if event["event"] == "step":
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}")
@@ -102,11 +136,6 @@ class MetricsSink:
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self.run.log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
-
-    def _forget_after(self, step: int) -> None:
-        kept = [e for e in read_metrics(self.run_dir) if e["step"] <= step and (step or None)]
-        text = "".join(json.dumps(event) + "\n" for event in kept)
-        write_atomically(self.run_dir / FILE, text)
 
 
 def _start_wandb(run_dir: Path, stage: str, config: dict[str, Any], mode: str) -> Any:

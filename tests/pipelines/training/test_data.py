@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines.images import RowIndex, RowReader, in_holdout
 from pipelines.schemas import PAIR_ROW
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import Batch, GlobalOrder, StepReader, mix
+from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
 from vlv_model.errors import DataError
 
 SIZE = 8
@@ -267,3 +267,16 @@ def test_holdout_is_a_stable_share() -> None:
 
 def test_seeds_of_draws_differ() -> None:
     assert len({mix(s, e, k) for s in range(5) for e in range(-1, 5) for k in range(-5, 5)}) == 300
+
+
+@given(keys=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20), data=st.data())
+def test_a_digest_tells_which_keys_and_not_their_order(
+    keys: list[int], data: st.DataObject
+) -> None:
+    whole = keys_digest(keys)
+    shuffled = data.draw(st.permutations(keys))
+    cut = data.draw(st.integers(0, len(keys)))
+    assert (keys_digest(shuffled[:cut]) + keys_digest(shuffled[cut:])) % 2**64 == whole
+    if keys:
+        assert keys_digest(keys[1:]) != whole
+        assert keys_digest([*keys, keys[0]]) != whole

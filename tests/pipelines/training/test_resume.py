@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config import dump, load
+from pipelines.images import RowIndex
 from pipelines.training.checkpointing import is_finished, load_optimizer
 from pipelines.training.config import Stage1Config
+from pipelines.training.data import GlobalOrder, keys_digest
+from pipelines.training.metrics import read_metrics
+from pipelines.training.trainer import split
 from tests.pipelines.training.worlds import run_world
 from vlv_model.errors import CheckpointError
 from vlv_model.sources import resolve_model
@@ -40,14 +44,19 @@ class Runs:
         files = [str(file) for file in sorted(self.table.glob("*.parquet"))]
         loop = {"stage": "stage1", "config": dump(config), "files": files, "parent": None}
         loop["model"] = resolve_model(self.models)[0].model_dump()
-        copied = [str(after)] if after else []
-        return {"loop": loop, "copy": copied, "events": str(self.folder / f"{name}.json")}
+        return {"loop": loop, "copy": [str(after)] if after else []}
+
+    def rows(self, step: int) -> list[int]:
+        """Keys of the rows that every training uses in a step."""
+        index, _ = split(RowIndex.open(sorted(self.table.glob("*.parquet"))), 0.2)
+        taken = GlobalOrder(len(index), 42).take((step - 1) * 8, 8)
+        return [int(index.keys[row]) for _, row in taken]
 
     def checkpoint(self, name: str, step: int) -> Path:
         return self.folder / name / "checkpoints" / f"step-{step:08d}"
 
     def steps(self, name: str) -> dict[int, dict[str, Any]]:
-        events = json.loads((self.folder / f"{name}.json").read_text())
+        events = read_metrics(self.folder / name)
         return {event["step"]: event for event in events if event["event"] == "step"}
 
     def curve(self, name: str, figure: str = "loss", start: int = BEGUN) -> list[float]:
@@ -70,6 +79,7 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
         segment("low", "train.zero_stage=2", *low),
         segment("low-again", "train.zero_stage=2", *low, after=begun_low),
         *(segment(f"low-{n}", f"train.zero_stage={n}", *low, after=begun_low) for n in (0, 1, 3)),
+        segment("spoilt", "train.learning_rate=1e30", "train.warmup_steps=0"),
     ]
     run_world(2, two, runs.folder)
     one = [
@@ -129,6 +139,22 @@ def test_the_optimizer_is_saved_by_name_and_of_trained_weights_alone(runs: Runs)
     for name in ("zero-0", "zero-3", "one"):
         here = load_file(runs.checkpoint(name, BETWEEN) / "optimizer.safetensors")
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unbroken", "one", "two-one-two"])
+def test_every_step_tells_the_digest_of_its_rows(runs: Runs, name: str) -> None:
+    for step, told in runs.steps(name).items():
+        assert told["keys"] == f"{keys_digest(runs.rows(step)):016x}"
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_all_workers(runs: Runs) -> None:
+    assert list(runs.steps("spoilt")) == [1]  # after which the weights are enormous
+    for rank in (0, 1):
+        said = (runs.folder / "spoilt" / f"error-{rank}.txt").read_text()
+        assert said.startswith("the loss of step 2 is nan; it comes from the 8 rows ")
+        rows = said.removesuffix(": lower train.learning_rate or look at them")
+        keys = rows.partition("the 8 rows ")[2].split(", ")
+        assert sorted(map(int, keys)) == sorted(runs.rows(2))
 
 
 class Engine:

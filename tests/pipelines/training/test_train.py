@@ -52,16 +52,19 @@ def unbroken(
     return run_dir
 
 
+def steps_of(run_dir: Path, figure: str) -> list[Any]:
+    return [event[figure] for event in read_metrics(run_dir) if event["event"] == "step"]
+
+
 def losses(run_dir: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(run_dir) if event["event"] == "step"]
+    return steps_of(run_dir, "loss")
 
 
 def test_heldout_loss_falls_and_every_step_is_told_once(unbroken: Path) -> None:
     result = json.loads((unbroken / "result.json").read_text())
     assert result["loss_after"] < result["loss_before"]
     assert result["rows_seen"] == STEPS * 8
-    steps = [e["step"] for e in read_metrics(unbroken) if e["event"] == "step"]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps_of(unbroken, "step") == list(range(1, STEPS + 1))
     assert list(heldout_losses(unbroken)) == [0, 6, 12]
 
 
@@ -165,6 +168,8 @@ def test_a_killed_worker_changes_no_loss(
     train(stage1_config(pair_table, tiny_models, run_dir))
     killer.join()
     assert killed
+    assert steps_of(run_dir, "step") == steps_of(unbroken, "step")  # each once
+    assert steps_of(run_dir, "keys") == steps_of(unbroken, "keys")
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
 

@@ -2,8 +2,8 @@
 
     python -m tests.pipelines.training.worlds RANK WORLD_SIZE PORT SEGMENTS.json
 
-Every segment is a `loop` of `pipelines.training.trainer` and the name of the file for its events;
-with `copy`, the checkpoint that it goes on from. One group runs its segments one after the other.
+Every segment is a `loop` of `pipelines.training.trainer`; with `copy`, the checkpoint that it goes on
+from. One group runs its segments one after the other. A refusal lands in the run's `error-RANK.txt`.
 """
 
 from __future__ import annotations
@@ -53,21 +53,23 @@ def main(rank: int, world_size: int, port: int, file: str) -> None:
 
     from pipelines.training.loop import Worker
     from pipelines.training.trainer import run_worker
+    from vlv_model.errors import VLVError
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for segment in json.loads(Path(file).read_text()):
-        events: list[dict[str, Any]] = []
         run_dir = Path(segment["loop"]["config"]["run_dir"])
         if rank == 0:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             for copied in segment.get("copy", []):
                 shutil.copytree(copied, run_dir / "checkpoints" / Path(copied).name)
         torch.distributed.barrier()
-        run_worker(segment["loop"], Worker(rank, world_size, torch.device("cpu")), events.append)
-        if rank == 0:
-            Path(segment["events"]).write_text(json.dumps(events))
+        worker = Worker(rank, world_size, torch.device("cpu"))
+        try:
+            run_worker(segment["loop"], worker, emit=lambda event: None)
+        except VLVError as error:
+            (run_dir / f"error-{rank}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":
