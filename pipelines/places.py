@@ -95,6 +95,12 @@ def make_folder(folder: Path, setting: str) -> None:
         raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
 
 
+def remove_file(file: Path) -> None:
+    """Delete a file, if it is there."""
+    if is_file(file):
+        file.unlink()
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder with all that is in it, if it is there."""
     if not is_url(folder):

@@ -74,12 +74,18 @@ CAPTION_ROW = pa.schema(
         ("caption", pa.string()),
         ("num_tokens", pa.int32()),
         ("finish_reason", pa.string()),
+        ("num_words", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("empty", pa.bool_()),
+        ("repetition", pa.float32()),
+        ("non_language", pa.bool_()),
         ("model", pa.string()),
         ("status", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""Output of recaption. `model` is the fingerprint of checkpoint and settings."""
+"""Output of recaption. `model` is the fingerprint of checkpoint and settings; `num_words` to
+`non_language` are the caption's health (pipelines.recaption.health)."""
 
 RECONSTRUCTION_ROW = pa.schema(
     [

@@ -7,7 +7,7 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -103,9 +103,16 @@ class ActorConfig(Config):
         return max(1, int(most))
 
 
-def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table:
+def open_table(
+    kind: str,
+    data: Selection,
+    identity: Mapping[str, Any],
+    columns: Collection[str] = (),
+    **notes: Any,
+) -> Table:
     """The job's output table with its plan: made anew, or the one that an earlier run began.
 
+    An earlier one has to have the `columns`; `notes` are kept in a new one's `_table.json`.
     Raises RunError when the folder holds another run, DataError when nothing is selected.
     """
     table = Table(data.output)
@@ -124,7 +131,7 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table
         "layout": index.layout(),
         **identity,
     }
-    if table.check_free(kind, identity):
+    if table.check_free(kind, identity, columns):
         return table
     # Rows that lie together are read together.
     order = np.lexsort((index.row, index.group, index.file))
@@ -140,7 +147,7 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any]) -> Table
     write_parquet(table.folder / PLAN, plan, row_group_size=data.rows_per_chunk)
     chunks = -(-len(index) // data.rows_per_chunk)
     files = [str(file) for file in index.files]
-    table.create(kind, identity, chunks, planned_rows=len(index), files=files)
+    table.create(kind, identity, chunks, planned_rows=len(index), files=files, **notes)
     return table
 
 

@@ -6,6 +6,7 @@ A table is a folder:
     _commits/000007.json       written after the part: rows, counts by status, the run that wrote it
     _table.json                what the table is: kind, identity (the settings that made it), chunks
     _plan/                     the input of each chunk, where a job has to remember it
+    _published.json            of a table that has to pass a check: written when it has
 
 A part without its commit is unfinished work of a killed job: the rerun writes it anew under the
 same name. So every chunk is in the table once, however often a job is killed. A later run of ingest
@@ -45,6 +46,7 @@ from pipelines.places import (
 from vlv_model.errors import DataError, RunError, VLVError
 
 TABLE_FILE = "_table.json"
+PUBLISHED_FILE = "_published.json"
 
 _READERS = 16  # threads that read small columns of parts
 
@@ -176,6 +178,19 @@ class Table:
             for first in range(0, len(chunks), 4 * _READERS):
                 yield from readers.map(read, chunks[first : first + 4 * _READERS])
 
+    def lacks(self) -> str | None:
+        """What keeps it from being read by other jobs, in words; None of a finished table."""
+        about, pending = self.describe(), self.pending()
+        if pending:
+            return f"is not finished ({len(pending)} of {about['chunks']} chunks are missing)"
+        if about.get("checked") and not is_file(self.folder / PUBLISHED_FILE):
+            return "is not published (its rows have not passed the gates of its job)"
+        return None
+
+    def publish(self, content: Mapping[str, Any]) -> None:
+        """Declare that a table with `checked` in its notes passed; `content` says how it stands."""
+        write_atomically(self.folder / PUBLISHED_FILE, json.dumps(dict(content), indent=1))
+
     # ------------------------------------------------------------------ the worker's side
 
     def part(self, chunk: int) -> Path:
@@ -238,11 +253,8 @@ def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
         return [where]
     table = Table(where)
     if table.exists:
-        if pending := table.pending():
-            raise DataError(
-                f"{setting}={path}: this table is not finished ({len(pending)} of "
-                f"{table.describe()['chunks']} chunks are missing): rerun the job that writes it"
-            )
+        if lacking := table.lacks():
+            raise DataError(f"{setting}={path}: this table {lacking}: rerun the job that writes it")
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:
         inside = len(where.parts)

@@ -32,5 +32,9 @@ class CheckpointError(VLVError):
     """A checkpoint is missing, damaged, or of another shape than the model."""
 
 
+class GateError(VLVError):
+    """What a job made is worse than its settings allow, and is not published."""
+
+
 class RunError(VLVError):
     """An output folder cannot be used: it holds another run, or a run that is still going."""

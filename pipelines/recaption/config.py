@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.config import InputPath
+from pipelines.recaption.gate import GateConfig
 from pipelines.runtime import RayConfig
 from pipelines.selection import ActorConfig, Selection
 from pipelines.training.model import ModelSettings
@@ -28,6 +29,7 @@ class RecaptionConfig(Config):
     data: Selection
     model: ModelSettings = ModelSettings()
     generate: GenerateConfig = GenerateConfig()
+    gate: GateConfig = GateConfig()
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()
 

@@ -15,6 +15,7 @@ import torch
 
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
+from pipelines.recaption.health import Health, health_of
 from pipelines.schemas import CAPTION_ROW, OK, status
 from pipelines.selection import squares
 from vlv_model.caption_tokens import GeneratedCaption
@@ -22,6 +23,8 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
+
+_HEALTH = ("num_words", "truncated", "empty", "repetition", "non_language")
 
 
 def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig) -> str:
@@ -73,9 +76,13 @@ class CaptionImages:
         statuses, errors = block["status"].to_pylist(), block["error"].to_pylist()
         usable = [row for row, value in enumerate(statuses) if value == OK]
         captions: list[GeneratedCaption | None] = [None] * len(statuses)
+        health: list[Health | None] = [None] * len(statuses)
         for outcome in self._caption(block.take(usable)):
             row = usable[outcome.position]
             captions[row] = outcome.caption
+            if outcome.caption is not None:
+                truncated = outcome.caption.finish_reason == "length"
+                health[row] = health_of(outcome.caption.text, truncated)
             if outcome.error:
                 statuses[row], errors[row] = status("caption", "failed"), outcome.error
         return pa.table(
@@ -85,6 +92,7 @@ class CaptionImages:
                 "caption": pa.array([c and c.text for c in captions], pa.string()),
                 "num_tokens": pa.array([c and c.num_tokens for c in captions], pa.int32()),
                 "finish_reason": pa.array([c and c.finish_reason for c in captions], pa.string()),
+                **{name: [h and getattr(h, name) for h in health] for name in _HEALTH},
                 "model": pa.array([self.fingerprint] * len(statuses), pa.string()),
                 "status": pa.array(statuses, pa.string()),
                 "error": pa.array(errors, pa.string()),

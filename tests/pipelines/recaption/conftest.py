@@ -1,0 +1,65 @@
+"""A captioner with a checkpoint, tables of captions that no model made, and jobs upon drawn scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.config import load
+from pipelines.recaption.config import RecaptionConfig
+from pipelines.recaption.health import health_of
+from pipelines.schemas import CAPTION_ROW
+from pipelines.storage import Table
+from tests.vlv_model.checkpoints import metadata, shift
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoint import save_checkpoint
+
+Settings = Callable[..., RecaptionConfig]
+
+
+@pytest.fixture(scope="session")
+def trained_captioner(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-2 checkpoint whose weights were moved in place of training."""
+    home = tmp_path_factory.mktemp("captioner")
+    stage1 = home / "stage1"
+    save_checkpoint(stage1, VLVAutoEncoder.from_pretrained(tiny_models), metadata(tiny_models))
+    captioner = VLVCaptioner.from_pretrained(stage1, for_training=True)
+    shift(captioner)
+    about = metadata(tiny_models, "stage2", parent=str(stage1))
+    return save_checkpoint(home / "stage2", captioner, about)
+
+
+@pytest.fixture
+def settings(trained_captioner: Path, pair_table: Path, tmp_path: Path) -> Settings:
+    """Settings of a cheap recaption of 21 scenes into `captions`; more come as key=value."""
+
+    def made(*more: str) -> RecaptionConfig:
+        some = [f"data.input={pair_table}", f"data.output={tmp_path / 'captions'}", "data.limit=21"]
+        some += [f"model.path={trained_captioner}", "generate.num_beams=1", "data.rows_per_chunk=8"]
+        some += ["generate.max_new_tokens=8", "actors.use_gpu=false", "actors.num_actors=1"]
+        return load(RecaptionConfig, None, [*some, *more])
+
+    return made
+
+
+def caption_table(folder: Path, chunks: Sequence[Sequence[str | None]]) -> Table:
+    """A finished caption table: a part for each chunk, None for a row whose image was broken."""
+    table = Table(folder)
+    table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True)
+    for number, captions in enumerate(chunks):
+        rows = []
+        for row, text in enumerate(captions):
+            told = {"key": number * 1000 + row, "model": "0123456789abcdef"}
+            if text is None:
+                rows.append({**told, "status": "decode:corrupt", "error": "broken"})
+                continue
+            cut = text.endswith("…")  # stands for a caption that ran to its limit
+            told |= {"caption": text, "num_tokens": len(text.split()), "status": "ok"}
+            told |= {"finish_reason": "length" if cut else "stop"}
+            rows.append({**told, **vars(health_of(text, cut))})
+        table.write(number, pa.Table.from_pylist(rows, CAPTION_ROW))
+    return table

@@ -1,0 +1,133 @@
+"""What is wrong with captions: by itself, over a table, and at the gate."""
+
+import re
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from pipelines.config import build
+from pipelines.recaption.dataset import recaption
+from pipelines.recaption.gate import GateConfig, check_gates
+from pipelines.recaption.health import health_of
+from pipelines.recaption.similar import SimilarCaptions, signature
+from pipelines.recaption.survey import survey
+from pipelines.storage import parquet_files, read_rows
+from tests.pipelines.recaption.conftest import caption_table
+from vlv_model.errors import ConfigError, DataError, GateError
+
+LONG = (
+    "A brown dog with a red collar lies on a grey couch beside a window. On the left side of the "
+    "picture stands a lamp, and on the left side of the lamp a plant in a blue pot."
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG,
+        "Ein großer, roter Kreis – links vom kleinen Quadrat (grün).",
+        "猫がソファの上で寝ています。窓の外には雪が降っている。",
+        "แมวนอนอยู่บนโซฟาสีเทาข้างหน้าต่างบานใหญ่ที่เปิดรับแสงแดดยามเช้า",
+        "Кот спит на диване.",
+        "A sign that reads “EXIT 24”.",
+    ],
+)
+def test_language_is_left_alone(text: str) -> None:
+    health = health_of(text, truncated=False)
+    assert not any((health.repeated, health.empty, health.non_language))
+    assert health.num_words >= 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["}{][ == ;; //", "a dog \ufffd\ufffd on a couch", "\x00\x01 dog", "a" * 60, "0 1 0 1 12 45 3"],
+)
+def test_what_is_no_language(text: str) -> None:
+    assert health_of(text, truncated=False).non_language
+
+
+def test_empty_is_not_non_language() -> None:
+    for text in ("", " \n", "..."):
+        assert health_of(text, truncated=False).empty
+    assert not health_of(" \n", truncated=False).non_language
+
+
+def test_repetition_is_the_share_of_words_said_before() -> None:
+    assert health_of("red " * 40, truncated=True).repetition > 0.9
+    looped = health_of("A dog on a couch. " * 4, truncated=False)
+    assert 0.7 <= looped.repetition < 1
+    assert looped.repeated
+    assert 0 < health_of(LONG, truncated=False).repetition < 0.2
+
+
+def test_one_changed_word_of_many_is_similar_and_another_scene_is_not() -> None:
+    other = LONG.replace("brown", "black")
+    agreeing = (signature(LONG) == signature(other)).mean()
+    assert agreeing > 0.8
+    assert (signature(LONG) == signature("A bowl of soup on a table.")).mean() < 0.2
+    assert (signature(LONG) == signature(LONG.upper().replace(".", " ;"))).all()
+
+
+def test_similar_captions_are_counted_once_and_the_first_is_not() -> None:
+    captions = ["one more of a kind", LONG, "one MORE of a kind", "alone", "one more of a kind"]
+    signatures = np.stack([signature(text) for text in captions])
+    similar = SimilarCaptions(len(captions))
+    similar.add(np.arange(2, 5), signatures[2:])
+    similar.add(np.arange(2), signatures[:2])
+    assert similar.count(5) == (2, [(3, 0)])
+    empty = SimilarCaptions(0)
+    assert empty.count(0) == (0, [])
+
+
+@pytest.mark.end_to_end
+def test_a_survey_counts_over_all_parts(ray_local: None, tmp_path: Path) -> None:
+    chunks = [
+        ["a red ball on the grass", "a cut one …", None, ""],
+        [],
+        ["A red ball, on the grass.", "no " * 20, "{{{ }}} ((("],
+    ]
+    found = survey(caption_table(tmp_path / "t", chunks))
+    assert (found.rows, found.captions, found.truncated, found.empty) == (7, 6, 1, 2)
+    assert (found.repeated, found.non_language, found.duplicates) == (1, 1, 1)
+    assert found.words == {0: 2, 3: 1, 6: 2, 20: 1}
+    assert found.commonest == [(2, "a red ball on the grass")]
+    (tmp_path / "t" / "part-000000.parquet").unlink()  # it is not looked at again
+    assert survey(caption_table(tmp_path / "t", chunks)) == found
+
+
+@pytest.mark.end_to_end
+def test_the_gate_says_what_is_too_much_and_how_to_see_it(ray_local: None, tmp_path: Path) -> None:
+    table = caption_table(tmp_path / "t", [["cut …", "cut here …", "a red ball", "", "a red ball"]])
+    found = survey(table)
+    check_gates(build(GateConfig, {"max_truncated": "40%", "max_empty": 0.2}), found, table)
+    for gate, shown in (("max_truncated", 2), ("max_empty", 1), ("max_duplicates", None)):
+        with pytest.raises(GateError, match=rf"gate\.{gate}=0\.01: 0\.[24] of") as error:
+            check_gates(build(GateConfig, {gate: "1%"}), found, table)
+        (query,) = re.findall(r"duckdb -c '([^']*)'", str(error.value))
+        rows = duckdb.sql(query).fetchall()
+        assert len(rows) == shown if shown else rows[0] == ("a red ball", 2)
+
+
+def test_a_share_is_a_share() -> None:
+    for wrong in ("2 percent", "200%", "x%", -1):
+        with pytest.raises(ConfigError, match="max_empty"):
+            build(GateConfig, {"max_empty": wrong})
+
+
+@pytest.mark.end_to_end
+def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> None:
+    """Until the gate is raised; nothing is captioned again for that."""
+    strict = settings("gate.max_truncated=1%")
+    with pytest.raises(GateError, match="max_truncated"):
+        recaption(strict)
+    output = strict.data.output
+    with pytest.raises(DataError, match="not published"):
+        parquet_files(output)
+    written = [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("part-*"))]
+    assert recaption(settings()) == {"ok": 21}
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("part-*"))] == written
+    rows = list(read_rows(parquet_files(output), ["num_words", "truncated", "finish_reason"]))
+    assert len(rows) == 21
+    assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)
