@@ -39,7 +39,7 @@ def main(
     A VLVError, also one that was raised on a worker and came back wrapped by Ray, ends as one
     line on standard error. Anything else is a fault of the program and keeps its traceback.
     """
-    usage = f"python jobs/{Path(sys.argv[0]).name}"
+    usage = f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
     if "" in aliases:
         usage += f" {aliases[''].upper()}"
     try:

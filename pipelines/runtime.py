@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from vlv_model.errors import RunError
 
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
+_ANSWER = 20.0  # seconds that a head is given to take a connection
 
 
 class RayConfig(Config):
@@ -82,6 +84,24 @@ def _quiet_ray_data() -> None:
             handler.setLevel(logging.WARNING)
 
 
+def _knock(address: str) -> None:
+    """Refuse a host:port where nobody listens, which Ray would try for two minutes and more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # 'auto', or what Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+    except (OSError, OverflowError) as error:  # the latter: a port that no port can be
+        raise _no_ray(address, str(error)) from None
+
+
+def _no_ray(address: str, reason: str) -> RunError:
+    return RunError(
+        f"no Ray answers at {address} ({' '.join(reason.split())[:160]}): start it (and give its "
+        "token, if it has one), or leave ray.address and RAY_ADDRESS out"
+    )
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to Ray for the duration of a job; a Ray that is already connected is shared."""
@@ -96,13 +116,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address := config.cluster:
+        _knock(address)
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RunError(
-                f"no Ray answers at {address} ({' '.join(str(error).split())[:160]}): start it, or "
-                "leave ray.address and RAY_ADDRESS out"
-            ) from None
+            raise _no_ray(address, str(error)) from None
     else:
         # The core worker logs a restartable actor's big arguments as an error on every start.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -1,0 +1,258 @@
+"""What the four jobs take in hours and dollars, from images, machines and prices.
+
+    python cluster/cost.py
+    python cluster/cost.py cloud=gcp recaption.images=3e8 recaption.machines=40
+    python cluster/cost.py machine.gpu='RTX 6000 Ada' machine.gpus=8 machine.price=8
+
+Machines and prices are those of cluster/sizes.yaml; `machine.*` puts another one in the place of the
+training group. Every rate is a setting, and says where its default comes from.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cluster.render import read_sizes
+from pipelines.config import ConfigError
+from pipelines.entry import main
+from vlv_model.config import Config
+
+# TFLOP that the published sizes need, multiplications and additions counted apart, as
+# pipelines/training/flops.py counts them (a test counts again): forward and backward of an image of
+# 384 pixels (768 in the vision tower), of it the VAE; the same of stage 2, and of each token of a caption.
+STAGE1, VAE = 3.829, 0.620
+STAGE2, STAGE2_TOKEN = 3.636, 0.01878
+PREFIX, TOKEN = 2.221, 0.00617  # forward alone: an image up to Qwen's first token; each token
+# Qwen2.5-3B in bfloat16, GB: its weights, and the keys and values of one position
+WEIGHTS, POSITION = 6.17, 36_864e-9
+QUERIES = 77
+
+
+class Ingest(Config):
+    urls: float = Field(6e6, gt=0, description="rows of the list that pass its filters")
+    alive: float = Field(
+        0.7, gt=0, le=1, description="share of URLs that still answer; LAION's decay every year"
+    )
+    images_per_second: float = Field(
+        30.0,
+        gt=0,
+        description="of a core: download, decode, resize to 512, JPEG; measured on loopback with "
+        "two cores (docs/log.md), where the network was no limit",
+    )
+    megabytes: float = Field(0.4, gt=0, description="of an image as it is downloaded")
+    gigabits: float = Field(10.0, gt=0, description="per second that a machine gets from the web")
+    machines: int = Field(8, ge=1, description="of the group for CPUs")
+
+
+class Train(Config):
+    stage1_images: float = Field(200_000 * 512, gt=0, description="steps x batch (the paper's)")
+    stage2_images: float = Field(100_000 * 64, gt=0, description="steps x batch (the paper's)")
+    caption_tokens: float = Field(150, ge=1, description="of a caption on average, without padding")
+    latents: bool = Field(False, description="stage 1 on latents that were made once")
+    mfu: float = Field(
+        0.45,
+        gt=0,
+        le=1,
+        description="model FLOP utilisation: our target, measured on no GPU yet; "
+        "benchmarks/training.py says what yours is",
+    )
+    lost: float = Field(
+        0.03, ge=0, lt=1, description="share of time for start-up, evaluation and repeated steps"
+    )
+
+
+class Recaption(Config):
+    images: float = Field(1e6, gt=0, description="that get a caption")
+    tokens: float = Field(150, ge=1, description="of a caption on average")
+    batch: int = Field(64, ge=1, description="sequences that a GPU decodes at a time (beams count)")
+    beams: int = Field(1, ge=1, description="generate.num_beams")
+    bandwidth_share: float = Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="of the GPU's memory bandwidth that decoding gets; an assumption",
+    )
+    machines: int = Field(8, ge=1, description="of the group for recaptioning")
+
+
+class Machine(Config):
+    gpu: str | None = Field(None, description="kind of GPU, of those in cluster/sizes.yaml")
+    gpus: int = Field(8, ge=1, description="of the machine")
+    price: float = Field(8.0, gt=0, description="USD an hour of the machine")
+
+
+class CostConfig(Config):
+    cloud: Literal["aws", "gcp"] = Field("aws", description="whose machines and prices")
+    ingest: Ingest = Ingest()
+    train: Train = Train()
+    recaption: Recaption = Recaption()
+    machine: Machine = Machine()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One job: what it works on, and what that takes."""
+
+    job: str
+    machines: str
+    images: float
+    per_second: float
+    usd_an_hour: float
+
+    @property
+    def hours(self) -> float:
+        return self.images / self.per_second / 3600
+
+    @property
+    def usd(self) -> float:
+        return self.hours * self.usd_an_hour
+
+    @property
+    def usd_per_million(self) -> float:
+        return self.usd / self.images * 1e6
+
+
+@dataclass(frozen=True)
+class Group:
+    """The machines of a group, and what one costs in USD an hour."""
+
+    name: str
+    gpu: dict[str, float]
+    gpus: int
+    cpus: int
+    price: float
+
+
+def estimate(config: CostConfig, sizes: dict[str, Any]) -> list[Line]:
+    """Ingest, both stages, recaption of the images asked for and of 1, 100 and 1,000 million."""
+    head = _price(sizes, sizes["head"][config.cloud], spot=False)
+    cpu, spot = (_group(sizes, name, config.cloud) for name in ("cpu", "gpu_spot"))
+    training = _training_group(config, sizes)
+
+    ingest = config.ingest
+    by_cores = ingest.images_per_second * cpu.cpus
+    by_network = ingest.gigabits * 1e3 / 8 / ingest.megabytes
+    lines = [
+        Line(
+            "ingest",
+            f"{ingest.machines} x {cpu.name}",
+            ingest.urls * ingest.alive,
+            min(by_cores, by_network) * ingest.machines,
+            cpu.price * ingest.machines + head,
+        )
+    ]
+    train = config.train
+    useful = training.gpu["tflops"] * training.gpus * train.mfu * (1 - train.lost)
+    for job, images, tflop in (
+        ("stage 1", train.stage1_images, STAGE1 - (VAE if train.latents else 0)),
+        ("stage 2", train.stage2_images, STAGE2 + STAGE2_TOKEN * train.caption_tokens),
+    ):
+        lines.append(Line(job, training.name, images, useful / tflop, training.price + head))
+    rate = captions_per_second(config.recaption, spot.gpu, train.mfu) * spot.gpus
+    for images in sorted({config.recaption.images, 1e6, 1e8, 1e9}):
+        machines = config.recaption.machines
+        lines.append(
+            Line(
+                f"recaption {images / 1e6:,.0f} M",
+                f"{machines} x {spot.name}",
+                images,
+                rate * machines,
+                spot.price * machines + head,
+            )
+        )
+    return lines
+
+
+def captions_per_second(recaption: Recaption, gpu: dict[str, float], mfu: float) -> float:
+    """Of one GPU: the image's part is bound by arithmetic, each token's by memory.
+
+    A decoding step reads all weights once for the batch, and the keys and values of each sequence.
+    """
+    useful = gpu["tflops"] * mfu
+    positions = QUERIES + recaption.tokens / 2
+    gigabytes = WEIGHTS + recaption.batch * positions * POSITION
+    step = max(
+        gigabytes / (gpu["gigabytes_per_second"] * recaption.bandwidth_share),
+        recaption.batch * TOKEN / useful,
+    )
+    images = recaption.batch / recaption.beams
+    return 1 / (PREFIX / useful + recaption.tokens * step / images)
+
+
+def _training_group(config: CostConfig, sizes: dict[str, Any]) -> Group:
+    given = config.machine
+    if given.gpu is None:
+        return _group(sizes, "gpu", config.cloud)
+    return Group(f"{given.gpus} x {given.gpu}", _gpu(sizes, given.gpu), given.gpus, 0, given.price)
+
+
+def _group(sizes: dict[str, Any], name: str, cloud: str) -> Group:
+    group = sizes["groups"][name]
+    machine, price = group[cloud], _price(sizes, group[cloud], group["spot"])
+    kind = sizes["prices"]["gpus"].get(machine)
+    gpu = _gpu(sizes, kind) if kind else {}
+    return Group(
+        f"{machine}{' (spot)' if group['spot'] else ''}", gpu, group["gpus"], group["cpus"], price
+    )
+
+
+def _gpu(sizes: dict[str, Any], kind: str) -> dict[str, float]:
+    kinds: dict[str, dict[str, float]] = sizes["gpu_kinds"]
+    if kind not in kinds:
+        raise ConfigError(
+            f"machine.gpu={kind}: expected one of {', '.join(kinds)} (gpu_kinds in cluster/sizes.yaml)"
+        )
+    return kinds[kind]
+
+
+def _price(sizes: dict[str, Any], machine: str, spot: bool) -> float:
+    prices = sizes["prices"]
+    if machine not in prices["usd_an_hour"]:
+        raise ConfigError(f"cluster/sizes.yaml has no price for {machine}: add it to prices")
+    price: float = prices["usd_an_hour"][machine]
+    return price * (prices["spot_share"] if spot else 1)
+
+
+def table(lines: list[Line]) -> str:
+    """The lines as text, in columns."""
+    head = ("job", "machines", "images", "images/s", "hours", "USD", "USD per million images")
+    rows = [head] + [
+        (
+            line.job,
+            line.machines,
+            f"{line.images / 1e6:,.1f} M",
+            f"{line.per_second:,.0f}",
+            f"{line.hours:,.1f}",
+            f"{line.usd:,.0f}",
+            f"{line.usd_per_million:,.2f}",
+        )
+        for line in lines
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i < 2 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def show(config: CostConfig) -> None:
+    print(table(estimate(config, read_sizes())))
+    print(
+        "\nPrices: cluster/sizes.yaml, put in by hand. MFU and decoding's share of the bandwidth are "
+        "assumptions until a run on your GPUs has said them (docs/cluster.md)."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(CostConfig, show, __doc__ or ""))
