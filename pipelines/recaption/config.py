@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from pipelines.config import InputPath
 from pipelines.recaption.gate import GateConfig
+from pipelines.recaption.postprocess import reference
 from pipelines.runtime import RayConfig
 from pipelines.selection import ActorConfig, Selection
 from pipelines.training.model import ModelSettings
@@ -21,6 +22,25 @@ class GenerateConfig(Config):
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
     batch_size: int = Field(64, ge=1, description="images that are captioned at once")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic")
+    postprocess: Literal["none", "reference"] = Field(
+        "none",
+        description="reference: of a model that never learned to stop; cut the caption after its last "
+        "full stop and drop sentences that were said before",
+    )
+
+    def finished(self, text: str) -> str:
+        """The caption that is handed out for what was decoded."""
+        return reference(text) if self.postprocess == "reference" else text
+
+    def decides(self) -> dict[str, Any]:
+        """What captions follow from. Of an option that is not in use nothing is said, so that a
+        version with more options gives the same captions the same fingerprint.
+
+        Not the batch size: beyond rounding, which a device or a library's version changes as well,
+        no caption depends on what else is decoded beside it.
+        """
+        unused = {"postprocess"} if self.postprocess == "none" else set()
+        return self.model_dump(exclude={"batch_size", *unused})
 
 
 class RecaptionConfig(Config):

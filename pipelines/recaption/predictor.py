@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: Gen
         "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
         "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
-        # Not the batch size: beyond rounding, which a device or a library's version changes as
-        # well, no caption depends on what else is decoded beside it.
-        "generate": generate.model_dump(exclude={"batch_size"}),
+        "generate": generate.decides(),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -69,6 +68,7 @@ class CaptionImages:
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.engine = Engine(open_captioner(model, checkpoint, generate, self.device), generate)
+        self.finished = generate.finished
         self.image_size = model.image_size
         self.fingerprint = fingerprint
 
@@ -79,10 +79,9 @@ class CaptionImages:
         health: list[Health | None] = [None] * len(statuses)
         for outcome in self._caption(block.take(usable)):
             row = usable[outcome.position]
-            captions[row] = outcome.caption
-            if outcome.caption is not None:
-                truncated = outcome.caption.finish_reason == "length"
-                health[row] = health_of(outcome.caption.text, truncated)
+            if (caption := outcome.caption) is not None:
+                captions[row] = caption = replace(caption, text=self.finished(caption.text))
+                health[row] = health_of(caption.text, caption.finish_reason == "length")
             if outcome.error:
                 statuses[row], errors[row] = status("caption", "failed"), outcome.error
         return pa.table(

@@ -43,4 +43,4 @@ def caption_file(config: CaptionConfig) -> str:
     (caption,) = captioner.generate(
         pixel_values, config.generate.num_beams, config.generate.max_new_tokens
     )
-    return caption.text
+    return config.generate.finished(caption.text)

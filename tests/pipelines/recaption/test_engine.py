@@ -72,6 +72,7 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     break_model(captioner, monkeypatch, images[1])
     step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
     step.engine, step.image_size, step.fingerprint = Engine(captioner, GENERATE), 64, "f"
+    step.finished = GENERATE.finished
     block = pa.table(
         {
             "chunk": [5, 5, 5],

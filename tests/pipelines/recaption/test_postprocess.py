@@ -1,0 +1,41 @@
+"""Captions that never stop, made readable."""
+
+import pytest
+
+from pipelines.recaption.config import GenerateConfig
+from pipelines.recaption.dataset import recaption
+from pipelines.recaption.postprocess import reference
+from pipelines.storage import parquet_files, read_rows
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("A dog. It sleeps. And the", "A dog. It sleeps."),
+        ("A dog.", "A dog."),
+        ("a dog without any", "a dog without any"),
+        ("", ""),
+        ("A cat. A dog. a  CAT. A dog. A bird.", "A cat. A dog. A bird."),
+        ("It is 3.5 metres long. It has 2.5", "It is 3.5 metres long."),
+        ('A sign says "Stop." Nobody stops.\nNobody stops', 'A sign says "Stop." Nobody stops.'),
+        ("猫がいる。犬がいる。猫がいる。鳥が", "猫がいる。 犬がいる。"),
+    ],
+)
+def test_reference_cuts_and_drops(raw: str, clean: str) -> None:
+    assert reference(raw) == clean
+    assert reference(clean) == clean
+
+
+def test_it_is_another_caption_of_another_fingerprint() -> None:
+    plain, cleaned = GenerateConfig(), GenerateConfig(postprocess="reference")
+    assert plain.finished("A dog. A d") == "A dog. A d"
+    assert plain.decides() != cleaned.decides()
+    assert plain.decides() == GenerateConfig(batch_size=3).decides()
+
+
+@pytest.mark.end_to_end
+def test_a_truncated_caption_that_was_cleaned_counts_as_truncated(ray_local, settings) -> None:
+    config = settings("generate.postprocess=reference", "generate.max_new_tokens=1", "data.limit=5")
+    assert recaption(config) == {"ok": 5}
+    rows = list(read_rows(parquet_files(config.data.output), ["truncated", "num_tokens"]))
+    assert rows == [{"truncated": True, "num_tokens": 1}] * 5
