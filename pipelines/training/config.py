@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -65,7 +65,11 @@ class TrainConfig(Config):
         "global batch is accumulated; default: all of the worker's rows, and what it was at first "
         "where a run is continued",
     )
-    num_workers: int = Field(1, ge=1, description="workers (one per GPU)")
+    num_workers: int | tuple[int, int] = Field(
+        1,
+        description="workers (one per GPU); [least, most]: as many as the cluster has, and fewer "
+        "rather than none where machines are lost",
+    )
     use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs reserved for each worker")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
@@ -88,6 +92,11 @@ class TrainConfig(Config):
         "float32", description="arithmetic; bfloat16 keeps float32 master weights"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(
+        False,
+        description="AdamW's moments and float32 master weights in the CPUs' memory, where they are "
+        "updated; needs ZeRO",
+    )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"
     )
@@ -95,11 +104,25 @@ class TrainConfig(Config):
     eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    max_failures: int = Field(10, ge=0, description="lost workers after which the job gives up")
+    max_failures: int = Field(
+        10,
+        ge=0,
+        description="lost workers after which the job gives up; machines that were called back "
+        "with a notice do not count",
+    )
     prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
     )
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, value: Any) -> Any:
+        pair = value if isinstance(value, list | tuple) else [value, value]
+        numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+        if len(pair) != 2 or not numbers or not 1 <= pair[0] <= pair[1]:
+            raise ValueError(f"expected an integer >= 1, or [least, most], got {value}")
+        return value
 
     @field_validator("betas")
     @classmethod
@@ -115,12 +138,14 @@ class TrainConfig(Config):
                 f"train.global_batch_size={self.global_batch_size} must be a multiple of "
                 f"micro_batch_size={self.rows_at_once}"
             )
-        if self.micro_batches < self.num_workers:
+        if self.micro_batches < self.most_workers:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} has {self.micro_batches} "
-                f"micro-batches of {self.rows_at_once} rows for num_workers={self.num_workers}: "
+                f"micro-batches of {self.rows_at_once} rows for num_workers={self.most_workers}: "
                 "each worker needs one"
             )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3")
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"train.warmup_steps={self.warmup_steps} must be less than steps={self.steps}"
@@ -128,8 +153,16 @@ class TrainConfig(Config):
         return self
 
     @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
     def rows_at_once(self) -> int:
-        return self.micro_batch_size or max(1, self.global_batch_size // self.num_workers)
+        return self.micro_batch_size or max(1, self.global_batch_size // self.most_workers)
 
     @property
     def micro_batches(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipelines.images import RowIndex, RowReader
 from pipelines.training import checkpointing
@@ -21,6 +22,7 @@ from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest,
 from pipelines.training.engine import clip_gradients, start_engine
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
+from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
 from vlv_model.checkpoint import CheckpointMetadata
@@ -46,7 +48,8 @@ class Trainer:
     """Runs `train.steps` updates of a stage, evaluates, and saves; one instance per worker.
 
     `emit` takes a dictionary for each thing that the driver shows (rank 0 only).
-    `metadata(step)` is what a checkpoint says about itself.
+    `called_back` tells, on all ranks alike, the machines that will soon be gone: their notice is
+    answered with a checkpoint. `metadata(step)` is what a checkpoint says about itself.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Trainer:
         holdout: RowIndex,
         worker: Worker,
         emit: Callable[[dict[str, Any]], None],
+        called_back: Callable[[], set[str]],
         metadata: Callable[[int], CheckpointMetadata],
         run_dir: Path,
     ) -> None:
@@ -67,7 +71,10 @@ class Trainer:
         self.holdout = RowReader(holdout, stage.columns)
         self.worker = worker
         self.emit = emit
+        self.called_back = called_back
+        self.leaving: set[str] = set()
         self.log = MetricsLog(run_dir)
+        self.saver = Saver()
         self.metadata = metadata
         self.run_dir = run_dir
         self.step = 0
@@ -115,9 +122,14 @@ class Trainer:
             last = self.step == train.steps
             if self.step % train.eval_every == 0 or last:
                 self.evaluate()
-            if self.step % train.checkpoint_every == 0 or last:
+            leaving = self.called_back()
+            if self.step % train.checkpoint_every == 0 or last or leaving - self.leaving:
                 self.save()
+            if leaving - self.leaving:
+                self.saver.wait()  # there may be no next step
+            self.leaving |= leaving
             waiting = time.perf_counter()
+        self.saver.wait()
 
     def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float]:
         """One optimiser update; returns the global batch's loss and the gradient's norm.
@@ -177,16 +189,22 @@ class Trainer:
         self._tell({**event, "columns_read": self.rows.columns_read})
 
     def save(self) -> None:
-        """Gather weights and optimiser from all workers, and write them into the run folder."""
+        """Gather weights and optimiser from all workers; they are written while training goes on."""
+        self.saver.wait()  # so that there is one copy in memory, not two
         writes = self.worker.world_rank == 0
         weights = gather_weights(self.engine, keep=writes)
         moments = gather_moments(self.engine, keep=writes)
         if writes:
-            self.log.sync()
-            about = self.metadata(self.step)
-            keep = self.train_config.keep_checkpoints
-            checkpointing.save(self.run_dir, self.stage.model, about, weights, moments, keep)
-        self._tell({"event": "checkpoint", "step": self.step})
+            self.saver.submit(partial(self._write, self.metadata(self.step), weights, moments))
+
+    def _write(
+        self, about: CheckpointMetadata, weights: dict[str, Tensor], moments: dict[str, Tensor]
+    ) -> None:
+        """In the saver's thread: it reads shapes of the model, and no weight."""
+        self.log.sync()
+        keep = self.train_config.keep_checkpoints
+        checkpointing.save(self.run_dir, self.stage.model, about, weights, moments, keep)
+        self._tell({"event": "checkpoint", "step": about.step})
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.worker.world_rank == 0:

@@ -31,7 +31,8 @@ RESULT = "result.json"
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch",
-        "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage")  # fmt: skip
+        "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
+        "train.offload_optimizer")  # fmt: skip
 
 
 def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config | Stage2Config:

@@ -84,18 +84,22 @@ def _fit(
     parent: Path | None,
     files: list[str],
 ) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     train = config.train
-    needed = {"CPU": train.num_workers * train.cpus_per_worker}
-    needed |= {"GPU": train.num_workers} if train.use_gpu else {}
+    least = train.least_workers
+    needed = {"CPU": least * train.cpus_per_worker} | ({"GPU": least} if train.use_gpu else {})
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
-    events = Queue(actor_options={"num_cpus": 0})
-    refusals = Queue(actor_options={"num_cpus": 0})
+    # On the driver's machine, as Ray Train's controller: any other may go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    beside = {"num_cpus": 0, "scheduling_strategy": here}
+    events, refusals = Queue(actor_options=beside), Queue(actor_options=beside)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -110,6 +114,8 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
+            # A restart costs the steps since the last checkpoint: not for every machine that comes.
+            elastic_resize_monitor_interval_s=300,
             resources_per_worker={
                 "CPU": train.cpus_per_worker,
                 **({"GPU": 1} if train.use_gpu else {}),
@@ -168,13 +174,27 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    run_worker(loop, worker, loop["events"].put)
+    run_worker(loop, worker, loop["events"].put, _machines_called_back)
+
+
+def _machines_called_back() -> set[str]:
+    """Nodes of this training that will soon be gone (spot notices); the same set on all ranks."""
+    import ray.train
+
+    notice = ray.train.get_preemption_info()
+    return set(notice.preempted_node_ids) if notice else set()
 
 
 def run_worker(
-    loop: Mapping[str, Any], worker: Worker, emit: Callable[[dict[str, Any]], None]
+    loop: Mapping[str, Any],
+    worker: Worker,
+    emit: Callable[[dict[str, Any]], None],
+    called_back: Callable[[], set[str]],
 ) -> None:
-    """Train on one of the processes of a process group that stands already."""
+    """Train on one of the processes of a process group that stands already.
+
+    `emit` and `called_back` are the Trainer's.
+    """
     from pipelines.training.loop import Trainer
     from pipelines.training.stages import stage1, stage2
     from vlv_model.checkpoint import CheckpointMetadata
@@ -210,6 +230,7 @@ def run_worker(
         holdout,
         worker,
         emit=emit,
+        called_back=called_back,
         metadata=metadata,
         run_dir=Path(config.run_dir),
     )

@@ -18,6 +18,26 @@ def test_batches_must_divide() -> None:
     assert [config.accumulation(workers) for workers in (1, 2, 3, 4, 8)] == [8, 4, 3, 2, 1]
 
 
+def test_workers_are_one_number_or_two() -> None:
+    config = TrainConfig(global_batch_size=64, num_workers=(2, 8))
+    assert (config.least_workers, config.most_workers, config.rows_at_once) == (2, 8, 8)
+    for wrong in (0, True, "two", [3, 2], [0, 2], [1, 2, 3], [1.5, 2]):
+        with pytest.raises(ValueError, match=r"expected an integer >= 1, or \[least, most\], got"):
+            TrainConfig(num_workers=wrong)
+    settings = ["run_dir=/r", "data.input=/i", "train.num_workers=[4, 2]"]
+    with pytest.raises(ConfigError, match=r"^train.num_workers: expected an integer .* \[4, 2\]$"):
+        load(Stage2Config, None, settings)
+    settings[-1] = "train.num_workers=[2,4]"
+    assert load(Stage2Config, None, settings).train.num_workers == (2, 4)
+
+
+def test_offload_needs_zero() -> None:
+    with pytest.raises(ValueError, match="offload_optimizer needs"):
+        TrainConfig(zero_stage=0, offload_optimizer=True)
+    told = deepspeed_config(TrainConfig(zero_stage=3, offload_optimizer=True), world_size=1)
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
 def test_a_batch_that_does_not_divide_is_one_line() -> None:
     settings = ["run_dir=/r", "data.input=/i", "train.num_workers=3"]
     with pytest.raises(ConfigError, match=r"^train: train.global_batch_size=64 must be a multiple"):

@@ -71,7 +71,7 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
     runs = Runs(tmp_path_factory.mktemp("worlds"), pair_table, tiny_models)
     segment, checkpoint = runs.segment, runs.checkpoint
     begun, begun_low = checkpoint("unbroken", BEGUN), checkpoint("low", BEGUN)
-    low = ["train.precision=bfloat16"]
+    low, offload = ["train.precision=bfloat16"], ["train.offload_optimizer=true"]
     two = [
         segment("unbroken", "train.zero_stage=2"),
         segment("again", "train.zero_stage=2", after=begun),
@@ -83,9 +83,9 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
     ]
     run_world(2, two, runs.folder)
     one = [
-        segment("one", "train.zero_stage=1", after=begun),
+        segment("one", "train.zero_stage=1", *offload, after=begun),
         segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
-        segment("one-3", "train.zero_stage=3", after=checkpoint("zero-0", BETWEEN)),
+        segment("one-3", "train.zero_stage=3", *offload, after=checkpoint("zero-0", BETWEEN)),
     ]
     run_world(1, one, runs.folder)
     back = segment("two-one-two", "train.zero_stage=3", after=checkpoint("one", BETWEEN))

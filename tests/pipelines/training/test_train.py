@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +174,25 @@ def test_a_killed_worker_changes_no_loss(
     assert steps_of(run_dir, "keys") == steps_of(unbroken, "keys")
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
+
+
+def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
+    unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
+) -> None:
+    """Its notice is answered with a checkpoint, and the other machine goes on alone from there."""
+    run_dir = tmp_path / "called-back"
+    config = ["data.input", pair_table, "model.path", tiny_models, "run_dir", run_dir]
+    given = [f"{name}={value}" for name, value in zip(config[::2], config[1::2], strict=True)]
+    given += [*COMMON, f"train.steps={STEPS}", "train.num_workers=[1,2]", "train.eval_every=6"]
+    command = [sys.executable, "-m", "tests.pipelines.training.lost_node", *given]
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    step = int(ended.stdout.splitlines()[-1])
+    assert 1 <= step < STEPS  # no other was due before the end
+    assert steps_of(run_dir, "step") == steps_of(unbroken, "step")
+    assert steps_of(run_dir, "keys") == steps_of(unbroken, "keys")
+    assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
 def test_a_killed_job_continues_from_the_last_whole_checkpoint(

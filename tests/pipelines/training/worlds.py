@@ -67,7 +67,7 @@ def main(rank: int, world_size: int, port: int, file: str) -> None:
         torch.distributed.barrier()
         worker = Worker(rank, world_size, torch.device("cpu"))
         try:
-            run_worker(segment["loop"], worker, emit=lambda event: None)
+            run_worker(segment["loop"], worker, emit=lambda event: None, called_back=set)
         except VLVError as error:
             (run_dir / f"error-{rank}.txt").write_text(str(error))
 
