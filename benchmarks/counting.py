@@ -67,6 +67,7 @@ def _by(rows: pa.Table, column: str) -> list[dict[str, Any]]:
 def committed(table: Path) -> tuple[pa.Table, list[str]]:
     """The rows of all committed parts, and what is not as the commits tell."""
     about = json.loads((table / "_table.json").read_text())
+    folder = table / about.get("parts", "")
     parts, damaged = [], []
     told = {}
     for file in sorted((table / "_commits").glob("*.json")):
@@ -75,11 +76,11 @@ def committed(table: Path) -> tuple[pa.Table, list[str]]:
     if missing := set(range(about["chunks"])) - set(told):
         damaged.append(f"{len(missing)} chunks are not committed")
     for chunk, commit in sorted(told.items()):
-        part = pq.read_table(table / f"part-{chunk:06d}.parquet")
+        part = pq.read_table(folder / f"part-{chunk:06d}.parquet")
         if dict(Counter(part["status"].to_pylist())) != commit["statuses"]:
             damaged.append(f"part {chunk} has other statuses than its commit")
         parts.append(part)
-    if len(list(table.glob("*.parquet"))) != len(parts):
+    if len(list(folder.glob("*.parquet"))) != len(parts):
         damaged.append("there are parts without a commit")
     return pa.concat_tables(parts), damaged
 
@@ -87,7 +88,7 @@ def committed(table: Path) -> tuple[pa.Table, list[str]]:
 def look(table: Path) -> str | None:
     """What a reader that takes every part it sees finds wrong at this moment; None: nothing."""
     keys: Counter[int] = Counter()
-    for part in sorted(table.glob("*.parquet")):
+    for part in sorted([*table.glob("*.parquet"), *table.glob("data/*.parquet")]):
         try:
             keys.update(pq.read_table(part)["key"].to_pylist())
         except (pa.ArrowException, OSError) as error:

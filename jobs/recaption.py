@@ -19,4 +19,4 @@ def run(config: RecaptionConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(RecaptionConfig, run, __doc__))
+    sys.exit(main(RecaptionConfig, run, __doc__, {"--format": "format"}))

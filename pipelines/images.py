@@ -197,17 +197,18 @@ class RowReader:
             found.append(str(group[column][int(self.index.row[position])].as_py()))
         return found
 
-    def square(self, position: int, image_size: int) -> torch.Tensor:
+    def square(self, position: int, image_size: int, content: bytes | None = None) -> torch.Tensor:
         """The row's image, upright and in sRGB, as uint8 `[3 image_size image_size]`.
 
-        Raises UndecodableImage if it is none.
+        `content` are its bytes, where they were read already. Raises UndecodableImage if it is none.
         """
         from PIL import Image
 
         from pipelines.colour import upright_srgb
         from vlv_model.preprocessing import square_image
 
-        content, key = self.row(position)["image"], self.index.keys[position]
+        key = self.index.keys[position]
+        content = content or self.row(position)["image"]
         if not content:
             raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:

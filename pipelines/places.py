@@ -17,10 +17,11 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +99,7 @@ def make_folder(folder: Path, setting: str) -> None:
 def remove_file(file: Path) -> None:
     """Delete a file, if it is there."""
     if is_file(file):
-        file.unlink()
+        patiently(file.unlink, file)
 
 
 def remove_folder(folder: Path) -> None:
@@ -216,6 +217,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # of a full disk it would hold the rest
+        raise
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file from pieces that memory need not hold together, whole or not at all."""
+    if is_url(path):
+        remote: Any = path
+        with tempfile.TemporaryDirectory(prefix="vlv-file-") as folder:
+            local = Path(folder, "whole")
+            write_pieces(local, pieces)
+            patiently(lambda: remote.fs.put_file(str(local), remote.path), path)
+        return
+    temporary = _beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 

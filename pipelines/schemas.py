@@ -71,6 +71,7 @@ PAIR_ROW = IMAGE_ROW.append(pa.field("caption", pa.string()))
 CAPTION_ROW = pa.schema(
     [
         ("key", pa.int64()),
+        ("name", pa.string()),
         ("caption", pa.string()),
         ("num_tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -85,7 +86,11 @@ CAPTION_ROW = pa.schema(
     ]
 )
 """Output of recaption. `model` is the fingerprint of checkpoint and settings; `num_words` to
-`non_language` are the caption's health (pipelines.recaption.health)."""
+`non_language` are the caption's health (pipelines.recaption.health); `name` is that of the image's
+file, or its URL."""
+
+JOINED_ROW = CAPTION_ROW.append(pa.field("image", IMAGE_STRUCT))
+"""Output of recaption with `join=true`: the image as it was read, null where it could not be."""
 
 RECONSTRUCTION_ROW = pa.schema(
     [

@@ -27,7 +27,7 @@ from vlv_model.config import Config
 from vlv_model.errors import DataError
 
 PLAN = "_plan/rows.parquet"
-_ROW_GROUP = 256  # rows, of tables without photographs
+ROW_GROUP = 256  # rows, of tables without photographs
 # What Ray counts for an actor on a CPU, and for a task that decodes or writes beside it.
 _ACTOR_CPUS, _TASK_CPUS = 0.5, 0.25
 
@@ -155,10 +155,12 @@ class ReadImages:
     """First step of a chunk: its rows' keys and decoded squares.
 
     Takes a block of one row (`chunk`), gives `chunk`, `key`, `name` (of a file, or a URL), `pixels`
-    (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`.
+    (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`; and where images are
+    kept `image`, its bytes as they were read, null where they are no image.
     """
 
-    def __init__(self, table: Table, image_size: int) -> None:
+    def __init__(self, table: Table, image_size: int, keep_images: bool = False) -> None:
+        self.keep_images = keep_images
         self.folder = table.folder
         self.files = [place(file) for file in table.describe()["files"]]
         self.image_size = image_size
@@ -173,14 +175,18 @@ class ReadImages:
         pixels: list[bytes | None] = []
         statuses: list[str] = []
         errors: list[str | None] = []
+        kept: list[bytes | None] = []
         for position in range(plan.num_rows):
             try:
-                square = reader.square(position, self.image_size)
+                content = reader.row(position)["image"]
+                square = reader.square(position, self.image_size, content)
                 pixels.append(square.numpy().tobytes())
+                kept.append(content if self.keep_images else None)
                 statuses.append(OK)
                 errors.append(None)
             except UndecodableImage as error:
                 pixels.append(None)
+                kept.append(None)
                 statuses.append(status("decode", error.kind))
                 errors.append(str(error)[:200])
         return pa.table(
@@ -189,6 +195,7 @@ class ReadImages:
                 "key": plan["key"],
                 "name": pa.array(names, pa.string()),
                 "pixels": pa.array(pixels, pa.binary()),
+                **({"image": pa.array(kept, pa.binary())} if self.keep_images else {}),
                 "status": pa.array(statuses, pa.string()),
                 "error": pa.array(errors, pa.string()),
             }
@@ -209,13 +216,14 @@ def run_actors(
     actors: ActorConfig,
     config: RayConfig,
     title: str,
-    row_group: int = _ROW_GROUP,
+    row_group: int = ROW_GROUP,
+    keep_images: bool = False,
 ) -> None:
     """Pass what `table` still lacks through a pool of actors of the class `step`.
 
     Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
-    model; a chunk is committed as soon as it is through, in row groups of `row_group` rows. A
-    finished table needs no Ray.
+    model, with their bytes where `keep_images`; a chunk is committed as soon as it is through, in
+    row groups of `row_group` rows. A finished table needs no Ray.
     """
     import ray.data
 
@@ -233,7 +241,7 @@ def run_actors(
         check_resources(config, needed, f"actors.num_actors={count}")
 
         def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
-            read = ReadImages(table, image_size)
+            read = ReadImages(table, image_size, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **blocks)
             pool = ray.data.ActorPoolStrategy(size=count)
             return decoded.map_batches(

@@ -3,6 +3,7 @@
 A table is a folder:
 
     part-000007.parquet        one part for each chunk of the plan; its name depends on nothing else
+                               (in data/, where the table has a card)
     _commits/000007.json       written after the part: rows, counts by status, the run that wrote it
     _table.json                what the table is: kind, identity (the settings that made it), chunks
     _plan/                     the input of each chunk, where a job has to remember it
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +137,14 @@ class Table:
             )
 
     def create(self, kind: str, identity: Mapping[str, Any], chunks: int, **notes: Any) -> None:
-        """Declare the table. Done last in planning, so a table that exists has its whole plan."""
-        (self.folder / "_commits").mkdir(parents=True, exist_ok=True)
+        """Declare the table. Done last in planning, so a table that exists has its whole plan.
+
+        `parts` in the notes names a folder for them: `data` of tables with a README.md, as on the
+        hub, since Arrow takes every file of a folder for a part whose name has no underscore.
+        """
+        self.__dict__.pop("parts", None)
+        for name in ("_commits", notes.get("parts", "")):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         content = {"kind": kind, "identity": dict(identity), "chunks": chunks, **notes}
         write_atomically(self.folder / TABLE_FILE, json.dumps(content, indent=2))
 
@@ -194,7 +202,12 @@ class Table:
     # ------------------------------------------------------------------ the worker's side
 
     def part(self, chunk: int) -> Path:
-        return self.folder / f"part-{chunk:06d}.parquet"
+        return self.parts / f"part-{chunk:06d}.parquet"
+
+    @cached_property
+    def parts(self) -> Path:
+        """The folder of the parts."""
+        return self.folder / (self.describe().get("parts", "") if self.exists else "")
 
     def write(self, chunk: int, rows: pa.Table, run: int = 1, **options: Any) -> Commit:
         """Write a chunk's part and then its commit. Doing it twice gives the same table.

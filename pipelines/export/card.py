@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipelines.markdown import card, table
 from vlv_model.config import ModelConfig
 from vlv_model.sources import part_source
 
@@ -52,7 +51,6 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
         "base_model": sorted(source for source in sources if not Path(source).is_absolute()),
     }
     blocks = [
-        "---\n" + yaml.safe_dump({k: v for k, v in header.items() if v}, sort_keys=False) + "---",
         f"# {name}",
         _WHAT[stage].format(queries=model.num_queries)
         + " Vision-Language-Vision auto-encoder (arXiv 2507.07104), "
@@ -62,7 +60,7 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
         "```\n" + _COMMAND[stage].format(name=name) + "\n```",
         "## Base models",
         "Their licences apply besides this model's own.",
-        _table(
+        table(
             ("part", "from", "fingerprint before"),
             [(p, e["source"], e["fingerprint"][:19]) for p, e in origin["base_models"].items()],
         ),
@@ -71,7 +69,7 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
         f"`checkpoint.json` has the whole: settings, fingerprints of the parts in this folder, and "
         f"digests of the weights that it was made of ({origin['made_of']['precision']} here).",
     ]
-    return "\n\n".join(blocks) + "\n"
+    return card(header, blocks)
 
 
 def _training(origin: Mapping[str, Any]) -> list[str]:
@@ -87,7 +85,7 @@ def _training(origin: Mapping[str, Any]) -> list[str]:
         if any(value is not None for value in values):
             rows.append((key, ["–" if value is None else str(value) for value in values]))
     head = ("", *(t["stage"] for t in trainings))
-    blocks = [_table(head, [(label, *values) for label, values in rows])]
+    blocks = [table(head, [(label, *values) for label, values in rows])]
     run = origin["run"]
     if run.get("rows"):
         training, heldout = run["rows"]
@@ -97,8 +95,3 @@ def _training(origin: Mapping[str, Any]) -> list[str]:
         ends = [f"{losses[s]:.4f} at step {int(s):,}" for s in dict.fromkeys((steps[0], steps[-1]))]
         blocks.append(f"Held-out loss: {', '.join(ends)}.")
     return blocks
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

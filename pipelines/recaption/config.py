@@ -52,6 +52,14 @@ class RecaptionConfig(Config):
     gate: GateConfig = GateConfig()
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()
+    format: Literal["parquet", "json"] = Field(
+        "parquet",
+        description='json: beside the table also captions.json, one object of {"file name": "caption"}',
+    )
+    join: bool = Field(False, description="put each image into its caption's row")
+    license: str = Field(
+        "other", min_length=1, description="licence of the dataset card, as the hub names it"
+    )
 
 
 class CaptionConfig(Config):

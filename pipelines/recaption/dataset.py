@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
-from pipelines.places import exclusive, remove_file
+from pipelines.places import exclusive, is_file, remove_file
+from pipelines.recaption.card import FILE as CARD_FILE
+from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
+from pipelines.recaption.json_file import FILE as JSON_FILE
+from pipelines.recaption.json_file import write_json
 from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import Survey, survey
 from pipelines.runtime import ray_session
-from pipelines.schemas import CAPTION_ROW
-from pipelines.selection import open_table, run_actors
-from pipelines.storage import PUBLISHED_FILE, Table
+from pipelines.schemas import CAPTION_ROW, JOINED_ROW
+from pipelines.selection import ROW_GROUP, open_table, run_actors
+from pipelines.storage import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table
 
 
 def recaption(config: RecaptionConfig) -> dict[str, int]:
@@ -26,28 +30,34 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
 
     model, checkpoint = config.model.resolve()
     fingerprint = model_fingerprint(model, checkpoint, config.generate)
-    identity = {"model": fingerprint}
-    table = open_table("caption", config.data, identity, CAPTION_ROW.names, checked=True)
+    identity = {"model": fingerprint, "join": config.join or None}
+    columns = (JOINED_ROW if config.join else CAPTION_ROW).names
+    table = open_table("caption", config.data, identity, columns, checked=True, parts="data")
     if table.pending():
-        for name in (PUBLISHED_FILE, HEALTH_FILE):  # of other rows
+        for name in (PUBLISHED_FILE, HEALTH_FILE, CARD_FILE, JSON_FILE):  # of other rows
             remove_file(table.folder / name)
     if Survey.read(table) is None:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
         with ray_session(config.ray):  # one for both
             run_actors(
                 table, model.image_size, CaptionImages, arguments, config.actors, config.ray,
-                "recaption",
+                "recaption", IMAGE_ROW_GROUP if config.join else ROW_GROUP, config.join,
             )  # fmt: skip
             with exclusive(table.folder, "data.output"):
                 survey(table)
-    publish(table, config)
+    assert checkpoint is not None
+    publish(table, config, model_notes(model, checkpoint, fingerprint))
     return table.counts()
 
 
-def publish(table: Table, config: RecaptionConfig) -> None:
-    """Hold a table with a survey against the gates, and let other jobs read it."""
+def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> None:
+    """Hold a table with a survey against the gates, write its card, and let other jobs read it."""
     found = Survey.read(table)
     assert found is not None
     check_gates(config.gate, found, table)
-    if table.lacks():
-        table.publish({"time": time.time(), "gate": config.gate.model_dump()})
+    about = config.model_dump(include={"gate", "generate", "join", "license"})
+    with exclusive(table.folder, "data.output"):
+        if config.format == "json" and not is_file(table.folder / JSON_FILE):
+            write_json(table)
+        table.publish({"model": model, **about})
+        write_card(table)

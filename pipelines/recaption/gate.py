@@ -58,7 +58,7 @@ def check_gates(gate: GateConfig, found: Survey, table: Table) -> None:
         most, many = getattr(gate, f"max_{name}"), getattr(found, name)
         if most is None or many <= most * found.captions:
             continue
-        parts = f"{table.folder}/part-*.parquet"
+        parts = f"{table.parts}/*.parquet"
         look = f'select key, caption from "{parts}" where {condition} limit 20'
         if condition is None:
             look = f'select caption, count(*) from "{parts}" group by 1 order by 2 desc limit 20'

@@ -17,7 +17,7 @@ import torch
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
 from pipelines.recaption.health import Health, health_of
-from pipelines.schemas import CAPTION_ROW, OK, status
+from pipelines.schemas import CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.selection import squares
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
@@ -84,10 +84,18 @@ class CaptionImages:
                 health[row] = health_of(caption.text, caption.finish_reason == "length")
             if outcome.error:
                 statuses[row], errors[row] = status("caption", "failed"), outcome.error
+        schema, images = CAPTION_ROW, {}
+        if "image" in block.column_names:
+            schema = with_image_feature(JOINED_ROW)
+            pairs = zip(block["name"].to_pylist(), block["image"].to_pylist(), strict=True)
+            # Of an image without a caption, too.
+            images["image"] = [image and {"bytes": image, "path": name} for name, image in pairs]
         return pa.table(
             {
                 "chunk": block["chunk"],
                 "key": block["key"],
+                "name": block["name"],
+                **images,
                 "caption": pa.array([c and c.text for c in captions], pa.string()),
                 "num_tokens": pa.array([c and c.num_tokens for c in captions], pa.int32()),
                 "finish_reason": pa.array([c and c.finish_reason for c in captions], pa.string()),
@@ -96,7 +104,7 @@ class CaptionImages:
                 "status": pa.array(statuses, pa.string()),
                 "error": pa.array(errors, pa.string()),
             },
-            schema=pa.schema([("chunk", pa.int64()), *CAPTION_ROW]),
+            schema=schema.insert(0, pa.field("chunk", pa.int64())),
         )
 
     def _caption(self, rows: pa.Table) -> Iterator[Outcome]:

@@ -46,14 +46,19 @@ def settings(trained_captioner: Path, pair_table: Path, tmp_path: Path) -> Setti
     return made
 
 
-def caption_table(folder: Path, chunks: Sequence[Sequence[str | None]]) -> Table:
+def caption_table(
+    folder: Path,
+    chunks: Sequence[Sequence[str | None]],
+    names: Sequence[Sequence[str]] | None = None,
+) -> Table:
     """A finished caption table: a part for each chunk, None for a row whose image was broken."""
     table = Table(folder)
-    table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True)
+    table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True, parts="data")
     for number, captions in enumerate(chunks):
         rows = []
         for row, text in enumerate(captions):
             told = {"key": number * 1000 + row, "model": "0123456789abcdef"}
+            told["name"] = names[number][row] if names else f"{number}/{row}.jpg"
             if text is None:
                 rows.append({**told, "status": "decode:corrupt", "error": "broken"})
                 continue

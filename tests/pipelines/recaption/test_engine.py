@@ -77,6 +77,7 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
         {
             "chunk": [5, 5, 5],
             "key": [10, 11, 12],
+            "name": ["a", "b", "c"],
             "pixels": [images[0].numpy().tobytes(), None, images[1].numpy().tobytes()],
             "status": ["ok", "decode:corrupt", "ok"],
             "error": pa.array([None, "no image", None], pa.string()),

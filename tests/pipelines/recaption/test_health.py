@@ -93,7 +93,7 @@ def test_a_survey_counts_over_all_parts(ray_local: None, tmp_path: Path) -> None
     assert (found.repeated, found.non_language, found.duplicates) == (1, 1, 1)
     assert found.words == {0: 2, 3: 1, 6: 2, 20: 1}
     assert found.commonest == [(2, "a red ball on the grass")]
-    (tmp_path / "t" / "part-000000.parquet").unlink()  # it is not looked at again
+    (tmp_path / "t" / "data" / "part-000000.parquet").unlink()  # it is not looked at again
     assert survey(caption_table(tmp_path / "t", chunks)) == found
 
 
@@ -125,9 +125,9 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> N
     output = strict.data.output
     with pytest.raises(DataError, match="not published"):
         parquet_files(output)
-    written = [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("part-*"))]
+    written = [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("data/*"))]
     assert recaption(settings()) == {"ok": 21}
-    assert [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("part-*"))] == written
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("data/*"))] == written
     rows = list(read_rows(parquet_files(output), ["num_words", "truncated", "finish_reason"]))
     assert len(rows) == 21
     assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)

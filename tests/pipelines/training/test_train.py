@@ -296,7 +296,7 @@ def test_recaption_and_reconstruct_give_one_row_per_image(
     )
     assert len({row["model"] for row in rows}) == 1
     # Lost work is done again, finished work is not.
-    parts = sorted(captions.glob("part-*.parquet"))
+    parts = sorted(captions.glob("data/part-*.parquet"))
     written = {part: part.stat().st_mtime_ns for part in parts[1:]}
     (captions / "_commits/000000.json").unlink()
     assert recaption(config) == counts

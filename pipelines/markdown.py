@@ -1,0 +1,25 @@
+"""Cards as the hub reads them: Markdown with a YAML header."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+
+def card(header: Mapping[str, Any], blocks: Iterable[str]) -> str:
+    """The whole file; what is empty in the header is left out of it."""
+    given = {name: value for name, value in header.items() if value}
+    dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    return "\n\n".join([f"---\n{dumped}---", *blocks]) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; whatever stands in a cell stays in it."""
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

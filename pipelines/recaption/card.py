@@ -1,0 +1,184 @@
+"""The dataset card of a caption table: `README.md`, from what the table itself knows.
+
+`_published.json` has the model and the settings, `_health.json` the counts; so a takedown writes the
+card anew without the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.markdown import card, table
+from pipelines.places import is_file, open_parquet, remove_file, write_atomically
+from pipelines.recaption.health import REPEATED
+from pipelines.recaption.json_file import FILE as JSON_FILE
+from pipelines.recaption.survey import FILE as HEALTH_FILE
+from pipelines.recaption.survey import Survey
+from pipelines.schemas import OK
+from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
+from vlv_model.checkpoint import read_checkpoint
+from vlv_model.config import ModelConfig
+from vlv_model.sources import part_source
+
+FILE = "README.md"
+_SAMPLES = 8
+_SHOWN = 300  # characters of a sample
+# The hub's names of sizes, by their upper ends.
+_SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"),
+          (1e7, "1M<n<10M"), (1e8, "10M<n<100M"), (1e9, "100M<n<1B")]  # fmt: skip
+_COLUMNS = {
+    "key": "the image, as in the table that it comes from",
+    "name": "its file name or URL",
+    "caption": "null where the status is not ok",
+    "num_tokens": "tokens of the decoded caption, without the end-of-text",
+    "finish_reason": "`stop`: the model ended it; `length`: it was cut",
+    "num_words": "words",
+    "truncated": "whether decoding was cut",
+    "empty": "whether there is no word in it",
+    "repetition": "share of its words in four words in a row that it said before",
+    "non_language": "whether it is mostly no letters",
+    "model": "fingerprint of the weights and of all settings that decide a caption",
+    "status": "`ok`, or why there is no caption",
+    "error": "the same in words",
+    "image": "the image as it was captioned from, with its name as path",
+}
+
+
+def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[str, Any]:
+    """What a card says of the model: no path of the machine that it lay on."""
+    info = read_checkpoint(checkpoint)
+    sources = {part: part_source(model, part)[0] for part in info.base_models}
+    return {
+        "fingerprint": fingerprint,
+        "weights": info.sha256,
+        "step": info.step,
+        "image_size": model.image_size,
+        "base_models": {
+            part: [None if Path(source).is_absolute() else source, info.base_models[part]]
+            for part, source in sources.items()
+        },
+    }
+
+
+def write_card(output: Table) -> None:
+    """Write the card of a published table anew."""
+    if is_file(output.folder / PUBLISHED_FILE):
+        about = read_json_object(output.folder / PUBLISHED_FILE)
+        write_atomically(output.folder / FILE, caption_card(output, about))
+
+
+def forget(output: Table) -> None:
+    """Take away what tells of rows beside a table that lost some; its card is written anew."""
+    for name in (HEALTH_FILE, JSON_FILE, FILE):
+        remove_file(output.folder / name)
+    write_card(output)
+
+
+def caption_card(output: Table, about: Mapping[str, Any]) -> str:
+    """The card's text; `about` is what `_published.json` says."""
+    counts, model = output.counts(), about["model"]
+    rows = sum(counts.values())
+    sources = {source for source, _ in model["base_models"].values() if source}
+    header = {
+        "license": about["license"],
+        "pretty_name": output.folder.name,
+        "task_categories": ["image-to-text"],
+        "tags": ["vlv", "arxiv:2507.07104", "synthetic"],
+        "size_categories": [next((name for end, name in _SIZES if rows < end), "n>1T")],
+        "base_model": sorted(sources),
+        # Nothing else in the folder is data, whatever its suffix.
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": "data/*.parquet"}],
+            }
+        ],
+    }
+    joined = ", each with its image" if about["join"] else ""
+    blocks = [
+        f"# {output.folder.name}",
+        f"{counts.get(OK, 0):,} captions of {rows:,} images{joined}, written by a model "
+        "(Vision-Language-Vision auto-encoder, arXiv 2507.07104) and read by nobody: what is known "
+        "of them stands under Health.",
+        f"""```python
+from datasets import load_dataset
+
+captions = load_dataset("{output.folder.name}", split="train")
+```""",
+        f"""```python
+import pandas as pd
+
+captions = pd.read_parquet("{output.folder.name}/data")
+```""",
+        f"""```sql
+select name, caption from '{output.folder.name}/data/*.parquet' where status = 'ok'  -- DuckDB
+```""",
+        "## Rows by status",
+        table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
+        "## Health",
+        *_health(output),
+        "## Model",
+        table(
+            ("part", "from", "fingerprint"),
+            [
+                ("captioner", f"step {model['step']:,}", f"sha256:{model['weights'][:12]}"),
+                *((p, s or "a folder", f[:19]) for p, (s, f) in model["base_models"].items()),
+            ],
+        ),
+        f"`model` in every row is `{model['fingerprint']}`.",
+        "## Settings",
+        table(("setting", "value"), [("image_size", model["image_size"]), *_settings(about)]),
+        "## Columns",
+        table(("column", "meaning"), _columns(about["join"])),
+        "## Samples",
+        table(("name", "caption"), list(_samples(output))),
+    ]
+    return card(header, blocks)
+
+
+def _settings(about: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for name, value in about["generate"].items():
+        yield f"generate.{name}", "none" if value is None else value
+    for name, value in about["gate"].items():
+        if value is not None:
+            yield f"gate.{name}", f"{value:g}"
+
+
+def _columns(join: bool) -> list[tuple[str, str]]:
+    return [(f"`{n}`", meaning) for n, meaning in _COLUMNS.items() if join or n != "image"]
+
+
+def _health(output: Table) -> Iterator[str]:
+    if (found := Survey.read(output)) is None:
+        yield "Not looked at since rows were taken out."
+        return
+    told = {
+        "truncated at the length limit": found.truncated,
+        "empty": found.empty,
+        f"repeating {REPEATED:.0%} of themselves and more": found.repeated,
+        "non-language": found.non_language,
+        "similar to the caption of an earlier image": found.duplicates,
+    }
+    whole = max(found.captions, 1)
+    yield table(
+        ("captions that are", "rows", "share"),
+        [(what, f"{n:,}", f"{n / whole:.2%}") for what, n in told.items()],
+    )
+
+
+def _samples(output: Table) -> Iterator[tuple[str, str]]:
+    """Captions from parts that lie evenly over the table."""
+    commits = [commit for commit in output.commits() if commit.statuses.get(OK)]
+    places = np.linspace(0, len(commits) - 1, min(_SAMPLES, len(commits))).astype(int)
+    for number, place in enumerate(places.tolist()):
+        with open_parquet(output.part(commits[place].chunk)) as parquet:
+            rows = parquet.read(columns=["name", "caption", "status"]).to_pylist()
+        good = [row for row in rows if row["status"] == OK]
+        share = -(-_SAMPLES // len(places)) if number == 0 else _SAMPLES // len(places)
+        for row in good[: max(share, 1)]:
+            text = row["caption"]
+            yield row["name"], text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,0 +1,113 @@
+"""What lies beside a finished caption table, and whether readers that are not ours open it."""
+
+import json
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.recaption.dataset import recaption
+from pipelines.recaption.json_file import write_json
+from pipelines.storage import Table
+from pipelines.takedown import TakedownConfig, take_down
+from tests.pipelines.recaption.conftest import caption_table
+from vlv_model.errors import RunError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three files, two of one name, and one that is no image."""
+    folder = tmp_path / "pictures"
+    for number, name in enumerate(["a.png", "one/a.png", "one/b.jpg"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 255, (70, 90, 3), np.uint8)
+        Image.fromarray(noise).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.mark.end_to_end
+def test_readers_that_are_not_ours(ray_local, settings, pictures: Path) -> None:
+    import datasets
+
+    config = settings(f"data.input={pictures}", "join=true", "format=json", "license=cc-by-4.0")
+    assert recaption(config) == {"ok": 3, "decode:corrupt": 1}
+    folder = Path(config.data.output)
+
+    opened = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "hf"))
+    by_name = {row["name"]: row for row in opened}
+    assert set(by_name) == {"a.png", "one/a.png", "one/b.jpg", "broken.png"}
+    with Image.open(pictures / "one/a.png") as original:
+        assert np.array_equal(np.asarray(by_name["one/a.png"]["image"]), np.asarray(original))
+    assert by_name["broken.png"]["image"] is None
+    assert by_name["broken.png"]["caption"] is None
+
+    frame = pd.read_parquet(folder / "data")
+    told = duckdb.sql(f"select name, caption from '{folder}/data/*.parquet' where status = 'ok'")
+    assert dict(told.fetchall()) == {
+        row["name"]: row["caption"] for row in opened if row["status"] == "ok"
+    }
+    assert sorted(frame["name"]) == sorted(by_name)
+    content = frame.set_index("name").loc["one/b.jpg", "image"]["bytes"]
+    assert content == (pictures / "one/b.jpg").read_bytes()
+
+    said = json.loads((folder / "captions.json").read_text())
+    assert said == {
+        name: by_name[name]["caption"] for name in ("a.png", "one/a.png")
+    } | {"b.jpg": by_name["one/b.jpg"]["caption"]}  # fmt: skip
+
+    text = (folder / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["license"] == "cc-by-4.0"
+    assert header["size_categories"] == ["n<1K"]
+    for words in ("3 captions of 4 images", "| decode:corrupt | 1 |", "generate.num_beams | 1"):
+        assert words in text
+    assert frame["model"][0] in text
+    assert str(folder.parent) not in text
+
+    with pytest.raises(RunError, match="join: True there, None here"):
+        recaption(settings(f"data.input={pictures}"))
+    again = settings(f"data.input={pictures}", "join=true", "license=mit")  # nothing but the card
+    assert recaption(again) == {"ok": 3, "decode:corrupt": 1}
+    assert "license: mit" in (folder / "README.md").read_text()
+
+
+def test_names_that_several_images_have_are_told_apart(tmp_path: Path) -> None:
+    names = [["x/a.png", "y/a.png", "same"], ["http://h/p/b.jpg?q=1", "same", "a.png", "c"]]
+    chunks = [["one", "two", "three"], ["four", 'fi"ve\n', "six", None]]
+    table = caption_table(tmp_path / "t", chunks, names)
+    write_json(table)
+    assert json.loads((table.folder / "captions.json").read_text()) == {
+        "x/a.png": "one", "y/a.png": "two", "same#2": "three", "b.jpg?q=1": "four",
+        "same#1001": 'fi"ve\n', "a.png": "six",
+    }  # fmt: skip
+    write_json(caption_table(tmp_path / "none", [[None]]))
+    assert json.loads((tmp_path / "none/captions.json").read_text()) == {}
+
+
+def test_a_streamed_file_reaches_a_store(bucket: str) -> None:
+    table = caption_table(Table(f"{bucket}/t").folder, [["a", "b"]])
+    write_json(table)
+    assert json.loads((table.folder / "captions.json").read_text()) == {"0.jpg": "a", "1.jpg": "b"}
+
+
+@pytest.mark.end_to_end
+def test_what_is_taken_down_is_told_nowhere(ray_local, settings, pair_table, tmp_path) -> None:
+    config = settings("format=json")
+    recaption(config)
+    captions, images = Table(config.data.output), Table(tmp_path / "images")
+    images.create("image", {}, 0)
+    gone = pd.read_parquet(captions.parts).iloc[0]
+    take = TakedownConfig(
+        table=str(images.folder), keys=(int(gone["key"]),), derived=(str(captions.folder),)
+    )
+    assert take_down(take)[str(captions.folder)] == 1
+    for file in captions.folder.rglob("*"):
+        if file.is_file() and "_plan" not in file.parts:
+            content = file.read_bytes()
+            assert str(gone["name"]).encode() not in content, file
+    assert "20 captions of 20 images" in (captions.folder / "README.md").read_text()
