@@ -46,8 +46,9 @@ def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config |
     size = config.train.rows_at_once
     if (run_dir / "run.json").is_file():
         size = read_json_object(run_dir / "run.json").get("train.micro_batch_size") or size
-    values = dump(config)
-    values["train"]["micro_batch_size"] = size
+    # Only what was given: a setting of `model` that is given wins over the folder's.
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values.setdefault("train", {})["micro_batch_size"] = size
     return build(type(config), values)
 
 
