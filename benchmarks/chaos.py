@@ -1,19 +1,21 @@
-"""Injects faults into real jobs and counts what their tables have lost or have twice.
+"""Injects faults into real jobs and counts what their tables or runs have lost or have twice.
 
     python benchmarks/chaos.py runs/chaos --job ingest --kills 50 --seed 1
     python benchmarks/chaos.py runs/chaos --job ingest --faults disk --kills 5
     python benchmarks/chaos.py runs/chaos --job recaption --kills 20 --seed 2
+    python benchmarks/chaos.py runs/chaos --job stage1 --kills 30
 
 After each fault the same command is run again, until it ends right. Then a reader that has nothing
-of our code counts the table against the input and against that of a run that nothing disturbed. Faults (`--faults`):
+of our code counts the table against the input and against that of a run that nothing disturbed; of a
+training, it compares the losses and the rows of every step (`--rows` are steps there). Faults (`--faults`):
 
-    driver group worker decoder head   SIGKILL: see benchmarks/faults.py
+    driver group worker rank decoder head   SIGKILL: see benchmarks/faults.py
     disk                               the table's file system is full
     store                              the table is in an S3 server, which fails or hangs for a while
     node                               a machine of a cluster of three goes, and another one comes
 
-Prints a table and, as the last line, JSON. Exit status 1 if a row is lost, doubled or another, or
-if the job did not end right.
+Prints a table and, as the last line, JSON. Exit status 1 if a row (or step) is lost, doubled or another,
+or if the job did not end right.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.chaos_jobs import JOBS, Job, environment
 from benchmarks.chaos_places import PLACES, Place
-from benchmarks.counting import Count, count
+from benchmarks.chaos_training import training
 from benchmarks.faults import ENDING, KILLS, REPO, Attempt, own_namespace, until
 
 PATIENCE = 180.0  # seconds without a commit after which a job counts as hung
@@ -187,7 +190,7 @@ class Chaos:
 
 def unbroken(job: Job, folder: Path) -> tuple[Place, float]:
     """The table of a run that nothing disturbs, and the seconds to its first commit."""
-    place, began = Place(folder / "unbroken"), 0.0
+    place, began = job.place(folder / "unbroken"), 0.0
     for command in [*job.before(place.table), job.command(place.table)]:
         began = time.time()
         attempt = Attempt(command, folder / "unbroken.txt", environment(folder))
@@ -197,7 +200,7 @@ def unbroken(job: Job, folder: Path) -> tuple[Place, float]:
     return place, first / 1e9 - began
 
 
-def tell(chaos: Chaos, counted: Count) -> dict[str, Any]:
+def tell(chaos: Chaos, counted: Any) -> dict[str, Any]:
     """Print the table; returns the figures of the last line."""
     print(
         f"{'fault':<10}{'injected':>9}{'went on':>9}{'seconds to recover: median':>28}{'most':>8}"
@@ -219,12 +222,7 @@ def tell(chaos: Chaos, counted: Count) -> dict[str, Any]:
     return {
         "faults": len(chaos.injected),
         "attempts": len(chaos.attempts),
-        "rows": counted.rows,
-        "rows_lost": counted.lost,
-        "rows_doubled": counted.doubled,
-        "rows_differing": counted.differing + counted.strange,
-        "damaged_parts": len(counted.damaged),
-        "files_left_behind": counted.left_behind,
+        **counted.figures(),
         "seconds_to_recover": round(statistics.median(seconds), 1) if seconds else None,
         "problems": len(chaos.problems) + len(chaos.unclear),
     }
@@ -242,31 +240,31 @@ def temporary_ray() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    stages = {name: partial(training, name) for name in ("stage1", "stage2")}
+    jobs = {**JOBS, **stages}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where inputs, tables and logs are kept")
-    parser.add_argument("--job", choices=sorted(JOBS), default="ingest")
+    parser.add_argument("--job", choices=sorted(jobs), default="ingest")
     parser.add_argument("--kills", type=int, default=10, help="faults in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--rows", type=int, help="rows of the input; default: 400, and 40 for each fault"
+        "--rows",
+        type=int,
+        help="rows of the input; default: 400, and 40 for each fault; of a training: steps, 40 and 15",
     )
     parser.add_argument(
         "--faults", default="", help="sorts of faults, which take turns; default: all that kill"
     )
     given = parser.parse_args(arguments)
-    kinds = given.faults.split(",") if given.faults else list(KILLS)
-    if given.job == "recaption" and not given.faults:
-        kinds.remove("decoder")
+    kinds = given.faults.split(",") if given.faults else []
     if unknown := set(kinds) - {*KILLS, *PLACES}:
         parser.error(f"--faults {min(unknown)}: expected some of {', '.join([*KILLS, *PLACES])}")
     where = [kind for kind in kinds if kind in PLACES]
     if "disk" in where:
         own_namespace()
     rng = random.Random(given.seed)
-    faults = [kinds[i % len(kinds)] for i in range(given.kills)]
-    rng.shuffle(faults)
     folder = given.folder.absolute() / f"{given.job}-{'-'.join(where) or 'kills'}-{given.seed}"
     for name in ("unbroken", "table", "tmp", "log.txt"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -274,16 +272,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(temporary_ray())
-        job = JOBS[given.job](folder, given.rows or 400 + 40 * given.kills)
+        least, each = (40, 15) if given.job in stages else (400, 40)
+        job = jobs[given.job](folder, given.rows or least + each * given.kills)
+        kinds = kinds or list(job.faults)
+        faults = [kinds[i % len(kinds)] for i in range(given.kills)]
+        rng.shuffle(faults)
         whole, seconds = unbroken(job, folder)
-        place = stack.enter_context(PLACES[where[0] if where else "folder"](folder))
+        place = job.place(folder / "table")
+        if where:
+            place = stack.enter_context(PLACES[where[0]](folder))
         for command in job.before(place.table):
             env = {**environment(folder), **place.environment}
             subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True)
         chaos = Chaos(job, place, folder, rng)
         chaos.start_seconds = seconds
         chaos.run(faults)
-        counted = count(place.local(), whole.folder, job.column, job.expected)
+        counted = job.compare(place.local(), whole.folder, job)
     told = {"benchmark": "chaos", "job": given.job, "seed": given.seed, **tell(chaos, counted)}
     print(json.dumps(told))
     return 0 if counted.is_right and not chaos.problems and not chaos.unclear else 1

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.chaos_places import Place
+from benchmarks.counting import Count, count
 from benchmarks.faults import REPO, in_thread
 from benchmarks.web import Site, write_photos
 from pipelines.schemas import IMAGE_ROW
@@ -24,17 +26,25 @@ from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 COMMON = ("ray.num_cpus=2", "ray.object_store_gb=0.3")
 
 
+def count_table(table: Path, unbroken: Path, job: Job) -> Count:
+    """Hold a finished table against the input and against an unbroken run."""
+    return count(table, unbroken, job.column, job.expected)
+
+
 @dataclass(frozen=True)
 class Job:
-    """A job to be disturbed: `command(place)` writes its table there."""
+    """A job to be disturbed: `command(place)` writes its table, or its run, there."""
 
     command: Callable[[str], list[str]]
     before: Callable[[str], list[list[str]]]  # commands that make the table it goes on from
-    column: str  # that names a row of the input
-    expected: Sequence[Any]  # its values
+    expected: Sequence[Any]  # the rows of the input, by `column`; the steps of a run
     span: float  # longest time between a commit and a fault, in seconds
+    column: str = "key"  # that names a row of the input
     pace: Callable[[float], None] = field(default=lambda rate: None)
     """Tells its input how many rows a second it may give; 0: as many as it can."""
+    place: Callable[[Path], Place] = Place
+    compare: Callable[[Path, Path, Job], Any] = count_table
+    faults: Sequence[str] = ("driver", "group", "worker", "head")  # that take turns by default
 
 
 def ingest(folder: Path, rows: int, again: bool = False) -> Job:
@@ -48,8 +58,8 @@ def ingest(folder: Path, rows: int, again: bool = False) -> Job:
     urls = [f"http://127.0.0.1:{port}/{number}.jpg" for number in range(rows)]
     scores = np.random.default_rng(0).uniform(4, 8, rows).round(3)
     lists = {"half": rows // 2, "whole": rows}
-    for name, count in lists.items():
-        columns = {"URL": urls[:count], "aesthetic": scores[:count]}
+    for name, length in lists.items():
+        columns = {"URL": urls[:length], "aesthetic": scores[:length]}
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
     def command(name: str, place: str, *more: str) -> list[str]:
@@ -66,6 +76,7 @@ def ingest(folder: Path, rows: int, again: bool = False) -> Job:
         command=lambda place: command("whole", place, *(more if again else ())),
         before=lambda place: [command("half", place)] if again else [],
         column="url",
+        faults=("driver", "group", "worker", "decoder", "head"),
         # A rerun keeps what the first list had and marks it; of new rows it fetches what passes.
         expected=[
             url for i, url in enumerate(urls) if not again or i < lists["half"] or scores[i] >= 5
@@ -78,15 +89,7 @@ def ingest(folder: Path, rows: int, again: bool = False) -> Job:
 def recaption(folder: Path, rows: int) -> Job:
     """Captions of drawn scenes by a captioner of few steps: what it says does not matter here."""
     images, model = folder / "images.parquet", folder / "stage2"
-    drawn = []
-    for number, scene in enumerate(scenes.sample(1, rows)):
-        buffer = io.BytesIO()
-        scenes.draw(scene, number).save(buffer, "PNG")
-        image = {"bytes": buffer.getvalue(), "path": None}
-        about = {"caption": scenes.caption(scene), "status": "ok"}
-        drawn.append({"key": number * 7919, "url": f"http://x/{number}", "image": image, **about})
-    schema = IMAGE_ROW.append(pa.field("caption", pa.string()))
-    pq.write_table(pa.Table.from_pylist(drawn, schema), images, row_group_size=16)
+    keys = drawn_pairs(images, rows)
     if not (model / "result.json").exists():
         command = [sys.executable, "jobs/stage2.py", f"data.input={images}", f"run_dir={model}"]
         command += [f"model.path={FOLDER / STAGE1}", "train.steps=40", "train.num_workers=1"]
@@ -100,7 +103,21 @@ def recaption(folder: Path, rows: int) -> Job:
         made += ["data.rows_per_chunk=4", "actors.use_gpu=false", *COMMON]
         return made
 
-    return Job(caption, lambda place: [], "key", [row["key"] for row in drawn], span=8.0)
+    return Job(caption, lambda place: [], keys, span=8.0)
+
+
+def drawn_pairs(file: Path, rows: int) -> list[int]:
+    """Write scenes and their captions into a Parquet file of our layout; returns the keys."""
+    drawn = []
+    for number, scene in enumerate(scenes.sample(1, rows)):
+        buffer = io.BytesIO()
+        scenes.draw(scene, number).save(buffer, "PNG")
+        image = {"bytes": buffer.getvalue(), "path": None}
+        about = {"caption": scenes.caption(scene), "status": "ok"}
+        drawn.append({"key": number * 7919, "url": f"http://x/{number}", "image": image, **about})
+    schema = IMAGE_ROW.append(pa.field("caption", pa.string()))
+    pq.write_table(pa.Table.from_pylist(drawn, schema), file, row_group_size=16)
+    return [row["key"] for row in drawn]
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -47,11 +47,6 @@ class Place:
         raise NotImplementedError
 
 
-@contextmanager
-def plain(folder: Path) -> Iterator[Place]:
-    yield Place(folder / "table")
-
-
 class SmallDisk(Place):
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
         ballast = fill(self.folder.parent)
@@ -160,7 +155,6 @@ def node(folder: Path) -> Iterator[Place]:
 
 
 PLACES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
-    "folder": plain,
     "disk": disk,
     "store": store,
     "node": node,

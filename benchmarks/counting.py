@@ -34,6 +34,17 @@ class Count:
         wrong = self.lost + self.doubled + self.strange + self.differing + self.left_behind
         return not wrong and not self.damaged
 
+    def figures(self) -> dict[str, Any]:
+        """What goes into the last line of a benchmark."""
+        return {
+            "rows": self.rows,
+            "rows_lost": self.lost,
+            "rows_doubled": self.doubled,
+            "rows_differing": self.differing + self.strange,
+            "damaged_parts": len(self.damaged),
+            "files_left_behind": self.left_behind,
+        }
+
 
 def count(table: Path, unbroken: Path, column: str, expected: Iterable[Any]) -> Count:
     """Hold a finished table against its input's values of `column` and against an unbroken run."""

@@ -19,9 +19,9 @@ import psutil
 
 REPO = Path(__file__).parents[1]
 
-KILLS = ("driver", "group", "worker", "decoder", "head")
-"""Whom SIGKILL hits: the driver; it and all that it started; one of Ray's workers or actors; a
-decoder's child process; Ray's raylet or GCS."""
+KILLS = ("driver", "group", "worker", "rank", "decoder", "head")
+"""Whom SIGKILL hits: the driver; it and all that it started; one of Ray's workers or actors; one of a
+training's ranks; a decoder's child process; Ray's raylet or GCS."""
 ENDING = ("driver", "group", "head")  # after these the job is gone and has to be started again
 
 
@@ -63,6 +63,7 @@ class Attempt:
         family = self.family()
         sorts: dict[str, Callable[[str], bool]] = {
             "worker": lambda line: line.startswith("ray::"),
+            "rank": lambda line: line.startswith("ray::") and "RayTrainWorker" in line,
             "decoder": lambda line: "pipelines.ingest.isolation" in line,
             "head": lambda line: "raylet/raylet " in line or "gcs/gcs_server " in line,
         }

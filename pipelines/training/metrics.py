@@ -68,15 +68,17 @@ class MetricsLog:
         """Take back what was told behind `step`, from which the training goes on; at 0 all."""
         kept = [e for e in read_metrics(self.path.parent) if e["step"] <= step and step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
+        # Held open: a rank of a killed job that does not know yet goes on with the file of before.
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def append(self, event: dict[str, Any]) -> None:
-        with self._lock, open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        with self._lock:
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Have the disk keep it: called before a checkpoint says that these steps are done."""
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        os.fsync(self._file.fileno())
 
 
 class MetricsSink:

@@ -96,9 +96,11 @@ def _fit(
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
-    # On the driver's machine, as Ray Train's controller: any other may go.
+    # On the driver's machine, as Ray Train's controller: any other may go. What a queue that was
+    # killed held is lost, which nobody has to know.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    beside = {"num_cpus": 0, "scheduling_strategy": here}
+    beside = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
+    beside |= {"max_task_retries": -1}
     events, refusals = Queue(actor_options=beside), Queue(actor_options=beside)
     trainer = TorchTrainer(
         _worker,
