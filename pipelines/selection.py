@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +19,11 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipelines.config import InputPlace, OutputPlace
+from pipelines.deaths import FOLDER as DEATHS
+from pipelines.deaths import Deaths, Survivor
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
 from pipelines.listing import list_images
-from pipelines.places import exclusive, open_parquet, place, write_parquet
+from pipelines.places import exclusive, open_parquet, place, remove_folder, write_parquet
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files
@@ -172,34 +176,47 @@ class ReadImages:
         arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
         reader = RowReader(RowIndex(self.files, *arrays.values()), named=True)
         names = reader.names()
-        pixels: list[bytes | None] = []
-        statuses: list[str] = []
-        errors: list[str | None] = []
-        kept: list[bytes | None] = []
-        for position in range(plan.num_rows):
-            try:
-                content = reader.row(position)["image"]
-                square = reader.square(position, self.image_size, content)
-                pixels.append(square.numpy().tobytes())
-                kept.append(content if self.keep_images else None)
-                statuses.append(OK)
-                errors.append(None)
-            except UndecodableImage as error:
-                pixels.append(None)
-                kept.append(None)
-                statuses.append(status("decode", error.kind))
-                errors.append(str(error)[:200])
+        read: dict[int, _Read] = {}
+        deaths = Deaths(self.folder / DEATHS / f"read-{chunk:06d}.json")
+        for position in deaths.order(plan.num_rows):
+            if deaths.is_deadly(position):
+                why = f"the process died {deaths.alone[position]} times while it read this image"
+                read[position] = _Read(status("decode", "crashed"), why)
+                continue
+            with deaths.working_on(position) if deaths.is_careful else nullcontext():
+                read[position] = self._read(reader, position)
+        deaths.end()
+        rows = [read[position] for position in range(plan.num_rows)]
+        images = {"image": pa.array([row.image for row in rows], pa.binary())}
         return pa.table(
             {
                 "chunk": pa.array([chunk] * plan.num_rows, pa.int64()),
                 "key": plan["key"],
                 "name": pa.array(names, pa.string()),
-                "pixels": pa.array(pixels, pa.binary()),
-                **({"image": pa.array(kept, pa.binary())} if self.keep_images else {}),
-                "status": pa.array(statuses, pa.string()),
-                "error": pa.array(errors, pa.string()),
+                "pixels": pa.array([row.pixels for row in rows], pa.binary()),
+                **(images if self.keep_images else {}),
+                "status": pa.array([row.status for row in rows], pa.string()),
+                "error": pa.array([row.error for row in rows], pa.string()),
             }
         )
+
+    def _read(self, reader: RowReader, position: int) -> _Read:
+        try:
+            content = reader.row(position)["image"]
+            square = reader.square(position, self.image_size, content)
+        except UndecodableImage as error:
+            return _Read(status("decode", error.kind), str(error)[:200])
+        return _Read(OK, None, square.numpy().tobytes(), content if self.keep_images else None)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What became of an image: its square, and its bytes where they are kept, or why it has none."""
+
+    status: str
+    error: str | None = None
+    pixels: bytes | None = None
+    image: bytes | None = None
 
 
 def squares(pixels: pa.ChunkedArray, image_size: int) -> np.ndarray:
@@ -219,7 +236,7 @@ def run_actors(
     row_group: int = ROW_GROUP,
     keep_images: bool = False,
 ) -> None:
-    """Pass what `table` still lacks through a pool of actors of the class `step`.
+    """Pass what `table` still lacks through a pool of actors of the class `step` (see Survivor).
 
     Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
     model, with their bytes where `keep_images`; a chunk is committed as soon as it is through, in
@@ -244,10 +261,12 @@ def run_actors(
             read = ReadImages(table, image_size, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **blocks)
             pool = ray.data.ActorPoolStrategy(size=count)
+            held = (step, arguments, table.folder)
             return decoded.map_batches(
-                step, fn_constructor_args=arguments, compute=pool, **device, **blocks
+                Survivor, fn_constructor_args=held, compute=pool, **device, **blocks
             )
 
         write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
         run_chunks(table.pending(), stages, write, title, total, done, write_cpus=_TASK_CPUS)
+        remove_folder(table.folder / DEATHS)

@@ -7,7 +7,7 @@ import torch
 
 from pipelines.latents import packed
 from pipelines.precompute.config import EncodeConfig
-from pipelines.schemas import LATENT_ROW, OK
+from pipelines.schemas import LATENT_ROW, OK, status
 from pipelines.selection import squares
 from vlv_model.config import ModelConfig
 from vlv_model.freezing import freeze
@@ -17,6 +17,8 @@ from vlv_model.loading import load_vae
 
 class EncodeImages:
     """Encodes the squares of a chunk; the VAE is loaded once, when the actor starts."""
+
+    failed = status("encode", "failed")
 
     def __init__(self, model: ModelConfig, encode: EncodeConfig, use_gpu: bool) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")

@@ -58,6 +58,8 @@ def open_captioner(
 class CaptionImages:
     """Captions the squares of a chunk; the model is loaded once, when the actor starts."""
 
+    failed = status("caption", "failed")
+
     def __init__(
         self,
         model: ModelConfig,
@@ -83,7 +85,7 @@ class CaptionImages:
                 captions[row] = caption = replace(caption, text=self.finished(caption.text))
                 health[row] = health_of(caption.text, caption.finish_reason == "length")
             if outcome.error:
-                statuses[row], errors[row] = status("caption", "failed"), outcome.error
+                statuses[row], errors[row] = self.failed, outcome.error
         schema, images = CAPTION_ROW, {}
         if "image" in block.column_names:
             schema = with_image_feature(JOINED_ROW)

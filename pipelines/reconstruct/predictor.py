@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines.reconstruct.config import DiffusionConfig
-from pipelines.schemas import OK, RECONSTRUCTION_ROW, with_image_feature
+from pipelines.schemas import OK, RECONSTRUCTION_ROW, status, with_image_feature
 from pipelines.selection import squares
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import ModelConfig
@@ -20,6 +20,8 @@ from vlv_model.config import ModelConfig
 
 class ReconstructImages:
     """Samples one picture per square; its noise depends on the seed and the key alone."""
+
+    failed = status("reconstruct", "failed")
 
     def __init__(
         self, model: ModelConfig, checkpoint: Path, diffusion: DiffusionConfig, use_gpu: bool
