@@ -16,7 +16,7 @@ from pipelines.training.config import Stage1Config
 from pipelines.training.data import GlobalOrder, keys_digest
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trainer import split
-from tests.pipelines.training.worlds import run_world
+from tests.pipelines.training.worlds import run_worlds
 from vlv_model.errors import CheckpointError
 from vlv_model.sources import resolve_model
 
@@ -82,15 +82,13 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
         *(segment(f"low-{n}", f"train.zero_stage={n}", *low, after=begun_low) for n in (0, 1, 3)),
         segment("spoilt", "train.learning_rate=1e30", "train.warmup_steps=0"),
     ]
-    run_world(2, two, runs.folder)
     one = [
         segment("one", "train.zero_stage=1", *offload, after=begun),
         segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
         segment("one-3", "train.zero_stage=3", *offload, after=checkpoint("zero-0", BETWEEN)),
     ]
-    run_world(1, one, runs.folder)
     back = segment("two-one-two", "train.zero_stage=3", after=checkpoint("one", BETWEEN))
-    run_world(2, [back], runs.folder)
+    run_worlds([(2, two), (1, one), (2, [back])], runs.folder)
     return runs
 
 

@@ -1,9 +1,11 @@
 """Trainings in process groups of this file's own, without Ray: gloo and DeepSpeed as they are.
 
-    python -m tests.pipelines.training.worlds RANK WORLD_SIZE PORT SEGMENTS.json
+    python -m tests.pipelines.training.worlds GROUPS.json
 
-Every segment is a `loop` of `pipelines.training.trainer`; with `copy`, the checkpoint that it goes on
-from. One group runs its segments one after the other. A refusal lands in the run's `error-RANK.txt`.
+A group is a number of ranks and its segments, which it runs one after the other. A segment is a
+`loop` of `pipelines.training.trainer`; with `copy`, the checkpoint that it goes on from. A refusal lands
+in the run's `error-RANK.txt`. Ranks are forked from one process that has imported all, which takes
+longer than they do.
 """
 
 from __future__ import annotations
@@ -14,40 +16,56 @@ import shutil
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parents[3]
 
-
-def run_world(world_size: int, segments: list[dict[str, Any]], folder: Path) -> None:
-    """Run the segments on `world_size` processes; what they print is the error's text."""
-    file = folder / f"segments-{len(list(folder.glob('segments-*')))}.json"
-    file.write_text(json.dumps(segments))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.pipelines.training.worlds"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(port), str(file)],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(said)
+Group = tuple[int, list[dict[str, Any]]]
 
 
-def main(rank: int, world_size: int, port: int, file: str) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+def run_worlds(groups: list[Group], folder: Path) -> None:
+    """Run the groups, one after the other; what they print is the error's text."""
+    (folder / "groups.json").write_text(json.dumps(groups))
+    command = [sys.executable, "-m", "tests.pipelines.training.worlds", folder / "groups.json"]
+    settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    ended = subprocess.run(
+        command, cwd=REPO, env=os.environ | settings, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def main(file: str) -> int:
+    import deepspeed
+
+    import pipelines.training.loop  # noqa: F401  imported before the fork
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for world_size, segments in json.loads(Path(file).read_text()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        ranks = [fork(rank, world_size, segments) for rank in range(world_size)]
+        ends = [os.waitpid(rank, 0)[1] for rank in ranks]
+        if any(ends):
+            return 1
+    return 0
+
+
+def fork(rank: int, world_size: int, segments: list[dict[str, Any]]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    try:
+        run(rank, world_size, segments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
     import deepspeed
     import torch
 
@@ -55,14 +73,14 @@ def main(rank: int, world_size: int, port: int, file: str) -> None:
     from pipelines.training.trainer import run_worker
     from vlv_model.errors import VLVError
 
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    for segment in json.loads(Path(file).read_text()):
+    for segment in segments:
         run_dir = Path(segment["loop"]["config"]["run_dir"])
         if rank == 0:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            for copied in segment.get("copy", []):
+            for copied in segment["copy"]:
                 shutil.copytree(copied, run_dir / "checkpoints" / Path(copied).name)
         torch.distributed.barrier()
         worker = Worker(rank, world_size, torch.device("cpu"))
@@ -73,4 +91,4 @@ def main(rank: int, world_size: int, port: int, file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    sys.exit(main(sys.argv[1]))
