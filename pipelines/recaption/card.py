@@ -145,7 +145,7 @@ def _settings(about: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield f"generate.{name}", "none" if value is None else value
     for name, value in about["gate"].items():
         if value is not None:
-            yield f"gate.{name}", f"{value:g}"
+            yield f"gate.{name}", f"{value:.2%}"
 
 
 def _columns(join: bool) -> list[tuple[str, str]]:

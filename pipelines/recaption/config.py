@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config import InputPath
 from pipelines.recaption.gate import GateConfig
@@ -22,11 +22,40 @@ class GenerateConfig(Config):
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
     batch_size: int = Field(64, ge=1, description="images that are captioned at once")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="draw tokens at this temperature, with num_beams=1, in place of the most probable "
+        "ones; what is drawn follows from seed and key alone",
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw among the most probable tokens with this share together"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="another seed draws other captions")
     postprocess: Literal["none", "reference"] = Field(
         "none",
         description="reference: of a model that never learned to stop; cut the caption after its last "
         "full stop and drop sentences that were said before",
     )
+
+    @model_validator(mode="after")
+    def _draws_or_searches(self) -> GenerateConfig:
+        if self.temperature is not None and self.num_beams > 1:
+            raise ValueError(
+                f"temperature={self.temperature:g} draws one caption, num_beams={self.num_beams} "
+                "searches for the most probable one: set num_beams=1, or leave temperature out"
+            )
+        if self.temperature is None and (self.top_p < 1 or self.seed):
+            raise ValueError("top_p and seed need a temperature")
+        return self
+
+    @property
+    def draws(self) -> dict[str, Any] | None:
+        """temperature, top_p and seed where captions are drawn."""
+        if self.temperature is None:
+            return None
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
 
     def finished(self, text: str) -> str:
         """The caption that is handed out for what was decoded."""
@@ -39,8 +68,9 @@ class GenerateConfig(Config):
         Not the batch size: beyond rounding, which a device or a library's version changes as well,
         no caption depends on what else is decoded beside it.
         """
-        unused = {"postprocess"} if self.postprocess == "none" else set()
-        return self.model_dump(exclude={"batch_size", *unused})
+        decisive = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
+        decisive |= self.draws or {}
+        return decisive | ({} if self.postprocess == "none" else {"postprocess": self.postprocess})
 
 
 class RecaptionConfig(Config):

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.recaption.config import GenerateConfig
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.decoding import SlotDecoder
+from vlv_model.decoding import Sampling
 from vlv_model.freezing import evaluating
 
 # Images whose prefixes are computed at once on a CPU: of more, the buffers of each layer go back to
@@ -93,7 +93,8 @@ class Engine:
         slots = min(size, len(keys))
         if self.device.type == "cpu":
             size = min(size, _CPU_PREFIXES)
-        decoder: SlotDecoder = self.captioner.decoder(slots, self.generate.max_new_tokens)
+        sampling = Sampling(**draws) if (draws := self.generate.draws) else None
+        decoder = self.captioner.decoder(slots, self.generate.max_new_tokens, sampling)
         prefixes: Tensor | None = None
         begun = start = 0  # images that have a prefix, and that are in the decoder or through it
         while start < len(keys) or decoder.busy:

@@ -21,6 +21,7 @@ def caption_file(config: CaptionConfig) -> str:
 
     from pipelines.ingest.decode import DecodeError, Opened
     from pipelines.ingest.encode import ImageConfig
+    from pipelines.recaption.engine import Engine
     from pipelines.recaption.predictor import model_fingerprint, open_captioner
     from vlv_model.preprocessing import square_image
 
@@ -39,8 +40,7 @@ def caption_file(config: CaptionConfig) -> str:
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
     captioner = open_captioner(model, checkpoint, config.generate, device)
-    pixel_values = square[None].to(device)  # uint8 [1 3 s s]
-    (caption,) = captioner.generate(
-        pixel_values, config.generate.num_beams, config.generate.max_new_tokens
-    )
-    return config.generate.finished(caption.text)
+    (outcome,) = Engine(captioner, config.generate).captions([0], square[None])  # uint8 [1 3 s s]
+    if outcome.caption is None:
+        raise DataError(f"{config.image} cannot be captioned: {outcome.error}")
+    return config.generate.finished(outcome.caption.text)

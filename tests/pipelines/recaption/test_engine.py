@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.config import build
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError
 from pipelines.recaption.predictor import CaptionImages
 from tests.vlv_model.drawings import scenes
 from vlv_model.captioner import VLVCaptioner
+from vlv_model.errors import ConfigError
 
 GENERATE = GenerateConfig(num_beams=1, max_new_tokens=6, batch_size=3)
 
@@ -87,3 +89,41 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     assert [row["status"] for row in rows] == ["ok", "decode:corrupt", "caption:failed"]
     assert [row["error"] for row in rows] == [None, "no image", "RuntimeError: a bad day"]
     assert [row["caption"] is None for row in rows] == [False, True, True]
+
+
+def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):
+    def drawn(seed: int, batch_size: int, keys: list[int]) -> list[str]:
+        settings = {"num_beams": 1, "max_new_tokens": 6, "batch_size": batch_size, "seed": seed}
+        engine = Engine(captioner, GenerateConfig(temperature=1.5, top_p=0.9, **settings))
+        order = torch.tensor(keys)
+        found = {o.position: o.caption.text for o in engine.captions(keys, images[order])}
+        return [found[keys.index(key)] for key in range(8)]
+
+    first = drawn(0, 3, list(range(8)))
+    assert drawn(0, 5, [7, 6, 5, 4, 3, 2, 1, 0]) == first
+    assert drawn(1, 3, list(range(8))) != first
+    assert first != [c.text for c in captioner.generate(images, max_new_tokens=6)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 1.0}, "set num_beams=1"),
+        ({"top_p": 0.5, "num_beams": 1}, "need a temperature"),
+        ({"temperature": 0.0, "num_beams": 1}, "temperature"),
+    ],
+)
+def test_settings_of_drawing_that_say_two_things(given, said):
+    with pytest.raises(ConfigError, match=said):
+        build(GenerateConfig, given)
+
+
+def test_how_captions_are_drawn_is_part_of_their_fingerprint():
+    greedy = GenerateConfig(num_beams=1)
+    drawn = [
+        GenerateConfig(num_beams=1, temperature=t, top_p=p, seed=s)
+        for t, p, s in ((1, 1, 0), (1, 1, 1), (1, 0.9, 0), (0.5, 1, 0))
+    ]
+    told = [str(config.decides()) for config in (greedy, *drawn)]
+    assert len(set(told)) == 5
+    assert greedy.decides() == {"num_beams": 1, "max_new_tokens": 300, "precision": "float32"}
