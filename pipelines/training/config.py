@@ -97,6 +97,11 @@ class TrainConfig(Config):
         description="AdamW's moments and float32 master weights in the CPUs' memory, where they are "
         "updated; needs ZeRO",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="activations are computed again in the backward pass instead of being kept: less "
+        "memory, slower",
+    )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"
     )

@@ -25,6 +25,7 @@ from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
+from pipelines.training.usage import Utilisation, memory_gb
 from vlv_model.checkpoint import CheckpointMetadata
 from vlv_model.errors import VLVError
 
@@ -75,6 +76,7 @@ class Trainer:
         self.leaving: set[str] = set()
         self.log = MetricsLog(run_dir)
         self.saver = Saver()
+        self.utilisation: Utilisation | None = None
         self.metadata = metadata
         self.run_dir = run_dir
         self.step = 0
@@ -89,6 +91,11 @@ class Trainer:
         The model was opened from `checkpoint` already.
         """
         self.stage.model.to(self.worker.device)
+        if self.worker.world_rank == 0 and self.worker.device.type == "cuda":  # a guess on CPUs
+            batch = self.reader.read(self.step)[0][1]
+            self.utilisation = Utilisation.measure(self.stage, batch, self.worker.device)
+        if self.train_config.activation_checkpointing:
+            self.stage.checkpoint_activations()
         self.engine = start_engine(self.stage, self.train_config, self.worker.world_size)
         if checkpoint is not None:
             self.step = checkpointing.step_of(checkpoint)
@@ -105,20 +112,24 @@ class Trainer:
         waiting = time.perf_counter()
         for step, batches in self.reader.steps(self.step):
             data_seconds = time.perf_counter() - waiting
-            loss, grad_norm = self.update(step, batches)
+            loss, grad_norm, weight = self.update(step, batches)
+            seconds, images = time.perf_counter() - waiting, train.global_batch_size
             self.step = step + 1
-            self._tell(
-                {
-                    "event": "step",
-                    "step": self.step,
-                    "keys": self._digest_of_keys(batches),
-                    "loss": loss,
-                    "learning_rate": learning_rate(train, step),
-                    "grad_norm": grad_norm,
-                    "images_per_second": train.global_batch_size / (time.perf_counter() - waiting),
-                    "data_seconds": data_seconds,
-                }
-            )
+            event = {
+                "event": "step",
+                "step": self.step,
+                "keys": self._digest_of_keys(batches),
+                "loss": loss,
+                "learning_rate": learning_rate(train, step),
+                "grad_norm": grad_norm,
+                "images_per_second": images / seconds,
+                "data_seconds": data_seconds,
+                "memory_gb": memory_gb(self.worker.device),
+            }
+            if self.utilisation:
+                size = self.worker.world_size
+                event["mfu"] = self.utilisation.of(images, weight, seconds, size)
+            self._tell(event)
             last = self.step == train.steps
             if self.step % train.eval_every == 0 or last:
                 self.evaluate()
@@ -131,8 +142,8 @@ class Trainer:
             waiting = time.perf_counter()
         self.saver.wait()
 
-    def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float]:
-        """One optimiser update; returns the global batch's loss and the gradient's norm.
+    def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float, float]:
+        """One optimiser update; returns the global batch's loss, gradient norm and weight.
 
         `batches` are this worker's micro-batches with their numbers in the step. The loss is a
         mean over the *global* batch: each micro-batch's mean counts by its share of all images or
@@ -164,7 +175,7 @@ class Trainer:
             self.engine.step()
         if train.zero_stage:  # which leaves out an update whose gradient is not finite
             norm = self._finite(float(self.engine.get_global_grad_norm()), step)
-        return loss, norm
+        return loss, norm, total_weight
 
     @torch.no_grad()
     def evaluate(self) -> None:

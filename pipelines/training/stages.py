@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipelines.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
@@ -49,6 +51,18 @@ class Stage:
             {"params": pretrained, "share": pretrained_rate},
         ]
         return [group for group in groups if group["params"]]
+
+    def checkpoint_activations(self) -> None:
+        """Keep few activations of a forward pass, and compute the others again in the backward one.
+
+        In the UNet and in whatever of transformers is in train mode, which frozen parts are not: what
+        these pass a gradient on with is small. Losses and gradients stay what they are: dropout is drawn again as it was.
+        """
+        for part in self.model.modules():
+            if isinstance(part, UNet2DConditionModel):
+                part.enable_gradient_checkpointing()
+            elif isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
+                part.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:

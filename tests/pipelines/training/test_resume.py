@@ -87,7 +87,8 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
         segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
         segment("one-3", "train.zero_stage=3", *offload, after=checkpoint("zero-0", BETWEEN)),
     ]
-    back = segment("two-one-two", "train.zero_stage=3", after=checkpoint("one", BETWEEN))
+    again = "train.activation_checkpointing=true"  # changes nothing
+    back = segment("two-one-two", "train.zero_stage=3", again, after=checkpoint("one", BETWEEN))
     run_worlds([(2, two), (1, one), (2, [back])], runs.folder)
     return runs
 

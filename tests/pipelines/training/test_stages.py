@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.stages import Stage, stage1, stage2
+from pipelines.training.data import Batch
+from pipelines.training.stages import Prepared, Stage, stage1, stage2
+from pipelines.training.usage import Utilisation
 from vlv_model.sources import resolve_model
 
 
@@ -45,3 +48,59 @@ def test_what_starts_random_has_the_whole_learning_rate(
     for number, names in enumerate(grouped):
         for parameter in names:
             assert bool(fresh & set(parameter.split("."))) == (number == 0), parameter
+
+
+def two_rows(stage: Stage) -> Prepared:
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(0))
+    captions = {"caption": ["a red circle above a blue square", "a green star"]}
+    return stage.prepare(Batch([1, 2], [0, 0], pixels, captions))
+
+
+def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch.Tensor]]:
+    """What one micro-batch keeps for its backward pass, its loss and its gradients."""
+    batch, kept = two_rows(stage), 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    stage.model.train()
+    torch.manual_seed(1)  # of dropout
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = stage.model(**batch.inputs)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None}
+    stage.model.zero_grad()
+    return kept, loss.item(), gradients
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_activation_checkpointing_keeps_less_and_changes_nothing(
+    name: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
+    for module in stage.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    kept, loss, gradients = saved_bytes_and_gradients(stage)
+    stage.checkpoint_activations()
+    kept_now, loss_now, gradients_now = saved_bytes_and_gradients(stage)
+    assert kept_now < 0.7 * kept
+    assert loss_now == loss
+    torch.testing.assert_close(gradients_now, gradients, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_utilisation_follows_images_tokens_time_and_devices(
+    name: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
+    measured = Utilisation.measure(stage, two_rows(stage), torch.device("cpu"))
+    assert all(p.grad is None for p in stage.model.parameters())
+    share = measured.of(images=8, weight=100, seconds=2.0, devices=2)
+    assert share > 0
+    assert measured.of(8, 100, seconds=4.0, devices=1) == pytest.approx(share)
+    assert measured.of(16, 200, seconds=2.0, devices=2) == pytest.approx(2 * share)
+    more_tokens = measured.of(8, 200, seconds=2.0, devices=2)  # the images alone, in stage 1
+    assert (more_tokens > share) == (name == "stage2")
