@@ -81,6 +81,23 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_captioner(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-2 checkpoint whose weights were moved in place of training."""
+    from tests.vlv_model.checkpoints import metadata, shift
+    from vlv_model.autoencoder import VLVAutoEncoder
+    from vlv_model.captioner import VLVCaptioner
+    from vlv_model.checkpoint import save_checkpoint
+
+    home = tmp_path_factory.mktemp("captioner")
+    stage1 = home / "stage1"
+    save_checkpoint(stage1, VLVAutoEncoder.from_pretrained(tiny_models), metadata(tiny_models))
+    captioner = VLVCaptioner.from_pretrained(stage1, for_training=True)
+    shift(captioner)
+    about = metadata(tiny_models, "stage2", parent=str(stage1))
+    return save_checkpoint(home / "stage2", captioner, about)
+
+
+@pytest.fixture(scope="session")
 def pair_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 drawn scenes with their captions, and two rows that failed, as Parquet of our layout."""
     from pipelines.schemas import PAIR_ROW, url_key

@@ -1,4 +1,4 @@
-"""A captioner with a checkpoint, tables of captions that no model made, and jobs upon drawn scenes."""
+"""Tables of captions that no model made, and jobs upon drawn scenes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,8 @@ from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.health import health_of
 from pipelines.schemas import CAPTION_ROW
 from pipelines.storage import Table
-from tests.vlv_model.checkpoints import metadata, shift
-from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import save_checkpoint
 
 Settings = Callable[..., RecaptionConfig]
-
-
-@pytest.fixture(scope="session")
-def trained_captioner(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-2 checkpoint whose weights were moved in place of training."""
-    home = tmp_path_factory.mktemp("captioner")
-    stage1 = home / "stage1"
-    save_checkpoint(stage1, VLVAutoEncoder.from_pretrained(tiny_models), metadata(tiny_models))
-    captioner = VLVCaptioner.from_pretrained(stage1, for_training=True)
-    shift(captioner)
-    about = metadata(tiny_models, "stage2", parent=str(stage1))
-    return save_checkpoint(home / "stage2", captioner, about)
 
 
 @pytest.fixture

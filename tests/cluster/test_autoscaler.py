@@ -1,0 +1,143 @@
+"""Ray's own autoscaler brings the machines that a job asks for, and takes them away again.
+
+The machines are raylets on this one, with the resources of the launcher's groups but for CPUs and
+memory; their GPUs are counted, not there, so jobs run on CPUs, upon the machines of a group.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.render import read_sizes, rendered
+from pipelines.storage import Table
+from tests.ray_head import Head, free_ports, ray_head
+
+pytestmark = pytest.mark.end_to_end
+
+CPUS, MEMORY = 2, 100 * 2**20
+SIZES = read_sizes()
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+LISTS = [
+    "cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands",
+    "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+]  # fmt: skip
+
+
+def scaling(gcs: str) -> dict[str, Any]:
+    """The launcher's file for AWS with machines that can be started here."""
+    launcher = yaml.safe_load(rendered(SIZES)["launcher/aws.yaml"])
+    machines = launcher["available_node_types"]
+    types = {"ray.head.default": {**machines.pop("head"), "node_config": {}}}
+    for name, machine in machines.items():
+        resources = {**machine["resources"], "CPU": CPUS, "object_store_memory": MEMORY}
+        # At least two of each: what is shown is that a job of two workers gets two.
+        most = max(2, machine["max_workers"])
+        types[name] = {**machine, "resources": resources, "node_config": {}, "max_workers": most}
+        types[name].pop("idle_timeout_s")
+    provider = {"type": "external", "module": PROVIDER, "use_node_id_as_ip": True}
+    kept = ("cluster_name", "max_workers", "upscaling_speed")
+    return {
+        **{name: launcher[name] for name in kept},
+        **{name: [] for name in LISTS},
+        "available_node_types": types,
+        "head_node_type": "ray.head.default",
+        "provider": {**provider, "gcs_address": gcs},
+        "idle_timeout_minutes": 0.1,
+        "auth": {},
+        "file_mounts": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    (port,) = free_ports(1)
+    config = tmp_path_factory.mktemp("autoscaler") / "config.yaml"
+    config.write_text(yaml.safe_dump(scaling(f"127.0.0.1:{port}")))
+    options = ["--num-cpus=0", f"--object-store-memory={2 * MEMORY}"]
+    options.append(f"--autoscaling-config={config}")
+    more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with ray_head(options, port, more) as head:
+        yield head
+
+
+# In a process of its own: the mode of authentication is fixed when Ray is loaded.
+LOOK = """
+import json, sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
+print(json.dumps([[node.state == 0, list(node.resources_total)] for node in nodes]))
+"""
+
+
+@dataclass
+class Watch:
+    """The machines of each group as they come and go."""
+
+    head: Head
+
+    def started(self) -> Counter[str]:
+        """Machines that there have been, by group."""
+        return self._machines(alive=False)
+
+    def running(self) -> Counter[str]:
+        return self._machines(alive=True)
+
+    def _machines(self, alive: bool) -> Counter[str]:
+        look = [sys.executable, "-c", LOOK, self.head.gcs]
+        told = subprocess.run(look, env=self.head.environment, capture_output=True, check=True)
+        found: Counter[str] = Counter()
+        for is_alive, resources in json.loads(told.stdout):
+            if is_alive or not alive:
+                found.update(set(resources) & set(SIZES["groups"]))
+        return found
+
+    def until_idle(self) -> None:
+        deadline = time.monotonic() + 120
+        while running := self.running():
+            assert time.monotonic() < deadline, f"still there: {running}"
+            time.sleep(0.5)
+
+
+def test_machines_come_for_a_job_and_go_after_it(
+    head: Head,
+    pair_table: Path,
+    tiny_models: Path,
+    trained_captioner: Path,
+    tmp_path: Path,
+) -> None:
+    watch = Watch(head)
+    assert not watch.running()
+
+    run = tmp_path / "stage1"
+    done = head.submit(
+        "stage1", f"data.input={pair_table}", f"model.path={tiny_models}", f"run_dir={run}",
+        "data.holdout=0.2", "train.steps=2", "train.num_workers=2", "train.global_batch_size=8",
+        f"train.cpus_per_worker={CPUS}", "train.wandb=disabled", "ray.group=gpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "waiting for the cluster to start nodes" in done.stdout + done.stderr
+    assert (run / "checkpoints/step-00000002/model.safetensors").is_file()
+    assert watch.started() == {"gpu": 2}  # a worker on each, and none of another group
+    watch.until_idle()
+
+    captions = tmp_path / "captions"
+    done = head.submit(
+        "recaption", f"data.input={pair_table}", f"model.path={trained_captioner}",
+        f"data.output={captions}", "data.split=all", "data.rows_per_chunk=16",
+        "generate.max_new_tokens=8", "actors.num_actors=2", "ray.group=gpu_spot",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Table(captions).counts() == {"ok": 120}
+    assert watch.started()["gpu_spot"] >= 1
+    watch.until_idle()
