@@ -16,6 +16,7 @@ OK = "ok"
 """Status of a row that later jobs use. All others say why a row is not used."""
 
 FILTERED, DOWNLOAD, DECODE, DUPLICATE = "filtered", "download", "decode", "duplicate"
+CAPTION = "caption"
 
 
 def status(kind: str, detail: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from pipelines.config import OutputPlace
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.places import exclusive, is_file, open_parquet, write_atomically
-from pipelines.recaption.card import forget
+from pipelines.recaption.report import forget
 from pipelines.schemas import host_of, normalise_url, url_key
 from pipelines.storage import Table, read_json_object
 from vlv_model.config import Config
@@ -97,7 +97,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
         with exclusive(table.folder, "derived"):
             removed[str(table.folder)] = _remove(table, blocked.keys)
             if removed[str(table.folder)]:
-                forget(table)
+                forget(table)  # and its report, which shows pictures
     with exclusive(images.folder, "table"):
         write_report(images, hides=blocked.is_domain)
     return removed

@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.markdown import card, table
-from pipelines.places import is_file, open_parquet, remove_file, write_atomically
+from pipelines.places import is_file, open_parquet, write_atomically
 from pipelines.recaption.health import REPEATED
-from pipelines.recaption.json_file import FILE as JSON_FILE
-from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import Survey
 from pipelines.schemas import OK
 from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
@@ -69,13 +67,6 @@ def write_card(output: Table) -> None:
     if is_file(output.folder / PUBLISHED_FILE):
         about = read_json_object(output.folder / PUBLISHED_FILE)
         write_atomically(output.folder / FILE, caption_card(output, about))
-
-
-def forget(output: Table) -> None:
-    """Take away what tells of rows beside a table that lost some; its card is written anew."""
-    for name in (HEALTH_FILE, JSON_FILE, FILE):
-        remove_file(output.folder / name)
-    write_card(output)
 
 
 def caption_card(output: Table, about: Mapping[str, Any]) -> str:
@@ -131,7 +122,7 @@ select name, caption from '{output.folder.name}/data/*.parquet' where status = '
         ),
         f"`model` in every row is `{model['fingerprint']}`.",
         "## Settings",
-        table(("setting", "value"), [("image_size", model["image_size"]), *_settings(about)]),
+        table(("setting", "value"), [("image_size", model["image_size"]), *settings_told(about)]),
         "## Columns",
         table(("column", "meaning"), _columns(about["join"])),
         "## Samples",
@@ -140,12 +131,11 @@ select name, caption from '{output.folder.name}/data/*.parquet' where status = '
     return card(header, blocks)
 
 
-def _settings(about: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    for name, value in about["generate"].items():
-        yield f"generate.{name}", "none" if value is None else value
-    for name, value in about["gate"].items():
-        if value is not None:
-            yield f"gate.{name}", f"{value:.2%}"
+def settings_told(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings and values as a reader sees them; gates that are not set are left out."""
+    decoding = [(f"generate.{name}", value) for name, value in about["generate"].items()]
+    gates = [(f"gate.{n}", f"{v:.2%}") for n, v in about["gate"].items() if v is not None]
+    return [*((n, "none" if v is None else str(v)) for n, v in decoding), *gates]
 
 
 def _columns(join: bool) -> list[tuple[str, str]]:

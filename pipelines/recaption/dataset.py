@@ -11,6 +11,8 @@ from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
+from pipelines.recaption.report import FILE as REPORT_FILE
+from pipelines.recaption.report import write_report
 from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import Survey, survey
 from pipelines.runtime import ray_session
@@ -34,7 +36,13 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     columns = (JOINED_ROW if config.join else CAPTION_ROW).names
     table = open_table("caption", config.data, identity, columns, checked=True, parts="data")
     if table.pending():
-        for name in (PUBLISHED_FILE, HEALTH_FILE, CARD_FILE, JSON_FILE):  # of other rows
+        for name in (
+            PUBLISHED_FILE,
+            HEALTH_FILE,
+            CARD_FILE,
+            JSON_FILE,
+            REPORT_FILE,
+        ):  # of other rows
             remove_file(table.folder / name)
     if Survey.read(table) is None:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
@@ -51,13 +59,18 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
 
 
 def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> None:
-    """Hold a table with a survey against the gates, write its card, and let other jobs read it."""
+    """Hold a table with a survey against the gates, write its card, and let other jobs read it.
+
+    Its report is written in any case: who fails a gate has to see why.
+    """
     found = Survey.read(table)
     assert found is not None
-    check_gates(config.gate, found, table)
     about = config.model_dump(include={"gate", "generate", "join", "license"})
+    about["model"] = model
     with exclusive(table.folder, "data.output"):
+        write_report(table, found, about)
+        check_gates(config.gate, found, table)
         if config.format == "json" and not is_file(table.folder / JSON_FILE):
             write_json(table)
-        table.publish({"model": model, **about})
+        table.publish(about)
         write_card(table)

@@ -17,7 +17,7 @@ import torch
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
 from pipelines.recaption.health import Health, health_of
-from pipelines.schemas import CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
+from pipelines.schemas import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.selection import squares
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
@@ -58,7 +58,7 @@ def open_captioner(
 class CaptionImages:
     """Captions the squares of a chunk; the model is loaded once, when the actor starts."""
 
-    failed = status("caption", "failed")
+    failed = status(CAPTION, "failed")
 
     def __init__(
         self,

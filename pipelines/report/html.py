@@ -1,12 +1,14 @@
 """Parts of a report: pure functions from plain data to fragments of one self-contained page.
 
 A fragment is an `Html`. Any other text is escaped where it becomes part of one, so that captions
-and messages from the web stay text. A page runs no script and asks nothing of the network; its
-content policy forbids both, should a fragment ever try.
+and messages from the web stay text. A page asks nothing of the network and runs no script, but for
+one of ours that its content policy names by its hash; the policy forbids all else.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from html import escape
 from importlib import resources
 from itertools import groupby
 
-from pipelines.schemas import DECODE, DOWNLOAD, DUPLICATE, FILTERED, OK
+from pipelines.schemas import CAPTION, DECODE, DOWNLOAD, DUPLICATE, FILTERED, OK
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -24,6 +26,7 @@ KINDS = {
     DOWNLOAD: "could not be fetched",
     DECODE: "could not be read as an image",
     DUPLICATE: "the same content as another row",
+    CAPTION: "the model failed at it",
 }
 """Kinds of status (the part before the colon) in words; the style sheet gives each its colour."""
 
@@ -47,7 +50,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
     return Html(opening + join(children) + ("" if name in _VOID else f"</{name}>"))
 
 
-_VOID = frozenset(["img", "link", "meta"])
+_VOID = frozenset(["img", "input", "link", "meta"])
 
 
 def join(parts: Iterable[object]) -> Html:
@@ -222,12 +225,17 @@ def section(anchor: str, heading: str, lead: str, *content: Html) -> Html:
     )
 
 
-def page(title: str, subtitle: str, content: Iterable[Html]) -> str:
-    """The whole document, style sheet included."""
+def page(title: str, subtitle: str, content: Iterable[Html], script: str | None = None) -> str:
+    """The whole document, style sheet included; `script` is the only one that its policy lets run."""
+    policy, scripts = POLICY, []
+    if script is not None:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = f"{POLICY}; script-src 'sha256-{digest}'"
+        scripts = [tag("script", Html(script))]
     style = resources.files(__package__).joinpath("report.css").read_text("utf-8")
     head = (
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("link", rel="icon", href="data:,"),
@@ -236,6 +244,6 @@ def page(title: str, subtitle: str, content: Iterable[Html]) -> str:
     )
     header = tag("header", tag("h1", title), tag("p", subtitle, class_="lead"))
     document = tag(
-        "html", tag("head", *head), tag("body", header, tag("main", *content)), lang="en"
+        "html", tag("head", *head), tag("body", header, tag("main", *content), *scripts), lang="en"
     )
     return f"<!doctype html>\n{document}\n"

@@ -123,10 +123,14 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> N
     with pytest.raises(GateError, match="max_truncated"):
         recaption(strict)
     output = strict.data.output
+    assert "not passed" in (Path(output) / "_report.html").read_text()
     with pytest.raises(DataError, match="not published"):
         parquet_files(output)
     written = [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("data/*"))]
     assert recaption(settings()) == {"ok": 21}
+    page = (Path(output) / "_report.html").read_text()
+    assert "not passed" not in page
+    assert page.count("<img") == 21  # 18 of the gallery, 3 that are truncated
     assert [(p, p.stat().st_mtime_ns) for p in sorted(Path(output).glob("data/*"))] == written
     rows = list(read_rows(parquet_files(output), ["num_words", "truncated", "finish_reason"]))
     assert len(rows) == 21

@@ -14,7 +14,7 @@ import pytest
 from pipelines.report.demo import DemoReport, GalleryItem
 from pipelines.tiny_world import scenes
 
-VOID = {"img", "link", "meta"}
+VOID = {"img", "input", "link", "meta"}
 
 
 @dataclass
