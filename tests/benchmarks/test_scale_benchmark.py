@@ -1,0 +1,16 @@
+"""The made tables and the empty chunks of the benchmark of scale."""
+
+from pathlib import Path
+
+from benchmarks.scale import look, pass_chunks, write_commits
+
+
+def test_a_made_table_lacks_its_last_chunk(tmp_path: Path) -> None:
+    table = write_commits(tmp_path / "t", 30)
+    assert table.pending() == [30]
+    assert set(look(table.folder)) == {"pending_seconds", "counts_seconds"}
+
+
+def test_empty_chunks_pass_through_the_frame_of_the_jobs(ray_local: None) -> None:
+    passed = pass_chunks(8)
+    assert passed["chunks_per_second"] == 8 / passed["seconds"]
