@@ -278,9 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = [kinds[i % len(kinds)] for i in range(given.kills)]
         rng.shuffle(faults)
         whole, seconds = unbroken(job, folder)
+        if where and where[0] not in job.places:
+            parser.error(f"--faults {where[0]}: not for --job {given.job}")
         place = job.place(folder / "table")
         if where:
-            place = stack.enter_context(PLACES[where[0]](folder))
+            place = stack.enter_context(job.places[where[0]](folder))
         for command in job.before(place.table):
             env = {**environment(folder), **place.environment}
             subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True)

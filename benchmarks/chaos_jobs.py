@@ -6,7 +6,8 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.chaos_places import Place
+from benchmarks.chaos_places import PLACES, Place
 from benchmarks.counting import Count, count
 from benchmarks.faults import REPO, in_thread
 from benchmarks.web import Site, write_photos
@@ -43,6 +44,9 @@ class Job:
     pace: Callable[[float], None] = field(default=lambda rate: None)
     """Tells its input how many rows a second it may give; 0: as many as it can."""
     place: Callable[[Path], Place] = Place
+    places: Mapping[str, Callable[[Path], AbstractContextManager[Place]]] = field(
+        default_factory=lambda: PLACES
+    )  # by the fault that each brings
     compare: Callable[[Path, Path, Job], Any] = count_table
     faults: Sequence[str] = ("driver", "group", "worker", "head")  # that take turns by default
 

@@ -134,7 +134,9 @@ class ClusterPlace(Place):
 
 
 @contextmanager
-def node(folder: Path) -> Iterator[Place]:
+def node(
+    folder: Path, place: Callable[[Path, Any], ClusterPlace] = ClusterPlace
+) -> Iterator[Place]:
     from ray.cluster_utils import Cluster
 
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 3}
@@ -149,7 +151,7 @@ def node(folder: Path) -> Iterator[Place]:
         },
     )
     try:
-        yield ClusterPlace(folder / "table", cluster)
+        yield place(folder / "table", cluster)
     finally:
         cluster.shutdown()
 

@@ -10,13 +10,14 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from benchmarks.chaos_jobs import COMMON, Job, drawn_pairs
-from benchmarks.chaos_places import Place
+from benchmarks.chaos_places import ClusterPlace, Place, node
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 
 EVERY = 5  # steps between checkpoints
@@ -39,6 +40,10 @@ class Run(Place):
             if (problem := damage(folder)) and folder.exists():  # or it was pruned beside us
                 return problem
         return None
+
+
+class ClusterRun(Run, ClusterPlace):
+    """The same on a cluster of three machines."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def training(stage: str, folder: Path, steps: int) -> Job:
         expected=range(1, steps + 1),
         span=3.0,
         place=Run,
+        places={"node": partial(node, place=ClusterRun)},
         compare=compare,
         faults=("rank", "driver", "head"),
     )

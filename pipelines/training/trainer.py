@@ -133,8 +133,8 @@ def _fit(
     )
     with MetricsSink(events, run_dir, stage, train.steps, dump(config), train.wandb):
         trainer.fit()
-    events.shutdown()
-    refusals.shutdown()
+    for queue in (events, refusals):
+        queue.shutdown(force=True)  # a graceful end would be tried again, without an end
 
 
 def _worker(loop: dict[str, Any]) -> None:
