@@ -95,6 +95,9 @@ def _fit(
     needed = {"CPU": least * train.cpus_per_worker} | ({"GPU": least} if train.use_gpu else {})
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
+    if not isinstance(train.num_workers, int):
+        # A lost machine still counts as ready for a moment: soon after, ask for fewer (Ray: 60 s).
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
     # On the driver's machine, as Ray Train's controller: any other may go. What a queue that was
     # killed held is lost, which nobody has to know.
