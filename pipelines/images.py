@@ -34,6 +34,8 @@ CACHE_BYTES = 512 * 2**20
 FOOTER_BYTES = 512 * 2**20
 _CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/log.md)
 
+_BATCH_ROWS = 1 << 16  # of small columns that are looked at together
+
 NAMES = ("name", "url")  # columns that say what an image is called
 
 
@@ -94,15 +96,22 @@ class RowIndex:
             _check_columns(path, schema, texts, needed)
             names = ["key", *(["status"] if "status" in schema.names else []), *texts]
             with open_parquet(path) as parquet:
-                for group in range(parquet.num_row_groups):
-                    table = parquet.read_row_group(group, columns=names)
+                about = parquet.metadata
+                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+                starts = np.cumsum([0, *sizes])
+                first = 0
+                # Not group by group: tables of images have small ones, and each call costs its own.
+                for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
+                    table = pa.Table.from_batches([batch])
                     if table["key"].null_count:
                         raise DataError(f"{path}: {table['key'].null_count} rows have no key")
-                    rows = np.flatnonzero(_usable(table, texts)).astype(np.int32)
+                    rows = np.flatnonzero(_usable(table, texts))
+                    group = np.searchsorted(starts, rows + first, "right") - 1
                     columns["keys"].append(table["key"].to_numpy()[rows].astype(np.int64))
                     columns["file"].append(np.full(len(rows), number, np.int32))
-                    columns["group"].append(np.full(len(rows), group, np.int32))
-                    columns["row"].append(rows)
+                    columns["group"].append(group.astype(np.int32))
+                    columns["row"].append((rows + first - starts[group]).astype(np.int32))
+                    first += table.num_rows
         arrays = {
             name: np.concatenate(parts) if parts else np.zeros(0, np.int64)
             for name, parts in columns.items()
@@ -135,12 +144,12 @@ def _check_columns(
 
 def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
     """Mask of the rows of status `ok` whose texts are not blank."""
-    mask = pa.array(np.ones(table.num_rows, dtype=bool))
+    usable = np.ones(table.num_rows, bool)
     if "status" in table.column_names:
-        mask = pc.fill_null(pc.equal(table["status"], OK), False)
+        usable &= pc.fill_null(pc.equal(table["status"], OK), False).to_numpy()
     for name in texts:
-        mask = pc.and_(mask, has_text(table[name]))
-    return np.asarray(mask.to_pylist(), dtype=bool)
+        usable &= has_text(table[name]).to_numpy()
+    return usable
 
 
 class RowReader:

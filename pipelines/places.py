@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import fnmatch
 import glob
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,6 +124,23 @@ def entries(folder: Path) -> dict[str, dict[str, Any]]:
     inside = len(remote.path.rstrip("/")) + 1
     named = {one["name"][inside:].rstrip("/"): one for one in found}
     return {name: named[name] for name in sorted(named) if name}
+
+
+def stamp_of(files: Sequence[Path]) -> str:
+    """A name for files as they are: another one when any of them was written anew."""
+    digest = hashlib.sha256()
+    for folder, some in groupby(files, key=lambda file: file.parent):
+        remote = entries(folder) if is_url(folder) else {}
+        for file in some:
+            if is_url(file):
+                about = remote.get(file.name, {})
+                written = about.get("ETag") or about.get("LastModified") or about.get("mtime")
+                told = f"{about.get('size')} {written}"
+            else:
+                status = file.stat()
+                told = f"{status.st_size} {status.st_mtime_ns}"
+            digest.update(f"{file} {told}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def names_in(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +23,14 @@ from pipelines.deaths import FOLDER as DEATHS
 from pipelines.deaths import Deaths, Survivor
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
 from pipelines.listing import list_images
-from pipelines.places import exclusive, open_parquet, place, remove_folder, write_parquet
+from pipelines.places import exclusive, place, remove_folder, stamp_of
+from pipelines.plans import planned, read_plan, write_plan
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
-PLAN = "_plan/rows.parquet"
 ROW_GROUP = 256  # rows, of tables without photographs
 # What Ray counts for an actor on a CPU, and for a task that decodes or writes beside it.
 _ACTOR_CPUS, _TASK_CPUS = 0.5, 0.25
@@ -112,16 +112,29 @@ def open_table(
     data: Selection,
     identity: Mapping[str, Any],
     columns: Collection[str] = (),
+    among: Callable[[], np.ndarray] | None = None,
     **notes: Any,
 ) -> Table:
     """The job's output table with its plan: made anew, or the one that an earlier run began.
 
-    An earlier one has to have the `columns`; `notes` are kept in a new one's `_table.json`.
+    An earlier one has to have the `columns`; a new one has no keys but those of `among`, and `notes`
+    in its `_table.json`.
     Raises RunError when the folder holds another run, DataError when nothing is selected.
     """
     table = Table(data.output)
     images, listed = data.images()
-    index = data.index(images)
+    stamp = stamp_of(images)
+    there = table.describe() if table.exists else {}
+    if there.get("stamp") == stamp:
+        # Nothing was written since it was planned: no key has to be looked at again.
+        index, of = None, {name: there["identity"].get(name) for name in ("rows", "layout")}
+    else:
+        index = data.index(images)
+        if among is not None:
+            index = index.select(np.isin(index.keys, among()))
+        if not len(index):
+            raise DataError(f"no image of {data.input} is among those that are wanted")
+        of = {"rows": len(index), "layout": index.layout()}
     identity = {
         "data.input": data.input,
         "data.image_column": data.image_column,
@@ -131,27 +144,15 @@ def open_table(
         "data.split": data.split,
         "data.holdout": data.holdout if data.split != "all" else None,
         "data.limit": data.limit,
-        "rows": len(index),
-        "layout": index.layout(),
+        **of,
+        "plan": "files of 1024 chunks",
         **identity,
     }
-    if table.check_free(kind, identity, columns):
+    if table.check_free(kind, identity, columns) or index is None:
         return table
-    # Rows that lie together are read together.
-    order = np.lexsort((index.row, index.group, index.file))
-    plan = pa.table(
-        {
-            "key": index.keys[order],
-            "file": index.file[order],
-            "group": index.group[order],
-            "row": index.row[order],
-        }
-    )
-    (table.folder / "_plan").mkdir(parents=True, exist_ok=True)
-    write_parquet(table.folder / PLAN, plan, row_group_size=data.rows_per_chunk)
-    chunks = -(-len(index) // data.rows_per_chunk)
+    chunks = write_plan(table.folder, index, data.rows_per_chunk)
     files = [str(file) for file in index.files]
-    table.create(kind, identity, chunks, planned_rows=len(index), files=files, **notes)
+    table.create(kind, identity, chunks, planned_rows=len(index), files=files, stamp=stamp, **notes)
     return table
 
 
@@ -171,10 +172,8 @@ class ReadImages:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = block["chunk"].to_pylist()
-        with open_parquet(self.folder / PLAN) as parquet:
-            plan = parquet.read_row_group(chunk)
-        arrays = {name: plan[name].to_numpy() for name in ("key", "file", "group", "row")}
-        reader = RowReader(RowIndex(self.files, *arrays.values()), named=True)
+        plan = read_plan(self.folder, chunk)
+        reader = RowReader(planned(self.files, plan), named=True)
         names = reader.names()
         read: dict[int, _Read] = {}
         deaths = Deaths(self.folder / DEATHS / f"read-{chunk:06d}.json")

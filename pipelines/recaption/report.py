@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.images import RowIndex, RowReader
-from pipelines.places import is_file, open_parquet, place, remove_file, write_atomically
+from pipelines.images import RowReader
+from pipelines.places import open_parquet, place, remove_file, write_atomically
+from pipelines.plans import has_plan, planned, read_plan
 from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import settings_told, write_card
 from pipelines.recaption.health import REPEATED
@@ -19,7 +20,6 @@ from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import Survey
 from pipelines.report.captions import CaptionReport, CaptionSample, HealthLine, render
 from pipelines.schemas import OK
-from pipelines.selection import PLAN
 from pipelines.storage import Table
 from vlv_model.errors import DataError
 
@@ -109,18 +109,16 @@ def _sample(row: Mapping[str, Any], image: bytes | None = None) -> CaptionSample
 def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
     """The images of some rows by key, from where they were captioned; what is gone is left out."""
     found: dict[int, bytes] = {}
-    if not is_file(output.folder / PLAN):
+    if not has_plan(output.folder):
         return found
     files = [place(file) for file in output.describe()["files"]]
     by_chunk: dict[int, list[int]] = {}
     for row in rows:
         by_chunk.setdefault(row["chunk"], []).append(row["key"])
     for chunk, keys in by_chunk.items():
-        with open_parquet(output.folder / PLAN) as parquet:
-            plan = parquet.read_row_group(chunk)
+        plan = read_plan(output.folder, chunk)
         plan = plan.filter(np.isin(plan["key"].to_numpy(), keys))
-        arrays = (plan[name].to_numpy() for name in ("key", "file", "group", "row"))
-        reader = RowReader(RowIndex(files, *arrays))
+        reader = RowReader(planned(files, plan))
         for position, key in enumerate(plan["key"].to_pylist()):
             try:
                 content = reader.row(position)["image"]

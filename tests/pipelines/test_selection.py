@@ -2,14 +2,18 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import build
+from pipelines.images import RowIndex
+from pipelines.plans import read_plan, write_plan
 from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW
 from pipelines.selection import ActorConfig, ReadImages, Selection, open_table
+from pipelines.storage import Table
 from vlv_model.errors import DataError, RunError
 
 
@@ -96,3 +100,31 @@ def test_as_many_actors_as_can_work_at_once(monkeypatch, settings, there, count)
     monkeypatch.setattr("ray.cluster_resources", lambda: there)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert ActorConfig(**settings).count(RayConfig()) == count
+
+
+def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypatch) -> None:
+    """While the input is as it was; else its rows are compared, as they are here."""
+    shutil.copytree(pair_table, tmp_path / "images")
+    select = selection(tmp_path / "images", tmp_path / "t", rows_per_chunk=3)
+    made = open_table("caption", select, {}).describe()
+    monkeypatch.setattr(RowIndex, "open", lambda *_, **__: pytest.fail("keys are read"))
+    assert open_table("caption", select, {}).describe() == made
+    with pytest.raises(RunError, match=r"data\.limit: None there, 5 here"):
+        open_table("caption", selection(tmp_path / "images", tmp_path / "t", limit=5), {})
+    monkeypatch.undo()
+    os.utime(tmp_path / "images/0.parquet", (1, 1))  # copied, and the same
+    assert open_table("caption", select, {}).describe() == made
+    assert ReadImages(Table(tmp_path / "t"), 64)(chunk(39)).num_rows == 3
+
+
+def test_a_task_reads_no_more_of_a_larger_plan(tmp_path: Path) -> None:
+    many = np.arange(5000, dtype=np.int32)
+    index = RowIndex([tmp_path / "x"], many.astype(np.int64) * 7, many * 0, many // 16, many % 16)
+    assert write_plan(tmp_path, index, 2) == 2500
+    assert len(list((tmp_path / "_plan").iterdir())) == 3
+    for number in (0, 1023, 1024, 2499):
+        rows = read_plan(tmp_path, number).to_pylist()
+        assert [row["key"] for row in rows] == [number * 14, number * 14 + 7]
+        assert rows[0] == {
+            "key": number * 14, "file": 0, "group": number // 8, "row": number * 2 % 16,
+        }  # fmt: skip
