@@ -256,17 +256,18 @@ def refuse_difference(
         )
 
 
-def parquet_files(path: str, setting: str = "data.input") -> list[Path]:
+def parquet_files(path: str, setting: str = "data.input", published: bool = True) -> list[Path]:
     """The Parquet files of a table of ours (committed parts only), of a folder, or the one file.
 
-    Raises DataError where there is nothing, and where a table of ours is not finished.
+    Raises DataError where there is nothing, and where a table of ours is not finished, or not
+    `published`.
     """
     where = place(path)
     if is_file(where):
         return [where]
     table = Table(where)
     if table.exists:
-        if lacking := table.lacks():
+        if (lacking := table.lacks()) and (published or table.pending()):
             raise DataError(f"{setting}={path}: this table {lacking}: rerun the job that writes it")
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:

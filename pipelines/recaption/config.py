@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipelines.config import InputPath
+from pipelines.config import InputPath, InputPlace
+from pipelines.places import open_parquet
+from pipelines.predicate import Where, small_columns
 from pipelines.recaption.gate import GateConfig
 from pipelines.recaption.postprocess import reference
 from pipelines.runtime import RayConfig
+from pipelines.schemas import require_columns
 from pipelines.selection import ActorConfig, Selection
+from pipelines.storage import parquet_files
 from pipelines.training.model import ModelSettings
 from vlv_model.config import Config
 
@@ -73,10 +79,44 @@ class GenerateConfig(Config):
         return decisive | ({} if self.postprocess == "none" else {"postprocess": self.postprocess})
 
 
+class EarlierConfig(Config):
+    """An earlier caption table, of whose images only some are to be captioned again."""
+
+    captions: InputPlace | None = Field(
+        None,
+        description="caption table, also one that did not pass its gates; same keys as data.input",
+    )
+    where: str | None = Field(
+        None,
+        description="caption again what this SQL condition on its columns holds for, as in "
+        "\"truncated or repetition >= 0.2 or status like 'caption:%'\"",
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> EarlierConfig:
+        if (self.captions is None) != (self.where is None):
+            raise ValueError("captions and where go together: give both, or neither")
+        return self
+
+    def keys(self) -> np.ndarray:
+        """Keys int64 `[n]` of the rows that the condition holds for; in memory, nothing else is."""
+        assert self.captions is not None
+        assert self.where is not None
+        condition, found = Where(self.where, "earlier.where"), [np.zeros(0, np.int64)]
+        for file in parquet_files(self.captions, "earlier.captions", published=False):
+            with open_parquet(file) as parquet:
+                require_columns(parquet.schema_arrow, ["key"], str(file))
+                for batch in parquet.iter_batches(columns=small_columns(parquet.schema_arrow)):
+                    rows = pa.Table.from_batches([batch])
+                    found.append(rows["key"].to_numpy()[condition.mask(rows)])
+        return np.concatenate(found)
+
+
 class RecaptionConfig(Config):
     """Everything that `jobs/recaption.py` needs to know."""
 
     data: Selection
+    earlier: EarlierConfig = EarlierConfig()
     model: ModelSettings = ModelSettings()
     generate: GenerateConfig = GenerateConfig()
     gate: GateConfig = GateConfig()

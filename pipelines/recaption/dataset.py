@@ -32,9 +32,12 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
 
     model, checkpoint = config.model.resolve()
     fingerprint = model_fingerprint(model, checkpoint, config.generate)
+    earlier = config.earlier
     identity = {"model": fingerprint, "join": config.join or None}
+    identity |= {"earlier.captions": earlier.captions, "earlier.where": earlier.where}
+    among = earlier.keys if earlier.captions else None
     columns = (JOINED_ROW if config.join else CAPTION_ROW).names
-    table = open_table("caption", config.data, identity, columns, checked=True, parts="data")
+    table = open_table("caption", config.data, identity, columns, among, checked=True, parts="data")
     if table.pending():
         for name in (
             PUBLISHED_FILE,

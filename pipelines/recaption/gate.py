@@ -65,6 +65,6 @@ def check_gates(gate: GateConfig, found: Survey, table: Table) -> None:
         raise GateError(
             f"gate.max_{name}={most:g}: {many / found.captions:.4g} of the captions, {many:,} of "
             f"{found.captions:,}, so {table.folder} is not published. To look at them: "
-            f"duckdb -c '{look}', or its _report.html; then caption with other settings into another data.output, or "
-            "raise the gate"
+            f"duckdb -c '{look}', or its _report.html; then caption them again "
+            f"(earlier.captions={table.folder}, earlier.where, another data.output), or raise the gate"
         )

@@ -135,3 +135,25 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> N
     rows = list(read_rows(parquet_files(output), ["num_words", "truncated", "finish_reason"]))
     assert len(rows) == 21
     assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)
+
+
+@pytest.mark.end_to_end
+def test_only_what_was_unhealthy_is_captioned_again(ray_local, settings, tmp_path: Path) -> None:
+    """Also of a table that its gate kept back."""
+    with pytest.raises(GateError):
+        recaption(settings("gate.max_truncated=0"))
+    first = read_rows(sorted((tmp_path / "captions/data").iterdir()), ["key", "truncated"])
+    wanted = {row["key"] for row in first if row["truncated"] and row["key"] % 2}
+    assert 0 < len(wanted) < 21
+    again = [f"earlier.captions={tmp_path / 'captions'}"]
+    again.append("earlier.where=truncated and key % 2 <> 0")
+    config = settings(*again, f"data.output={tmp_path / 'again'}")
+    assert recaption(config) == {"ok": len(wanted)}
+    rows = read_rows(parquet_files(config.data.output), ["key"])
+    assert {row["key"] for row in rows} == wanted
+    assert recaption(config) == {"ok": len(wanted)}
+    nothing = settings(again[0], "earlier.where=num_tokens > 1000", f"data.output={tmp_path / 'n'}")
+    with pytest.raises(DataError, match="among those that are wanted"):
+        recaption(nothing)
+    with pytest.raises(ConfigError, match=r"earlier\.where"):
+        recaption(settings(again[0], "earlier.where=no_column", f"data.output={tmp_path / 'm'}"))
