@@ -24,6 +24,10 @@ from vlv_model.config import Config
 class GenerateConfig(Config):
     """How captions are decoded. All but `batch_size` is part of a caption's fingerprint."""
 
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what decodes: this package upon transformers, or vLLM (CUDA; not yet run on a GPU)",
+    )
     num_beams: int = Field(4, ge=1, description="beams of the search; 1 is greedy")
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
     batch_size: int = Field(64, ge=1, description="images that are captioned at once")
@@ -52,6 +56,11 @@ class GenerateConfig(Config):
                 f"temperature={self.temperature:g} draws one caption, num_beams={self.num_beams} "
                 "searches for the most probable one: set num_beams=1, or leave temperature out"
             )
+        if self.engine == "vllm" and self.num_beams > 1:
+            raise ValueError(
+                f"engine=vllm has no beam search over embeddings, num_beams={self.num_beams}: set "
+                "num_beams=1"
+            )
         if self.temperature is None and (self.top_p < 1 or self.seed):
             raise ValueError("top_p and seed need a temperature")
         return self
@@ -76,6 +85,8 @@ class GenerateConfig(Config):
         """
         decisive = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
         decisive |= self.draws or {}
+        if self.engine != "transformers":  # which rounds, and draws, in ways of its own
+            decisive["engine"] = self.engine
         return decisive | ({} if self.postprocess == "none" else {"postprocess": self.postprocess})
 
 

@@ -23,7 +23,7 @@ from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, ConfigError
 
 _HEALTH = ("num_words", "truncated", "empty", "repetition", "non_language")
 
@@ -55,6 +55,23 @@ def open_captioner(
     return VLVCaptioner.from_pretrained(model, checkpoint).to(device, dtype)
 
 
+def open_engine(
+    model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
+) -> Engine:
+    """What makes captions on `device`. Raises ConfigError where vLLM is asked for and cannot be had."""
+    if generate.engine == "vllm":
+        from pipelines.recaption.vllm_engine import VLLMEngine
+
+        if device.type != "cuda":
+            raise ConfigError(
+                "generate.engine=vllm needs a CUDA GPU: set use_gpu=true, or leave the engine out"
+            )
+        return VLLMEngine(
+            open_captioner(model, checkpoint, generate, torch.device("cpu")), generate, device
+        )
+    return Engine(open_captioner(model, checkpoint, generate, device), generate)
+
+
 class CaptionImages:
     """Captions the squares of a chunk; the model is loaded once, when the actor starts."""
 
@@ -69,7 +86,7 @@ class CaptionImages:
         use_gpu: bool,
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.engine = Engine(open_captioner(model, checkpoint, generate, self.device), generate)
+        self.engine = open_engine(model, checkpoint, generate, self.device)
         self.finished = generate.finished
         self.image_size = model.image_size
         self.fingerprint = fingerprint

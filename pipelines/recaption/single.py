@@ -21,8 +21,7 @@ def caption_file(config: CaptionConfig) -> str:
 
     from pipelines.ingest.decode import DecodeError, Opened
     from pipelines.ingest.encode import ImageConfig
-    from pipelines.recaption.engine import Engine
-    from pipelines.recaption.predictor import model_fingerprint, open_captioner
+    from pipelines.recaption.predictor import model_fingerprint, open_engine
     from vlv_model.preprocessing import square_image
 
     model, checkpoint = config.model.resolve()
@@ -39,8 +38,8 @@ def caption_file(config: CaptionConfig) -> str:
         raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
-    captioner = open_captioner(model, checkpoint, config.generate, device)
-    (outcome,) = Engine(captioner, config.generate).captions([0], square[None])  # uint8 [1 3 s s]
+    engine = open_engine(model, checkpoint, config.generate, device)
+    (outcome,) = engine.captions([0], square[None])  # uint8 [1 3 s s]
     if outcome.caption is None:
         raise DataError(f"{config.image} cannot be captioned: {outcome.error}")
     return config.generate.finished(outcome.caption.text)
