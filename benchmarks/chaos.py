@@ -148,6 +148,9 @@ class Chaos:
 
     def _ended(self, attempt: Attempt) -> None:
         """Note how an attempt ended that has to be repeated."""
+        if attempt.process.returncode == 0:  # all was done when the fault came
+            self.attempt = None
+            return
         killed = attempt.is_going or attempt.process.returncode == -9
         last = self.injected[-1] if self.injected else None
         if last:

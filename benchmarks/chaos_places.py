@@ -118,19 +118,24 @@ def store(folder: Path) -> Iterator[Place]:
 
 
 class ClusterPlace(Place):
-    """A folder that three machines of a cluster share; the head has no CPU, the others two each."""
+    """A folder that three machines of a cluster share; the head has no CPU, the others `cpus` each."""
+
+    cpus = 2
 
     def __init__(self, folder: Path, cluster: Any) -> None:
         super().__init__(folder)
         self.cluster = cluster
-        self.nodes = [cluster.add_node(num_cpus=2, object_store_memory=3 * 10**8) for _ in "ab"]
+        self.nodes = [self._add() for _ in "ab"]
         self.environment = {"RAY_ADDRESS": cluster.address}
 
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
         gone = self.nodes.pop(rng.randrange(len(self.nodes)))
         self.cluster.remove_node(gone, allow_graceful=False)
         time.sleep(rng.uniform(0, 5))
-        self.nodes.append(self.cluster.add_node(num_cpus=2, object_store_memory=3 * 10**8))
+        self.nodes.append(self._add())
+
+    def _add(self) -> Any:
+        return self.cluster.add_node(num_cpus=self.cpus, object_store_memory=3 * 10**8)
 
 
 @contextmanager

@@ -43,7 +43,9 @@ class Run(Place):
 
 
 class ClusterRun(Run, ClusterPlace):
-    """The same on a cluster of three machines."""
+    """The same on a cluster of three machines, of which two have a rank each."""
+
+    cpus = 1
 
 
 @dataclass(frozen=True)
