@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from pipelines import telemetry
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
 from pipelines.recaption.health import Health, health_of
@@ -72,6 +74,15 @@ def open_engine(
     return Engine(open_captioner(model, checkpoint, generate, device), generate)
 
 
+def _count(captions: list[GeneratedCaption], start: float) -> None:
+    """Tell Ray's metrics of the captions of a chunk that was begun at `start`."""
+    telemetry.RECAPTION_IMAGES.add(len(captions))
+    ended = sum(caption.finish_reason == "stop" for caption in captions)
+    telemetry.RECAPTION_TOKENS.add(ended + sum(caption.num_tokens for caption in captions))
+    if captions:
+        telemetry.RECAPTION_BATCH_SECONDS.observe(time.perf_counter() - start)
+
+
 class CaptionImages:
     """Captions the squares of a chunk; the model is loaded once, when the actor starts."""
 
@@ -96,6 +107,7 @@ class CaptionImages:
         usable = [row for row, value in enumerate(statuses) if value == OK]
         captions: list[GeneratedCaption | None] = [None] * len(statuses)
         health: list[Health | None] = [None] * len(statuses)
+        start = time.perf_counter()
         for outcome in self._caption(block.take(usable)):
             row = usable[outcome.position]
             if (caption := outcome.caption) is not None:
@@ -103,6 +115,7 @@ class CaptionImages:
                 health[row] = health_of(caption.text, caption.finish_reason == "length")
             if outcome.error:
                 statuses[row], errors[row] = self.failed, outcome.error
+        _count([caption for caption in captions if caption is not None], start)
         schema, images = CAPTION_ROW, {}
         if "image" in block.column_names:
             schema = with_image_feature(JOINED_ROW)
