@@ -18,7 +18,7 @@ from pipelines.recaption.survey import Survey, survey
 from pipelines.runtime import ray_session
 from pipelines.schemas import CAPTION_ROW, JOINED_ROW
 from pipelines.selection import ROW_GROUP, open_table, run_actors
-from pipelines.storage import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table
+from pipelines.storage import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table, read_json_object
 
 
 def recaption(config: RecaptionConfig) -> dict[str, int]:
@@ -70,6 +70,8 @@ def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> Non
     assert found is not None
     about = config.model_dump(include={"gate", "generate", "join", "license"})
     about["model"] = model
+    if _is_published(table, about, config.format):
+        return
     with exclusive(table.folder, "data.output"):
         write_report(table, found, about)
         check_gates(config.gate, found, table)
@@ -77,3 +79,11 @@ def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> Non
             write_json(table)
         table.publish(about)
         write_card(table)
+
+
+def _is_published(table: Table, about: dict[str, Any], format: str) -> bool:
+    """Whether all that `publish` writes is there, of these settings."""
+    beside = [PUBLISHED_FILE, CARD_FILE, REPORT_FILE, *([JSON_FILE] if format == "json" else [])]
+    if not all(is_file(table.folder / name) for name in beside):
+        return False
+    return read_json_object(table.folder / PUBLISHED_FILE) == about

@@ -71,6 +71,9 @@ def test_readers_that_are_not_ours(ray_local, settings, pictures: Path) -> None:
 
     with pytest.raises(RunError, match="join: True there, None here"):
         recaption(settings(f"data.input={pictures}"))
+    written = (folder / "README.md").stat().st_mtime_ns
+    assert recaption(config) == {"ok": 3, "decode:corrupt": 1}  # which is left as it is
+    assert (folder / "README.md").stat().st_mtime_ns == written
     again = settings(f"data.input={pictures}", "join=true", "license=mit")  # nothing but the card
     assert recaption(again) == {"ok": 3, "decode:corrupt": 1}
     assert "license: mit" in (folder / "README.md").read_text()
