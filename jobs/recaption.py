@@ -1,7 +1,8 @@
 """Recaption: writes a caption for every image of a table with the trained captioner.
 
-Needs an image table and, as model.path, the run of stage 2; leaves a caption table. The same
-command continues a run that was killed; each image gets one row.
+Needs an image table and, as model.path, the run of stage 2; leaves a caption table with a card
+(README.md) and a report (_report.html). The same command continues a run that was killed; each
+image gets one row.
 """
 
 import sys

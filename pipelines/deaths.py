@@ -57,10 +57,15 @@ class Deaths:
     @contextmanager
     def working_on(self, row: int) -> Iterator[None]:
         """Whoever dies meanwhile died of this row. An exception is no death."""
-        before = self.alone.get(row)
-        self.alone[row] = (before or 0) + 1
+        before = self.alone.get(row, 0)
+        self.alone[row] = before + 1
         self._write()
-        yield
+        try:
+            yield
+        except BaseException:
+            self.alone[row] = before
+            self._write()
+            raise
         # With the next note: what died once and not again is no suspect any more.
         del self.alone[row]
 

@@ -141,6 +141,9 @@ def test_a_death_of_another_cause_is_forgotten(tmp_path: Path) -> None:
     with again.working_on(6):
         pass
     assert not again.is_deadly(6)
+    with pytest.raises(OSError, match="disk"), again.working_on(7):
+        raise OSError("the disk is gone")  # says nothing of the row either
+    assert Deaths(file).alone == {7: 0}
     again.end()
     assert Deaths(file).begun == 1
 

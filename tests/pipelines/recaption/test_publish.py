@@ -114,3 +114,16 @@ def test_what_is_taken_down_is_told_nowhere(ray_local, settings, pair_table, tmp
             content = file.read_bytes()
             assert str(gone["name"]).encode() not in content, file
     assert "20 captions of 20 images" in (captions.folder / "README.md").read_text()
+
+
+@pytest.mark.end_to_end
+def test_a_table_in_a_store_has_all_of_it(ray_local, settings, bucket: str) -> None:
+    config = settings(f"data.output={bucket}/captions", "format=json", "join=true")
+    assert recaption(config) == {"ok": 21}
+    table = Table(config.data.output)
+    names = {file.name for file in table.folder.iterdir()}
+    assert {"README.md", "captions.json", "_report.html", "_published.json", "data"} <= names
+    assert "_deaths" not in names
+    assert len(json.loads((table.folder / "captions.json").read_text())) == 21
+    assert (table.folder / "_report.html").read_text().count("<img") == 21
+    assert recaption(config) == {"ok": 21}
