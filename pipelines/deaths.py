@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipelines.places import is_file, remove_file, write_atomically
 from pipelines.schemas import OK
 from pipelines.storage import read_json_object
-from vlv_model.errors import RunError
+from vlv_model.errors import RunError, VLVError
 
 FOLDER = "_deaths"
 TOGETHER, ALONE = 2, 3  # deaths of a whole chunk, and of a row alone, that are put up with
@@ -86,11 +86,18 @@ class Survivor:
     """
 
     def __init__(self, step: type, arguments: tuple[Any, ...], table: Path) -> None:
-        self.step: Callable[[pa.Table], pa.Table] = step(*arguments)
+        self.refused: VLVError | None = None
+        try:
+            self.step: Callable[[pa.Table], pa.Table] = step(*arguments)
+        except VLVError as error:
+            # Raised here Ray would take it for a death, try again, and hide what it says.
+            self.refused = error
         self.failed: str = step.failed  # type: ignore[attr-defined]
         self.folder = table / FOLDER
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        if self.refused is not None:
+            raise self.refused
         (chunk,) = block["chunk"].unique().to_pylist()
         deaths = Deaths(self.folder / f"{chunk:06d}.json")
         rows = self._one_by_one(block, deaths) if deaths.is_careful else self.step(block)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from pipelines import selection
 from pipelines.deaths import ALONE, TOGETHER, Deaths, Survivor
+from pipelines.entry import causes_of
 from pipelines.runtime import RayConfig
 from pipelines.schemas import OK, status
 from pipelines.selection import ActorConfig, Selection, open_table, run_actors
 from pipelines.storage import Table, parquet_files, read_rows
-from vlv_model.errors import RunError
+from vlv_model.errors import ModelError, RunError
 
 WHITE, BLACK = 255, 0
 
@@ -123,6 +124,21 @@ def test_a_model_that_dies_of_everything_ends_the_job(ray_local, by_value, tmp_p
     Image.new("RGB", (32, 32)).save(folder / "0.png")
     with pytest.raises(RunError, match="died 5 times, with a blank image, too"):
         means(folder, tmp_path / "means", BLACK)
+
+
+class Refusing(Mean):
+    def __init__(self, deadly: int, log: str) -> None:
+        raise ModelError("the model is not there")
+
+
+@pytest.mark.end_to_end
+def test_a_step_that_refuses_its_model_says_so(
+    ray_local, by_value, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys.modules[__name__], "Mean", Refusing)
+    with pytest.raises(Exception, match="the model is not there") as raised:
+        means(pictures, tmp_path / "means", -1)
+    assert any(isinstance(cause, ModelError) for cause in causes_of(raised.value))
 
 
 def test_a_death_of_another_cause_is_forgotten(tmp_path: Path) -> None:
