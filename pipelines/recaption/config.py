@@ -100,7 +100,7 @@ class EarlierConfig(Config):
     where: str | None = Field(
         None,
         description="caption again what this SQL condition on its columns holds for, as in "
-        "\"truncated or repetition >= 0.2 or status like 'caption:%'\"",
+        "\"truncated or repetition >= 0.35 or status like 'caption:%'\"",
     )
 
     @model_validator(mode="after")

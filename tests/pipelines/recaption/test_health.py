@@ -60,6 +60,10 @@ def test_repetition_is_the_share_of_words_said_before() -> None:
     assert 0.7 <= looped.repetition < 1
     assert looped.repeated
     assert 0 < health_of(LONG, truncated=False).repetition < 0.2
+    two = health_of("a small red cross left of a small red cross on a white background", False)
+    assert two.repetition > 0.2
+    assert not two.repeated
+    assert health_of("A dog on a couch. A dog on a couch.", truncated=False).repeated
 
 
 def test_one_changed_word_of_many_is_similar_and_another_scene_is_not() -> None:
