@@ -28,8 +28,8 @@ import pyarrow as pa
 
 from pipelines.config import is_url
 from pipelines.external import COLUMN, DAMAGED, LISTED_ROW, UNNAMED
+from pipelines.locks import exclusive
 from pipelines.places import (
-    exclusive,
     files_below,
     is_file,
     open_parquet,

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 from pipelines.buckets import Buckets
 from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
 from pipelines.ingest.readers import read_parquet
+from pipelines.locks import exclusive
 from pipelines.places import (
-    exclusive,
     open_parquet,
     place,
     read_parquet_file,

@@ -8,18 +8,14 @@ tools read them (AWS_ENDPOINT_URL, …).
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import glob
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +34,6 @@ from vlv_model.errors import DataError, RunError, VLVError
 
 T = TypeVar("T")
 
-LOCK_FILE = ".lock"
 # A store that fails for a while is asked again after these seconds.
 _PATIENCE = (1.0, 2.0, 5.0, 15.0, 30.0)
 # What is no failure of a store: its answers, and faults of ours.
@@ -48,8 +43,6 @@ _ANSWERS = (
 )  # fmt: skip
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_beside` names
-_LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
-_RENEW = 30.0
 
 
 def place(path: str | Path) -> Path:
@@ -261,6 +254,13 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
         raise
 
 
+def remove_halves(folder: Path) -> None:
+    """Remove the files that killed writers left between writing and renaming, in all of a folder."""
+    for inside, _, names in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            Path(inside, name).unlink(missing_ok=True)
+
+
 def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
     """Write one Parquet file, whole or not at all."""
     if is_url(path):
@@ -328,88 +328,3 @@ def read_texts(files: list[Path]) -> list[str]:
     paths: list[Any] = [*files]
     found = patiently(lambda: paths[0].fs.cat([path.path for path in paths]), files[0])
     return [found[path.path].decode() for path in paths]
-
-
-# --------------------------------------------------------------------------------------- locks
-
-
-@contextmanager
-def exclusive(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder for this process; RunError while another one holds it.
-
-    On a local disk the lock goes with the process, however it ends, and holds on one machine; what
-    writers that were killed left half-written in the folder is removed. In
-    an object store it is a file that is renewed, and is taken over where nobody has for two
-    minutes.
-    """
-    make_folder(folder, setting)
-    held = _lease(folder, setting) if is_url(folder) else _file_lock(folder, setting)
-    with held:
-        yield
-
-
-def _in_use(folder: Path, setting: str) -> RunError:
-    return RunError(f"{setting}={folder} is in use by a job that is still going: wait for its end")
-
-
-@contextmanager
-def _file_lock(folder: Path, setting: str) -> Iterator[None]:
-    with open(folder / LOCK_FILE, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise _in_use(folder, setting) from None
-        _remove_halves(folder)
-        yield
-
-
-def _remove_halves(folder: Path) -> None:
-    """Remove the files that killed writers left between writing and renaming, in all of a folder."""
-    for inside, _, names in os.walk(folder):
-        for name in filter(_TEMPORARY.fullmatch, names):
-            Path(inside, name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _lease(folder: Path, setting: str) -> Iterator[None]:
-    lock, me = folder / LOCK_FILE, f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
-    remote: Any = lock
-
-    def renew() -> None:
-        patiently(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
-
-    def holder() -> dict[str, Any]:
-        # In one request: an opened file that its owner renews meanwhile fails when it is read.
-        held: dict[str, Any] = json.loads(patiently(lambda: remote.fs.cat_file(remote.path), lock))
-        return held
-
-    first = json.dumps({"owner": me, "time": time.time()}).encode()
-    try:
-        # If-None-Match: one of us wins
-        patiently(lambda: remote.fs.pipe_file(remote.path, first, mode="create"), lock)
-    except FileExistsError:
-        try:
-            held = holder()
-        except FileNotFoundError:  # given back since
-            held = {"time": time.time()}
-        if time.time() - held["time"] < _LEASE:
-            raise _in_use(folder, setting) from None
-        renew()
-    stop = threading.Event()
-
-    def keep() -> None:
-        while not stop.wait(_RENEW):
-            with suppress(RunError):  # the job's own writes say it
-                renew()
-
-    keeper = threading.Thread(target=keep, daemon=True, name="lease")
-    keeper.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        keeper.join()
-        # Where the store has not answered since, the lease runs out by itself.
-        with suppress(FileNotFoundError, RunError):
-            if holder().get("owner") == me:
-                patiently(lock.unlink, lock)

@@ -23,7 +23,8 @@ from pipelines.deaths import FOLDER as DEATHS
 from pipelines.deaths import Deaths, Survivor
 from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
 from pipelines.listing import list_images
-from pipelines.places import exclusive, place, remove_folder, stamp_of
+from pipelines.locks import exclusive
+from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import planned, read_plan, write_plan
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status

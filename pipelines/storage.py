@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import is_url
+from pipelines.locks import LOCK_FILE
 from pipelines.places import (
-    LOCK_FILE,
     files_below,
     is_file,
     is_folder,

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 
 from pipelines.config import OutputPlace
 from pipelines.ingest.report import remove_report, write_report
-from pipelines.places import exclusive, is_file, open_parquet, write_atomically
+from pipelines.locks import exclusive
+from pipelines.places import is_file, open_parquet, write_atomically
 from pipelines.recaption.report import forget
 from pipelines.schemas import host_of, normalise_url, url_key
 from pipelines.storage import Table, read_json_object

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.config import dump, load
 from pipelines.demo.config import FULL, DemoConfig
-from pipelines.places import exclusive, write_atomically
+from pipelines.locks import exclusive
+from pipelines.places import write_atomically
 from pipelines.runtime import ray_session
 from pipelines.storage import Table, read_json_object, refuse_strangers
 from pipelines.tiny_world.dataset import find_photos

@@ -37,8 +37,8 @@ from pipelines.ingest.metadata import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
+from pipelines.locks import exclusive
 from pipelines.places import (
-    exclusive,
     is_file,
     is_folder,
     read_parquet_file,

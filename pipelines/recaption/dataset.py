@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.places import exclusive, is_file, remove_file
+from pipelines.locks import exclusive
+from pipelines.places import is_file, remove_file
 from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig

@@ -13,7 +13,8 @@ import numpy as np
 from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
 from pipelines.latents import LatentReader
-from pipelines.places import exclusive, place
+from pipelines.locks import exclusive
+from pipelines.places import place
 from pipelines.runtime import check_resources, ray_session
 from pipelines.storage import parquet_files, read_json_object
 from pipelines.training import checkpointing, run_folder

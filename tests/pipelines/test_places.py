@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import pytest
 
 from benchmarks.faults import Line
 from pipelines import places
+from pipelines.locks import exclusive
 from pipelines.places import (
-    exclusive,
     matching,
     open_parquet,
     place,
@@ -102,34 +99,6 @@ def test_a_strangers_folder_is_refused(folder: Path) -> None:
         Table(str(folder)).check_free("image", {})
 
 
-def test_a_folder_is_held_by_one_and_free_again(folder: Path) -> None:
-    again = exclusive(folder, "data.output")
-    with exclusive(folder, "data.output"), pytest.raises(RunError, match="in use"), again:
-        raise AssertionError("two hold it")
-    with exclusive(folder, "data.output"):
-        pass
-
-
-def test_what_killed_writers_left_half_written_is_removed(tmp_path: Path) -> None:
-    half = tmp_path / f"t/_commits/.000016.json.{'0f' * 16}"
-    others = [tmp_path / "t" / name for name in (".keep", "a.parquet", f"{'0f' * 16}")]
-    for file in (half, *others):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("x")
-    with exclusive(tmp_path / "t", "data.output"):
-        assert not half.exists()
-        assert all(file.exists() for file in others)
-
-
-def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
-    folder = place(f"{bucket}/t")
-    lock = folder / places.LOCK_FILE
-    write_atomically(lock, json.dumps({"owner": "gone", "time": time.time() - 1000}))
-    with exclusive(folder, "data.output"):
-        assert json.loads(lock.read_text())["owner"] != "gone"
-    assert not lock.exists()
-
-
 def test_a_store_that_fails_for_a_while_is_asked_again(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,24 +132,6 @@ def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write()
     assert [p.name for p in tmp_path.iterdir()] == ["before"]
-
-
-def test_leases_are_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_RENEW", 0.05)
-    folder = place(f"{bucket}/t")
-    lock: Any = folder / places.LOCK_FILE
-
-    def noted() -> float:
-        return float(json.loads(lock.fs.cat_file(lock.path))["time"])
-
-    with exclusive(folder, "data.output"):
-        first = noted()
-        waited = threading.Event()
-        for _ in range(100):
-            waited.wait(0.05)
-            if noted() > first:
-                return
-    raise AssertionError("the lease was never renewed")
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(

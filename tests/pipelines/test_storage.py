@@ -3,7 +3,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.places import exclusive, write_atomically, write_parquet
+from pipelines.locks import exclusive
+from pipelines.places import write_atomically, write_parquet
 from pipelines.storage import Table, parquet_files, read_rows, read_schema
 from vlv_model.errors import DataError, RunError
 
