@@ -15,12 +15,13 @@ from vlv_model.errors import GateError
 
 def _share(value: Any) -> Any:
     """`2%` as 0.02."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(value.strip()[:-1]) / 100
-        except ValueError:
-            raise ValueError(f"'{value}': expected a share such as 2% or 0.02") from None
-    return value
+    if not isinstance(value, str):
+        return value
+    number, percent, rest = value.strip().partition("%")
+    try:
+        return float(number + rest) / (100 if percent else 1)
+    except ValueError:
+        raise ValueError(f"expected a share such as 2% or 0.02, not '{value}'") from None
 
 
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
@@ -29,16 +30,18 @@ Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 class GateConfig(Config):
     """Shares of the captions (`2%` or 0.02) that are too much; none: whatever there is passes."""
 
-    max_truncated: Share | None = Field(None, description="captions cut at max_new_tokens")
-    max_empty: Share | None = Field(None, description="captions without a word")
+    max_truncated: Share | None = Field(
+        None, description="share (2% or 0.02) that may be cut at max_new_tokens"
+    )
+    max_empty: Share | None = Field(None, description="share without a word")
     max_repeated: Share | None = Field(
-        None, description=f"captions of which {REPEATED:.0%} repeat four words in a row said before"
+        None, description=f"share of which {REPEATED:.0%} repeat four words in a row said before"
     )
     max_non_language: Share | None = Field(
-        None, description="captions that are mostly no letters, or hold what no text has"
+        None, description="share that are mostly no letters, or hold what no text has"
     )
     max_duplicates: Share | None = Field(
-        None, description="captions that say nearly the same as that of another image before"
+        None, description="share that say nearly the same as one of another image before"
     )
 
 
