@@ -35,11 +35,24 @@ class Head:
     environment: dict[str, str]
     logs: Path
 
-    def submit(self, name: str, *settings: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of a job with its tiny configuration, as the README has it."""
-        job = ["python", f"jobs/{name}.py", "--config", f"jobs/configs/tiny/{name}.yaml"]
+    def submit(
+        self, name: str, *settings: str, copied: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a job with its tiny configuration, as the README has it.
+
+        Without `copied` the code is run where it lies, as from an image: machines that share a
+        disk share Ray's copy of the working directory too, which was found gone after one had left.
+        """
+        here = "" if copied else f"{ROOT}/"
+        job = [
+            "python",
+            f"{here}jobs/{name}.py",
+            "--config",
+            f"{here}jobs/configs/tiny/{name}.yaml",
+        ]
         command = [str(BIN / "ray"), "job", "submit", "--address", self.address]
-        command += ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--"]
+        command += ["--working-dir", "."] if copied else []
+        command += ["--runtime-env", "cluster/runtime_env.yaml", "--"]
         return subprocess.run(
             [*command, *job, *settings],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600,

@@ -123,7 +123,7 @@ def test_machines_come_for_a_job_and_go_after_it(
     done = head.submit(
         "stage1", f"data.input={pair_table}", f"model.path={tiny_models}", f"run_dir={run}",
         "data.holdout=0.2", "train.steps=2", "train.num_workers=2", "train.global_batch_size=8",
-        f"train.cpus_per_worker={CPUS}", "train.wandb=disabled", "ray.group=gpu",
+        f"train.cpus_per_worker={CPUS}", "train.wandb=disabled", "ray.group=gpu", copied=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for the cluster to start nodes" in done.stdout + done.stderr
@@ -136,6 +136,7 @@ def test_machines_come_for_a_job_and_go_after_it(
         "recaption", f"data.input={pair_table}", f"model.path={trained_captioner}",
         f"data.output={captions}", "data.split=all", "data.rows_per_chunk=16",
         "generate.max_new_tokens=8", "actors.num_actors=2", "ray.group=gpu_spot",
+        copied=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert Table(captions).counts() == {"ok": 120}
