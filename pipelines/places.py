@@ -42,7 +42,7 @@ _ANSWERS = (
     VLVError, ValueError, TypeError, AttributeError, LookupError,
 )  # fmt: skip
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_beside` names
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_whole` names
 
 
 def place(path: str | Path) -> Path:
@@ -210,8 +210,16 @@ def _unanswered(path: Path, problem: Exception) -> RunError:
     )
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside a local path, which takes its place at the end, or goes where that fails."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # of a full disk it would hold the rest
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -219,17 +227,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
         patiently(lambda: path.write_bytes(data), path)
-        return
-    temporary = _beside(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # of a full disk it would hold the rest
-        raise
+    else:
+        write_pieces(path, [data])
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
@@ -241,17 +240,11 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
             write_pieces(local, pieces)
             patiently(lambda: remote.fs.put_file(str(local), remote.path), path)
         return
-    temporary = _beside(path)
-    try:
-        with open(temporary, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _whole(path) as temporary, open(temporary, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_halves(folder: Path) -> None:
@@ -269,13 +262,8 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
         pq.write_table(table, file, compression="zstd", **options)
         patiently(lambda: path.write_bytes(file.getvalue()), path)
         return
-    temporary = _beside(path)
-    try:
+    with _whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", **options)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
