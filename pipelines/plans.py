@@ -18,6 +18,9 @@ from pipelines.images import RowIndex
 from pipelines.places import is_file, open_parquet, write_parquet
 
 _CHUNKS = 1024  # of a file
+LAYOUT = f"files of {_CHUNKS} chunks"
+"""What a table says of its plan, so that one of another layout is refused."""
+
 COLUMNS = ("key", "file", "group", "row")
 
 

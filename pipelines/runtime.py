@@ -192,9 +192,8 @@ def _waves(chunks: Sequence[int]) -> Iterator[Any]:
     context.enable_progress_bars = False  # ours counts rows and failures, not blocks
     context.raise_original_map_exception = True  # so that a refusal keeps its class
     context.target_max_block_size = None  # a chunk is never cut in two
-    context.max_consecutive_actor_init_deaths = (
-        2  # by default a kill while a model loads ends a job
-    )
+    # By default a kill while a model loads ends a job.
+    context.max_consecutive_actor_init_deaths = 2
     for start in range(0, len(chunks), CHUNKS_PER_WAVE):
         wave = chunks[start : start + CHUNKS_PER_WAVE]
         yield ray.data.from_items(

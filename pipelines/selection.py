@@ -25,7 +25,7 @@ from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
 from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
-from pipelines.plans import planned, read_plan, write_plan
+from pipelines.plans import LAYOUT, planned, read_plan, write_plan
 from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files
@@ -146,7 +146,7 @@ def open_table(
         "data.holdout": data.holdout if data.split != "all" else None,
         "data.limit": data.limit,
         **of,
-        "plan": "files of 1024 chunks",
+        "plan": LAYOUT,
         **identity,
     }
     if table.check_free(kind, identity, columns) or index is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.markdown import card, table
-from pipelines.places import is_file, open_parquet, write_atomically
+from pipelines.places import is_file, write_atomically
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import Survey
 from pipelines.schemas import OK
@@ -164,10 +164,9 @@ def _samples(output: Table) -> Iterator[tuple[str, str]]:
     """Captions from parts that lie evenly over the table."""
     commits = [commit for commit in output.commits() if commit.statuses.get(OK)]
     places = np.linspace(0, len(commits) - 1, min(_SAMPLES, len(commits))).astype(int)
-    for number, place in enumerate(places.tolist()):
-        with open_parquet(output.part(commits[place].chunk)) as parquet:
-            rows = parquet.read(columns=["name", "caption", "status"]).to_pylist()
-        good = [row for row in rows if row["status"] == OK]
+    parts = output.columns([commits[p].chunk for p in places], ["name", "caption", "status"])
+    for number, part in enumerate(parts):
+        good = [row for row in part.to_pylist() if row["status"] == OK]
         share = -(-_SAMPLES // len(places)) if number == 0 else _SAMPLES // len(places)
         for row in good[: max(share, 1)]:
             text = row["caption"]

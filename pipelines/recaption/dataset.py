@@ -13,8 +13,7 @@ from pipelines.recaption.gate import check_gates
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
 from pipelines.recaption.report import FILE as REPORT_FILE
-from pipelines.recaption.report import write_report
-from pipelines.recaption.survey import FILE as HEALTH_FILE
+from pipelines.recaption.report import forget, write_report
 from pipelines.recaption.survey import Survey, survey
 from pipelines.runtime import ray_session
 from pipelines.schemas import CAPTION_ROW, JOINED_ROW
@@ -40,14 +39,8 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     columns = (JOINED_ROW if config.join else CAPTION_ROW).names
     table = open_table("caption", config.data, identity, columns, among, checked=True, parts="data")
     if table.pending():
-        for name in (
-            PUBLISHED_FILE,
-            HEALTH_FILE,
-            CARD_FILE,
-            JSON_FILE,
-            REPORT_FILE,
-        ):  # of other rows
-            remove_file(table.folder / name)
+        remove_file(table.folder / PUBLISHED_FILE)  # it and what lies beside tell of other rows
+        forget(table)
     if Survey.read(table) is None:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
         with ray_session(config.ray):  # one for both

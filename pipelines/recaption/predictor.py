@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError
 
-_HEALTH = ("num_words", "truncated", "empty", "repetition", "non_language")
+_HEALTH = [field.name for field in fields(Health)]
 
 
 def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig) -> str:

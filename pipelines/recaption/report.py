@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.images import RowReader
-from pipelines.places import open_parquet, place, remove_file, write_atomically
+from pipelines.places import place, remove_file, write_atomically
 from pipelines.plans import has_plan, planned, read_plan
 from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import settings_told, write_card
@@ -82,13 +82,10 @@ def _drawn(output: Table) -> list[dict[str, Any]]:
     """Rows of status ok in random order, the same ones each time, from some parts."""
     draw = np.random.default_rng(0)
     commits = [commit for commit in output.commits() if commit.statuses.get(OK)]
-    some = draw.permutation(len(commits))[:_PARTS]
-    share = -(-_SEARCHED // max(len(some), 1))
+    chunks = [commits[n].chunk for n in draw.permutation(len(commits))[:_PARTS].tolist()]
+    share = -(-_SEARCHED // max(len(chunks), 1))
     rows: list[dict[str, Any]] = []
-    for number in some.tolist():
-        chunk = commits[number].chunk
-        with open_parquet(output.part(chunk)) as parquet:
-            part = parquet.read(columns=_COLUMNS)
+    for chunk, part in zip(chunks, output.columns(chunks, _COLUMNS), strict=True):
         good = np.flatnonzero(np.array([s == OK for s in part["status"].to_pylist()]))
         chosen = draw.permutation(good)[:share]
         rows += [{**row, "chunk": chunk} for row in part.take(pa.array(chosen)).to_pylist()]
