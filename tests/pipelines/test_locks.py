@@ -16,14 +16,6 @@ from pipelines.places import place, write_atomically
 from vlv_model.errors import RunError
 
 
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that is not there yet, on either kind of storage."""
-    if request.param == "disk":
-        return place(tmp_path / "a" / "b")
-    return place(request.getfixturevalue("bucket") + "/a/b")
-
-
 def test_a_folder_is_held_by_one_and_free_again(folder: Path) -> None:
     again = exclusive(folder, "data.output")
     with exclusive(folder, "data.output"), pytest.raises(RunError, match="in use"), again:

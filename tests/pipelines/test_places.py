@@ -29,14 +29,6 @@ from vlv_model.errors import DataError, RunError
 ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
 
 
-@pytest.fixture(params=["disk", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that is not there yet, on either kind of storage."""
-    if request.param == "disk":
-        return place(tmp_path / "a" / "b")
-    return place(request.getfixturevalue("bucket") + "/a/b")
-
-
 def test_files_are_written_and_read_alike(folder: Path) -> None:
     places.make_folder(folder, "data.output")
     write_atomically(folder / "x.json", "{}")

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.report.demo import DemoReport, GalleryItem
 from pipelines.tiny_world import scenes
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """Opens a page in a browser without a window; takes its options, returns what it prints."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser on PATH (looked for {', '.join(BROWSERS)})")
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-sync"]
+    quiet += ["--disable-component-update", "--disable-gpu", "--hide-scrollbars"]
+    if os.geteuid() == 0:  # Chromium's sandbox refuses to run as root, as in a container
+        quiet.append("--no-sandbox")
+
+    def open_page(page: Path, *options: str) -> str:
+        command = [browser, "--headless", *quiet, f"--user-data-dir={tmp_path / 'profile'}"]
+        command += [*options, page.as_uri()]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=120
+        ).stdout
+
+    return open_page
+
 
 VOID = {"img", "input", "link", "meta"}
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from PIL import Image
 
 from pipelines.report.captions import CaptionReport, CaptionSample, HealthLine, render
 from pipelines.report.histogram import MOST_BARS, binned, quantile
-from tests.pipelines.report.test_report_browser import NAMES
 from tests.pipelines.report.test_report_page import HOSTILE
 
 
@@ -94,16 +90,12 @@ def test_bins_hold_all_and_are_few(counts):
 
 
 @pytest.mark.parametrize(("words", "shown"), [("", 2), ("WALL and", 1), ("truncated", 1), ("zebra", 0)])  # fmt: skip
-def test_the_search_finds_words(caption_report, tmp_path: Path, words: str, shown: int) -> None:
-    browser = next(filter(None, map(shutil.which, NAMES)), None)
-    if browser is None:
-        pytest.skip("no browser on PATH")
+def test_the_search_finds_words(
+    caption_report, browse, tmp_path: Path, words: str, shown: int
+) -> None:
     typed = render(caption_report).replace('type="search"', f'type="search" value="{words}"')
     (tmp_path / "page.html").write_text(typed)
-    root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    command = [browser, "--headless", "--disable-gpu", *root, f"--user-data-dir={tmp_path / 'p'}"]
-    command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
-    page = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    page = browse(tmp_path / "page.html", "--dump-dom")
     (told,) = re.findall(r"<output[^>]*>([^<]*)</output>", page)
     assert told == f"{shown} of 2"
     assert page.count('<tr hidden="">') == 2 - shown
