@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
+from benchmarks.driver import alone, declare_written
 from pipelines.plans import planned, read_plan
 from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT
 from pipelines.selection import Selection, open_table
-from pipelines.storage import IMAGE_ROW_GROUP, Commit, Table
+from pipelines.storage import IMAGE_ROW_GROUP, Table
 
 _PART = 4096  # rows of a part of the image table
 
@@ -57,9 +59,7 @@ def write_half(table: Table, rows_per_chunk: int) -> None:
     """Declare every second chunk of a caption table written; only the first has its part."""
     chunks = table.describe()["chunks"]
     pq.write_table(CAPTION_ROW.empty_table(), table.part(0))
-    for chunk in range(0, chunks, 2):
-        commit = Commit(chunk, rows_per_chunk, {"ok": rows_per_chunk})
-        (table.folder / f"_commits/{chunk:06d}.json").write_text(commit.to_json())
+    declare_written(table, range(0, chunks, 2), rows_per_chunk, ok=rows_per_chunk)
 
 
 def opened(selection: Selection) -> Table:
@@ -83,27 +83,17 @@ def task(selection: Selection) -> None:
     planned(files, read_plan(table.folder, 1))
 
 
-def apart(work: Callable[[Selection], None], selection: Selection) -> dict[str, float]:
-    """Seconds of `work` in a fresh process, and megabytes that its peak is above what imports take."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(work, selection, sender))
-    process.start()
-    measured: dict[str, float] = receiver.recv()
-    process.join()
-    return measured
-
-
-def _measured(work, selection, sender) -> None:
-    before = _peak()
+def timed(work: Callable[[Selection], None], selection: Selection) -> dict[str, float]:
     start = time.perf_counter()
     work(selection)
-    seconds = round(time.perf_counter() - start, 3)
-    sender.send({"seconds": seconds, "megabytes": round(_peak() - before, 1)})
+    return {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def apart(work: Callable[[Selection], None], selection: Selection) -> dict[str, float]:
+    """Seconds of `work` in a fresh process, and megabytes that its peak is above what imports take."""
+    found = alone(partial(timed, work, selection))
+    more = round(found["memory_mb"] - found["imports_mb"], 1)
+    return {"seconds": found["seconds"], "megabytes": more}
 
 
 def measure(rows: int, rows_per_chunk: int, folder: Path) -> dict[str, float]:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -30,8 +28,9 @@ from typing import Any
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
+from benchmarks.driver import alone, declare_written
 from pipelines.runtime import RayConfig, ray_session, run_chunks
-from pipelines.storage import Commit, Table
+from pipelines.storage import Table
 
 _ROWS = 256  # of a chunk, in its commit
 
@@ -40,9 +39,7 @@ def write_commits(folder: Path, commits: int) -> Table:
     """A table of which every chunk but the last is declared written; its parts are not there."""
     table = Table(folder)
     table.create("caption", {}, commits + 1)
-    for chunk in range(commits):
-        told = Commit(chunk, _ROWS, {"ok": _ROWS - 1, "decode:truncated": 1}).to_json()
-        (folder / "_commits" / f"{chunk:06d}.json").write_text(told)
+    declare_written(table, range(commits), _ROWS, ok=_ROWS - 1, failed=1)
     return table
 
 
@@ -99,25 +96,6 @@ def pass_on_nodes(nodes: int, chunks: int) -> dict[str, float]:
         return pass_chunks(chunks, cluster.address)
     finally:
         cluster.shutdown()
-
-
-def alone(work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `work` returns in a new process, and that process's greatest memory, in MB."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_report, args=(work, queue))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{work} ended with status {process.exitcode}")
-    found: dict[str, float] = queue.get()
-    return found
-
-
-def _report(work: Callable[[], dict[str, float]], queue: Any) -> None:
-    found = work()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put({**found, "memory_mb": memory})
 
 
 def measure(commits: list[int], chunks: list[int], nodes: list[int]) -> dict[str, Any]:
