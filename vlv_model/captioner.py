@@ -23,12 +23,13 @@ from vlv_model.caption_tokens import (
     end_of_text_id,
     tokenize_captions,
 )
-from vlv_model.checkpoint import load_checkpoint
-from vlv_model.config import Trainable
+from vlv_model.checkpoint import load_checkpoint, read_checkpoint
+from vlv_model.config import Lora, Trainable
 from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating, freeze, thaw
+from vlv_model.lora import add_adapters, merge_adapters, train_adapters_alone
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -62,6 +63,7 @@ class VLVCaptioner(nn.Module):
         self.language_projector = language_projector
         self.language_model = language_model
         self.tokenizer = tokenizer
+        self.lora = Lora()
         rows = language_model.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
             raise ModelError(
@@ -80,6 +82,7 @@ class VLVCaptioner(nn.Module):
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         for_training: bool = False,
+        lora: Lora | None = None,
         **parts: Any,
     ) -> VLVCaptioner:
         """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
@@ -87,7 +90,9 @@ class VLVCaptioner(nn.Module):
         `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder; `parts` are
         fields of ModelConfig that win over it. A stage-2 checkpoint brings its stage-1 parent
         along. A stage-1 checkpoint leaves the language projector random, which is refused unless
-        `for_training`. Float32, on the CPU, in eval mode. Raises ModelError or CheckpointError.
+        `for_training`; so are adapters merged unless they are to be trained on. `lora` gives new
+        ones to a language model without any. Float32, on the CPU, in eval mode. Raises ModelError
+        or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config)
@@ -98,9 +103,14 @@ class VLVCaptioner(nn.Module):
         )
         tokenizer = loading.load_caption_tokenizer(config)
         captioner = cls(encoder, text_encoder, language_projector, language_model, tokenizer)
+        saved = Lora() if checkpoint is None else read_checkpoint(checkpoint).lora
+        if saved.rank or (lora and lora.rank):
+            captioner.add_adapters(saved if saved.rank or not lora else lora, config.projector_seed)
         if checkpoint is not None:
             untrained = ("language_projector",) if for_training else ()
             load_checkpoint(checkpoint, captioner, model=config, may_be_untrained=untrained)
+        if saved.rank and not for_training:
+            captioner.merge_adapters()
         return captioner.eval()
 
     def set_trainable(self, trainable: Trainable) -> None:
@@ -116,6 +126,20 @@ class VLVCaptioner(nn.Module):
         self.encoder.set_trainable(language_model=trainable.endswith("+encoder"), queries=False)
         thaw(self.language_projector)
         (thaw if "+llm" in trainable else freeze)(self.language_model)
+        if "+llm" in trainable:
+            # In train mode as a whole: a frozen part would not pass it on to the adapters' dropout.
+            train_adapters_alone(self.language_model)
+
+    def add_adapters(self, lora: Lora, seed: int) -> None:
+        """Have adapters trained in the language model's place; at first they change nothing."""
+        add_adapters(self.language_model, lora, seed)
+        self.lora = lora
+
+    def merge_adapters(self) -> None:
+        """Make the language model a plain one again, with what its adapters have learned."""
+        merge_adapters(self.language_model)
+        self.lora = Lora()
+        self.set_trainable("projector+llm+encoder")
 
     def tokenize(self, captions: Sequence[str], max_tokens: int = 300) -> dict[str, Tensor]:
         """Captions -> `input_ids attention_mask labels` `[b n]`; see `tokenize_captions`."""

@@ -24,9 +24,10 @@ from vlv_model.checkpoint_files import (
     read_weights,
     write_checkpoint,
 )
-from vlv_model.config import ModelConfig
+from vlv_model.config import Lora, ModelConfig
 from vlv_model.errors import CheckpointError
 from vlv_model.fingerprint import fingerprint_parts, same_fingerprint
+from vlv_model.lora import belongs_in_file, name_in_file
 from vlv_model.sources import resolve_model
 
 __all__ = [
@@ -63,6 +64,7 @@ def save_checkpoint(
         "model": config,
         "base_models": fingerprint_parts(config, module.base_parts),
         "parent": _parent_of(Path(folder).absolute(), metadata.parent),
+        "lora": getattr(module, "lora", Lora()),
     }
     return write_checkpoint(folder, weights, about, more_files)
 
@@ -92,7 +94,7 @@ def load_checkpoint(
         tensors = read_weights(path, info)
         if info.stage == "stage2":
             tensors = {n: t for n, t in tensors.items() if not _in_any(n, module.passed_over)}
-        _check_names(path, tensors, module, prefix)
+        _check_names(path, tensors, module, prefix, info.lora)
         weights |= tensors
     filled = {name.removeprefix(prefix) for name in weights}
     for part in module.new_parts:
@@ -101,7 +103,7 @@ def load_checkpoint(
                 f"'{folder}' leaves {prefix}{part} untrained: give a checkpoint of the stage that "
                 "trains it"
             )
-    parameters = dict(module.named_parameters())
+    parameters = {name_in_file(name): p for name, p in module.named_parameters()}
     with torch.no_grad():
         for name, tensor in weights.items():
             parameters[name.removeprefix(prefix)].copy_(tensor)
@@ -172,9 +174,12 @@ def _parent_of(folder: Path, parent: str | None) -> Parent | None:
     return Parent(path=os.path.relpath(Path(parent).absolute(), folder), sha256=info.sha256)
 
 
-def _check_names(folder: Path, tensors: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
+def _check_names(
+    folder: Path, tensors: dict[str, Tensor], module: nn.Module, prefix: str, lora: Lora
+) -> None:
     """Unexpected, missing and misshapen tensors of one checkpoint, named."""
-    shapes = {prefix + name: p.shape for name, p in module.named_parameters()}
+    shapes = {prefix + name_in_file(name): p.shape for name, p in module.named_parameters()}
+    shapes = {name: shape for name, shape in shapes.items() if belongs_in_file(name, lora)}
     parts = [prefix + part for part in module.trained_parts]
     present = [part for part in parts if any(_in_any(name, [part]) for name in tensors)]
     expected = {name: shape for name, shape in shapes.items() if _in_any(name, present)}

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlv_model.config import Config, ModelConfig
+from vlv_model.config import Config, Lora, ModelConfig
 from vlv_model.errors import CheckpointError
 from vlv_model.fingerprint import sha256_of
 from vlv_model.sources import CHECKPOINT_FILE, one_line
@@ -63,6 +63,9 @@ class CheckpointInfo(CheckpointMetadata):
     base_models: dict[str, str] = Field(description="fingerprint of each pretrained part")
     origin: dict[str, Any] | None = Field(
         None, description="what an exported or imported checkpoint was made of"
+    )
+    lora: Lora = Field(
+        Lora(), description="the adapters that it holds in the language model's place"
     )
     tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
     sha256: str = Field(description="digest of the weights file")
@@ -184,6 +187,11 @@ def read_chain(folder: str | os.PathLike[str]) -> Chain:
             raise CheckpointError(
                 f"'{path}' is not the parent that '{chain[0][0]}' was trained upon: its weights "
                 f"have digest {info.sha256[:12]}, expected {parent.sha256[:12]}"
+            )
+        if info.lora.rank:
+            raise CheckpointError(
+                f"'{path}', which '{chain[0][0]}' builds upon, holds adapters (LoRA): export it with "
+                "jobs/export.py, which merges them, and build upon that"
             )
         chain.insert(0, (path, info))
     return chain

@@ -14,6 +14,10 @@ Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
 """What stage 2 trains: the language projector, the language model too, Florence-2's too."""
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The linear layers of a Qwen2.5 block: attention's four, the MLP's three."""
+
+
 class Config(BaseModel):
     """Base of every group of settings: frozen, and unknown keys are refused."""
 
@@ -34,6 +38,22 @@ class Config(BaseModel):
 
 def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(_takes_bool(kind) for kind in get_args(annotation))
+
+
+class Lora(Config):
+    """Low-rank adapters upon the caption decoder, trained in its place (arXiv 2106.09685)."""
+
+    rank: int = Field(
+        0,
+        ge=0,
+        description="rank of the adapters (LoRA) that are trained in Qwen's place; 0: none, all of "
+        "Qwen is trained",
+    )
+    alpha: int = Field(32, ge=1, description="what adapters add counts by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    targets: tuple[LoraTarget, ...] = Field(
+        get_args(LoraTarget), min_length=1, description="layers of each block that get adapters"
+    )
 
 
 class ModelConfig(Config):

@@ -33,7 +33,7 @@ _WHAT = {
     "and the frozen diffusion model that draws it from them.",
 }
 _SHOWN = ("learning_rate", "schedule", "steps", "global_batch_size", "precision", "zero_stage",
-          "trainable", "max_caption_tokens", "seed")  # fmt: skip
+          "trainable", "lora", "max_caption_tokens", "seed")  # fmt: skip
 
 
 def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence: str) -> str:
@@ -81,9 +81,9 @@ def _training(origin: Mapping[str, Any]) -> list[str]:
     rows = [("steps done", [f"{t['step']:,}" for t in trainings])]
     rows += [("rows seen, repeats counted", [f"{t['rows_seen']:,}" for t in trainings])]
     for key in _SHOWN:
-        values = [t["settings"].get("train", {}).get(key) for t in trainings]
+        values = [_shown(t["settings"].get("train", {}).get(key)) for t in trainings]
         if any(value is not None for value in values):
-            rows.append((key, ["–" if value is None else str(value) for value in values]))
+            rows.append((key, [value or "–" for value in values]))
     head = ("", *(t["stage"] for t in trainings))
     blocks = [table(head, [(label, *values) for label, values in rows])]
     run = origin["run"]
@@ -95,3 +95,11 @@ def _training(origin: Mapping[str, Any]) -> list[str]:
         ends = [f"{losses[s]:.4f} at step {int(s):,}" for s in dict.fromkeys((steps[0], steps[-1]))]
         blocks.append(f"Held-out loss: {', '.join(ends)}.")
     return blocks
+
+
+def _shown(value: Any) -> str | None:
+    """A setting in a cell; of adapters that were not trained, nothing."""
+    if isinstance(value, Mapping):
+        value = value["rank"] and ", ".join(f"{k} {v}" for k, v in value.items() if k != "targets")
+        return value or None
+    return None if value is None else str(value)

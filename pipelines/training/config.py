@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.config import InputPlace, OutputPath, OutputPlace
 from pipelines.runtime import RayConfig
 from pipelines.training.model import ModelSettings
-from vlv_model.config import Config, Trainable
+from vlv_model.config import Config, Lora, Trainable
 
 
 class ImageData(Config):
@@ -194,6 +194,16 @@ class Stage2TrainConfig(TrainConfig):
     max_caption_tokens: int = Field(
         300, ge=2, description="caption tokens with the end-of-text; longer captions are cut"
     )
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _adapters_are_trained(self) -> Stage2TrainConfig:
+        if self.lora.rank and self.trainable == "projector":
+            raise ValueError(
+                f"train.lora.rank={self.lora.rank} needs train.trainable of projector+llm or "
+                "projector+llm+encoder: with projector the language model stays as it is"
+            )
+        return self
 
 
 class Stage1Config(Config):

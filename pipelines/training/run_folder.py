@@ -54,9 +54,14 @@ def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config |
 
 def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
     """Refuse what could only fail on a worker, after the models were loaded."""
-    from vlv_model.checkpoint import stages_of
+    from vlv_model.checkpoint import read_checkpoint, stages_of
 
     stages = stages_of(checkpoint) if checkpoint else []
+    if checkpoint and read_checkpoint(checkpoint).lora.rank:
+        raise CheckpointError(
+            f"model.path: '{checkpoint}' holds adapters (LoRA) upon a language model: export it with "
+            "jobs/export.py, which merges them, and name that folder"
+        )
     if isinstance(config, Stage2Config) and "stage1" not in stages:
         raise CheckpointError(
             "model.path has to name a stage-1 run or checkpoint: stage 2 reads what the encoder "

@@ -18,6 +18,7 @@ from pipelines.training.data import Batch, mix
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
+from vlv_model.lora import is_adapter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Stage:
         pretrained: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                (fresh if name.startswith(self.fresh) else pretrained).append(parameter)
+                is_fresh = name.startswith(self.fresh) or is_adapter(name)
+                (fresh if is_fresh else pretrained).append(parameter)
         groups = [
             {"params": fresh, "share": 1.0},
             {"params": pretrained, "share": pretrained_rate},
@@ -74,7 +76,8 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
 
 def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
     """Stage 2 of a run: its model, opened, trainable where the settings say so."""
-    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True)
+    lora = config.train.lora
+    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True, lora=lora)
     captioner.set_trainable(config.train.trainable)
     return captioning(captioner, config.data.caption_column, config.train.max_caption_tokens)
 

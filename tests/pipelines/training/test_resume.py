@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from pipelines.config import dump, load
 from pipelines.images import RowIndex
 from pipelines.training.checkpointing import is_finished, load_optimizer
-from pipelines.training.config import Stage1Config
+from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trainer import split
 from tests.pipelines.training.worlds import run_worlds
+from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import CheckpointError
 from vlv_model.sources import resolve_model
 
@@ -32,8 +33,10 @@ class Runs:
     def __init__(self, folder: Path, table: Path, models: Path) -> None:
         self.folder, self.table, self.models = folder, table, models
 
-    def segment(self, name: str, *settings: str, after: Path | None = None) -> dict[str, Any]:
-        """One training to its end, from the start or from a checkpoint."""
+    def segment(
+        self, name: str, *settings: str, after: Path | None = None, parent: Path | None = None
+    ) -> dict[str, Any]:
+        """One training to its end, from the start or from a checkpoint; of stage 2 upon `parent`."""
         given = [
             f"data.input={self.table}", f"run_dir={self.folder / name}", "train.use_gpu=false",
             "data.holdout=0.2", f"train.steps={STEPS}", "train.global_batch_size=6",
@@ -41,9 +44,10 @@ class Runs:
             "train.max_grad_norm=0.05", "train.eval_rows=2", "train.eval_every=100",
             "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.num_workers=1",
         ]  # fmt: skip
-        config = load(Stage1Config, None, [*given, *settings])
+        config = load(Stage2Config if parent else Stage1Config, None, [*given, *settings])
         files = [str(file) for file in sorted(self.table.glob("*.parquet"))]
-        loop = {"stage": "stage1", "config": dump(config), "files": files, "parent": None}
+        loop: dict[str, Any] = {"stage": "stage2" if parent else "stage1", "config": dump(config)}
+        loop |= {"files": files, "parent": str(parent) if parent else None}
         loop["model"] = resolve_model(self.models)[0].model_dump()
         return {"loop": loop, "copy": [str(after)] if after else []}
 
@@ -82,10 +86,14 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
         *(segment(f"low-{n}", f"train.zero_stage={n}", *low, after=begun_low) for n in (0, 1, 3)),
         segment("spoilt", "train.learning_rate=1e30", "train.warmup_steps=0"),
     ]
+    lora = ["train.trainable=projector+llm", "train.lora.rank=4", "train.lora.dropout=0.2"]
+    stage1 = checkpoint("unbroken", STEPS)
+    two.append(segment("lora", *lora, "train.zero_stage=2", parent=stage1))
     one = [
         segment("one", "train.zero_stage=1", *offload, after=begun),
         segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
         segment("one-3", "train.zero_stage=3", *offload, after=checkpoint("zero-0", BETWEEN)),
+        segment("lora-3", *lora, "train.zero_stage=3", after=checkpoint("lora", 2), parent=stage1),
     ]
     again = "train.activation_checkpointing=true"  # changes nothing
     back = segment("two-one-two", "train.zero_stage=3", again, after=checkpoint("one", BETWEEN))
@@ -106,6 +114,19 @@ def test_another_zero_stage_and_number_of_workers_goes_on(runs: Runs, name: str)
     for figure in ("loss", "grad_norm"):
         there = runs.curve("unbroken", figure)
         assert runs.curve(name, figure) == pytest.approx(there, rel=1e-5)
+
+
+def test_adapters_go_on_at_another_world_and_alone_were_trained(runs: Runs) -> None:
+    assert runs.curve("lora-3") == pytest.approx(runs.curve("lora"), rel=1e-5)
+    begun, ended = (load_file(runs.checkpoint("lora", s) / "model.safetensors") for s in (2, 6))
+    assert {name.partition(".")[0] for name in ended} == {"language_projector", "language_model"}
+    assert all(".lora_" in name for name in ended if name.startswith("language_model."))
+    assert all((ended[name] != begun[name]).any() for name in ended)
+    held = runs.checkpoint("lora", STEPS)
+    numbers = sum(tensor.numel() for tensor in ended.values())
+    size = sum(file.stat().st_size for file in held.iterdir())
+    assert size < 3 * 4 * numbers + 60_000  # weights, two moments, headers; no base model
+    assert VLVCaptioner.from_pretrained(held).lora.rank == 0
 
 
 @pytest.mark.parametrize("name", ["one-0", "one-3", "two-one-two"])

@@ -1,6 +1,7 @@
 """What a stage gives the optimiser."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from vlv_model.sources import resolve_model
 
 def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:
     model, _ = resolve_model(models)
-    given = {"data": {"input": str(folder)}, "run_dir": str(folder)}
+    given: dict[str, Any] = {"data": {"input": str(folder)}, "run_dir": str(folder)}
     if name == "stage1":
         return stage1(Stage1Config.model_validate(given), model, None)
-    given["train"] = {"trainable": trainable}
+    given["train"] = {"trainable": trainable.replace("lora", "projector+llm")}
+    if "lora" in trainable:
+        given["train"]["lora"] = {"rank": 2}
     return stage2(Stage2Config.model_validate(given), model, None)
 
 
@@ -28,6 +31,7 @@ def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:
         ("stage2", "projector+llm", {"language_projector"}, [1.0, 0.25]),
         ("stage2", "projector+llm+encoder", {"language_projector"}, [1.0, 0.25]),
         ("stage2", "projector", {"language_projector"}, [1.0]),
+        ("stage2", "lora+encoder", {"language_projector", "lora_A", "lora_B"}, [1.0, 0.25]),
     ],
 )
 def test_what_starts_random_has_the_whole_learning_rate(
