@@ -158,6 +158,18 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                     for share, name in ((0.5, "median"), (0.95, "95 of 100"))
                 ],
             ),
+            (
+                "Actors at work",
+                "percentunit",
+                [
+                    (
+                        f"sum by (job) (rate(ray_vlv_actor_busy_seconds_total{{{_ALL}}}"
+                        f"[$__rate_interval])) / sum by (job) (rate(ray_vlv_actor_seconds_total"
+                        f"{{{_ALL}}}[$__rate_interval]))",
+                        "{{job}}",
+                    )
+                ],
+            ),
         ],
     ),
     (

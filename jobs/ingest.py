@@ -20,7 +20,7 @@ from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
 from pipelines.ingest.estimate import estimate, plan_table
 from pipelines.ingest.report import REPORT
 from pipelines.ingest.runs import last_run
-from pipelines.runtime import counts_table
+from pipelines.progress import counts_table
 from pipelines.storage import Table
 
 

@@ -9,7 +9,7 @@ import sys
 from pipelines.entry import main
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.precompute.dataset import precompute
-from pipelines.runtime import counts_table
+from pipelines.progress import counts_table
 
 
 def run(config: PrecomputeConfig) -> None:

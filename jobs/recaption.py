@@ -8,9 +8,9 @@ image gets one row.
 import sys
 
 from pipelines.entry import main
+from pipelines.progress import counts_table
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.dataset import recaption
-from pipelines.runtime import counts_table
 
 
 def run(config: RecaptionConfig) -> None:

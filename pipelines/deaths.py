@@ -15,14 +15,17 @@ blank image is tried: where that one kills as well, it is not the images, and th
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines.places import is_file, remove_file, write_atomically
+from pipelines.progress import BUSY, PRESENT
 from pipelines.schemas import OK
 from pipelines.storage import read_json_object
 from vlv_model.errors import RunError, VLVError
@@ -82,7 +85,8 @@ class Survivor:
     """A step of a chunk that holds a model, tried as the module's text tells.
 
     `step` is a class with a `failed` status; its calls take rows with `pixels` and `status`, and
-    pass on those whose status is not ok.
+    pass on those whose status is not ok. To each row of a chunk is added its share of the seconds that
+    the step took (`busy`), and of those since the chunk before it was through (`present`).
     """
 
     def __init__(self, step: type, arguments: tuple[Any, ...], table: Path) -> None:
@@ -94,14 +98,22 @@ class Survivor:
             self.refused = error
         self.failed: str = step.failed  # type: ignore[attr-defined]
         self.folder = table / FOLDER
+        self.since: float | None = None  # when the last chunk was through
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if self.refused is not None:
             raise self.refused
         (chunk,) = block["chunk"].unique().to_pylist()
         deaths = Deaths(self.folder / f"{chunk:06d}.json")
+        begun = time.monotonic()
         rows = self._one_by_one(block, deaths) if deaths.is_careful else self.step(block)
+        ended = time.monotonic()
         deaths.end()
+        present = ended - (begun if self.since is None else self.since)
+        self.since = ended
+        for name, seconds in ((BUSY, ended - begun), (PRESENT, present)):
+            each = np.full(rows.num_rows, seconds / max(1, rows.num_rows))
+            rows = rows.append_column(name, pa.array(each))
         return rows
 
     def _one_by_one(self, block: pa.Table, deaths: Deaths) -> pa.Table:

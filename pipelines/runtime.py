@@ -10,19 +10,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import Field
-from tqdm import tqdm
+import pyarrow.compute as pc
+from pydantic import BeforeValidator, Field
 
-from pipelines.telemetry import ROWS
+from pipelines.progress import BUSY, PRESENT, RowBar
+from pipelines.telemetry import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 _ANSWER = 20.0  # seconds that a head is given to take a connection
+
+
+def _one_number_or_two(value: Any) -> Any:
+    pair = value if isinstance(value, list | tuple) else [value, value]
+    numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if len(pair) != 2 or not numbers or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(f"expected an integer >= 1, or [least, most], got {value}")
+    return value
+
+
+PoolSize = Annotated[int | tuple[int, int], BeforeValidator(_one_number_or_two)]
+"""How many workers or actors: a number, or the fewest and the most of them."""
+
+
+def bounds(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Fewest and most of a PoolSize."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class RayConfig(Config):
@@ -164,13 +182,18 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
             )
 
 
-def _write_chunk(rows: pa.Table, write: Callable[[int, pa.Table], Any]) -> pa.Table:
+def _write_chunk(
+    rows: pa.Table, write: Callable[[int, pa.Table], Any], sums: Mapping[str, str]
+) -> pa.Table:
     """Last step of a chunk: its rows go into the table, a line of counts goes to the driver."""
     (chunk,) = rows["chunk"].unique().to_pylist()
-    rows = rows.drop_columns(["chunk"])
+    passing = [name for name in (BUSY, PRESENT) if name in rows.column_names]
+    figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in sums.items()}
+    figures |= {name: pc.sum(rows[name]).as_py() or 0.0 for name in passing}
+    rows = rows.drop_columns(["chunk", *passing])
     write(chunk, rows)
     statuses = Counter(rows["status"].to_pylist())
-    return pa.table({"rows": [rows.num_rows], "statuses": [json.dumps(statuses)]})
+    return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
 
 
 def map_chunks(chunks: Sequence[int], step: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
@@ -210,52 +233,35 @@ def run_chunks(
     done: Mapping[str, int],
     watch: Callable[[Mapping[str, int]], None] | None = None,
     write_cpus: float = 1,
+    sums: Mapping[str, str] | None = None,
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
     `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
     those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
-    row: `chunk`) and returns the dataset of the table's rows, each with its `chunk`. Its steps are
+    row: `chunk`) and returns the dataset of the table's rows, each with its `chunk`, and where an
+    actor says so (pipelines.deaths) with what part of its time it was at work. Its steps are
     `map_batches` with `batch_size=None`, so that a chunk stays one block all the way. A write
-    counts for `write_cpus`.
+    counts for `write_cpus`. The bar also tells the rates of `sums`: what a column adds up to, by the
+    name that it has there.
     """
-    totals, ours = Counter(done), Counter[str]()
-    with tqdm(total=total_rows, initial=sum(totals.values()), desc=title, unit="row") as bar:
-        bar.set_postfix_str(summary(totals))
+    ours = Counter[str]()
+    with RowBar(title, total_rows, done) as bar:
         for chunks in _waves(pending):
             written = stages(chunks).map_batches(
-                partial(_write_chunk, write=write),
+                partial(_write_chunk, write=write, sums=sums or {}),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=write_cpus,
             )
             for row in written.iter_rows():
                 statuses = json.loads(row["statuses"])
-                totals.update(statuses)
                 ours.update(statuses)
                 for status, rows in statuses.items():
                     ROWS.add(rows, job=title, status=status)
                 if watch is not None:
                     watch(ours)
-                bar.set_postfix_str(summary(totals), refresh=False)
-                bar.update(row["rows"])
-
-
-def summary(statuses: Counter[str] | dict[str, int]) -> str:
-    """Counts by status in a few words: `ok 94% | download:http_404 12, decode:broken 3`."""
-    total = sum(statuses.values())
-    if not total:
-        return ""
-    failures = [(n, s) for s, n in statuses.items() if s != "ok" and n]
-    failures.sort(reverse=True)
-    words = ", ".join(f"{status} {n}" for n, status in failures[:3])
-    share = f"ok {statuses.get('ok', 0) / total:.0%}"
-    return f"{share} | {words}" if words else share
-
-
-def counts_table(statuses: dict[str, int]) -> str:
-    """Counts by status as lines of text, with their shares."""
-    total = sum(statuses.values())
-    width = max([len(name) for name in statuses] + [5])
-    lines = [f"{name:<{width}}  {n:>9,}  {n / total:6.1%}" for name, n in statuses.items()]
-    return "\n".join([*lines, f"{'total':<{width}}  {total:>9,}"])
+                figures = json.loads(row["figures"])
+                ACTOR_BUSY_SECONDS.add(figures.get(BUSY, 0), job=title)
+                ACTOR_SECONDS.add(figures.get(PRESENT, 0), job=title)
+                bar.update(statuses, figures)

@@ -26,7 +26,14 @@ from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, planned, read_plan, write_plan
-from pipelines.runtime import RayConfig, check_resources, ray_session, run_chunks
+from pipelines.runtime import (
+    PoolSize,
+    RayConfig,
+    bounds,
+    check_resources,
+    ray_session,
+    run_chunks,
+)
 from pipelines.schemas import OK, status
 from pipelines.storage import Table, parquet_files
 from vlv_model.config import Config
@@ -88,24 +95,24 @@ class Selection(Config):
 class ActorConfig(Config):
     """The actors that hold the model."""
 
-    num_actors: int | None = Field(
+    num_actors: PoolSize | None = Field(
         None,
-        ge=1,
         description="actors, each with its own copy of the model (on CPUs, one thread of work); "
-        "default: one for each GPU that the Ray has, or for each core",
+        "[least, most]: more as long as there is work waiting and the cluster has, or starts, machines "
+        "for them; default: one for each GPU that the Ray has, or for each core",
     )
     use_gpu: bool = Field(True, description="one CUDA GPU for each actor; false runs on CPUs")
 
-    def count(self, config: RayConfig) -> int:
-        """Actors of a Ray that is connected: as many as are asked for, or can work at once."""
+    def count(self, config: RayConfig) -> tuple[int, int]:
+        """Fewest and most actors of a Ray that is connected: as asked for, or that can work at once."""
         import ray
 
         if self.num_actors is not None:
-            return self.num_actors
+            return bounds(self.num_actors)
         there = ray.cluster_resources().get("GPU" if self.use_gpu else "CPU", 0)
         # A Ray of the job's own may be told of more CPUs than the machine has.
         most = there if self.use_gpu or config.cluster else min(there, os.cpu_count() or 1)
-        return max(1, int(most))
+        return bounds(max(1, int(most)))
 
 
 def open_table(
@@ -235,12 +242,13 @@ def run_actors(
     title: str,
     row_group: int = ROW_GROUP,
     keep_images: bool = False,
+    sums: Mapping[str, str] | None = None,
 ) -> None:
     """Pass what `table` still lacks through a pool of actors of the class `step` (see Survivor).
 
     Images are decoded by tasks on any CPU of the cluster and stream to the actors, which hold the
     model, with their bytes where `keep_images`; a chunk is committed as soon as it is through, in
-    row groups of `row_group` rows. A finished table needs no Ray.
+    row groups of `row_group` rows. `sums` are those of `run_chunks`. A finished table needs no Ray.
     """
     import ray.data
 
@@ -253,14 +261,14 @@ def run_actors(
         device["resources"] = config.pinned()
 
     with exclusive(table.folder, "data.output"), ray_session(config):
-        count = actors.count(config)
-        needed = {"GPU": count} if actors.use_gpu else {"CPU": _ACTOR_CPUS * count}
-        check_resources(config, needed, f"actors.num_actors={count}")
+        least, most = actors.count(config)
+        needed = {"GPU": least} if actors.use_gpu else {"CPU": _ACTOR_CPUS * least}
+        check_resources(config, needed, f"actors.num_actors={actors.num_actors or least}")
 
         def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
             read = ReadImages(table, image_size, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **blocks)
-            pool = ray.data.ActorPoolStrategy(size=count)
+            pool = ray.data.ActorPoolStrategy(min_size=least, max_size=most)
             held = (step, arguments, table.folder)
             return decoded.map_batches(
                 Survivor, fn_constructor_args=held, compute=pool, **device, **blocks
@@ -268,5 +276,7 @@ def run_actors(
 
         write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
-        run_chunks(table.pending(), stages, write, title, total, done, write_cpus=_TASK_CPUS)
+        run_chunks(
+            table.pending(), stages, write, title, total, done, write_cpus=_TASK_CPUS, sums=sums
+        )
         remove_folder(table.folder / DEATHS)

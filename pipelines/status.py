@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipelines.config import InputPlace
 from pipelines.ingest.runs import runs_of
-from pipelines.runtime import counts_table
+from pipelines.progress import counts_table
 from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError

@@ -111,6 +111,12 @@ class Histogram(Metric):
 
 # ------------------------------------------------------------------------------------ all tables
 ROWS = Counter("vlv_rows", "rows that were committed to the job's table", "job", "status")
+ACTOR_BUSY_SECONDS = Counter(
+    "vlv_actor_busy_seconds", "seconds that the models of the job's actors took", "job"
+)
+ACTOR_SECONDS = Counter(
+    "vlv_actor_seconds", "seconds that the actors were there, from their first chunk on", "job"
+)
 
 # ---------------------------------------------------------------------------------------- ingest
 INGEST_BYTES = Counter("vlv_ingest_bytes", "bytes of the bodies that were received")

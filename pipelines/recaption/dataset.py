@@ -47,6 +47,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
             run_actors(
                 table, model.image_size, CaptionImages, arguments, config.actors, config.ray,
                 "recaption", IMAGE_ROW_GROUP if config.join else ROW_GROUP, config.join,
+                {"tokens": "num_tokens"},
             )  # fmt: skip
             with exclusive(table.folder, "data.output"):
                 survey(table)

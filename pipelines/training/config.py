@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import InputPlace, OutputPath, OutputPlace
-from pipelines.runtime import RayConfig
+from pipelines.runtime import PoolSize, RayConfig, bounds
 from pipelines.training.model import ModelSettings
 from vlv_model.config import Config, Lora, Trainable
 
@@ -65,7 +65,7 @@ class TrainConfig(Config):
         "global batch is accumulated; default: all of the worker's rows, and what it was at first "
         "where a run is continued",
     )
-    num_workers: int | tuple[int, int] = Field(
+    num_workers: PoolSize = Field(
         1,
         description="workers (one per GPU); [least, most]: as many as the cluster has, and fewer "
         "rather than none where machines are lost",
@@ -120,15 +120,6 @@ class TrainConfig(Config):
         "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
     )
 
-    @field_validator("num_workers", mode="before")
-    @classmethod
-    def _one_number_or_two(cls, value: Any) -> Any:
-        pair = value if isinstance(value, list | tuple) else [value, value]
-        numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-        if len(pair) != 2 or not numbers or not 1 <= pair[0] <= pair[1]:
-            raise ValueError(f"expected an integer >= 1, or [least, most], got {value}")
-        return value
-
     @field_validator("betas")
     @classmethod
     def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
@@ -159,11 +150,11 @@ class TrainConfig(Config):
 
     @property
     def least_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        return bounds(self.num_workers)[0]
 
     @property
     def most_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        return bounds(self.num_workers)[1]
 
     @property
     def rows_at_once(self) -> int:

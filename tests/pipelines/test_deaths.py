@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +16,14 @@ from PIL import Image
 from pipelines import selection
 from pipelines.deaths import ALONE, TOGETHER, Deaths, Survivor
 from pipelines.entry import causes_of
-from pipelines.runtime import RayConfig
+from pipelines.runtime import PoolSize, RayConfig
 from pipelines.schemas import OK, status
 from pipelines.selection import ActorConfig, Selection, open_table, run_actors
 from pipelines.storage import Table, parquet_files, read_rows
 from vlv_model.errors import ModelError, RunError
 
 WHITE, BLACK = 255, 0
+TIMES = ["busy", "present"]
 
 
 class Mean:
@@ -78,10 +81,12 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def means(pictures: Path, output: Path, deadly: int) -> Table:
-    data = Selection(input=str(pictures), output=str(output), rows_per_chunk=8)
+def means(
+    pictures: Path, output: Path, deadly: int, num_actors: PoolSize = 1, rows_per_chunk: int = 8
+) -> Table:
+    data = Selection(input=str(pictures), output=str(output), rows_per_chunk=rows_per_chunk)
     table = open_table("mean", data, {})
-    actors = ActorConfig(num_actors=1, use_gpu=False)
+    actors = ActorConfig(num_actors=num_actors, use_gpu=False)
     log = str(output.parent / "deaths")
     run_actors(table, 32, Mean, (deadly, log), actors, RayConfig(), "means")
     return table
@@ -124,6 +129,27 @@ def test_a_model_that_dies_of_everything_ends_the_job(ray_local, by_value, tmp_p
     Image.new("RGB", (32, 32)).save(folder / "0.png")
     with pytest.raises(RunError, match="died 5 times, with a blank image, too"):
         means(folder, tmp_path / "means", BLACK)
+
+
+class Slow(Mean):
+    """Notes its process."""
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        time.sleep(0.3)
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().__call__(block)
+
+
+@pytest.mark.end_to_end
+def test_a_pool_grows_to_its_most_while_work_waits(
+    ray_local, by_value, pictures, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(sys.modules[__name__], "Mean", Slow)
+    table = means(pictures, tmp_path / "means", -1, num_actors=(1, 2), rows_per_chunk=1)
+    assert table.counts() == {"ok": 12, "decode:corrupt": 1}
+    assert len(set((tmp_path / "deaths").read_text().split())) == 2
+    assert re.search(r"actors busy \d+%", capfd.readouterr().err)
 
 
 class Refusing(Mean):
@@ -179,5 +205,9 @@ def test_a_chunk_without_deaths_goes_through_as_a_whole(tmp_path: Path) -> None:
     whole = step(block)
     for _ in range(TOGETHER):
         Deaths(tmp_path / "_deaths/000004.json")
-    assert step(block).to_pylist() == whole.to_pylist()
+    again = step(block)
+    assert again.drop_columns(TIMES) == whole.drop_columns(TIMES)
+    # Between the two it waited; what it took is shared out among the rows.
+    busy, present = (sum(again[name].to_pylist()) for name in TIMES)
+    assert 0 < busy < present
     assert whole["mean"].to_pylist() == [7.0, None]

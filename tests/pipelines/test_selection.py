@@ -89,11 +89,12 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
 @pytest.mark.parametrize(
     ("settings", "there", "count"),
     [
-        ({"use_gpu": True}, {"GPU": 3.0, "CPU": 32.0}, 3),
-        ({"use_gpu": True}, {"CPU": 32.0}, 1),  # the cluster may be asleep
-        ({"use_gpu": False}, {"CPU": 1000.0}, os.cpu_count()),
-        ({"use_gpu": False}, {"CPU": 1.0}, 1),
-        ({"use_gpu": False, "num_actors": 5}, {"CPU": 1.0}, 5),
+        ({"use_gpu": True}, {"GPU": 3.0, "CPU": 32.0}, (3, 3)),
+        ({"use_gpu": True}, {"CPU": 32.0}, (1, 1)),  # the cluster may be asleep
+        ({"use_gpu": False}, {"CPU": 1000.0}, (os.cpu_count(),) * 2),
+        ({"use_gpu": False}, {"CPU": 1.0}, (1, 1)),
+        ({"use_gpu": False, "num_actors": 5}, {"CPU": 1.0}, (5, 5)),
+        ({"use_gpu": True, "num_actors": (2, 9)}, {"GPU": 3.0}, (2, 9)),
     ],
 )
 def test_as_many_actors_as_can_work_at_once(monkeypatch, settings, there, count):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines import telemetry
 from pipelines.config import build
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError
@@ -75,6 +76,10 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
     step.engine, step.image_size, step.fingerprint = Engine(captioner, GENERATE), 64, "f"
     step.finished = GENERATE.finished
+    exported: dict[str, float] = {}
+    monkeypatch.setattr(
+        telemetry.Counter, "add", lambda metric, amount: exported.update({metric.name: amount})
+    )
     block = pa.table(
         {
             "chunk": [5, 5, 5],
@@ -89,6 +94,8 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     assert [row["status"] for row in rows] == ["ok", "decode:corrupt", "caption:failed"]
     assert [row["error"] for row in rows] == [None, "no image", "RuntimeError: a bad day"]
     assert [row["caption"] is None for row in rows] == [False, True, True]
+    tokens = rows[0]["num_tokens"] + (rows[0]["finish_reason"] == "stop")
+    assert exported == {"vlv_recaption_images": 1, "vlv_recaption_tokens": tokens}
 
 
 def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):

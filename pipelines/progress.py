@@ -1,0 +1,81 @@
+"""What a job says of its rows: the bar while it works, the counts at its end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+
+from tqdm import tqdm
+
+BUSY, PRESENT = "busy", "present"
+"""Among the figures of a chunk: seconds that its actor's model took, of those since the chunk before."""
+
+
+class RowBar:
+    """The bar of a table's rows: how many by status, and rates of what else is counted.
+
+    `done` are the rows by status of earlier attempts, which it goes on from; rates and shares are of
+    this attempt alone. The rates count from the first chunk, so that no start is in them.
+    """
+
+    def __init__(self, title: str, total_rows: int, done: Mapping[str, int]) -> None:
+        self.statuses = Counter(done)
+        self.figures = Counter[str]()
+        self._first: float | None = None  # when the first chunk came
+        rows = sum(self.statuses.values())
+        self._bar = tqdm(total=total_rows, initial=rows, desc=title, unit="row")
+        self._bar.set_postfix_str(summary(self.statuses))
+
+    def __enter__(self) -> RowBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def update(self, statuses: Mapping[str, int], figures: Mapping[str, float]) -> None:
+        """Count a chunk that was committed."""
+        self.statuses.update(statuses)
+        if self._first is None:
+            self._first = time.monotonic()
+            figures = {name: figures[name] for name in figures.keys() & {BUSY, PRESENT}}
+        self.figures.update(figures)
+        words = [summary(self.statuses), *self._rates(time.monotonic() - self._first)]
+        self._bar.set_postfix_str(" | ".join(words), refresh=False)
+        self._bar.update(sum(statuses.values()))
+
+    def _rates(self, seconds: float) -> list[str]:
+        words = [
+            f"{value / seconds:,.0f} {name}/s"
+            for name, value in self.figures.items()
+            if name not in (BUSY, PRESENT) and seconds
+        ]
+        if self.figures[PRESENT]:
+            words.append(f"actors busy {self.figures[BUSY] / self.figures[PRESENT]:.0%}")
+        return words
+
+
+def summary(statuses: Mapping[str, int]) -> str:
+    """Counts by status in a few words: `ok 94% | download:http_404 12, decode:broken 3`."""
+    total = sum(statuses.values())
+    if not total:
+        return ""
+    failures = [(n, s) for s, n in statuses.items() if s != "ok" and n]
+    failures.sort(reverse=True)
+    words = ", ".join(f"{status} {n}" for n, status in failures[:3])
+    share = f"ok {statuses.get('ok', 0) / total:.0%}"
+    return f"{share} | {words}" if words else share
+
+
+def counts_table(statuses: Mapping[str, int]) -> str:
+    """Counts by status as lines of text, with their shares."""
+    total = sum(statuses.values())
+    width = max([len(name) for name in statuses] + [5])
+    lines = [f"{name:<{width}}  {n:>9,}  {n / total:6.1%}" for name, n in statuses.items()]
+    return "\n".join([*lines, f"{'total':<{width}}  {total:>9,}"])
