@@ -6,7 +6,7 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -37,6 +37,11 @@ _CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (d
 _BATCH_ROWS = 1 << 16  # of small columns that are looked at together
 
 NAMES = ("name", "url")  # columns that say what an image is called
+
+
+COLUMNS = ("key", "file", "group", "row")
+ROW = np.dtype(list(zip(COLUMNS, ("<i8", "<i4", "<i4", "<i4"), strict=True)))
+"""Where a row lies: position of its file in a list, row group in it, row in that."""
 
 
 def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
@@ -90,43 +95,56 @@ class RowIndex:
         Raises DataError for missing columns (beside `key` and `texts` those `needed`), columns of another type, an unreadable file, a table
         without a usable row, and a key that occurs twice.
         """
-        columns: dict[str, list[np.ndarray]] = {"keys": [], "file": [], "group": [], "row": []}
-        for number, path in enumerate(files):
-            schema = read_schema(path)
-            _check_columns(path, schema, texts, needed)
-            names = ["key", *(["status"] if "status" in schema.names else []), *texts]
-            with open_parquet(path) as parquet:
-                about = parquet.metadata
-                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-                starts = np.cumsum([0, *sizes])
-                first = 0
-                # Not group by group: tables of images have small ones, and each call costs its own.
-                for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
-                    table = pa.Table.from_batches([batch])
-                    if table["key"].null_count:
-                        raise DataError(f"{path}: {table['key'].null_count} rows have no key")
-                    rows = np.flatnonzero(_usable(table, texts))
-                    group = np.searchsorted(starts, rows + first, "right") - 1
-                    columns["keys"].append(table["key"].to_numpy()[rows].astype(np.int64))
-                    columns["file"].append(np.full(len(rows), number, np.int32))
-                    columns["group"].append(group.astype(np.int32))
-                    columns["row"].append((rows + first - starts[group]).astype(np.int32))
-                    first += table.num_rows
-        arrays = {
-            name: np.concatenate(parts) if parts else np.zeros(0, np.int64)
-            for name, parts in columns.items()
-        }
-        keys = arrays["keys"]
+        found = list(usable_rows(files, texts, needed))
+        rows = np.concatenate(found) if found else np.zeros(0, ROW)
+        keys = rows["key"]
         if not len(keys):
-            with_texts = "".join(f" with a {name}" for name in texts)
-            raise DataError(f"{files[0].parent} holds no row of status 'ok'{with_texts}")
+            raise no_usable_row(files, texts)
         order = np.argsort(keys, kind="stable")
         if (repeated := keys[order][1:][np.diff(keys[order]) == 0]).size:
-            raise DataError(
-                f"{files[0].parent}: key {repeated[0]} occurs more than once; "
-                "each image must be one row"
-            )
-        return cls(list(files), *(arrays[name][order] for name in columns))
+            raise repeated_key(files, repeated[0])
+        return cls(list(files), *(rows[name][order] for name in COLUMNS))
+
+
+def usable_rows(
+    files: Sequence[Path], texts: Sequence[str] = (), needed: Sequence[str] = ("image",)
+) -> Iterator[np.ndarray]:
+    """The rows that `RowIndex.open` indexes, file by file as they lie, some 65,000 at a time: ROW `[n]`.
+
+    Raises what it raises but for keys that occur twice and a table without a usable row.
+    """
+    for number, path in enumerate(files):
+        schema = read_schema(path)
+        _check_columns(path, schema, texts, needed)
+        names = ["key", *(["status"] if "status" in schema.names else []), *texts]
+        with open_parquet(path) as parquet:
+            about = parquet.metadata
+            sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            first = 0
+            # Not group by group: tables of images have small ones, and each call costs its own.
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
+                table = pa.Table.from_batches([batch])
+                if table["key"].null_count:
+                    raise DataError(f"{path}: {table['key'].null_count} rows have no key")
+                at = np.flatnonzero(_usable(table, texts))
+                group = np.searchsorted(starts, at + first, "right") - 1
+                rows = np.empty(len(at), ROW)
+                rows["key"], rows["file"] = table["key"].to_numpy()[at], number
+                rows["group"], rows["row"] = group, at + first - starts[group]
+                yield rows
+                first += table.num_rows
+
+
+def no_usable_row(files: Sequence[Path], texts: Sequence[str] = ()) -> DataError:
+    with_texts = "".join(f" with a {name}" for name in texts)
+    return DataError(f"{files[0].parent} holds no row of status 'ok'{with_texts}")
+
+
+def repeated_key(files: Sequence[Path], key: int) -> DataError:
+    return DataError(
+        f"{files[0].parent}: key {key} occurs more than once; each image must be one row"
+    )
 
 
 def _check_columns(

@@ -6,8 +6,9 @@ chunk is decoded on a CPU, passes through a model, and is committed (pipelines.r
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +22,11 @@ from pydantic import Field
 from pipelines.config import InputPlace, OutputPlace
 from pipelines.deaths import FOLDER as DEATHS
 from pipelines.deaths import Deaths, Survivor
-from pipelines.images import RowIndex, RowReader, UndecodableImage, in_holdout
+from pipelines.images import RowReader, UndecodableImage, in_holdout, usable_rows
 from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
-from pipelines.plans import LAYOUT, planned, read_plan, write_plan
+from pipelines.plans import LAYOUT, lay_out, planned, read_plan
 from pipelines.runtime import (
     PoolSize,
     RayConfig,
@@ -35,13 +36,14 @@ from pipelines.runtime import (
     run_chunks,
 )
 from pipelines.schemas import OK, status
-from pipelines.storage import Table, parquet_files
+from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
 ROW_GROUP = 256  # rows, of tables without photographs
 # What Ray counts for an actor on a CPU, and for a task that decodes or writes beside it.
 _ACTOR_CPUS, _TASK_CPUS = 0.5, 0.25
+_WAITING = 1_000_000  # keys in memory among which the smallest are sought
 
 
 class Selection(Config):
@@ -79,17 +81,52 @@ class Selection(Config):
         output = place(self.output)
         return list_images(output, self.input, self.image_column, self.key_column, self.where)
 
-    def index(self, files: list[Path] | None = None) -> RowIndex:
-        """The selected rows, sorted by key. Raises DataError when there are none."""
-        index = RowIndex.open(parquet_files(self.input) if files is None else files)
-        if self.split != "all":
-            held = in_holdout(index.keys, self.holdout)
-            index = index.select(held if self.split == "holdout" else ~held)
-        if self.limit is not None:
-            index = index.select(np.arange(len(index)) < self.limit)
-        if not len(index):
-            raise DataError(f"data.split={self.split} of {self.input} selects no image")
-        return index
+    def chosen(
+        self, files: Sequence[Path], among: np.ndarray | None = None
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """What tells which of the keys int64 `[n]` of these files are selected: bool `[n]`.
+
+        `among` are the only keys that can be.
+        """
+        wanted = None if among is None else np.unique(among)
+
+        def mask(keys: np.ndarray) -> np.ndarray:
+            kept = np.ones(len(keys), bool)
+            if self.split != "all":
+                held = in_holdout(keys, self.holdout)
+                kept &= held if self.split == "holdout" else ~held
+            if wanted is not None:
+                kept &= _occur(keys, wanted)
+            return kept
+
+        if self.limit is None:
+            return mask
+        keys = (rows["key"] for rows in usable_rows(files))
+        last = _smallest(self.limit, (some[mask(some)] for some in keys))
+        return lambda keys: mask(keys) & (keys <= last)
+
+
+def _occur(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Which keys `[n]` occur among others, which are sorted: bool `[n]`."""
+    if not len(among):
+        return np.zeros(len(keys), bool)
+    at = np.minimum(np.searchsorted(among, keys), len(among) - 1)
+    found: np.ndarray = among[at] == keys
+    return found
+
+
+def _smallest(count: int, batches: Iterable[np.ndarray]) -> int:
+    """The largest of the `count` smallest keys; of fewer, the largest of all."""
+    kept, waiting, number = np.zeros(0, np.int64), [np.zeros(0, np.int64)], 0
+    for keys in itertools.chain(batches, [None]):
+        if keys is not None:
+            waiting.append(keys)
+            number += len(keys)
+        if keys is None or number > count + _WAITING:
+            kept, waiting, number = np.concatenate([kept, *waiting]), [], 0
+            if len(kept) > count:
+                kept = np.partition(kept, count - 1)[:count]
+    return int(kept.max()) if len(kept) else 0
 
 
 class ActorConfig(Config):
@@ -135,14 +172,17 @@ def open_table(
     there = table.describe() if table.exists else {}
     if there.get("stamp") == stamp:
         # Nothing was written since it was planned: no key has to be looked at again.
-        index, of = None, {name: there["identity"].get(name) for name in ("rows", "layout")}
+        of = {name: there["identity"].get(name) for name in ("rows", "layout")}
     else:
-        index = data.index(images)
-        if among is not None:
-            index = index.select(np.isin(index.keys, among()))
-        if not len(index):
+        # Of a table that is there the rows are only compared.
+        is_new = not table.exists and not table.check_free(kind, {})
+        write = (table.folder, data.rows_per_chunk) if is_new else None
+        laid = lay_out(images, data.chosen(images, among and among()), write)
+        if not laid.rows and among is not None:
             raise DataError(f"no image of {data.input} is among those that are wanted")
-        of = {"rows": len(index), "layout": index.layout()}
+        if not laid.rows:
+            raise DataError(f"data.split={data.split} of {data.input} selects no image")
+        of = {"rows": laid.rows, "layout": laid.layout}
     identity = {
         "data.input": data.input,
         "data.image_column": data.image_column,
@@ -156,11 +196,11 @@ def open_table(
         "plan": LAYOUT,
         **identity,
     }
-    if table.check_free(kind, identity, columns) or index is None:
+    if table.check_free(kind, identity, columns):
         return table
-    chunks = write_plan(table.folder, index, data.rows_per_chunk)
-    files = [str(file) for file in index.files]
-    table.create(kind, identity, chunks, planned_rows=len(index), files=files, stamp=stamp, **notes)
+    rows, files = of["rows"], [str(file) for file in images]
+    chunks = -(-rows // data.rows_per_chunk)
+    table.create(kind, identity, chunks, planned_rows=rows, files=files, stamp=stamp, **notes)
     return table
 
 

@@ -1,18 +1,22 @@
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipelines import selection as selection_module
 from pipelines.config import build
-from pipelines.images import RowIndex
-from pipelines.plans import read_plan, write_plan
+from pipelines.plans import lay_out, read_plan
 from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW
-from pipelines.selection import ActorConfig, ReadImages, Selection, open_table
+from pipelines.selection import ActorConfig, ReadImages, Selection, _smallest, open_table
 from pipelines.storage import Table
 from vlv_model.errors import DataError, RunError
 
@@ -38,19 +42,71 @@ def test_chunks_hold_every_selected_row_once(pair_table: Path, tmp_path: Path) -
     assert all(len(p) == 3 * 64 * 64 for b in blocks for p in b["pixels"].to_pylist())
 
 
+def planned_keys(select: Selection) -> list[int]:
+    table = open_table("caption", select, {})
+    plans = [read_plan(table.folder, number) for number in table.pending()]
+    return [key for plan in plans for key in plan["key"].to_pylist()]
+
+
 def test_splits_part_the_table(pair_table: Path, tmp_path: Path) -> None:
     chosen = {
-        split: set(selection(pair_table, tmp_path, split=split, holdout=0.3).index().keys.tolist())
+        split: set(planned_keys(selection(pair_table, tmp_path / split, split=split, holdout=0.3)))
         for split in ("all", "train", "holdout")
     }
     assert chosen["train"] | chosen["holdout"] == chosen["all"]
     assert not chosen["train"] & chosen["holdout"]
-    assert len(selection(pair_table, tmp_path, limit=7).index()) == 7
+    smallest = sorted(chosen["train"])[:7]
+    select = selection(pair_table, tmp_path / "limit", split="train", holdout=0.3, limit=7)
+    assert sorted(planned_keys(select)) == smallest
 
 
 def test_nothing_selected_is_one_line(pair_table: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="selects no image"):
-        selection(pair_table, tmp_path, split="holdout", holdout=1e-9).index()
+        planned_keys(selection(pair_table, tmp_path / "t", split="holdout", holdout=1e-9))
+
+
+def write_keys(folder: Path, *files: list[int]) -> list[Path]:
+    folder.mkdir()
+    for number, keys in enumerate(files):
+        rows = [{"key": key, "image": {"bytes": b"x"}, "status": "ok"} for key in keys]
+        pq.write_table(pa.Table.from_pylist(rows, IMAGE_ROW), folder / f"{number}.parquet")
+    return sorted(folder.iterdir())
+
+
+@given(
+    st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9), min_size=1, max_size=4),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_key_that_occurs_twice_is_found_in_any_order(
+    keys: list[list[int]], ordered: bool
+) -> None:
+    """Keys in order pass by; others are sorted on disk."""
+    every = [key for some in keys for key in some]
+    if ordered:
+        every.sort()
+        ends = np.cumsum([len(some) for some in keys]).tolist()
+        keys = [every[end - len(some) : end] for some, end in zip(keys, ends, strict=True)]
+    with tempfile.TemporaryDirectory() as place:
+        files = write_keys(Path(place, "t"), *keys)
+        if len(set(every)) == len(every) and every:
+            assert lay_out(files, lambda keys: keys != every[0]).rows == len(every) - 1
+            return
+        with pytest.raises(DataError) as refused:
+            lay_out(files, lambda keys: keys == keys)
+        if every:
+            (key,) = re.findall(r"key (-?\d+) occurs more than once", str(refused.value))
+            assert every.count(int(key)) > 1
+        else:
+            assert "no row of status 'ok'" in str(refused.value)
+
+
+@pytest.mark.parametrize("waiting", [0, 5, 1000])
+def test_a_limit_is_that_of_the_sorted_keys(monkeypatch, waiting: int) -> None:
+    monkeypatch.setattr(selection_module, "_WAITING", waiting)
+    keys = np.random.default_rng(0).permutation(50)
+    for count in (1, 7, 50, 60):
+        assert _smallest(count, np.array_split(keys, 6)) == min(count, 50) - 1
 
 
 def test_a_rewritten_table_is_another_run(pair_table: Path, tmp_path: Path) -> None:
@@ -108,7 +164,7 @@ def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypat
     shutil.copytree(pair_table, tmp_path / "images")
     select = selection(tmp_path / "images", tmp_path / "t", rows_per_chunk=3)
     made = open_table("caption", select, {}).describe()
-    monkeypatch.setattr(RowIndex, "open", lambda *_, **__: pytest.fail("keys are read"))
+    monkeypatch.setattr(selection_module, "lay_out", lambda *_: pytest.fail("keys are read"))
     assert open_table("caption", select, {}).describe() == made
     with pytest.raises(RunError, match=r"data\.limit: None there, 5 here"):
         open_table("caption", selection(tmp_path / "images", tmp_path / "t", limit=5), {})
@@ -119,9 +175,10 @@ def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypat
 
 
 def test_a_task_reads_no_more_of_a_larger_plan(tmp_path: Path) -> None:
-    many = np.arange(5000, dtype=np.int32)
-    index = RowIndex([tmp_path / "x"], many.astype(np.int64) * 7, many * 0, many // 16, many % 16)
-    assert write_plan(tmp_path, index, 2) == 2500
+    keys = pa.array(range(0, 35_000, 7), pa.int64())
+    images = pa.nulls(5000, IMAGE_ROW.field("image").type)
+    pq.write_table(pa.table({"key": keys, "image": images}), tmp_path / "x", row_group_size=16)
+    assert lay_out([tmp_path / "x"], lambda keys: keys >= 0, (tmp_path, 2)).rows == 5000
     assert len(list((tmp_path / "_plan").iterdir())) == 3
     for number in (0, 1023, 1024, 2499):
         rows = read_plan(tmp_path, number).to_pylist()
