@@ -97,11 +97,11 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Seconds that an update waited for its rows",
-                "s",
+                "Share of an update's time that it waited for its rows",
+                "percentunit",
                 [
                     (
-                        f"max by (stage, run) (ray_vlv_train_data_seconds{{{_RUN}}})",
+                        f"max by (stage, run) (ray_vlv_train_data_share{{{_RUN}}})",
                         "{{stage}} {{run}}",
                     )
                 ],

@@ -131,8 +131,11 @@ TRAIN_GRAD_NORM = Gauge("vlv_train_grad_norm", "norm of the last gradient", "sta
 TRAIN_IMAGES_PER_SECOND = Gauge(
     "vlv_train_images_per_second", "images of the last update by its time", "stage", "run"
 )
-TRAIN_DATA_SECONDS = Gauge(
-    "vlv_train_data_seconds", "seconds that the last update waited for its rows", "stage", "run"
+TRAIN_DATA_SHARE = Gauge(
+    "vlv_train_data_share",
+    "share of the last update's time that it waited for its rows",
+    "stage",
+    "run",
 )
 
 # ------------------------------------------------------------------------------------- recaption

@@ -71,7 +71,15 @@ class TrainConfig(Config):
         "rather than none where machines are lost",
     )
     use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
-    cpus_per_worker: int = Field(1, ge=1, description="CPUs reserved for each worker")
+    cpus_per_worker: int = Field(
+        1, ge=1, description="CPUs reserved for each worker, and its threads that read rows"
+    )
+    readers: int = Field(
+        0,
+        ge=0,
+        description="processes of one CPU each, on whatever machines have one, that read, decode and "
+        "crop rows for one worker; 0: its own threads do",
+    )
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     pretrained_rate: float = Field(
         1.0,

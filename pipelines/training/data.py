@@ -92,30 +92,55 @@ class Batch:
             columns=columns,
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """The rows of all parts in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            keys=[key for part in parts for key in part.keys],
+            epochs=[epoch for part in parts for epoch in part.epochs],
+            pixel_values=torch.cat([part.pixel_values for part in parts]),
+            columns={
+                name: [value for part in parts for value in part.columns[name]]
+                for name in parts[0].columns
+            },
+        )
+
 
 class StepReader:
-    """Reads ahead: the micro-batches of one worker, step by step, made ready in a thread."""
+    """Reads ahead: the micro-batches of one worker, step by step, made ready in a thread.
+
+    `begin` has rows read somewhere; the function that it returns waits for them, in that thread,
+    and makes of them what the step takes.
+    """
 
     def __init__(
         self,
         order: GlobalOrder,
-        read: Callable[[Sequence[tuple[int, int]]], Any],
+        begin: Callable[[Sequence[tuple[int, int]]], Callable[[], Any]],
         train: TrainConfig,
         world_rank: int,
         world_size: int,
     ) -> None:
         self.order = order
-        self.read_rows = read
+        self.begin_rows = begin
         self.train = train
         self.world_rank = world_rank
         self.world_size = world_size
 
     def read(self, step: int) -> list[tuple[int, Any]]:
         """The micro-batches of `step` that this worker uses, each with its number in the step."""
+        return self._finish(self._begin(step))
+
+    def _begin(self, step: int) -> list[tuple[int, Callable[[], Any]]]:
         size = self.train.rows_at_once
         start = step * self.train.global_batch_size
         numbers = range(self.world_rank, self.train.micro_batches, self.world_size)
-        return [(i, self.read_rows(self.order.take(start + i * size, size))) for i in numbers]
+        return [(i, self.begin_rows(self.order.take(start + i * size, size))) for i in numbers]
+
+    def _finish(self, begun: list[tuple[int, Callable[[], Any]]]) -> list[tuple[int, Any]]:
+        return [(i, finish()) for i, finish in begun]
 
     def steps(self, start: int) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
         """(step, micro-batches) from `start` on; a failure to read is raised where it is used."""
@@ -124,8 +149,10 @@ class StepReader:
             ahead: deque[Future[list[tuple[int, Any]]]] = deque()
             try:
                 for step in range(start, stop):
-                    while len(ahead) < self.train.prefetch and step + len(ahead) < stop:
-                        ahead.append(pool.submit(self.read, step + len(ahead)))
+                    # This one's, and those that are read while it is used.
+                    while len(ahead) <= self.train.prefetch and step + len(ahead) < stop:
+                        begun = self._begin(step + len(ahead))
+                        ahead.append(pool.submit(self._finish, begun))
                     yield step, ahead.popleft().result()
             finally:
                 for future in ahead:

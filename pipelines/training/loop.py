@@ -18,10 +18,11 @@ from torch import Tensor
 from pipelines.images import RowIndex, RowReader
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
+from pipelines.training.data import GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.engine import clip_gradients, start_engine
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
+from pipelines.training.reading import Actors, Reading, Threads
 from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
@@ -68,8 +69,6 @@ class Trainer:
     ) -> None:
         self.stage = stage
         self.train_config = train
-        self.image_size = image_size
-        self.holdout = RowReader(holdout, stage.columns)
         self.worker = worker
         self.emit = emit
         self.called_back = called_back
@@ -81,9 +80,16 @@ class Trainer:
         self.run_dir = run_dir
         self.step = 0
         order = GlobalOrder(len(rows), train.seed)
-        self.rows = RowReader(rows, stage.columns)
-        read = partial(self._read, self.rows)
-        self.reader = StepReader(order, read, train, worker.world_rank, worker.world_size)
+        readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
+        self.columns_read = readers[0].columns_read
+        self.heldout_rows = len(holdout)
+        threads = [Threads(reader, image_size, train.cpus_per_worker) for reader in readers]
+        self.heldout: Reading = threads[1]
+        self.rows: Reading = threads[0]
+        if train.readers:
+            self.rows = Actors(rows, stage.columns, image_size, train.readers)
+        begin = partial(self._begin, self.rows)
+        self.reader = StepReader(order, begin, train, worker.world_rank, worker.world_size)
 
     def start(self, checkpoint: Path | None) -> None:
         """Put the model under DeepSpeed and, after an interruption, take up its optimiser's state.
@@ -111,7 +117,7 @@ class Trainer:
             self.evaluate()
         waiting = time.perf_counter()
         for step, batches in self.reader.steps(self.step):
-            data_seconds = time.perf_counter() - waiting
+            waited = time.perf_counter() - waiting
             loss, grad_norm, weight = self.update(step, batches)
             seconds, images = time.perf_counter() - waiting, train.global_batch_size
             self.step = step + 1
@@ -122,8 +128,9 @@ class Trainer:
                 "loss": loss,
                 "learning_rate": learning_rate(train, step),
                 "grad_norm": grad_norm,
+                "seconds": seconds,
                 "images_per_second": images / seconds,
-                "data_seconds": data_seconds,
+                **self._waiting(waited, seconds),
                 "memory_gb": memory_gb(self.worker.device),
             }
             if self.utilisation:
@@ -140,6 +147,8 @@ class Trainer:
                 self.saver.wait()  # there may be no next step
             self.leaving |= leaving
             waiting = time.perf_counter()
+        for reading in (self.rows, self.heldout):
+            reading.close()
         self.saver.wait()
 
     def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float, float]:
@@ -181,7 +190,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss on the held-out rows, shared out over all workers; the same draws every time."""
         train, rank, size = self.train_config, self.worker.world_rank, self.worker.world_size
-        count = min(train.eval_rows, len(self.holdout.index))
+        count = min(train.eval_rows, self.heldout_rows)
         mine = range(rank, count, size)
         # Under ZeRO-3 every forward gathers weights from all: all must make equally many.
         rounds = math.ceil(math.ceil(count / size) / train.rows_at_once)
@@ -190,14 +199,14 @@ class Trainer:
         for i in range(rounds):
             positions = list(mine[i * train.rows_at_once : (i + 1) * train.rows_at_once])
             rows = [(-1, position) for position in positions or [0]]
-            batch = self._read(self.holdout, rows)
+            batch = self._begin(self.heldout, rows)()
             loss = self.engine(**self._to_device(batch)).item()
             if positions:
                 total += loss * batch.weight
                 weight += batch.weight
         loss = self._sum_over_workers(total) / self._sum_over_workers(weight)
         event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
-        self._tell({**event, "columns_read": self.rows.columns_read})
+        self._tell({**event, "columns_read": self.columns_read})
 
     def save(self) -> None:
         """Gather weights and optimiser from all workers; they are written while training goes on."""
@@ -230,8 +239,17 @@ class Trainer:
             dist.all_reduce(digest)  # wraps around, as the digest does
         return f"{digest.item() % 2**64:016x}"
 
-    def _read(self, reader: RowReader, rows: Sequence[tuple[int, int]]) -> Prepared:
-        return self.stage.prepare(Batch.read(reader, rows, self.image_size))
+    def _waiting(self, waited: float, seconds: float) -> dict[str, float]:
+        """The most that a worker waited for its rows, for the others wait for that one in the update."""
+        most = torch.tensor(waited, dtype=torch.float64, device=self.worker.device)
+        if self.worker.world_size > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        waited = min(most.item(), seconds)
+        return {"data_seconds": waited, "data_share": waited / seconds}
+
+    def _begin(self, reading: Reading, rows: Sequence[tuple[int, int]]) -> Callable[[], Prepared]:
+        finish = reading.begin(rows)
+        return lambda: self.stage.prepare(finish())
 
     def _to_device(self, batch: Prepared) -> dict[str, torch.Tensor]:
         return {name: value.to(self.worker.device) for name, value in batch.inputs.items()}

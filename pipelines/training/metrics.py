@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ GAUGES = {
     "heldout_loss": telemetry.TRAIN_HELDOUT_LOSS,
     "grad_norm": telemetry.TRAIN_GRAD_NORM,
     "images_per_second": telemetry.TRAIN_IMAGES_PER_SECOND,
-    "data_seconds": telemetry.TRAIN_DATA_SECONDS,
+    "data_share": telemetry.TRAIN_DATA_SHARE,
 }
 
 
@@ -50,6 +52,12 @@ def heldout_losses(run_dir: Path) -> dict[int, float]:
     """Held-out loss by step, of all evaluations; one that was repeated counts once."""
     events = read_metrics(run_dir)
     return {e["step"]: e["heldout_loss"] for e in events if e["event"] == "eval"}
+
+
+def data_share(events: Iterable[Mapping[str, Any]]) -> float:
+    """Share of the time of steps that workers waited for rows, of all steps among the events."""
+    steps = [event for event in events if event["event"] == "step"]
+    return sum(e["data_seconds"] for e in steps) / sum(e["seconds"] for e in steps)
 
 
 def columns_read(run_dir: Path) -> list[str]:
@@ -98,6 +106,7 @@ class MetricsSink:
     def __enter__(self) -> MetricsSink:
         self._bar = tqdm(total=self.steps, desc=self.stage, unit="step")
         self._heldout = ""
+        self._last: deque[dict[str, Any]] = deque(maxlen=50)
         self._thread.start()
         return self
 
@@ -131,8 +140,10 @@ class MetricsSink:
             if figure in event:
                 gauge.set(event[figure], **self._tags)
         if event["event"] == "step":
+            self._last.append(event)
+            waits = f", waits {data_share(self._last):.1%}"
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}")
+            self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waits}")
         elif event["event"] == "eval":
             self._heldout = f", held-out {event['heldout_loss']:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):

@@ -30,7 +30,7 @@ RESULT = "result.json"
 
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
-        "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch",
+        "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
         "train.offload_optimizer", "train.activation_checkpointing")  # fmt: skip
 

@@ -93,7 +93,9 @@ def _fit(
 
     train = config.train
     least = train.least_workers
-    needed = {"CPU": least * train.cpus_per_worker} | ({"GPU": least} if train.use_gpu else {})
+    needed = {"CPU": least * (train.cpus_per_worker + train.readers)} | (
+        {"GPU": least} if train.use_gpu else {}
+    )
     check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
     if not isinstance(train.num_workers, int):

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +16,7 @@ from pipelines.images import RowIndex, RowReader, in_holdout
 from pipelines.schemas import PAIR_ROW
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
+from pipelines.training.reading import Actors, Threads
 from vlv_model.errors import DataError
 
 SIZE = 8
@@ -232,11 +235,14 @@ def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: 
     order = GlobalOrder(len(index), 0)
     train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2, prefetch=3)
 
-    def read(rows: list[tuple[int, int]]) -> list[int]:
-        return Batch.read(RowReader(index), rows, SIZE).keys
+    reading = Threads(RowReader(index), SIZE, threads=3)
+
+    def begin(rows: list[tuple[int, int]]) -> Callable[[], list[int]]:
+        finish = reading.begin(rows)
+        return lambda: finish().keys
 
     expected = [[int(index.keys[row]) for _, row in order.take(step * 16, 16)] for step in range(9)]
-    ranks = [list(StepReader(order, read, train, r, workers).steps(4)) for r in range(workers)]
+    ranks = [list(StepReader(order, begin, train, r, workers).steps(4)) for r in range(workers)]
     for number, step in enumerate(range(4, 9)):
         assert all(steps[number][0] == step for steps in ranks)
         numbered = dict(micro for steps in ranks for micro in steps[number][1])
@@ -247,12 +253,53 @@ def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: 
 
 
 def test_a_failure_to_read_reaches_the_loop() -> None:
-    def read(rows: object) -> None:
-        raise DataError("disk gone")
+    def begin(rows: object) -> Callable[[], None]:
+        def finish() -> None:
+            raise DataError("disk gone")
+
+        return finish
 
     train = TrainConfig(steps=3, global_batch_size=2)
     with pytest.raises(DataError, match="disk gone"):
-        list(StepReader(GlobalOrder(5, 0), read, train, 0, 1).steps(0))
+        list(StepReader(GlobalOrder(5, 0), begin, train, 0, 1).steps(0))
+
+
+def test_the_next_steps_are_read_while_one_is_used() -> None:
+    begun: list[int] = []
+
+    def begin(rows: list[tuple[int, int]]) -> Callable[[], None]:
+        begun.append(len(begun))
+        return lambda: None
+
+    train = TrainConfig(steps=5, global_batch_size=1, prefetch=1)
+    seen = [len(begun) for _ in StepReader(GlobalOrder(5, 0), begin, train, 0, 1).steps(0)]
+    assert seen == [2, 3, 4, 5, 5]
+
+
+@pytest.mark.end_to_end
+def test_actors_read_what_threads_read_and_say_what_is_wrong(
+    ray_local: None, files: list[Path], tmp_path: Path
+) -> None:
+    index = RowIndex.open(files, ["caption"])
+    rows = [(0, 5), (1, 3), (1, 40), (2, 0), (2, 7)]
+    expected = Batch.read(RowReader(index, ["caption"]), rows, SIZE)
+    for reading in (
+        Threads(RowReader(index, ["caption"]), SIZE, threads=2),
+        Actors(index, ["caption"], SIZE, actors=2),
+    ):
+        one, other = reading.begin(rows), reading.begin(rows[1:2])
+        assert other().keys == expected.keys[1:2]
+        found = one()
+        assert (found.keys, found.epochs) == (expected.keys, expected.epochs)
+        assert found.columns == expected.columns
+        assert torch.equal(found.pixel_values, expected.pixel_values)
+        reading.close()
+    damaged = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
+    pq.write_table(pa.Table.from_pylist(damaged, schema=PAIR_ROW), tmp_path / "p.parquet")
+    reading = Actors(RowIndex.open([tmp_path / "p.parquet"]), [], SIZE, actors=1)
+    with pytest.raises(DataError, match=r"^the image of key 5 cannot be decoded"):
+        reading.begin([(0, 0)])()
+    reading.close()
 
 
 def test_holdout_is_a_stable_share() -> None:
