@@ -12,6 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
+
+# Seconds of a busy machine are no verdict upon an example.
+settings.register_profile("vlv", deadline=None)
+settings.load_profile("vlv")
 
 # Nothing in a test may wait for a hub or for Weights & Biases' servers.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "RAY_USAGE_STATS_ENABLED": "0"}
