@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ settings.load_profile("vlv")
 
 # Nothing in a test may wait for a hub or for Weights & Biases' servers.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, upon tiny models
 for variable in ("RAY_ADDRESS", "WANDB_API_KEY"):
     os.environ.pop(variable, None)
 
@@ -66,6 +69,57 @@ def ray_local(s3_server: str) -> Iterator[None]:
     assert not ray.is_initialized()
     with ray_session(RayConfig(num_cpus=4, object_store_gb=0.5)):
         yield
+
+
+class ChunksHere:
+    """Takes the place of a Ray Dataset of chunks: its steps are done in this process, in order."""
+
+    def __init__(self, blocks: Iterable[pa.Table]) -> None:
+        self.blocks = blocks
+
+    def map_batches(
+        self, step: Any, fn_constructor_args: Sequence[Any] = (), **resources: Any
+    ) -> ChunksHere:
+        # What a cluster could not send to its machines is an error here, too.
+        step, arguments = pickle.loads(pickle.dumps((step, fn_constructor_args)))
+        return ChunksHere(self._mapped(step, arguments))
+
+    def _mapped(self, step: Any, arguments: Sequence[Any]) -> Iterator[pa.Table]:
+        is_actor = isinstance(step, type)
+        do = step(*arguments) if is_actor else step
+        try:
+            yield from (do(block) for block in self.blocks if block.num_rows)  # as Ray does
+        finally:
+            if is_actor and hasattr(do, "close"):
+                do.close()
+
+    def iter_batches(self, **layout: Any) -> Iterator[pa.Table]:
+        return iter(self.blocks)
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return (row for block in self.blocks for row in block.to_pylist())
+
+
+@pytest.fixture
+def chunks_here(
+    request: pytest.FixtureRequest, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs pass their chunks through this process, but for tests that are marked `on_ray`.
+
+    Workers and actors take seconds to start, in every call: what a job decides is tested here, and
+    that it does the same on a cluster by few tests.
+    """
+    if request.node.get_closest_marker("on_ray"):
+        return
+    from pipelines import runtime
+    from pipelines.ingest import dataset
+
+    def waves(chunks: Sequence[int]) -> Iterator[ChunksHere]:
+        yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
+
+    monkeypatch.setattr(runtime, "_waves", waves)
+    # Each decoder is a process that imports its libraries.
+    monkeypatch.setattr(dataset, "fetchers_of", lambda nodes: (1, 1))
 
 
 @pytest.fixture(scope="session")

@@ -75,8 +75,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 LOOK = """
 import json, sys
 from ray._raylet import GcsClient
-nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
-print(json.dumps([[node.state == 0, list(node.resources_total)] for node in nodes]))
+client = GcsClient(address=sys.argv[1])
+for asked in sys.stdin:
+    nodes = client.get_all_node_info().values()
+    print(json.dumps([[node.state == 0, list(node.resources_total)] for node in nodes]), flush=True)
 """
 
 
@@ -84,7 +86,7 @@ print(json.dumps([[node.state == 0, list(node.resources_total)] for node in node
 class Watch:
     """The machines of each group as they come and go."""
 
-    head: Head
+    looker: subprocess.Popen[str]
 
     def started(self) -> Counter[str]:
         """Machines that there have been, by group."""
@@ -94,10 +96,11 @@ class Watch:
         return self._machines(alive=True)
 
     def _machines(self, alive: bool) -> Counter[str]:
-        look = [sys.executable, "-c", LOOK, self.head.gcs]
-        told = subprocess.run(look, env=self.head.environment, capture_output=True, check=True)
+        assert self.looker.stdin is not None
+        assert self.looker.stdout is not None
+        print(file=self.looker.stdin, flush=True)
         found: Counter[str] = Counter()
-        for is_alive, resources in json.loads(told.stdout):
+        for is_alive, resources in json.loads(self.looker.stdout.readline()):
             if is_alive or not alive:
                 found.update(set(resources) & set(SIZES["groups"]))
         return found
@@ -109,14 +112,23 @@ class Watch:
             time.sleep(0.5)
 
 
+@pytest.fixture
+def watch(head: Head) -> Iterator[Watch]:
+    look = [sys.executable, "-c", LOOK, head.gcs]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(look, env=head.environment, **pipes) as looker:
+        yield Watch(looker)
+        looker.kill()
+
+
 def test_machines_come_for_a_job_and_go_after_it(
     head: Head,
+    watch: Watch,
     pair_table: Path,
     tiny_models: Path,
     trained_captioner: Path,
     tmp_path: Path,
 ) -> None:
-    watch = Watch(head)
     assert not watch.running()
 
     run = tmp_path / "stage1"
@@ -129,7 +141,6 @@ def test_machines_come_for_a_job_and_go_after_it(
     assert "waiting for the cluster to start nodes" in done.stdout + done.stderr
     assert (run / "checkpoints/step-00000002/model.safetensors").is_file()
     assert watch.started() == {"gpu": 2}  # a worker on each, and none of another group
-    watch.until_idle()
 
     captions = tmp_path / "captions"
     done = head.submit(

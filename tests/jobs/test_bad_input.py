@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,60 +82,51 @@ def test_value_out_of_range(job: Job, tmp_path: Path, name: str, setting: str) -
     refused(job(name, *paths, setting), setting.split("=")[0])
 
 
+Models = Callable[[str], Path]
+
+
+@pytest.fixture
+def models_for(tiny_models: Path, trained_captioner: Path) -> Models:
+    """A model that a job takes."""
+
+    def found(name: str) -> Path:
+        if name in ("precompute", "stage1"):
+            return tiny_models
+        return trained_captioner if name == "recaption" else trained_captioner.parent / "stage1"
+
+    return found
+
+
 @pytest.mark.parametrize(
     "name", ["ingest", "precompute", "stage1", "stage2", "recaption", "reconstruct"]
 )
 @pytest.mark.parametrize("make", ["missing", "empty"])
 def test_missing_or_empty_dataset(
-    job: Job, tmp_path: Path, tiny_models: Path, name: str, make: str
+    job: Job, tmp_path: Path, models_for: Models, name: str, make: str
 ) -> None:
     source = tmp_path / "table"
     if make == "empty":
         source.mkdir()
-    model = [] if name == "ingest" else [f"model.path={models_for(name, tiny_models, tmp_path)}"]
+    model = [] if name == "ingest" else [f"model.path={models_for(name)}"]
     output = f"{OUTPUT.get(name, 'data.output')}={tmp_path / 'out'}"
     refused(job(name, f"data.input={source}", output, *model), "data.input", str(source))
 
 
-def models_for(name: str, tiny_models: Path, tmp_path: Path) -> Path:
-    if name in ("precompute", "stage1"):
-        return tiny_models
-    return checkpoint("stage2" if name == "recaption" else "stage1", tiny_models, tmp_path / name)
-
-
-def checkpoint(stage: str, models: Path, folder: Path) -> Path:
-    """A checkpoint of untrained weights: whole in form."""
-    from vlv_model import VLVAutoEncoder, VLVCaptioner
-    from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
-    from vlv_model.loading import resolve_model
-
-    model, _ = resolve_model(models)
-    about = {"step": 1, "rows_seen": 1, "config": {}, "model": model}
-    first = folder / "stage1"
-    metadata = CheckpointMetadata(stage="stage1", **about)  # type: ignore[arg-type]
-    save_checkpoint(first, VLVAutoEncoder.from_pretrained(model), metadata)
-    if stage == "stage1":
-        return first
-    captioner = VLVCaptioner.from_pretrained(model, first, for_training=True)
-    metadata = CheckpointMetadata(stage="stage2", parent=str(first), **about)  # type: ignore[arg-type]
-    return save_checkpoint(folder / "stage2", captioner, metadata)
-
-
 @pytest.mark.parametrize("name", ["stage1", "stage2", "recaption", "reconstruct"])
 def test_table_without_the_needed_column(
-    job: Job, tmp_path: Path, tiny_models: Path, name: str
+    job: Job, tmp_path: Path, models_for: Models, name: str
 ) -> None:
     pq.write_table(pa.table({"key": [1], "picture": [3]}), tmp_path / "t.parquet")
-    model = f"model.path={models_for(name, tiny_models, tmp_path)}"
+    model = f"model.path={models_for(name)}"
     output = f"{OUTPUT.get(name, 'data.output')}={tmp_path / 'out'}"
     ended = job(name, f"data.input={tmp_path / 't.parquet'}", output, model)
     refused(ended, "image", "key", "picture")
 
 
-def test_pairs_without_captions(job: Job, tmp_path: Path, tiny_models: Path) -> None:
+def test_pairs_without_captions(job: Job, tmp_path: Path, trained_captioner: Path) -> None:
     pq.write_table(IMAGE_ROW.empty_table(), tmp_path / "t.parquet")
     paths = [f"data.input={tmp_path / 't.parquet'}", f"run_dir={tmp_path / 'r'}"]
-    model = checkpoint("stage1", tiny_models, tmp_path / "model")
+    model = trained_captioner.parent / "stage1"
     refused(job("stage2", *paths, f"model.path={model}"), "'caption'", "alt_text")
 
 
@@ -147,10 +139,11 @@ def test_stage2_without_stage1(
     assert not (tmp_path / "r").exists()
 
 
-def test_stage1_upon_stage2(job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path) -> None:
+def test_stage1_upon_stage2(
+    job: Job, tmp_path: Path, trained_captioner: Path, pair_table: Path
+) -> None:
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
-    model = checkpoint("stage2", tiny_models, tmp_path / "model")
-    refused(job("stage1", *paths, f"model.path={model}"), "model.path", "stage-2")
+    refused(job("stage1", *paths, f"model.path={trained_captioner}"), "model.path", "stage-2")
 
 
 def test_table_without_a_usable_row(job: Job, tmp_path: Path, tiny_models: Path) -> None:
@@ -183,7 +176,7 @@ def test_list_without_urls(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ingest", "stage1", "recaption", "reconstruct", "demo"])
 def test_output_folder_of_somebody_else(
-    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path, name: str
+    job: Job, tmp_path: Path, models_for: Models, pair_table: Path, name: str
 ) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -194,7 +187,7 @@ def test_output_folder_of_somebody_else(
         pq.write_table(pa.table({"URL": ["http://a/b.jpg"]}), tmp_path / "m.parquet")
         settings = [f"data.input={tmp_path / 'm.parquet'}", f"data.output={taken}"]
     else:
-        model = models_for(name, tiny_models, tmp_path)
+        model = models_for(name)
         output = OUTPUT.get(name, "data.output")
         settings = [f"data.input={pair_table}", f"{output}={taken}", f"model.path={model}"]
         settings += ["data.holdout=0.2"]
@@ -203,11 +196,10 @@ def test_output_folder_of_somebody_else(
 
 
 def test_checkpoint_of_another_shape(
-    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+    job: Job, tmp_path: Path, trained_captioner: Path, pair_table: Path
 ) -> None:
-    model = checkpoint("stage2", tiny_models, tmp_path / "model")
     (image := tmp_path / "i.png").write_bytes(first_image(pair_table))
-    ended = job("caption", image, "--model", model, "model.num_queries=8")
+    ended = job("caption", image, "--model", trained_captioner, "model.num_queries=8")
     refused(ended, "encoder.learnable_queries", "16", "8")
 
 
@@ -216,16 +208,15 @@ def first_image(table: Path) -> bytes:
 
 
 def test_caption_of_one_image(
-    job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
+    job: Job, tmp_path: Path, tiny_models: Path, trained_captioner: Path, pair_table: Path
 ) -> None:
-    model = checkpoint("stage2", tiny_models, tmp_path / "model")
     (image := tmp_path / "i.png").write_bytes(first_image(pair_table))
-    ended = job("caption", image, "--model", model, "generate.max_new_tokens=5")
+    ended = job("caption", image, "--model", trained_captioner, "generate.max_new_tokens=5")
     assert ended.status == 0
     assert len(ended.out.splitlines()) <= 1 or ended.out.strip()
     (tmp_path / "text.png").write_text("not a picture")
-    refused(job("caption", tmp_path / "text.png", "--model", model), "text.png")
-    refused(job("caption", tmp_path / "none.png", "--model", model), "none.png")
+    refused(job("caption", tmp_path / "text.png", "--model", trained_captioner), "text.png")
+    refused(job("caption", tmp_path / "none.png", "--model", trained_captioner), "none.png")
     refused(job("caption", image, "--model", tmp_path / "nowhere"), "nowhere")
     refused(job("caption", image, "--model", tiny_models), "stage-2")
 

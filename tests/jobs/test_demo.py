@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config import load
 from pipelines.demo.config import DemoConfig
-from pipelines.demo.run import Demo
+from pipelines.demo.run import Demo, run_demo
 from pipelines.storage import Table, parquet_files, read_rows
 from pipelines.training.metrics import read_metrics
 from tests.jobs.conftest import ROOT
@@ -22,10 +23,13 @@ pytestmark = pytest.mark.end_to_end
 SCENES, BROKEN, TEST_SCENES = 60, 8, 12
 
 
-def command(run_dir: Path) -> list[str]:
+def settings(run_dir: Path) -> list[str]:
     scenes = [f"scenes={SCENES}", f"test_scenes={TEST_SCENES}", f"broken_urls={BROKEN}"]
-    steps = ["stage1_steps=4", "stage2_steps=6"]
-    return [sys.executable, "jobs/demo.py", f"run_dir={run_dir}", *scenes, *steps]
+    return [f"run_dir={run_dir}", *scenes, "stage1_steps=4", "stage2_steps=6"]
+
+
+def command(run_dir: Path) -> list[str]:
+    return [sys.executable, "jobs/demo.py", *settings(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +109,9 @@ def test_report_stands_alone(demo: Path) -> None:
     assert "held-out combination" in text
 
 
-def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
+def test_a_finished_demo_is_not_run_again(demo: Path, ray_local: None) -> None:
     before = (demo / "stage2/metrics.jsonl").stat().st_mtime_ns
-    again = subprocess.run(command(demo), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    run_demo(load(DemoConfig, None, settings(demo)), ROOT / "jobs/configs/tiny")
     assert (demo / "stage2/metrics.jsonl").stat().st_mtime_ns == before
 
 

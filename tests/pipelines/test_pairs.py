@@ -18,7 +18,7 @@ from pipelines.storage import Table, parquet_files
 from pipelines.training.config import Stage2Config
 from vlv_model.errors import DataError, RunError
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = pytest.mark.usefixtures("chunks_here")
 
 
 def url(i: int) -> str:
@@ -63,6 +63,7 @@ def pairs_of(folder: Path) -> dict[str, str]:
     return {row["url"]: row["caption"] for row in found}
 
 
+@pytest.mark.on_ray
 @pytest.mark.parametrize("join_on", ["url", "key"])
 def test_captions_are_joined_and_counted(tmp_path: Path, join_on: Any) -> None:
     images = image_table(tmp_path / "images", 30, failed=(3, 4))
@@ -93,6 +94,7 @@ def test_urls_are_joined_in_any_spelling_of_column_and_host(tmp_path: Path) -> N
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
+@pytest.mark.on_ray
 def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 40)
     teacher = captions_file(tmp_path, [{"url": url(7), "caption": "seven"}])

@@ -61,7 +61,7 @@ def derived_table(folder: Path, images: Path) -> Table:
     return table
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("chunks_here")
 def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(12)]
     fetch(tmp_path, urls)
@@ -88,7 +88,7 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
     assert urls_of(tmp_path / "out") == {*set(urls) - gone, web.url("new.png")}
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("chunks_here")
 def test_a_domain_goes_with_its_subdomains_and_stays_away(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(4)]
     others = [

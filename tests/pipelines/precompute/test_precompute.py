@@ -22,7 +22,7 @@ from pipelines.training.config import Stage1Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.stages import stage1
-from pipelines.training.trainer import train
+from tests.pipelines.training.worlds import run_worlds, segment
 from vlv_model.errors import DataError
 from vlv_model.latents import posterior
 from vlv_model.loading import load_vae
@@ -176,21 +176,23 @@ def test_the_job_writes_each_image_once(
 
 @pytest.mark.end_to_end
 def test_a_whole_run_ends_as_the_online_one(
-    ray_local: None, pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path
+    pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path
 ) -> None:
     """Each step's loss within 0.2 %: latents are rounded to bfloat16, the draws are the same."""
+    kinds: dict[str, list[str]] = {"online": [], "stored": [f"data.latents={latents}"]}
+    trainings = [
+        segment(load(Stage1Config, None, [
+            f"data.input={pair_table}", "data.holdout=0.2", f"run_dir={tmp_path / name}", *stored,
+            "train.use_gpu=false", "train.steps=6", "train.global_batch_size=8",
+            "train.eval_rows=16", "train.learning_rate=0.002",
+        ]), tiny_models)
+        for name, stored in kinds.items()
+    ]  # fmt: skip
+    run_worlds([(1, trainings)], tmp_path)
     curves = []
-    for name, stored in (("online", []), ("stored", [f"data.latents={latents}"])):
-        run_dir = tmp_path / name
-        result = train(load(Stage1Config, None, [
-            f"data.input={pair_table}", "data.holdout=0.2", f"run_dir={run_dir}", *stored,
-            f"model.path={tiny_models}", "train.use_gpu=false", "train.steps=6",
-            "train.global_batch_size=8", "train.eval_rows=16", "train.learning_rate=0.002",
-            "train.wandb=disabled",
-        ]))  # fmt: skip
-        assert result["steps"] == 6
-        steps = [event["loss"] for event in read_metrics(run_dir) if event["event"] == "step"]
-        curves.append([*steps, *heldout_losses(run_dir).values()])
+    for name in kinds:
+        steps = [e["loss"] for e in read_metrics(tmp_path / name) if e["event"] == "step"]
+        curves.append([*steps, *heldout_losses(tmp_path / name).values()])
     online, stored_curve = curves
     assert len(online) == 6 + 2
     assert stored_curve == pytest.approx(online, rel=2e-3)

@@ -85,8 +85,7 @@ def test_similar_captions_are_counted_once_and_the_first_is_not() -> None:
     assert empty.count(0) == (0, [])
 
 
-@pytest.mark.end_to_end
-def test_a_survey_counts_over_all_parts(ray_local: None, tmp_path: Path) -> None:
+def test_a_survey_counts_over_all_parts(chunks_here: None, tmp_path: Path) -> None:
     chunks = [
         ["a red ball on the grass", "a cut one …", None, ""],
         [],
@@ -101,8 +100,9 @@ def test_a_survey_counts_over_all_parts(ray_local: None, tmp_path: Path) -> None
     assert survey(caption_table(tmp_path / "t", chunks)) == found
 
 
-@pytest.mark.end_to_end
-def test_the_gate_says_what_is_too_much_and_how_to_see_it(ray_local: None, tmp_path: Path) -> None:
+def test_the_gate_says_what_is_too_much_and_how_to_see_it(
+    chunks_here: None, tmp_path: Path
+) -> None:
     table = caption_table(tmp_path / "t", [["cut …", "cut here …", "a red ball", "", "a red ball"]])
     found = survey(table)
     check_gates(build(GateConfig, {"max_truncated": "40%", "max_empty": 0.2}), found, table)
@@ -120,8 +120,7 @@ def test_a_share_is_a_share() -> None:
             build(GateConfig, {"max_empty": wrong})
 
 
-@pytest.mark.end_to_end
-def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> None:
+def test_a_table_that_fails_its_gate_is_read_by_no_job(chunks_here, settings) -> None:
     """Until the gate is raised; nothing is captioned again for that."""
     strict = settings("gate.max_truncated=1%")
     with pytest.raises(GateError, match="max_truncated"):
@@ -141,8 +140,7 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(ray_local, settings) -> N
     assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)
 
 
-@pytest.mark.end_to_end
-def test_only_what_was_unhealthy_is_captioned_again(ray_local, settings, tmp_path: Path) -> None:
+def test_only_what_was_unhealthy_is_captioned_again(chunks_here, settings, tmp_path: Path) -> None:
     """Also of a table that its gate kept back."""
     with pytest.raises(GateError):
         recaption(settings("gate.max_truncated=0"))

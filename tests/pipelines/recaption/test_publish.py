@@ -30,8 +30,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.end_to_end
-def test_readers_that_are_not_ours(ray_local, settings, pictures: Path) -> None:
+def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> None:
     import datasets
 
     config = settings(f"data.input={pictures}", "join=true", "format=json", "license=cc-by-4.0")
@@ -98,8 +97,7 @@ def test_a_streamed_file_reaches_a_store(bucket: str) -> None:
     assert json.loads((table.folder / "captions.json").read_text()) == {"0.jpg": "a", "1.jpg": "b"}
 
 
-@pytest.mark.end_to_end
-def test_what_is_taken_down_is_told_nowhere(ray_local, settings, pair_table, tmp_path) -> None:
+def test_what_is_taken_down_is_told_nowhere(chunks_here, settings, pair_table, tmp_path) -> None:
     config = settings("format=json")
     recaption(config)
     captions, images = Table(config.data.output), Table(tmp_path / "images")

@@ -18,7 +18,11 @@ from typing import Any
 
 import psutil
 
-os.environ |= {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+os.environ |= {
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # how long the lost machine is waited for
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
 
 
 def main() -> None:

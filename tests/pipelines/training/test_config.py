@@ -21,9 +21,11 @@ def test_batches_must_divide() -> None:
 def test_workers_are_one_number_or_two() -> None:
     config = TrainConfig(global_batch_size=64, num_workers=(2, 8))
     assert (config.least_workers, config.most_workers, config.rows_at_once) == (2, 8, 8)
-    for wrong in (0, True, "two", [3, 2], [0, 2], [1, 2, 3], [1.5, 2]):
+    for wrong in (0, "two", [3, 2], [0, 2], [1, 2, 3], [1.5, 2]):
         with pytest.raises(ValueError, match=r"expected an integer >= 1, or \[least, most\], got"):
             TrainConfig(num_workers=wrong)
+    with pytest.raises(ValueError, match="should not be true or false"):
+        TrainConfig(num_workers=True)
     settings = ["run_dir=/r", "data.input=/i", "train.num_workers=[4, 2]"]
     with pytest.raises(ConfigError, match=r"^train.num_workers: expected an integer .* \[4, 2\]$"):
         load(Stage2Config, None, settings)

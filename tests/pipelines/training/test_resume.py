@@ -9,17 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config import dump, load
+from pipelines.config import load
 from pipelines.images import RowIndex
 from pipelines.training.checkpointing import is_finished, load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trainer import split
-from tests.pipelines.training.worlds import run_worlds
+from tests.pipelines.training.worlds import run_worlds, segment
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import CheckpointError
-from vlv_model.sources import resolve_model
 
 pytestmark = pytest.mark.end_to_end
 
@@ -45,11 +44,7 @@ class Runs:
             "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.num_workers=1",
         ]  # fmt: skip
         config = load(Stage2Config if parent else Stage1Config, None, [*given, *settings])
-        files = [str(file) for file in sorted(self.table.glob("*.parquet"))]
-        loop: dict[str, Any] = {"stage": "stage2" if parent else "stage1", "config": dump(config)}
-        loop |= {"files": files, "parent": str(parent) if parent else None}
-        loop["model"] = resolve_model(self.models)[0].model_dump()
-        return {"loop": loop, "copy": [str(after)] if after else []}
+        return segment(config, self.models, after, parent)
 
     def rows(self, step: int) -> list[int]:
         """Keys of the rows that every training uses in a step."""

@@ -271,7 +271,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
 
 
 def test_recaption_and_reconstruct_give_one_row_per_image(
-    stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
+    chunks_here: None, stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
 ) -> None:
     from pipelines.recaption.config import RecaptionConfig
     from pipelines.recaption.dataset import recaption

@@ -20,9 +20,27 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import dump
+from pipelines.training.config import Stage1Config, Stage2Config
+from vlv_model.sources import resolve_model
+
 REPO = Path(__file__).parents[3]
 
 Group = tuple[int, list[dict[str, Any]]]
+
+
+def segment(
+    config: Stage1Config | Stage2Config,
+    models: Path,
+    after: Path | None = None,
+    parent: Path | None = None,
+) -> dict[str, Any]:
+    """A training from the start or `after` a checkpoint; of stage 2 upon the checkpoint `parent`."""
+    loop: dict[str, Any] = {"config": dump(config), "parent": str(parent) if parent else None}
+    loop["stage"] = "stage2" if isinstance(config, Stage2Config) else "stage1"
+    loop["files"] = [str(file) for file in sorted(Path(config.data.input).glob("*.parquet"))]
+    loop["model"] = resolve_model(models)[0].model_dump()
+    return {"loop": loop, "copy": [str(after)] if after else []}
 
 
 def run_worlds(groups: list[Group], folder: Path) -> None:
