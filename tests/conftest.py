@@ -61,13 +61,13 @@ def bucket(s3_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_local(s3_server: str) -> Iterator[None]:
-    """A Ray of this session's own, with 4 logical CPUs; its workers know the S3 server."""
+    """A Ray of this session's own, with 2 logical CPUs; its workers know the S3 server."""
     import ray
 
     from pipelines.runtime import RayConfig, ray_session
 
     assert not ray.is_initialized()
-    with ray_session(RayConfig(num_cpus=4, object_store_gb=0.5)):
+    with ray_session(RayConfig(num_cpus=2, object_store_gb=0.5)):
         yield
 
 

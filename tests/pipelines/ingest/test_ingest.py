@@ -36,7 +36,7 @@ from vlv_model.errors import DataError, RunError
 
 REPO = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
-    "download": {"allow_private": True, "read_timeout": 0.5, "retries": 0},
+    "download": {"allow_private": True, "read_timeout": 3, "retries": 0},
     "image": {"size": 64, "format": "png"},
     "rows_per_chunk": 16,
 }

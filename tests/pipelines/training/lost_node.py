@@ -25,6 +25,9 @@ os.environ |= {
 }
 
 
+NOTICED = b"PreemptionWatcher: preemption detected"  # by Ray Train, which then tells the ranks
+
+
 def main() -> None:
     import ray
     from ray.cluster_utils import Cluster
@@ -58,7 +61,8 @@ def lose(cluster: Any, node: Any, run_dir: Path, steps: int, answered: list[int]
     for rank in ranks:  # so that the notice comes before the few steps are done
         rank.suspend()
     call_back(cluster.address, node.node_id)
-    time.sleep(2)
+    logs = Path(cluster.head_node.get_logs_dir_path())
+    until(lambda: any(NOTICED in file.read_bytes() for file in logs.rglob("worker-*.err")))
     for rank in ranks:
         rank.resume()
     until(lambda: told(run_dir, "checkpoint"))
