@@ -22,6 +22,7 @@ from pipelines.training.config import Stage2TrainConfig, TrainConfig
 from pipelines.training.data import Batch
 from pipelines.training.optimizer import build_optimizer
 from pipelines.training.stages import Stage, captioning, denoising
+from vlv_model.config import Precision
 from vlv_model.latents import posterior
 from vlv_model.preprocessing import vae_pixels
 from vlv_model.tiny import SCENE_WORDS
@@ -37,7 +38,7 @@ class Variant:
 
     name: str
     ours: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     stored_latents: bool = False
 
 

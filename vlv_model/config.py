@@ -13,6 +13,8 @@ MORE_DETAILED_CAPTION = "Describe with a paragraph what is shown in the image."
 Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
 """What stage 2 trains: the language projector, the language model too, Florence-2's too."""
 
+Precision = Literal["float32", "bfloat16"]
+"""In what numbers one calculates, or weights are stored."""
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers of a Qwen2.5 block: attention's four, the MLP's three."""

@@ -25,11 +25,10 @@ from vlv_model import loading
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint_files import StageName, new_folder, put_checkpoint
-from vlv_model.config import ModelConfig
+from vlv_model.config import ModelConfig, Precision
 from vlv_model.fingerprint import fingerprint, fingerprint_parts
 from vlv_model.sources import part_source
 
-Precision = Literal["float32", "bfloat16"]
 Parts = Literal["needed", "all"]
 
 MAX_SHARD_SIZE = "5GB"

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipelines.config import InputPath, OutputPath
 from pipelines.training.model import ModelSettings
-from vlv_model.config import Config
+from vlv_model.config import Config, Precision
 
 
 class ExportConfig(Config):
@@ -21,7 +21,7 @@ class ExportConfig(Config):
         description="checkpoint of the published implementation, instead of model.path: its stage-2 "
         "model.pt, a consolidated state dict (.bin, .pt, .safetensors) or a DeepSpeed folder",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32",
         description="of all weights in the folder; bfloat16 halves it, and captions are then those "
         "of generate.precision=bfloat16",

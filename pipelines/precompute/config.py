@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from pipelines.runtime import RayConfig
 from pipelines.selection import ActorConfig, Selection
 from pipelines.training.model import ModelSettings
-from vlv_model.config import Config
+from vlv_model.config import Config, Precision
 
 
 class EncodeConfig(Config):
     """How the VAE is run."""
 
     batch_size: int = Field(32, ge=1, description="images that are encoded at once")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32", description="arithmetic of the VAE; what is stored is bfloat16 either way"
     )
 

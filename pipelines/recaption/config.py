@@ -18,7 +18,7 @@ from pipelines.schemas import require_columns
 from pipelines.selection import ActorConfig, Selection
 from pipelines.storage import parquet_files
 from pipelines.training.model import ModelSettings
-from vlv_model.config import Config
+from vlv_model.config import Config, Precision
 
 
 class GenerateConfig(Config):
@@ -31,7 +31,7 @@ class GenerateConfig(Config):
     num_beams: int = Field(4, ge=1, description="beams of the search; 1 is greedy")
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
     batch_size: int = Field(64, ge=1, description="images that are captioned at once")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic")
+    precision: Precision = Field("float32", description="arithmetic")
     temperature: float | None = Field(
         None,
         gt=0,

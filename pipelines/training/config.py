@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.config import InputPlace, OutputPath, OutputPlace
 from pipelines.runtime import PoolSize, RayConfig, bounds
 from pipelines.training.model import ModelSettings
-from vlv_model.config import Config, Lora, Trainable
+from vlv_model.config import Config, Lora, Precision, Trainable
 
 
 class ImageData(Config):
@@ -96,7 +96,7 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(
         1.0, ge=0, description="gradient norm is clipped to this; 0: never"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32", description="arithmetic; bfloat16 keeps float32 master weights"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
