@@ -48,13 +48,13 @@ def main(
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        causes = list(causes_of(error))
-        for cause in causes:
+        for cause in causes_of(error):
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):
                 line = str(cause).partition(_RAYS_POSTSCRIPT)[0]
                 print(f"error: {line}", file=sys.stderr)
                 return BAD_INPUT
-        for cause in causes:
+        # Not what was being handled when a fault of the program came in between.
+        for cause in causes_of(error, handled=False):
             # Of a worker, too: Arrow's and fsspec's words for it are as many as their layers.
             if isinstance(cause, OSError) and cause.errno in _REFUSED_BY_SYSTEM:
                 where = cause.filename or "writing"
@@ -64,8 +64,11 @@ def main(
     return 0
 
 
-def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it was raised from: plain chains, Ray's task errors, Train's ranks."""
+def causes_of(error: BaseException, handled: bool = True) -> Iterator[BaseException]:
+    """The error and all that it was raised from: plain chains, Ray's task errors, Train's ranks.
+
+    With `handled` also what was being handled when it was raised by chance.
+    """
     seen: set[int] = set()
     stack: list[BaseException] = [error]
     while stack:
@@ -74,6 +77,7 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        inner = [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        inner = [current.__cause__, getattr(current, "cause", None)]
+        inner += [current.__context__] if handled else []
         inner += getattr(current, "worker_failures", {}).values()
         stack += [e for e in inner if isinstance(e, BaseException)]

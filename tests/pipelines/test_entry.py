@@ -50,6 +50,14 @@ def test_a_line_of_ours_wins_over_what_it_was_made_of(monkeypatch, capsys) -> No
     assert capsys.readouterr().err == "error: data.input=/x cannot be read: mend it\n"
 
 
+def test_a_fault_while_a_refusal_was_handled_keeps_its_traceback(monkeypatch) -> None:
+    refused = OSError(errno.EACCES, "Permission denied", "/x")
+    fault = TypeError("of the program")
+    fault.__context__ = refused
+    with pytest.raises(TypeError, match="of the program"):
+        ended(fault, monkeypatch)
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch) -> None:
     with pytest.raises(OSError, match="odd"):
         ended(OSError(errno.EIO, "odd"), monkeypatch)
