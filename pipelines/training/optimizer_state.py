@@ -82,10 +82,11 @@ def restore(
     """
     for held in _basic_optimizer(engine).state.values():
         held["step"].fill_(steps)
+    masters = _masters(engine)
     for name, parameter in trainable(engine.module):
-        _deal_out(engine, parameter, None, weight(name))
+        _deal_out(engine, masters, parameter, None, weight(name))
         for moment in MOMENTS:
-            _deal_out(engine, parameter, moment, state(state_name(name, moment)))
+            _deal_out(engine, masters, parameter, moment, state(state_name(name, moment)))
 
 
 def _gather(engine: Any, moment: str | None, keep: bool) -> dict[str, Tensor]:
@@ -96,10 +97,8 @@ def _gather(engine: Any, moment: str | None, keep: bool) -> dict[str, Tensor]:
     for name, parameter in trainable(engine.module):
         if not _is_spread(parameter):
             tensor = masters.get(parameter, parameter)
-            if moment is not None:  # a parameter that no loss has reached has no moments yet
-                tensor = (
-                    _basic_optimizer(engine).state[tensor].get(moment, torch.zeros_like(tensor))
-                )
+            if moment is not None:
+                tensor = _basic_optimizer(engine).state[tensor][moment]
         elif moment is None:
             tensor = safe_get_full_fp32_param(parameter)
         else:
@@ -109,7 +108,13 @@ def _gather(engine: Any, moment: str | None, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def _deal_out(engine: Any, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+def _deal_out(
+    engine: Any,
+    masters: Mapping[nn.Parameter, Tensor],
+    parameter: nn.Parameter,
+    moment: str | None,
+    value: Tensor,
+) -> None:
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -118,7 +123,7 @@ def _deal_out(engine: Any, parameter: nn.Parameter, moment: str | None, value: T
     )
 
     if not _is_spread(parameter):
-        target = _masters(engine).get(parameter, parameter)
+        target = masters.get(parameter, parameter)
         if moment is not None:
             target = _basic_optimizer(engine).state[target][moment]
         with torch.no_grad():

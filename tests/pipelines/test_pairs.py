@@ -63,8 +63,7 @@ def pairs_of(folder: Path) -> dict[str, str]:
     return {row["url"]: row["caption"] for row in found}
 
 
-@pytest.mark.on_ray
-@pytest.mark.parametrize("join_on", ["url", "key"])
+@pytest.mark.parametrize("join_on", [pytest.param("url", marks=pytest.mark.on_ray), "key"])
 def test_captions_are_joined_and_counted(tmp_path: Path, join_on: Any) -> None:
     images = image_table(tmp_path / "images", 30, failed=(3, 4))
     texts = {i: f"caption {i}" for i in (*range(20), 77, 78, 79)}

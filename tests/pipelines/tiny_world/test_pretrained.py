@@ -63,7 +63,7 @@ def test_a_few_dozen_steps_beat_no_caption(test_pictures: Pictures) -> None:
     trainable = [p for p in autoencoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(36):
         rows = torch.randint(pictures.count, (16,), generator=generator)
         noise = torch.randn(16, *autoencoder.latent_shape, generator=generator)
         timesteps = torch.randint(1000, (16,), generator=generator)

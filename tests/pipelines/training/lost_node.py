@@ -99,7 +99,7 @@ def line(process: psutil.Process) -> str:
 
 
 def until(true: Any) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300  # a start takes long where other jobs run beside it
     while not true():
         if time.monotonic() > deadline:
             raise TimeoutError

@@ -186,7 +186,7 @@ def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
     given += [*COMMON, f"train.steps={STEPS}", "train.num_workers=[1,2]", "train.eval_every=6"]
     command = [sys.executable, "-m", "tests.pipelines.training.lost_node", *given]
     environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
     step = int(ended.stdout.splitlines()[-1])
     assert 1 <= step < STEPS  # no other was due before the end
