@@ -150,12 +150,17 @@ def test_what_is_no_table_of_latents_is_refused(pair_table: Path) -> None:
 
 @pytest.mark.end_to_end
 def test_the_job_writes_each_image_once(
-    ray_local: None, pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path
+    ray_local: None,
+    pair_table: Path,
+    tiny_models: Path,
+    latents: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     out = tmp_path / "latents"
     config = load(PrecomputeConfig, None, [
         f"data.input={pair_table}", f"data.output={out}", "data.rows_per_chunk=50",
-        f"model.path={tiny_models}", "actors.use_gpu=false",
+        f"model.path={tiny_models}", "actors.use_gpu=false", "actors.num_actors=1",
     ])  # fmt: skip
     assert precompute(config) == {"ok": 120}
     expected, found = LatentReader(str(latents)), LatentReader(str(out))
@@ -168,6 +173,7 @@ def test_the_job_writes_each_image_once(
     (out / "_commits/000001.json").unlink()
     with pytest.raises(DataError, match=r"data\.latents=.* not finished"):
         LatentReader(str(out))
+    request.getfixturevalue("chunks_here")
     assert precompute(config) == {"ok": 120}
     again = {part: part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))}
     assert [part.stem for part in before if again[part] != before[part]] == ["part-000001"]
