@@ -104,7 +104,8 @@ def recaption(folder: Path, rows: int) -> Job:
     def caption(place: str) -> list[str]:
         made = [sys.executable, "jobs/recaption.py", f"data.input={images}", f"data.output={place}"]
         made += [f"model.path={model}", "generate.num_beams=4", "generate.max_new_tokens=48"]
-        made += ["data.rows_per_chunk=4", "actors.use_gpu=false", *COMMON]
+        # Small, so that there are many commits to hit; not so many that they are all that it does.
+        made += [f"data.rows_per_chunk={max(4, rows // 1000)}", "actors.use_gpu=false", *COMMON]
         return made
 
     return Job(caption, lambda place: [], keys, span=8.0)
