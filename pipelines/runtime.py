@@ -188,8 +188,8 @@ def _write_chunk(
     """Last step of a chunk: its rows go into the table, a line of counts goes to the driver."""
     (chunk,) = rows["chunk"].unique().to_pylist()
     passing = [name for name in (BUSY, PRESENT) if name in rows.column_names]
-    figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in sums.items()}
-    figures |= {name: pc.sum(rows[name]).as_py() or 0.0 for name in passing}
+    columns = {**sums, **{name: name for name in passing}}
+    figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in columns.items()}
     rows = rows.drop_columns(["chunk", *passing])
     write(chunk, rows)
     statuses = Counter(rows["status"].to_pylist())

@@ -60,9 +60,8 @@ def check_squares(pixel_values: Tensor) -> None:
 def vae_pixels(pixel_values: Tensor) -> Tensor:
     """uint8 `[b 3 s s]` -> float32 `[b 3 s s]` in [-1, 1], what the VAE was trained on."""
     check_squares(pixel_values)
-    return (
-        pixel_values.float().div_(127.5).sub_(1.0)
-    )  # in place: new memory costs more than the sums
+    # In place: new memory costs more than the sums.
+    return pixel_values.float().div_(127.5).sub_(1.0)
 
 
 def pixels_from_vae(images: Tensor) -> Tensor:
