@@ -74,15 +74,6 @@ class RowIndex:
         """A name for this set of keys, whatever their order."""
         return hashlib.sha256(np.sort(self.keys).tobytes()).hexdigest()[:16]
 
-    def layout(self) -> str:
-        """A name for the places of the rows: another one when a file was written anew."""
-        digest = hashlib.sha256()
-        for array in (self.keys, self.file, self.group, self.row):
-            digest.update(array.tobytes())
-        for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        return digest.hexdigest()[:16]
-
     @classmethod
     def open(
         cls,
