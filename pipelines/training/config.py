@@ -110,6 +110,11 @@ class TrainConfig(Config):
         description="activations are computed again in the backward pass instead of being kept: less "
         "memory, slower",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile builds the models' blocks when they first run, which takes "
+        "minutes at each start; needs a C compiler on the workers, and zero_stage of at most 2",
+    )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"
     )
@@ -150,6 +155,11 @@ class TrainConfig(Config):
             )
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "train.compile needs train.zero_stage of 0, 1 or 2: stage 3 takes a block's weights "
+                "away between its runs"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"train.warmup_steps={self.warmup_steps} must be less than steps={self.steps}"

@@ -102,6 +102,8 @@ class Trainer:
             self.utilisation = Utilisation.measure(self.stage, batch, self.worker.device)
         if self.train_config.activation_checkpointing:
             self.stage.checkpoint_activations()
+        if self.train_config.compile:
+            self.stage.compile(self.worker.device)
         self.engine = start_engine(self.stage, self.train_config, self.worker.world_size)
         if checkpoint is not None:
             self.step = checkpointing.step_of(checkpoint)

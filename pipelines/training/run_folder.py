@@ -32,7 +32,7 @@ RESULT = "result.json"
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
-        "train.offload_optimizer", "train.activation_checkpointing")  # fmt: skip
+        "train.offload_optimizer", "train.activation_checkpointing", "train.compile")  # fmt: skip
 
 
 def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config | Stage2Config:

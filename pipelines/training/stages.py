@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipelines.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
@@ -18,7 +23,12 @@ from pipelines.training.data import Batch, mix
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
+from vlv_model.errors import ConfigError
 from vlv_model.lora import is_adapter
+
+# What models consist of: UNet and VAE of the first two, transformers' layers of the third.
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D, GradientCheckpointingLayer)
+FORMS = 64  # of one kind of block: a UNet has blocks of many widths, torch gives up after 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,26 @@ class Stage:
                 part.enable_gradient_checkpointing()
             elif isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                 part.activation_checkpointing_enable({"use_reentrant": False})
+
+    def compile(self, device: torch.device) -> None:
+        """Have the compiler of torch (TorchInductor) build the models' blocks when they first run.
+
+        Blocks and not whole models: equal ones are built once, and a caption of another length
+        builds no whole model anew. Names of parameters stay; losses differ by rounding. Raises
+        ConfigError where the machine lacks the compiler that is called for `device`.
+        """
+        variable, kinds = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++ clang++")
+        candidates = [os.environ[variable]] if os.environ.get(variable) else kinds.split()
+        if not any(map(shutil.which, candidates)):
+            raise ConfigError(
+                f"train.compile=true needs a C compiler, and this machine has no "
+                f"{' or '.join(candidates)}: install one, or set train.compile=false"
+            )
+        torch._dynamo.config.recompile_limit = FORMS
+        torch._inductor.config.fallback_random = True  # dropout as without compilation
+        for part in self.model.modules():
+            if isinstance(part, BLOCKS):
+                part.compile()
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:

@@ -1,5 +1,6 @@
 """What a stage gives the optimiser."""
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.stages import Prepared, Stage, stage1, stage2
 from pipelines.training.usage import Utilisation
+from vlv_model.errors import ConfigError
 from vlv_model.sources import resolve_model
 
 
@@ -93,6 +95,40 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(
     assert kept_now < 0.7 * kept
     assert loss_now == loss
     torch.testing.assert_close(gradients_now, gradients, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [pytest.param("stage1", marks=pytest.mark.end_to_end), "stage2"])
+def test_compiled_blocks_give_the_same_loss_and_gradients(
+    name: str, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All but the making of kernels, which is torch's own and takes minutes on two cores.
+    build = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", build)
+    stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
+    names = list(stage.model.state_dict())
+    _, loss, gradients = saved_bytes_and_gradients(stage)
+    torch._dynamo.utils.counters.clear()
+    stage.compile(torch.device("cpu"))
+    _, loss_now, gradients_now = saved_bytes_and_gradients(stage)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert list(stage.model.state_dict()) == names
+    assert loss_now == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(gradients_now, gradients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_machine_without_a_compiler_is_named_before_the_training(
+    device: str,
+    variable: str,
+    tiny_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    stage = stage_of("stage2", tiny_models, tmp_path, "projector")
+    with pytest.raises(ConfigError, match="no no-such-compiler"):
+        stage.compile(torch.device(device))
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
