@@ -46,6 +46,7 @@ _TRAINING = {
     "num_workers": 1,
     "use_gpu": "false",
     "wandb": "disabled",
+    "samples": 0,
     "eval_rows": 64,
     "max_caption_tokens": 128,
 }

@@ -273,6 +273,7 @@ class Demo:
     def _training(self, stage: str, run: str, steps: int | None) -> list[str]:
         """Settings of a training in the folder `run`; of equal ones the last counts."""
         settings = [f"run_dir={self.folder / run}", f"train.seed={self.config.seed}"]
+        settings.append("train.samples=0")  # the report has its own, of more images
         if self.config.full:
             settings += [f"train.{name}={value}" for name, value in FULL[stage].items()]
         return settings + ([f"train.steps={steps}"] if steps else [])

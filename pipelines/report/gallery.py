@@ -37,21 +37,27 @@ class GalleryItem:
     held_out: bool = False  # shows a combination of colour and shape that training never did
 
 
-def gallery(items: Sequence[GalleryItem], limit: int = 12) -> Html:
-    """The first `limit` items; says how many there were."""
+def gallery(
+    items: Sequence[GalleryItem], limit: int = 12, *, pictures: bool = True, words: bool = True
+) -> Html:
+    """The first `limit` items; says how many there were.
+
+    Without `pictures` or `words` where reconstructions or captions were not to be made.
+    """
     if not items:
         return tag("p", "No images to show.", class_="empty")
     shown = items[:limit]
     rest = f"{count(len(shown))} of {count(len(items))} images." if len(items) > limit else ""
-    return join([tag("ul", *map(_item, shown), class_="gallery"), tag("p", rest, class_="empty")])
+    tiles = [_item(item, pictures, words) for item in shown]
+    return join([tag("ul", *tiles, class_="gallery"), tag("p", rest, class_="empty")])
 
 
-def _item(item: GalleryItem) -> Html:
+def _item(item: GalleryItem, with_pictures: bool, with_words: bool) -> Html:
     scene = item.target or f"key {item.key}"
-    pictures = [
-        _picture(item.original, "original", f"Original: {scene}"),
-        _picture(item.reconstruction, "reconstruction", f"Reconstruction of: {scene}"),
-    ]
+    pictures = [_picture(item.original, "original", f"Original: {scene}")]
+    if with_pictures:
+        made = _picture(item.reconstruction, "reconstruction", f"Reconstruction of: {scene}")
+        pictures.append(made)
     if item.from_caption is not None:
         ceiling = _picture(item.from_caption, "from true caption", f"Drawn from the words: {scene}")
         pictures.append(ceiling)
@@ -73,7 +79,7 @@ def _item(item: GalleryItem) -> Html:
     if item.status != OK:
         foot.append(tag("span", item.status, class_="badge"))
     shown = tag("div", *pictures, class_="pictures")
-    return tag("li", shown, words, tag("p", *foot, class_="key"))
+    return tag("li", shown, words if with_words else Html(), tag("p", *foot, class_="key"))
 
 
 def _caption(caption: str | None, marked: Html) -> Html:

@@ -120,6 +120,13 @@ class TrainConfig(Config):
     )
     eval_every: int = Field(2_000, ge=1, description="steps between evaluations on the holdout")
     eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
+    samples: int = Field(
+        4,
+        ge=0,
+        description="held-out images that the first checkpoint after an evaluation reconstructs "
+        "(stage 1) or captions (stage 2), for W&B and <run_dir>/samples, in a task of one CPU "
+        "beside the training; 0: none",
+    )
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
     max_failures: int = Field(

@@ -8,6 +8,7 @@ through a queue, for all that is only shown: there, steps that are done again ar
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -16,10 +17,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from pipelines import telemetry
 from pipelines.places import write_atomically
+from pipelines.report.gallery import GalleryItem
+from pipelines.training.samples import Sampler
 
 FILE = "metrics.jsonl"
 
@@ -93,13 +97,20 @@ class MetricsSink:
     """The driver's end of the queue; use as a context manager around the training."""
 
     def __init__(
-        self, queue: Any, run_dir: Path, stage: str, steps: int, config: dict[str, Any], wandb: str
+        self,
+        queue: Any,
+        run_dir: Path,
+        stage: str,
+        config: dict[str, Any],
+        sampler: Sampler | None = None,
     ) -> None:
+        train = config["train"]
         self.queue = queue
+        self.sampler = sampler
         self.stage = stage
         self._tags = {"stage": stage, "run": run_dir.name}
-        self.steps = steps
-        self.run = _start_wandb(run_dir, stage, config, wandb)
+        self.steps = train["steps"]
+        self.run = _start_wandb(run_dir, stage, config, train["wandb"])
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
         self._ended = threading.Event()
 
@@ -110,10 +121,12 @@ class MetricsSink:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: object, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         self._bar.close()
+        if self.sampler and not failure:
+            self.sampler.end(self._show)
         if self.run is not None:
             self.run.finish()
 
@@ -121,6 +134,8 @@ class MetricsSink:
         from ray.util.queue import Empty
 
         while True:
+            if self.sampler:
+                self.sampler.poll(self._show)
             try:
                 event = self.queue.get(timeout=0.3)
             except Empty:
@@ -130,6 +145,8 @@ class MetricsSink:
             self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
+        if self.sampler:
+            self.sampler.take(event)
         step = event["step"]
         telemetry.TRAIN_STEP.set(step, **self._tags)
         if event["event"] == "start":
@@ -149,6 +166,21 @@ class MetricsSink:
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self.run.log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
+
+    def _show(self, step: int, items: list[GalleryItem]) -> None:
+        """Samples: pictures beside their originals, or originals with their captions."""
+        if self.run is None:
+            return
+        import wandb
+
+        images = []
+        for item in items:
+            original = Image.open(io.BytesIO(item.original))
+            images.append(wandb.Image(original, caption=item.caption or "original"))
+            if item.reconstruction:
+                made = Image.open(io.BytesIO(item.reconstruction))
+                images.append(wandb.Image(made, caption="reconstruction"))
+        self.run.log({"step": step, f"{self.stage}/samples": images})
 
 
 def _start_wandb(run_dir: Path, stage: str, config: dict[str, Any], mode: str) -> Any:

@@ -4,6 +4,7 @@
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        what the run started from, so that the folder stands alone
 <run_dir>/metrics.jsonl  see metrics
+<run_dir>/samples/       see samples
 <run_dir>/result.json    written last
 """
 
@@ -32,7 +33,8 @@ RESULT = "result.json"
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
-        "train.offload_optimizer", "train.activation_checkpointing", "train.compile")  # fmt: skip
+        "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
+        "train.samples")  # fmt: skip
 
 
 def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config | Stage2Config:

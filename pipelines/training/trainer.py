@@ -17,7 +17,7 @@ from pipelines.locks import exclusive
 from pipelines.places import place
 from pipelines.runtime import check_resources, ray_session
 from pipelines.storage import parquet_files, read_json_object
-from pipelines.training import checkpointing, run_folder
+from pipelines.training import checkpointing, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
@@ -53,7 +53,8 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
         print(f"{len(rows[0]):,} rows to train on, {len(rows[1]):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, checkpoint)
         with ray_session(config.ray):
-            _fit(config, run_dir, model, parent, [str(file) for file in files])
+            sampler = _sampler(config, run_dir, model, rows[1])
+            _fit(config, run_dir, model, parent, [str(file) for file in files], sampler)
         return run_folder.write_result(config, run_dir)
 
 
@@ -64,6 +65,8 @@ def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
         f"{result['steps']:,} steps ({result['rows_seen']:,} rows)"
     )
     print(f"run: {config.run_dir}")
+    if pages := sorted((Path(config.run_dir) / samples.FOLDER).glob("*.html")):
+        print(f"samples: {pages[-1]}")
 
 
 def split(index: RowIndex, holdout: float) -> tuple[RowIndex, RowIndex]:
@@ -84,6 +87,7 @@ def _fit(
     model: ModelConfig,
     parent: Path | None,
     files: list[str],
+    sampler: samples.Sampler | None,
 ) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -137,10 +141,26 @@ def _fit(
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    with MetricsSink(events, run_dir, stage, train.steps, dump(config), train.wandb):
+    with MetricsSink(events, run_dir, stage, dump(config), sampler):
         trainer.fit()
     for queue in (events, refusals):
         queue.shutdown(force=True)  # a graceful end would be tried again, without an end
+
+
+def _sampler(
+    config: Stage1Config | Stage2Config, run_dir: Path, model: ModelConfig, holdout: RowIndex
+) -> samples.Sampler | None:
+    train = config.train
+    if not train.samples:
+        return None
+    rows = holdout.select(np.arange(len(holdout)) < train.samples)
+    if isinstance(config, Stage2Config):
+        made = samples.Samples(
+            run_dir, model, rows, config.data.caption_column, config.train.max_caption_tokens
+        )
+    else:
+        made = samples.Samples(run_dir, model, rows, None)
+    return samples.Sampler(made, train.steps, train.use_gpu, config.ray.pinned())
 
 
 def _worker(loop: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_machines_come_for_a_job_and_go_after_it(
     done = head.submit(
         "stage1", f"data.input={pair_table}", f"model.path={tiny_models}", f"run_dir={run}",
         "data.holdout=0.2", "train.steps=2", "train.num_workers=2", "train.global_batch_size=8",
-        f"train.cpus_per_worker={CPUS}", "train.wandb=disabled", "ray.group=gpu", copied=False,
+        f"train.cpus_per_worker={CPUS}", "train.wandb=disabled", "train.samples=0", "ray.group=gpu", copied=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for the cluster to start nodes" in done.stdout + done.stderr

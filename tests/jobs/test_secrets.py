@@ -42,7 +42,13 @@ def test_no_secret_is_written(
     environment.pop("AWS_ENDPOINT_URL", None)
     command = [sys.executable, "jobs/stage1.py", "--config", "jobs/configs/tiny/stage1.yaml"]
     command += [f"data.input={pair_table}", f"model.path={tiny_models}", f"run_dir={run}"]
-    command += ["train.steps=2", "train.num_workers=1", "train.wandb=offline", "ray.num_cpus=2"]
+    command += [
+        "train.steps=2",
+        "train.num_workers=1",
+        "train.wandb=offline",
+        "train.samples=0",
+        "ray.num_cpus=2",
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )

@@ -26,6 +26,7 @@ def test_a_damaged_image_is_named_by_its_key(
         f"run_dir={tmp_path / 'run'}", "data.holdout=0.2", "train.use_gpu=false",
         "train.global_batch_size=4", "train.steps=2", "train.max_failures=0",
         "train.wandb=disabled",
+        "train.samples=0",
     )  # fmt: skip
     assert ended.status == 2
     assert ended.last_line.startswith("error: the image of key ")

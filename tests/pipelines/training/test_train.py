@@ -1,7 +1,10 @@
 """Training for real: Ray Train, DeepSpeed over gloo with two workers, W&B offline."""
 
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -13,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -25,15 +30,17 @@ from pipelines.training.checkpointing import finished_checkpoints, is_finished, 
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
+from pipelines.training.samples import Sampler, Samples
 from pipelines.training.trainer import split, train
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.errors import CheckpointError, DataError, RunError
+from vlv_model.sources import resolve_model
 
 pytestmark = pytest.mark.end_to_end
 
 COMMON = [
     "data.holdout=0.2", "train.use_gpu=false", "train.global_batch_size=8", "train.eval_rows=16",
-    "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01",
+    "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01", "train.samples=0",
 ]  # fmt: skip
 STEPS = 12
 
@@ -50,7 +57,7 @@ def unbroken(
 ) -> Path:
     """A stage-1 run with two workers that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    train(stage1_config(pair_table, tiny_models, run_dir))
+    train(stage1_config(pair_table, tiny_models, run_dir, "train.samples=3"))
     return run_dir
 
 
@@ -124,9 +131,60 @@ def test_wandb_wrote_the_run_offline(unbroken: Path) -> None:
         if record.WhichOneof("record_type") == "history":
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
-                logged.setdefault(name, []).append(float(item.value_json))
+                logged.setdefault(name, []).append(json.loads(item.value_json))
     assert logged["stage1/loss"] == pytest.approx(losses(unbroken))
     assert logged["stage1/heldout_loss"] == pytest.approx(list(heldout_losses(unbroken).values()))
+    assert logged["stage1/samples/captions"][-1] == ["original", "reconstruction"] * 3
+
+
+def pictures_of(page: Path) -> list[bytes]:
+    """The pictures of samples in their order."""
+    found = re.findall(r"data:image/png;base64,([^\"]+)", page.read_text())
+    return [base64.b64decode(content) for content in found]
+
+
+def test_samples_show_held_out_images_as_checkpoints_see_them(
+    unbroken: Path, stage2_run: Path, pair_table: Path
+) -> None:
+    index = RowIndex.open(sorted(pair_table.glob("*.parquet")), ["caption"])
+    reader = RowReader(split(index, 0.2)[1], ["caption"])
+    last = unbroken / "samples" / "step-00000012.html"
+    assert (
+        last in (unbroken / "samples").iterdir()
+    )  # others where a CPU was free beside the workers
+    assert "caption" not in last.read_text().partition("<main>")[2]
+    assert "None" not in last.read_text()
+    pictures = [np.asarray(Image.open(io.BytesIO(content))) for content in pictures_of(last)]
+    checkpoint = latest_checkpoint(unbroken)
+    assert checkpoint is not None
+    autoencoder = VLVAutoEncoder.from_pretrained(checkpoint)
+    for row, (original, made) in enumerate(zip(pictures[::2], pictures[1::2], strict=True)):
+        square = reader.square(row, 64)
+        assert (original == square.permute(1, 2, 0).numpy()).all()
+        seed = torch.Generator().manual_seed(int(reader.index.keys[row]) & (2**63 - 1))
+        expected = autoencoder.reconstruct(square[None], [seed], num_steps=20, scheduler="ddim")
+        # Of a batch of three and of one: rounding apart.
+        assert abs(expected[0].permute(1, 2, 0).numpy().astype(int) - made).max() <= 1
+    page = (stage2_run / "samples" / "step-00000006.html").read_text()
+    assert page.count("generated caption") == 2
+    assert "no reconstruction" not in page
+    for row in range(2):
+        assert reader.row(row)["caption"] in page
+
+
+def test_samples_that_fail_cost_a_line_and_not_the_run(
+    ray_local: None, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(unbroken / "checkpoints", tmp_path / "checkpoints")
+    nothing = RowIndex([tmp_path / "gone.parquet"], *np.zeros((4, 1), np.int64))
+    model, _ = resolve_model(unbroken / "checkpoints/step-00000012")
+    sampler = Sampler(Samples(tmp_path, model, nothing, None), STEPS, use_gpu=False, resources={})
+    for event in ("eval", "checkpoint"):
+        sampler.take({"event": event, "step": 12})
+    sampler.end(lambda step, items: pytest.fail("there are none"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no samples of step 12: ")
+    assert "gone.parquet" in line
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -223,7 +281,7 @@ def stage2_config(table: Path, stage1: Path, run_dir: Path, *more: str) -> Stage
 @pytest.fixture(scope="module")
 def stage2_run(unbroken: Path, pair_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "stage2"
-    train(stage2_config(pair_table, unbroken, run_dir))
+    train(stage2_config(pair_table, unbroken, run_dir, "train.samples=2"))
     return run_dir
 
 

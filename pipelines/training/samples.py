@@ -1,0 +1,165 @@
+"""What checkpoints make of a few held-out images, in a Ray task beside the training.
+
+<run_dir>/samples/step-00001000.html   originals with reconstructions (stage 1) or captions (stage 2)
+
+No worker waits for it. A checkpoint that comes while an earlier one is still at work takes its
+turn after it, or is passed over for a newer one; the last of a run always has its samples, on a GPU
+where the training had some, which are free by then. Samples that fail cost a line and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.images import RowIndex, RowReader
+from pipelines.places import write_atomically
+from pipelines.report.gallery import GalleryItem, gallery
+from pipelines.report.html import page
+from pipelines.schemas import OK
+from pipelines.training import checkpointing
+from vlv_model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER = "samples"
+DENOISING_STEPS = 20  # of DDIM: enough to see what is there, on one CPU in minutes
+LAST_SECONDS = 900.0  # that a run may take for its last samples when all else is done
+
+Show = Callable[[int, list[GalleryItem]], None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a run makes: all that the task has to know."""
+
+    run_dir: Path
+    model: ModelConfig
+    rows: RowIndex  # held-out
+    caption_column: str | None  # stage 2's
+    max_tokens: int = 0  # of a caption
+
+    def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
+        """Of the checkpoint of `step`, whose page is written too; none if it is gone already."""
+        import torch
+
+        checkpoint = self.run_dir / checkpointing.FOLDER / checkpointing.checkpoint_name(step)
+        if not checkpointing.is_finished(checkpoint):
+            return []
+        columns = [self.caption_column] if self.caption_column else []
+        reader = RowReader(self.rows, columns)
+        rows = [reader.row(position) for position in range(len(self.rows))]
+        size = self.model.image_size
+        squares = torch.stack([reader.square(i, size, row["image"]) for i, row in enumerate(rows)])
+        squares = squares.to("cuda" if use_gpu else "cpu")
+        made = (
+            self._captions(checkpoint, squares) if columns else self._pictures(checkpoint, squares)
+        )
+        items = [
+            GalleryItem(
+                key=int(key),
+                original=_png(square),
+                status=OK,
+                target=row[self.caption_column] if self.caption_column else None,
+                **found,
+            )
+            for key, row, square, found in zip(self.rows.keys, rows, squares, made, strict=True)
+        ]
+        shown = gallery(items, len(items), pictures=not columns, words=bool(columns))
+        subtitle = f"Held-out images after {step:,} steps of {self.run_dir.name}"
+        file = self.run_dir / FOLDER / f"{checkpoint.name}.html"
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, page("Samples", subtitle, [shown]))
+        return items
+
+    def _pictures(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
+        import torch
+
+        from vlv_model.autoencoder import VLVAutoEncoder
+
+        autoencoder = VLVAutoEncoder.from_pretrained(self.model, checkpoint).to(squares.device)
+        # From the same noise at each checkpoint, so that what changes is what was learned.
+        seeds = [int(key) & (2**63 - 1) for key in self.rows.keys]
+        pictures = autoencoder.reconstruct(
+            squares,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            num_steps=DENOISING_STEPS,
+            scheduler="ddim",
+        )
+        return [{"reconstruction": _png(picture), "caption": None} for picture in pictures]
+
+    def _captions(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
+        from vlv_model.captioner import VLVCaptioner
+
+        captioner = VLVCaptioner.from_pretrained(self.model, checkpoint).to(squares.device)
+        captions = captioner.generate(squares, max_new_tokens=self.max_tokens)
+        return [{"reconstruction": None, "caption": caption.text} for caption in captions]
+
+
+class Sampler:
+    """The driver's side: starts a task where a checkpoint calls for one, and shows what it made."""
+
+    def __init__(
+        self, samples: Samples, steps: int, use_gpu: bool, resources: Mapping[str, float]
+    ) -> None:
+        self.samples, self.steps, self.use_gpu = samples, steps, use_gpu
+        self.resources = dict(resources)
+        self._due = False  # an evaluation was, and no checkpoint since
+        self._wanted: int | None = None  # step of the checkpoint whose turn is next
+        self._task: Any = None
+        self._step = 0  # of the task
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """An event of the training."""
+        if event["event"] == "eval":
+            self._due = True
+        elif event["event"] == "checkpoint" and self._due:
+            self._due, self._wanted = False, event["step"]
+
+    def poll(self, show: Show) -> None:
+        """Show what is ready and start what waits; returns at once."""
+        import ray
+
+        if self._task is not None and ray.wait([self._task], timeout=0)[0]:
+            try:
+                items = ray.get(self._task)
+                if items:
+                    show(self._step, items)
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                self._say(lines[-1])
+            self._task = None
+        if self._task is None and self._wanted is not None:
+            self._step, self._wanted = self._wanted, None
+            gpu = self.use_gpu and self._step == self.steps
+            options = {"num_cpus": 1, "num_gpus": int(gpu), "resources": self.resources}
+            self._task = ray.remote(**options)(_make).remote(self.samples, self._step, gpu)
+
+    def end(self, show: Show) -> None:
+        """Wait for the last samples."""
+        limit = time.monotonic() + LAST_SECONDS
+        while self._task is not None or self._wanted is not None:
+            self.poll(show)
+            if time.monotonic() > limit:
+                self._say(f"not ready {LAST_SECONDS:g} s after the training's end")
+                return
+            time.sleep(0.1)
+
+    def _say(self, why: str) -> None:
+        print(f"no samples of step {self._step:,}: {why}", file=sys.stderr)
+
+
+def _make(samples: Samples, step: int, use_gpu: bool) -> list[GalleryItem]:
+    return samples.make(step, use_gpu)
+
+
+def _png(square: torch.Tensor) -> bytes:
+    """uint8 `[3 s s]` as a PNG file."""
+    from pipelines.reconstruct.predictor import png
+
+    return png(square.cpu())
