@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from vlv_model.errors import RunError
 
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
+RAY_LOST = 3  # exit status where the embedded Ray died
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
 
@@ -152,9 +154,42 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     try:
-        yield
+        with _ending_with_ray() if not config.cluster else nullcontext():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ending_with_ray() -> Iterator[None]:
+    """End this process when the embedded Ray's raylet or GCS is killed.
+
+    Nobody starts them again, and Ray itself waits a minute for that before its core ends the
+    process, with lines of C++.
+    """
+    from ray._private.worker import _global_node as node
+
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            for name in ("raylet", "gcs_server"):
+                if any(one.process.poll() is not None for one in node.all_processes.get(name, ())):
+                    line = (
+                        f"error: Ray's {name} on this machine is gone (killed, or out of memory): the "
+                        "same command continues where this one stopped"
+                    )
+                    os.write(2, f"\n{line}\n".encode())  # a bar's lock may be held for ever
+                    node.kill_all_processes(check_alive=False, allow_graceful=False)
+                    os._exit(RAY_LOST)
+
+    thread = threading.Thread(target=watch, name="ray's end", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def check_resources(config: RayConfig, needed: Mapping[str, float], settings: str) -> None:

@@ -1,10 +1,14 @@
-"""Connecting to Ray: an address where nobody is costs seconds and one line."""
+"""Ray comes and goes: an address where nobody is, or a head that is killed, costs seconds and one line."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from pipelines.runtime import RayConfig, ray_session
+from pipelines.runtime import RAY_LOST, RayConfig, ray_session
 from vlv_model.errors import RunError
 
 
@@ -32,3 +36,38 @@ def test_the_environments_address_is_knocked_at_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     with pytest.raises(RunError, match="no Ray answers"), ray_session(RayConfig()):
         raise AssertionError("connected to nothing")
+
+
+WAITING = """
+import sys
+import psutil, ray
+from pipelines.runtime import RayConfig, ray_session
+
+@ray.remote
+def wait():
+    import time
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    with ray_session(RayConfig(num_cpus=1, object_store_gb=0.1)):
+        task = wait.remote()
+        for process in psutil.Process().children():
+            if process.name() == sys.argv[1]:
+                process.kill()
+        ray.get(task)
+"""
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_job_whose_ray_is_killed_ends_with_a_line(name: str, tmp_path: Path) -> None:
+    """Left to itself, Ray waits for its return, and ends with lines of C++ alone."""
+    (tmp_path / "job.py").write_text(WAITING)
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, str(tmp_path / "job.py"), name]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == RAY_LOST, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: Ray's {name} on this machine is gone")
+    assert "the same command continues" in last
