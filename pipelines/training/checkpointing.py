@@ -88,10 +88,19 @@ def save(
 def prune(run_dir: Path, keep: int) -> None:
     """Drop all checkpoints but the `keep` newest finished ones."""
     kept = list(finished_checkpoints(run_dir))[:keep]
-    for pattern in ("step-*", ".step-*"):  # the latter: being written when its process was killed
-        for other in (run_dir / FOLDER).glob(pattern):
-            if other not in kept:
-                shutil.rmtree(other, ignore_errors=True)
+    for other in (run_dir / FOLDER).glob("step-*"):
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def drop_unwritten(run_dir: Path) -> None:
+    """Drop what was being written when its process was killed.
+
+    At the start of a training alone: a rank of a killed job may live on for seconds and save, and
+    must not take away what its successor is writing.
+    """
+    for folder in (run_dir / FOLDER).glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_optimizer(engine: Any, folder: Path) -> None:

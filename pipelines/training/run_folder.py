@@ -135,7 +135,7 @@ def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
 
 
 def tidy(run_dir: Path, keep: int) -> None:
-    """Before a fit: drop unfinished and surplus checkpoints, and Ray Train's notes on its last fit.
+    """Before a fit: drop surplus checkpoints, and Ray Train's notes on its last fit.
 
     Ray Train is told of no checkpoint: the newest finished one is found in the folder.
     """

@@ -270,6 +270,8 @@ def _resume_from(run_dir: Path, worker: Worker) -> Path | None:
     """The newest finished checkpoint of the run, as rank 0 sees it: a shared disk may lag."""
     import torch.distributed as dist
 
+    if worker.world_rank == 0:
+        checkpointing.drop_unwritten(run_dir)
     found = [checkpointing.latest_checkpoint(run_dir)]
     if worker.world_size > 1:
         dist.broadcast_object_list(found, src=0, device=worker.device)
