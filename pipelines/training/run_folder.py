@@ -22,7 +22,7 @@ from pipelines.images import RowIndex
 from pipelines.places import write_atomically
 from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
-from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
@@ -112,7 +112,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another run or something else; RunError names what differs."""
     if os.path.isfile(run_dir / "run.json"):
-        refuse_difference(run_dir, read_json_object(run_dir / "run.json"), identity, "run_dir")
+        # A setting that came into being after the run had begun: it ran as its default does.
+        newer = _flatten({"train": dump(Stage2TrainConfig())})
+        there = {name: value for name, value in newer if name in identity}
+        there |= read_json_object(run_dir / "run.json")
+        refuse_difference(run_dir, there, identity, "run_dir")
     else:
         refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
 

@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.config import load
 from pipelines.training.config import Stage1Config
-from pipelines.training.run_folder import settle
-from vlv_model.errors import ConfigError
+from pipelines.training.run_folder import check_free, settle
+from vlv_model.errors import ConfigError, RunError
 
 
 def config(run_dir: Path, *settings: str) -> Stage1Config:
@@ -27,3 +27,14 @@ def test_micro_batches_stay_as_the_run_began(tmp_path: Path) -> None:
     assert settle(given, tmp_path) is given
     with pytest.raises(ConfigError, match="3 micro-batches of 4 rows for num_workers=6"):
         settle(config(tmp_path, "train.num_workers=6"), tmp_path)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+    now = {"train.steps": 3, "train.lora.rank": 0}
+    (tmp_path / "run.json").write_text(json.dumps({"train.steps": 3}))
+    check_free(tmp_path, now)
+    with pytest.raises(RunError, match=r"train\.lora\.rank: 0 there, 4 here"):
+        check_free(tmp_path, {**now, "train.lora.rank": 4})
+    (tmp_path / "run.json").write_text(json.dumps({"train.lora.rank": 0}))
+    with pytest.raises(RunError, match=r"train\.steps"):
+        check_free(tmp_path, now)
