@@ -15,8 +15,8 @@ import numpy as np
 from pipelines.markdown import card, table
 from pipelines.places import is_file, write_atomically
 from pipelines.recaption.health import REPEATED
-from pipelines.recaption.survey import Survey
-from pipelines.schemas import OK
+from pipelines.recaption.survey import SIMILAR_FILE, Survey
+from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
 from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
@@ -34,16 +34,18 @@ _COLUMNS = {
     "caption": "null where the status is not ok",
     "num_tokens": "tokens of the decoded caption, without the end-of-text",
     "finish_reason": "`stop`: the model ended it; `length`: it was cut",
-    "num_words": "words",
+    "num_words": "words of the caption",
     "truncated": "whether decoding was cut",
     "empty": "whether there is no word in it",
-    "repetition": "share of its words in four words in a row that it said before",
+    "repetition": "share of its words that repeat an earlier run of four words",
     "non_language": "whether it is mostly no letters",
     "model": "fingerprint of the weights and of all settings that decide a caption",
     "status": "`ok`, or why there is no caption",
-    "error": "the same in words",
+    "error": "why, in words",
     "image": "the image as it was captioned from, with its name as path",
 }
+
+_HUB_TYPES = {str(IMAGE_STRUCT): "image", "float": "float32"}  # the others are named as Arrow does
 
 
 def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def caption_card(output: Table, about: Mapping[str, Any]) -> str:
         "tags": ["vlv", "arxiv:2507.07104", "synthetic"],
         "size_categories": [next((name for end, name in _SIZES if rows < end), "n>1T")],
         "base_model": sorted(sources),
+        "dataset_info": {"features": _features(about["join"])},
         # Nothing else in the folder is data, whatever its suffix.
         "configs": [
             {
@@ -90,24 +93,33 @@ def caption_card(output: Table, about: Mapping[str, Any]) -> str:
         ],
     }
     joined = ", each with its image" if about["join"] else ""
+    path = f"path/to/{output.folder.name}"
     blocks = [
         f"# {output.folder.name}",
         f"{counts.get(OK, 0):,} captions of {rows:,} images{joined}, written by a model "
-        "(Vision-Language-Vision auto-encoder, arXiv 2507.07104) and read by nobody: what is known "
-        "of them stands under Health.",
+        "(Vision-Language-Vision auto-encoder, arXiv 2507.07104) and checked by no person: what is "
+        "known of them stands under Health.",
         f"""```python
 from datasets import load_dataset
 
-captions = load_dataset("{output.folder.name}", split="train")
+captions = load_dataset("{path}", split="train")
 ```""",
         f"""```python
 import pandas as pd
 
-captions = pd.read_parquet("{output.folder.name}/data")
+captions = pd.read_parquet("{path}/data")
 ```""",
         f"""```sql
-select name, caption from '{output.folder.name}/data/*.parquet' where status = 'ok'  -- DuckDB
+-- DuckDB: captions, without those that are similar to an earlier one
+select name, caption from '{path}/data/*.parquet' where status = 'ok'
+and key not in (select key from read_csv('{path}/{SIMILAR_FILE}', types={{'key': 'bigint'}}));
+-- and with the images, where they lie in a table with the same keys
+select c.key, c.caption, i.image
+from '{path}/data/*.parquet' c join 'path/to/images/*.parquet' i using (key);
 ```""",
+        "Rows lie in `data/` alone. Names with an underscore are the job's own, and `_table.json` has the "
+        "paths that its input lay at: leave them out of what you publish, but for "
+        f"`{SIMILAR_FILE}` and `_report.html`.",
         "## Rows by status",
         table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
         "## Health",
@@ -124,7 +136,7 @@ select name, caption from '{output.folder.name}/data/*.parquet' where status = '
         "## Settings",
         table(("setting", "value"), [("image_size", model["image_size"]), *settings_told(about)]),
         "## Columns",
-        table(("column", "meaning"), _columns(about["join"])),
+        table(("column", "type", "meaning"), _columns(about["join"])),
         "## Samples",
         table(("name", "caption"), list(_samples(output))),
     ]
@@ -138,8 +150,16 @@ def settings_told(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*((n, "none" if v is None else str(v)) for n, v in decoding), *gates]
 
 
-def _columns(join: bool) -> list[tuple[str, str]]:
-    return [(f"`{n}`", meaning) for n, meaning in _COLUMNS.items() if join or n != "image"]
+def _columns(join: bool) -> list[tuple[str, str, str]]:
+    return [(f"`{f['name']}`", f["dtype"], _COLUMNS[f["name"]]) for f in _features(join)]
+
+
+def _features(join: bool) -> list[dict[str, str]]:
+    """Columns and their types by the names that Hugging Face `datasets` has for them."""
+    return [
+        {"name": field.name, "dtype": _HUB_TYPES.get(str(field.type), str(field.type))}
+        for field in (JOINED_ROW if join else CAPTION_ROW)
+    ]
 
 
 def _health(output: Table) -> Iterator[str]:
@@ -149,9 +169,9 @@ def _health(output: Table) -> Iterator[str]:
     told = {
         "truncated at the length limit": found.truncated,
         "empty": found.empty,
-        f"repeating {REPEATED:.0%} of themselves and more": found.repeated,
+        f"repeating themselves (`repetition` of {REPEATED:.0%} and more)": found.repeated,
         "non-language": found.non_language,
-        "similar to the caption of an earlier image": found.duplicates,
+        f"similar to the caption of an earlier row (`{SIMILAR_FILE}` has their keys)": found.duplicates,
     }
     whole = max(found.captions, 1)
     yield table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,14 @@ from pipelines.recaption.card import settings_told, write_card
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.survey import FILE as HEALTH_FILE
-from pipelines.recaption.survey import Survey
+from pipelines.recaption.survey import SIMILAR_FILE, Survey
 from pipelines.report.captions import CaptionReport, CaptionSample, HealthLine, render
 from pipelines.schemas import OK
 from pipelines.storage import Table
 from vlv_model.errors import DataError
 
 FILE = "_report.html"  # hidden, as globs of the rows should pass it over
-_PARTS = 32  # that samples are taken from
+_PARTS, _MOST_PARTS = 32, 256  # that samples are taken from: more where parts are small
 _SEARCHED, _SHOWN, _UNHEALTHY = 2000, 18, 3  # rows: to search, to see, and to see of each fault
 _FAULTS = {
     "truncated": "ran into generate.max_new_tokens",
@@ -73,7 +74,7 @@ def write_report(output: Table, found: Survey, about: Mapping[str, Any]) -> None
 
 def forget(output: Table) -> None:
     """Take away what tells of rows beside a table that lost some; its card is written anew."""
-    for name in (HEALTH_FILE, JSON_FILE, CARD_FILE, FILE):
+    for name in (HEALTH_FILE, SIMILAR_FILE, JSON_FILE, CARD_FILE, FILE):
         remove_file(output.folder / name)
     write_card(output)
 
@@ -82,7 +83,13 @@ def _drawn(output: Table) -> list[dict[str, Any]]:
     """Rows of status ok in random order, the same ones each time, from some parts."""
     draw = np.random.default_rng(0)
     commits = [commit for commit in output.commits() if commit.statuses.get(OK)]
-    chunks = [commits[n].chunk for n in draw.permutation(len(commits))[:_PARTS].tolist()]
+    mixed = [commits[n] for n in draw.permutation(len(commits))[:_MOST_PARTS].tolist()]
+    before = accumulate((commit.statuses[OK] for commit in mixed), initial=0)
+    chunks = [
+        commit.chunk
+        for number, (commit, there) in enumerate(zip(mixed, before, strict=False))
+        if number < _PARTS or there < _SEARCHED
+    ]
     share = -(-_SEARCHED // max(len(chunks), 1))
     rows: list[dict[str, Any]] = []
     for chunk, part in zip(chunks, output.columns(chunks, _COLUMNS), strict=True):

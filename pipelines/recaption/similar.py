@@ -5,6 +5,7 @@ A caption's signature are 16 minimal hashes of its pairs of neighbouring words (
 captions have in common. Captions that agree in one of four bands of the signature are sorted to
 one another on disk, and count as similar where they agree in 13 of 16 (about four fifths of their
 pairs). That finds 88 % of captions with four fifths in common and 99 % of those with nine tenths.
+Groups are of one whole signature: equal captions and hardly different ones, and none is in two.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _SHOWN = 20  # groups that are remembered
 _DRAWN = np.random.default_rng(20260101)
 _FACTORS = _DRAWN.integers(1, 2**63, (HASHES, 1), np.uint64) | np.uint64(1)
 _SHIFTS = _DRAWN.integers(0, 2**63, (HASHES, 1), np.uint64)
+_WHOLE = _DRAWN.integers(0, 2**63, HASHES // 2, np.uint64) | np.uint64(1)
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93],
                 np.uint64)  # fmt: skip
 
@@ -63,39 +65,55 @@ class SimilarCaptions:
             mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
             self._buckets.add(pa.table([mixed.view(np.int64), numbers, stored], schema=_ROW))
 
-    def count(self, rows: int) -> tuple[int, list[tuple[int, int]]]:
-        """Captions similar to one of a smaller number, and (how many, number of the first) of the
-        largest groups. All numbers are below `rows`. Ends adding, and deletes what lay on disk.
+    def count(self, rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Mask bool `[rows]` of captions that are similar to one of a smaller number, and (how many,
+        number of the first) of the largest groups of one signature. All numbers are below `rows`.
+        Ends adding, and deletes what lay on disk.
         """
         is_later = np.zeros(rows, bool)
         groups: dict[int, int] = {}
         for bucket in self._buckets.sorted():
-            numbers, first, similar = _later(bucket)
-            is_later[numbers[similar]] = True
-            for place, size in zip(*np.unique(first[similar], return_counts=True), strict=True):
-                of = int(numbers[place])  # which stands in several bands
-                groups[of] = max(groups.get(of, 0), int(size) + 1)
-            kept = heapq.nlargest(_SHOWN, groups.items(), key=lambda group: group[1])
-            groups = dict(kept)
+            band, numbers, signatures = _sorted(bucket)
+            is_later[numbers[_later(band, signatures)]] = True
+            # Equal ones share every band: each band of theirs tells their number anew.
+            same = (signatures.view(np.uint64) * _WHOLE).sum(axis=1) ^ band.view(np.uint64)
+            _, first, sizes = np.unique(same, return_index=True, return_counts=True)
+            several = sizes > 1
+            groups.update(
+                zip(numbers[first[several]].tolist(), sizes[several].tolist(), strict=True)
+            )
+            groups = dict(heapq.nsmallest(_SHOWN, groups.items(), key=_largest_first))
         self._buckets.remove()
-        largest = [(size, of) for of, size in groups.items() if not is_later[of]]
-        return int(is_later.sum()), sorted(largest, key=lambda group: (-group[0], group[1]))
+        largest = sorted(groups.items(), key=_largest_first)
+        return is_later, [(size, of) for of, size in largest]
 
 
-def _later(bucket: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of captions, the place of the first one of their band, and whether they are similar
-    to it or to the one before."""
+def _largest_first(group: tuple[int, int]) -> tuple[int, int]:
+    of, size = group
+    return -size, of
+
+
+def _sorted(bucket: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bands, numbers and signatures of captions, by band and number."""
     count = bucket.num_rows
     band, number = bucket["key"].to_numpy(), bucket["row"].to_numpy()
     stored = b"".join(bucket["signature"].to_pylist())
     order = np.lexsort((number, band))
-    band, number = band[order], number[order]
-    signatures = np.frombuffer(stored, np.uint32).reshape(count, HASHES)[order]
+    return (
+        band[order],
+        number[order],
+        np.frombuffer(stored, np.uint32).reshape(count, HASHES)[order],
+    )
+
+
+def _later(band: np.ndarray, signatures: np.ndarray) -> np.ndarray:
+    """Whether captions are similar to the first one of their band or to the one before."""
+    count = len(band)
     begins = np.ones(count, bool)
     begins[1:] = band[1:] != band[:-1]
     places = np.arange(count)
     first = np.maximum.accumulate(np.where(begins, places, 0))
     before = np.where(begins, places, places - 1)
     agreeing = [(signatures == signatures[other]).sum(axis=1) for other in (first, before)]
-    similar = (np.maximum(*agreeing) >= AGREEING) & ~begins
-    return number, first, similar
+    similar: np.ndarray = (np.maximum(*agreeing) >= AGREEING) & ~begins
+    return similar

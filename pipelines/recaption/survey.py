@@ -1,5 +1,8 @@
 """How healthy the captions of a finished table are: counts over all of it, kept in `_health.json`.
 
+`_similar.csv` has the keys of rows whose caption is similar to that of an earlier row: what is known
+of the whole table alone cannot stand in the rows, which were written before.
+
 One pass over the small columns of the parts, by tasks of the cluster; the driver adds up, and sorts
 signatures on its disk, so that its memory does not grow with the table.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -17,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.places import is_file, open_parquet, write_atomically
+from pipelines.places import is_file, open_parquet, write_atomically, write_pieces
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.similar import HASHES, SimilarCaptions, signature
 from pipelines.runtime import map_chunks
@@ -25,6 +29,7 @@ from pipelines.schemas import OK
 from pipelines.storage import Table, read_json_object
 
 FILE = "_health.json"
+SIMILAR_FILE = "_similar.csv"  # not Parquet, as globs of the rows should pass it over
 _COLUMNS = ["caption", "status", "num_tokens", "num_words", "truncated", "empty", "repetition",
             "non_language"]  # fmt: skip
 
@@ -46,7 +51,7 @@ class Survey:
     words: dict[int, int] = field(default_factory=dict)  # captions by number of words
     tokens: dict[int, int] = field(default_factory=dict)  # and of tokens
     commonest: list[tuple[int, str]] = field(default_factory=list)
-    """How many captions are similar to this one, itself included; of the largest groups."""
+    """How many captions have the signature of this one, itself included; of the largest groups."""
 
     @classmethod
     def read(cls, table: Table) -> Survey | None:
@@ -84,7 +89,8 @@ def _survey(table: Table) -> Survey:
             counter.update({int(number): count for number, count in told[name].items()})
         signatures = np.frombuffer(line["signatures"], np.uint32).reshape(-1, HASHES)
         similar.add(np.array(line["said"], np.int64) + starts[line["chunk"]], signatures)
-    duplicates, groups = similar.count(rows)
+    later, groups = similar.count(rows)
+    _write_similar(table, later)
     chunks = [commit.chunk for commit in commits]
     texts = []
     for size, number in groups:
@@ -93,7 +99,7 @@ def _survey(table: Table) -> Survey:
     return Survey(
         rows=rows,
         **{name: totals[name] for name in _COUNTED},
-        duplicates=duplicates,
+        duplicates=int(later.sum()),
         words=dict(sorted(lengths["words"].items())),
         tokens=dict(sorted(lengths["tokens"].items())),
         commonest=texts,
@@ -131,6 +137,22 @@ _TOLD = pa.schema(
         ("signatures", pa.large_binary()),
     ]
 )
+
+
+def _write_similar(table: Table, later: np.ndarray) -> None:
+    """Write the keys of the rows in the mask `[rows]`, in the order of the table."""
+    chunks = [commit.chunk for commit in table.commits()]
+
+    def pieces() -> Iterator[bytes]:
+        yield b"key\n"
+        start = 0
+        for part in table.columns(chunks, ["key"]):
+            keys = part["key"].to_numpy()
+            mine = later[start : start + len(keys)]
+            start += len(keys)
+            yield "".join(f"{key}\n" for key in keys[mine]).encode()
+
+    write_pieces(table.folder / SIMILAR_FILE, pieces())
 
 
 def _caption(table: Table, chunk: int, row: int) -> str:

@@ -138,11 +138,8 @@ def _lengths(report: CaptionReport) -> Html:
 
 
 def _same(report: CaptionReport) -> Html:
-    lead = (
-        "Captions that several images share, apart from a word here and there; the first of each."
-    )
-    if not report.commonest:
-        shown = tag("p", "No two images have similar captions.", class_="empty")
+    lead = "Captions that several images share, or that hardly differ; the first of each."if not report.commonest:
+        shown = tag("p", "No two images have the same caption.", class_="empty")
         return section("same", "Said of several images", lead, shown)
     lines = [
         (count(size), tag("span", shorten(text, _LONGEST, placeholder=" …"), dir="auto"))
@@ -152,7 +149,7 @@ def _same(report: CaptionReport) -> Html:
 
 
 def _gallery(report: CaptionReport) -> Html:
-    lead = "Rows of status ok, drawn at random."
+    lead = "Rows of status ok, drawn at random from some parts of the table."
     shown = tag("ul", *map(_tile, report.gallery), class_="gallery")
     return section("gallery", "A random gallery", lead, shown)
 
@@ -188,8 +185,8 @@ def _tile(sample: CaptionSample) -> Html:
 
 def _search(report: CaptionReport) -> Html:
     lead = (
-        f"{count(len(report.searched))} captions drawn at random; rows that have all of the words, "
-        "in caption, name, key or fault."
+        f"{count(len(report.searched))} captions, drawn as in the gallery; those that have all of the words "
+        "typed, in caption, name, key or fault."
     )
     box = tag(
         "label",

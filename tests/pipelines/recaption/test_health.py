@@ -1,11 +1,14 @@
 """What is wrong with captions: by itself, over a table, and at the gate."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.config import build
 from pipelines.recaption.dataset import recaption
@@ -80,9 +83,28 @@ def test_similar_captions_are_counted_once_and_the_first_is_not() -> None:
     similar = SimilarCaptions(len(captions))
     similar.add(np.arange(2, 5), signatures[2:])
     similar.add(np.arange(2), signatures[:2])
-    assert similar.count(5) == (2, [(3, 0)])
-    empty = SimilarCaptions(0)
-    assert empty.count(0) == (0, [])
+    later, groups = similar.count(5)
+    assert later.tolist() == [False, False, True, False, True]
+    assert groups == [(3, 0)]
+    later, groups = SimilarCaptions(0).count(0)
+    assert (len(later), groups) == (0, [])
+
+
+@given(st.lists(st.sampled_from(["red", "blue", "green", "grey"]), min_size=1, max_size=300))
+def test_groups_are_of_one_signature_and_share_no_caption(colours: list[str]) -> None:
+    """Also where all captions are similar to one another: a word apart of fourteen."""
+    captions = [f"a small purple cross just above a small cyan cross on {c} grass" for c in colours]
+    signatures = np.stack([signature(text) for text in captions])
+    similar = SimilarCaptions(len(captions))
+    similar.add(np.arange(len(captions)), signatures)
+    later, groups = similar.count(len(captions))
+    names = [name.tobytes() for name in signatures]
+    counted = {names[first]: size for size, first in groups}
+    expected = {name: n for name, n in Counter(names).items() if n > 1}
+    assert counted == expected
+    assert all(names.index(names[first]) == first for _, first in groups)
+    assert [size for size, _ in groups] == sorted(expected.values(), reverse=True)
+    assert later.sum() >= sum(expected.values()) - len(expected)
 
 
 def test_a_survey_counts_over_all_parts(chunks_here: None, tmp_path: Path) -> None:
@@ -96,6 +118,7 @@ def test_a_survey_counts_over_all_parts(chunks_here: None, tmp_path: Path) -> No
     assert (found.repeated, found.non_language, found.duplicates) == (1, 1, 1)
     assert found.words == {0: 2, 3: 1, 6: 2, 20: 1}
     assert found.commonest == [(2, "a red ball on the grass")]
+    assert (tmp_path / "t/_similar.csv").read_text() == "key\n2000\n"
     (tmp_path / "t" / "data" / "part-000000.parquet").unlink()  # it is not looked at again
     assert survey(caption_table(tmp_path / "t", chunks)) == found
 

@@ -1,6 +1,7 @@
 """What lies beside a finished caption table, and whether readers that are not ours open it."""
 
 import json
+import re
 from pathlib import Path
 
 import duckdb
@@ -67,6 +68,14 @@ def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> Non
         assert words in text
     assert frame["model"][0] in text
     assert str(folder.parent) not in text
+    images = folder.parent / "images.parquet"
+    pd.DataFrame({"key": frame["key"], "image": [b"i"] * 4}).to_parquet(images)
+    snippets = text.replace("path/to/images/*.parquet", str(images))
+    snippets = snippets.replace(f"path/to/{folder.name}", str(folder))
+    (sql,) = re.findall(r"```sql\n(.*?)```", snippets, re.DOTALL)
+    captions, joined = (duckdb.sql(part).fetchall() for part in sql.split(";")[:2])
+    assert {name for name, _ in captions} <= {"a.png", "one/a.png", "one/b.jpg"}
+    assert sorted(key for key, _, _ in joined) == sorted(frame["key"])
 
     with pytest.raises(RunError, match="join: True there, None here"):
         recaption(settings(f"data.input={pictures}"))
