@@ -138,7 +138,8 @@ def _lengths(report: CaptionReport) -> Html:
 
 
 def _same(report: CaptionReport) -> Html:
-    lead = "Captions that several images share, or that hardly differ; the first of each."if not report.commonest:
+    lead = "Captions that several images share, or that hardly differ; the first of each."
+    if not report.commonest:
         shown = tag("p", "No two images have the same caption.", class_="empty")
         return section("same", "Said of several images", lead, shown)
     lines = [
