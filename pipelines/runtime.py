@@ -142,6 +142,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _no_ray(address, str(error)) from None
     else:
+        # A machine that was busy or asleep is not a lost one; `_ending_with_ray` sees what is lost.
+        os.environ.setdefault("RAY_health_check_failure_threshold", "100")
         # The core worker logs a restartable actor's big arguments as an error on every start.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         store = config.object_store_gb

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from cluster.render import read_sizes, rendered
 from pipelines.storage import Table
@@ -46,6 +48,7 @@ def scaling(gcs: str) -> dict[str, Any]:
         types[name] = {**machine, "resources": resources, "node_config": {}, "max_workers": most}
         types[name].pop("idle_timeout_s")
     provider = {"type": "external", "module": PROVIDER, "use_node_id_as_ip": True}
+    provider |= {"launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
     kept = ("cluster_name", "max_workers", "upscaling_speed")
     return {
         **{name: launcher[name] for name in kept},
@@ -67,6 +70,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     options = ["--num-cpus=0", f"--object-store-memory={2 * MEMORY}"]
     options.append(f"--autoscaling-config={config}")
     more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    # Version 2, which `ray up` and KubeRay take unless told otherwise (Ray 2.50 and newer).
+    more |= {"RAY_enable_autoscaler_v2": "1", "RAY_NODE_TYPE_NAME": "ray.head.default"}
+    more |= dict.fromkeys(
+        ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID
+    )
     with ray_head(options, port, more) as head:
         yield head
 
@@ -130,6 +138,10 @@ def test_machines_come_for_a_job_and_go_after_it(
     tmp_path: Path,
 ) -> None:
     assert not watch.running()
+    commands = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    mine = [line for line in commands if "/monitor.py" in line and head.gcs in line]
+    assert len(mine) == 1
+    assert "autoscaler/v2/monitor.py" in mine[0]
 
     run = tmp_path / "stage1"
     done = head.submit(
