@@ -36,6 +36,8 @@ def main(
 ) -> int:
     """Run a job from its command line and return its exit status: 0, 2 for bad input, 130.
 
+    Where the job's own Ray is killed, the process ends with 3 (pipelines.runtime).
+
     A VLVError, also one that was raised on a worker and came back wrapped by Ray, ends as one
     line on standard error. Anything else is a fault of the program and keeps its traceback.
     """

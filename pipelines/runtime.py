@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 from collections import Counter
@@ -25,6 +26,7 @@ from vlv_model.errors import RunError
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
+_UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
 
@@ -176,13 +178,21 @@ def _ending_with_ray() -> Iterator[None]:
     def watch() -> None:
         while not over.wait(0.3):
             for name in ("raylet", "gcs_server"):
-                if any(one.process.poll() is not None for one in node.all_processes.get(name, ())):
-                    line = (
-                        f"error: Ray's {name} on this machine is gone (killed, or out of memory): the "
-                        "same command continues where this one stopped"
-                    )
+                ended = [one.process.poll() for one in node.all_processes.get(name, ())]
+                if not any(status is not None for status in ended):
+                    continue
+                # Ended in good order, as by a SIGTERM to the whole group: this process is about to.
+                if {*ended} <= {0, -signal.SIGTERM} and over.wait(_UNWINDING):
+                    return
+                line = (
+                    f"error: Ray's {name} on this machine is gone (killed, or out of memory): the same "
+                    "command continues where this one stopped (with an output in an object store: "
+                    "after two minutes)"
+                )
+                try:
                     os.write(2, f"\n{line}\n".encode())  # a bar's lock may be held for ever
                     node.kill_all_processes(check_alive=False, allow_graceful=False)
+                finally:
                     os._exit(RAY_LOST)
 
     thread = threading.Thread(target=watch, name="ray's end", daemon=True)

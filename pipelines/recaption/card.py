@@ -73,7 +73,7 @@ def write_card(output: Table) -> None:
 
 def caption_card(output: Table, about: Mapping[str, Any]) -> str:
     """The card's text; `about` is what `_published.json` says."""
-    counts, model = output.counts(), about["model"]
+    counts, model, found = output.counts(), about["model"], Survey.read(output)
     rows = sum(counts.values())
     sources = {source for source, _ in model["base_models"].values() if source}
     header = {
@@ -109,21 +109,14 @@ import pandas as pd
 
 captions = pd.read_parquet("{path}/data")
 ```""",
-        f"""```sql
--- DuckDB: captions, without those that are similar to an earlier one
-select name, caption from '{path}/data/*.parquet' where status = 'ok'
-and key not in (select key from read_csv('{path}/{SIMILAR_FILE}', types={{'key': 'bigint'}}));
--- and with the images, where they lie in a table with the same keys
-select c.key, c.caption, i.image
-from '{path}/data/*.parquet' c join 'path/to/images/*.parquet' i using (key);
-```""",
+        _questions(path, found is not None),
         "Rows lie in `data/` alone. Names with an underscore are the job's own, and `_table.json` has the "
-        "paths that its input lay at: leave them out of what you publish, but for "
-        f"`{SIMILAR_FILE}` and `_report.html`.",
+        "paths that its input lay at: leave them out of what you publish"
+        + (f", but for `{SIMILAR_FILE}` and `_report.html`." if found else "."),
         "## Rows by status",
         table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
         "## Health",
-        *_health(output),
+        *_health(found),
         "## Model",
         table(
             ("part", "from", "fingerprint"),
@@ -162,8 +155,23 @@ def _features(join: bool) -> list[dict[str, str]]:
     ]
 
 
-def _health(output: Table) -> Iterator[str]:
-    if (found := Survey.read(output)) is None:
+def _questions(path: str, with_similar: bool) -> str:
+    """SQL for what one asks of captions first."""
+    similar = f"""
+-- without those that are similar to an earlier one:
+select name, caption from '{path}/data/*.parquet' where status = 'ok'
+and key not in (select key from read_csv('{path}/{SIMILAR_FILE}', types={{'key': 'bigint'}}));"""
+    return f"""```sql
+-- DuckDB: captions by name
+select name, caption from '{path}/data/*.parquet' where status = 'ok';{similar * with_similar}
+-- with the images, where they lie in a table with the same keys:
+select c.key, c.caption, i.image
+from '{path}/data/*.parquet' c join 'path/to/images/*.parquet' i using (key);
+```"""
+
+
+def _health(found: Survey | None) -> Iterator[str]:
+    if found is None:
         yield "Not looked at since rows were taken out."
         return
     told = {

@@ -4,7 +4,7 @@
 of the whole table alone cannot stand in the rows, which were written before.
 
 One pass over the small columns of the parts, by tasks of the cluster; the driver adds up, and sorts
-signatures on its disk, so that its memory does not grow with the table.
+signatures on its disk: of its memory one byte a row grows with the table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Survey:
     @classmethod
     def read(cls, table: Table) -> Survey | None:
         """What was found of a table; None where nobody looked, or rows are gone since."""
-        if not is_file(table.folder / FILE):
+        if not all(is_file(table.folder / name) for name in (FILE, SIMILAR_FILE)):
             return None
         found = read_json_object(table.folder / FILE)
         for name in ("words", "tokens"):

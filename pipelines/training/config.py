@@ -113,7 +113,8 @@ class TrainConfig(Config):
     compile: bool = Field(
         False,
         description="torch.compile builds the models' blocks when they first run, which takes "
-        "minutes at each start; needs a C compiler on the workers, and zero_stage of at most 2",
+        "minutes at each start; needs a C compiler (and for CUDA Python's headers) on the workers, and "
+        "zero_stage of at most 2",
     )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"

@@ -176,7 +176,9 @@ class MetricsSink:
         images = []
         for item in items:
             original = Image.open(io.BytesIO(item.original))
-            images.append(wandb.Image(original, caption=item.caption or "original"))
+            images.append(
+                wandb.Image(original, caption="original" if item.caption is None else item.caption)
+            )
             if item.reconstruction:
                 made = Image.open(io.BytesIO(item.reconstruction))
                 images.append(wandb.Image(made, caption="reconstruction"))

@@ -112,7 +112,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another run or something else; RunError names what differs."""
     if os.path.isfile(run_dir / "run.json"):
-        # A setting that came into being after the run had begun: it ran as its default does.
+        # A setting of `train` that came into being after the run had begun: it ran as its default
+        # does. What only stage 2 has is not in the identity of a stage 1.
         newer = _flatten({"train": dump(Stage2TrainConfig())})
         there = {name: value for name, value in newer if name in identity}
         there |= read_json_object(run_dir / "run.json")

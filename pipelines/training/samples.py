@@ -2,7 +2,7 @@
 
 <run_dir>/samples/step-00001000.html   originals with reconstructions (stage 1) or captions (stage 2)
 
-No worker waits for it. A checkpoint that comes while an earlier one is still at work takes its
+No worker waits for it: it is begun where a CPU is free. A checkpoint that comes meanwhile takes its
 turn after it, or is passed over for a newer one; the last of a run always has its samples, on a GPU
 where the training had some, which are free by then. Samples that fail cost a line and nothing else.
 """
@@ -44,6 +44,9 @@ class Samples:
     caption_column: str | None  # stage 2's
     max_tokens: int = 0  # of a caption
 
+    def page(self, step: int) -> Path:
+        return self.run_dir / FOLDER / f"{checkpointing.checkpoint_name(step)}.html"
+
     def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
         """Of the checkpoint of `step`, whose page is written too; none if it is gone already."""
         import torch
@@ -72,7 +75,7 @@ class Samples:
         ]
         shown = gallery(items, len(items), pictures=not columns, words=bool(columns))
         subtitle = f"Held-out images after {step:,} steps of {self.run_dir.name}"
-        file = self.run_dir / FOLDER / f"{checkpoint.name}.html"
+        file = self.page(step)
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, page("Samples", subtitle, [shown]))
         return items
@@ -107,6 +110,7 @@ class Sampler:
     def __init__(
         self, samples: Samples, steps: int, use_gpu: bool, resources: Mapping[str, float]
     ) -> None:
+        """`resources` beside the GPU are what the last task asks for, where it takes one."""
         self.samples, self.steps, self.use_gpu = samples, steps, use_gpu
         self.resources = dict(resources)
         self._due = False  # an evaluation was, and no checkpoint since
@@ -116,39 +120,68 @@ class Sampler:
 
     def take(self, event: Mapping[str, Any]) -> None:
         """An event of the training."""
-        if event["event"] == "eval":
+        if event["event"] == "start":
+            self._drop()  # workers come, again perhaps: they need the room
+        elif event["event"] == "eval":
             self._due = True
         elif event["event"] == "checkpoint" and self._due:
             self._due, self._wanted = False, event["step"]
 
     def poll(self, show: Show) -> None:
-        """Show what is ready and start what waits; returns at once."""
+        """Show what is ready, and start what waits where a CPU is free; returns at once."""
         import ray
 
-        if self._task is not None and ray.wait([self._task], timeout=0)[0]:
-            try:
-                items = ray.get(self._task)
-                if items:
-                    show(self._step, items)
-            except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                self._say(lines[-1])
-            self._task = None
-        if self._task is None and self._wanted is not None:
-            self._step, self._wanted = self._wanted, None
-            gpu = self.use_gpu and self._step == self.steps
-            options = {"num_cpus": 1, "num_gpus": int(gpu), "resources": self.resources}
-            self._task = ray.remote(**options)(_make).remote(self.samples, self._step, gpu)
+        self._collect(show)
+        if self._task is not None or self._wanted in (None, self.steps):
+            return
+        # A task that waited would have a machine started for it, or take the place of a lost worker.
+        if ray.available_resources().get("CPU", 0) >= 1:
+            self._start(self._wanted, {"num_cpus": 1})
 
     def end(self, show: Show) -> None:
-        """Wait for the last samples."""
+        """Behind the training: make the last samples, and wait for them and for no others."""
+        if self.samples.page(self.steps).is_file():
+            self._drop()
+            return
         limit = time.monotonic() + LAST_SECONDS
-        while self._task is not None or self._wanted is not None:
-            self.poll(show)
+        self._drop()
+        options: dict[str, Any] = {"num_cpus": 1}
+        if self.use_gpu:
+            options |= {"num_gpus": 1, "resources": self.resources}
+        self._start(self.steps, options)
+        while self._task is not None:
+            self._collect(show)
             if time.monotonic() > limit:
                 self._say(f"not ready {LAST_SECONDS:g} s after the training's end")
-                return
+                self._drop()
             time.sleep(0.1)
+
+    def _start(self, step: int, options: dict[str, Any]) -> None:
+        import ray
+
+        self._step, self._wanted = step, None
+        task = ray.remote(max_retries=0, **options)(_make)
+        self._task = task.remote(self.samples, step, bool(options.get("num_gpus")))
+
+    def _collect(self, show: Show) -> None:
+        import ray
+
+        if self._task is None or not ray.wait([self._task], timeout=0)[0]:
+            return
+        task, self._task = self._task, None
+        try:
+            if items := ray.get(task):
+                show(self._step, items)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self._say(lines[-1])
+
+    def _drop(self) -> None:
+        import ray
+
+        if self._task is not None:
+            ray.cancel(self._task, force=True)
+            self._task = None
 
     def _say(self, why: str) -> None:
         print(f"no samples of step {self._step:,}: {why}", file=sys.stderr)

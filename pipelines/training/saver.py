@@ -10,7 +10,7 @@ class Saver:
     """One thread that writes one checkpoint after the other.
 
     What went wrong in the thread is raised by the next `submit`, or by `wait`. A process that is
-    killed leaves a temporary folder, which the next checkpoint of the run removes.
+    killed leaves a temporary folder, which the next start of the run removes.
     """
 
     def __init__(self) -> None:

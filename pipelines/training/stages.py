@@ -16,6 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.florence2.modeling_florence2 import Florence2VisionBlock
 
 from pipelines.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
@@ -26,8 +27,14 @@ from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError
 from vlv_model.lora import is_adapter
 
-# What models consist of: UNet and VAE of the first two, transformers' layers of the third.
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D, GradientCheckpointingLayer)
+# What models consist of: UNet and VAE of the first two, Florence-2's vision tower of the third, the
+# other models of transformers of the fourth.
+BLOCKS = (
+    BasicTransformerBlock,
+    ResnetBlock2D,
+    Florence2VisionBlock,
+    GradientCheckpointingLayer,
+)
 FORMS = 64  # of one kind of block: a UNet has blocks of many widths, torch gives up after 8
 
 
@@ -83,7 +90,7 @@ class Stage:
         builds no whole model anew. Names of parameters stay; losses differ by rounding. Raises
         ConfigError where the machine lacks the compiler that is called for `device`.
         """
-        variable, kinds = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++ clang++")
+        variable, kinds = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++")
         candidates = [os.environ[variable]] if os.environ.get(variable) else kinds.split()
         if not any(map(shutil.which, candidates)):
             raise ConfigError(
