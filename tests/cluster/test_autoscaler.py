@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
@@ -138,10 +137,6 @@ def test_machines_come_for_a_job_and_go_after_it(
     tmp_path: Path,
 ) -> None:
     assert not watch.running()
-    commands = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
-    mine = [line for line in commands if "/monitor.py" in line and head.gcs in line]
-    assert len(mine) == 1
-    assert "autoscaler/v2/monitor.py" in mine[0]
 
     run = tmp_path / "stage1"
     done = head.submit(
