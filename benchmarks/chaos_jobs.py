@@ -97,13 +97,8 @@ def recaption(folder: Path, rows: int) -> Job:
     if not (model / "result.json").exists():
         command = [sys.executable, "jobs/stage2.py", f"data.input={images}", f"run_dir={model}"]
         command += [f"model.path={FOLDER / STAGE1}", "train.steps=40", "train.num_workers=1"]
-        command += [
-            "train.use_gpu=false",
-            "train.global_batch_size=32",
-            "train.wandb=disabled",
-            "train.samples=0",
-        ]
-        command += ["train.learning_rate=0.002", "train.eval_rows=8", *COMMON]
+        command += ["train.use_gpu=false", "train.global_batch_size=32", "train.wandb=disabled"]
+        command += ["train.samples=0", "train.learning_rate=0.002", "train.eval_rows=8", *COMMON]
         subprocess.run(command, cwd=REPO, check=True, env=environment(folder))
 
     def caption(place: str) -> list[str]:

@@ -126,13 +126,8 @@ def training(stage: str, folder: Path, steps: int) -> Job:
         made += [f"model.path={FOLDER / STAGE1}", "data.holdout=0.1", "train.use_gpu=false"]
         made += [f"train.steps={steps}", f"train.checkpoint_every={EVERY}", "train.eval_every=50"]
         made += ["train.num_workers=2", "train.global_batch_size=8", "train.micro_batch_size=2"]
-        made += [
-            "train.eval_rows=8",
-            "train.learning_rate=0.0001",
-            "train.wandb=disabled",
-            "train.samples=0",
-        ]
-        return [*made, "train.max_failures=1000", *COMMON]
+        made += ["train.eval_rows=8", "train.learning_rate=0.0001", "train.wandb=disabled"]
+        return [*made, "train.samples=0", "train.max_failures=1000", *COMMON]
 
     return Job(
         command,

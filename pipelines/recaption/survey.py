@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -90,8 +90,8 @@ def _survey(table: Table) -> Survey:
         signatures = np.frombuffer(line["signatures"], np.uint32).reshape(-1, HASHES)
         similar.add(np.array(line["said"], np.int64) + starts[line["chunk"]], signatures)
     later, groups = similar.count(rows)
-    _write_similar(table, later)
     chunks = [commit.chunk for commit in commits]
+    _write_similar(table, chunks, later)
     texts = []
     for size, number in groups:
         at = int(np.searchsorted(ends, number, "right"))
@@ -139,9 +139,8 @@ _TOLD = pa.schema(
 )
 
 
-def _write_similar(table: Table, later: np.ndarray) -> None:
-    """Write the keys of the rows in the mask `[rows]`, in the order of the table."""
-    chunks = [commit.chunk for commit in table.commits()]
+def _write_similar(table: Table, chunks: Sequence[int], later: np.ndarray) -> None:
+    """Write the keys of the rows in the mask `[rows]`, which is in the order of the chunks."""
 
     def pieces() -> Iterator[bytes]:
         yield b"key\n"

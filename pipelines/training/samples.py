@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.images import RowIndex, RowReader
 from pipelines.places import write_atomically
+from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.report.gallery import GalleryItem, gallery
 from pipelines.report.html import page
 from pipelines.schemas import OK
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = "samples"
-DENOISING_STEPS = 20  # of DDIM: enough to see what is there, on one CPU in minutes
+# Enough to see what is there, on one CPU in minutes.
+DIFFUSION = DiffusionConfig(num_steps=20, sampler="ddim", seed=0)
 LAST_SECONDS = 900.0  # that a run may take for its last samples when all else is done
 
 Show = Callable[[int, list[GalleryItem]], None]
@@ -51,6 +53,8 @@ class Samples:
         """Of the checkpoint of `step`, whose page is written too; none if it is gone already."""
         import torch
 
+        from pipelines.reconstruct.predictor import png
+
         checkpoint = self.run_dir / checkpointing.FOLDER / checkpointing.checkpoint_name(step)
         if not checkpointing.is_finished(checkpoint):
             return []
@@ -66,7 +70,7 @@ class Samples:
         items = [
             GalleryItem(
                 key=int(key),
-                original=_png(square),
+                original=png(square.cpu()),
                 status=OK,
                 target=row[self.caption_column] if self.caption_column else None,
                 **found,
@@ -81,20 +85,17 @@ class Samples:
         return items
 
     def _pictures(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
-        import torch
-
+        from pipelines.reconstruct.predictor import png, sampled
         from vlv_model.autoencoder import VLVAutoEncoder
 
         autoencoder = VLVAutoEncoder.from_pretrained(self.model, checkpoint).to(squares.device)
+
+        def draw(rows: slice, **sampling: Any) -> torch.Tensor:
+            return autoencoder.reconstruct(squares[rows], **sampling)
+
         # From the same noise at each checkpoint, so that what changes is what was learned.
-        seeds = [int(key) & (2**63 - 1) for key in self.rows.keys]
-        pictures = autoencoder.reconstruct(
-            squares,
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            num_steps=DENOISING_STEPS,
-            scheduler="ddim",
-        )
-        return [{"reconstruction": _png(picture), "caption": None} for picture in pictures]
+        pictures = sampled(DIFFUSION, self.rows.keys.tolist(), draw)
+        return [{"reconstruction": png(picture), "caption": None} for picture in pictures]
 
     def _captions(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
         from vlv_model.captioner import VLVCaptioner
@@ -189,10 +190,3 @@ class Sampler:
 
 def _make(samples: Samples, step: int, use_gpu: bool) -> list[GalleryItem]:
     return samples.make(step, use_gpu)
-
-
-def _png(square: torch.Tensor) -> bytes:
-    """uint8 `[3 s s]` as a PNG file."""
-    from pipelines.reconstruct.predictor import png
-
-    return png(square.cpu())

@@ -228,7 +228,10 @@ def run_worker(
     from vlv_model.checkpoint import CheckpointMetadata
 
     model = ModelConfig(**loop["model"])
-    last = _resume_from(Path(loop["config"]["run_dir"]), worker)
+    run_dir = Path(loop["config"]["run_dir"])
+    if worker.world_rank == 0:
+        checkpointing.drop_unwritten(run_dir)
+    last = _resume_from(run_dir, worker)
     parent = Path(loop["parent"]) if loop["parent"] else None
     config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
@@ -260,7 +263,7 @@ def run_worker(
         emit=emit,
         called_back=called_back,
         metadata=metadata,
-        run_dir=Path(config.run_dir),
+        run_dir=run_dir,
     )
     trainer.start(last)
     trainer.run()
@@ -270,8 +273,6 @@ def _resume_from(run_dir: Path, worker: Worker) -> Path | None:
     """The newest finished checkpoint of the run, as rank 0 sees it: a shared disk may lag."""
     import torch.distributed as dist
 
-    if worker.world_rank == 0:
-        checkpointing.drop_unwritten(run_dir)
     found = [checkpointing.latest_checkpoint(run_dir)]
     if worker.world_size > 1:
         dist.broadcast_object_list(found, src=0, device=worker.device)

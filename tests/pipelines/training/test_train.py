@@ -26,17 +26,13 @@ from safetensors.torch import load_file
 
 from pipelines.config import load
 from pipelines.images import RowIndex, RowReader
-from pipelines.report.gallery import GalleryItem
 from pipelines.training.checkpointing import finished_checkpoints, is_finished, latest_checkpoint
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
-from pipelines.training.samples import Sampler, Samples
 from pipelines.training.trainer import split, train
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, DataError, RunError
-from vlv_model.sources import resolve_model
 
 pytestmark = pytest.mark.end_to_end
 
@@ -173,56 +169,6 @@ def test_samples_show_held_out_images_as_checkpoints_see_them(
     assert "no reconstruction" not in page
     for row in range(2):
         assert reader.row(row)["caption"] in page
-
-
-def test_samples_that_fail_cost_a_line_and_not_the_run(
-    ray_local: None, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(unbroken / "checkpoints", tmp_path / "checkpoints")
-    nothing = RowIndex([tmp_path / "gone.parquet"], *np.zeros((4, 1), np.int64))
-    model, _ = resolve_model(unbroken / "checkpoints/step-00000012")
-    sampler = Sampler(Samples(tmp_path, model, nothing, None), STEPS, use_gpu=False, resources={})
-    sampler.end(lambda step, items: pytest.fail("there are none"))
-    lines = capsys.readouterr().err.splitlines()
-    (line,) = (line for line in lines if line.startswith("no samples of step 12: "))
-    assert "gone.parquet" in line
-
-
-class EndlessButTheLast(Samples):
-    """Whose samples are ready at the end alone."""
-
-    def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
-        if step < STEPS:
-            self.page(step).with_suffix(".began").touch()
-            time.sleep(1000)
-        self.page(step).touch()
-        return [GalleryItem(1, b"", None, None, None, "ok")]
-
-
-def test_the_last_samples_wait_for_no_others(ray_local: None, tmp_path: Path) -> None:
-    (tmp_path / "samples").mkdir()
-    nothing = RowIndex([], *np.zeros((4, 0), np.int64))
-    endless = EndlessButTheLast(tmp_path, ModelConfig(), nothing, None)
-    shown: list[int] = []
-
-    def show(step: int, items: list[GalleryItem]) -> None:
-        shown.append(step)
-
-    sampler = Sampler(endless, STEPS, use_gpu=False, resources={})
-    for event, step in [("eval", 0), ("checkpoint", 4)]:
-        sampler.take({"event": event, "step": step})
-    deadline = time.monotonic() + 100
-    while not list(endless.run_dir.rglob("*.began")) and time.monotonic() < deadline:
-        sampler.poll(show)
-        time.sleep(0.1)
-    for event in ("eval", "checkpoint"):
-        sampler.take({"event": event, "step": STEPS})
-    sampler.poll(show)
-    sampler.end(show)
-    assert list(endless.run_dir.rglob("*.began"))
-    assert shown == [STEPS]
-    sampler.end(show)  # of a run that is started again: they are there
-    assert shown == [STEPS]
 
 
 def test_a_finished_run_is_not_trained_again(

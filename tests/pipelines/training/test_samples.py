@@ -1,0 +1,67 @@
+"""When samples of checkpoints are made, and what becomes of those that cannot be."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.images import RowIndex
+from pipelines.report.gallery import GalleryItem
+from pipelines.training.samples import Sampler, Samples
+from tests.pipelines.training.test_checkpointing import write
+from vlv_model.config import ModelConfig
+
+pytestmark = pytest.mark.end_to_end
+
+STEPS = 12
+
+
+def test_samples_that_fail_cost_a_line_and_not_the_run(
+    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, STEPS)
+    nothing = RowIndex([tmp_path / "gone.parquet"], *np.zeros((4, 1), np.int64))
+    samples = Samples(tmp_path, ModelConfig(), nothing, None)
+    sampler = Sampler(samples, STEPS, use_gpu=False, resources={})
+    sampler.end(lambda step, items: pytest.fail("there are none"))
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if line.startswith("no samples of step 12: "))
+    assert "gone.parquet" in line
+
+
+class EndlessButTheLast(Samples):
+    """Whose samples are ready at the end alone."""
+
+    def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
+        if step < STEPS:
+            self.page(step).with_suffix(".began").touch()
+            time.sleep(1000)
+        self.page(step).touch()
+        return [GalleryItem(1, b"", None, None, None, "ok")]
+
+
+def test_the_last_samples_wait_for_no_others(ray_local: None, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    nothing = RowIndex([], *np.zeros((4, 0), np.int64))
+    endless = EndlessButTheLast(tmp_path, ModelConfig(), nothing, None)
+    shown: list[int] = []
+
+    def show(step: int, items: list[GalleryItem]) -> None:
+        shown.append(step)
+
+    sampler = Sampler(endless, STEPS, use_gpu=False, resources={})
+    for event, step in [("eval", 0), ("checkpoint", 4)]:
+        sampler.take({"event": event, "step": step})
+    deadline = time.monotonic() + 100
+    while not list(endless.run_dir.rglob("*.began")) and time.monotonic() < deadline:
+        sampler.poll(show)
+        time.sleep(0.1)
+    for event in ("eval", "checkpoint"):
+        sampler.take({"event": event, "step": STEPS})
+    sampler.poll(show)
+    sampler.end(show)
+    assert list(endless.run_dir.rglob("*.began"))
+    assert shown == [STEPS]
+    sampler.end(show)  # of a run that is started again: they are there
+    assert shown == [STEPS]
