@@ -142,7 +142,7 @@ SCENE_TEXT = """
 a an the and of on in at to with next is are there picture image scene shows background corner
 left right above below over under inside behind between front top bottom middle center
 tiny small just large big huge thin thick one two three four five
-red green blue yellow orange purple pink brown black white gray cyan magenta teal navy
+red green blue yellow orange purple pink brown black white gray cyan magenta teal navy lime
 circle square triangle rectangle star diamond cross ring heart hexagon pentagon ellipse oval line
 circles squares triangles rectangles stars diamonds crosses rings hearts hexagons lines
 object objects Describe Locate paragraph category name with their descriptions what shown

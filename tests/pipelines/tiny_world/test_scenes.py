@@ -52,7 +52,7 @@ def test_other_texts_are_no_captions(text: str) -> None:
 def test_splits_share_no_scene_and_cover_all() -> None:
     pools = [scenes.scenes_of(split, held) for split in scenes.SPLITS for held in (False, True)]
     everything = [scene for pool in pools for scene in pool]
-    assert len(everything) == len(set(everything)) == (2 * 6 * 4) ** 2 * 2 * 3
+    assert len(everything) == len(set(everything)) == (2 * 10 * 4) ** 2 * 2 * 3
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
