@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,12 @@ def proof() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def report() -> DemoReport:
     shown = scenes.sample(0, 4, "test")
+    large, small = (replace(shown[0], first=replace(shown[0].first, size=s)) for s in scenes.SIZES)
+    shown[0], wrong = large, scenes.caption(small)
     items = [
         GalleryItem(i, picture(s), picture(s, "JPEG"), scenes.caption(s), scenes.caption(s), "ok")
         for i, s in enumerate(shown)
     ]
-    wrong = scenes.caption(shown[0]).replace("large", "small")
     items.append(GalleryItem(99, picture(shown[0]), None, wrong, scenes.caption(shown[0]), "ok"))
     return DemoReport(
         title="Demo of the tiny world",

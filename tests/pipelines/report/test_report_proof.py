@@ -53,13 +53,13 @@ def test_rows_and_columns_hold_their_own_figures(proof, parse):
     assert list(rows) == [
         "exact match every word",
         "size one of 2",
-        "colour one of 6",
+        "colour one of 10",
         "shape one of 4",
         "relation one of 2",
         "background one of 3",
     ]
     assert rows["exact match every word"] == ["97.0 %", "88.0 %", "2.0 %", "0 %"]
-    assert rows["colour one of 6"] == ["99.0 %", "96.0 %", "42.0 %", "31.0 %"]
+    assert rows["colour one of 10"] == ["99.0 %", "96.0 %", "42.0 %", "31.0 %"]
     over, names = captions.all("tr")[:2]
     assert [head.text for head in over.all("th")] == ["with stage 1", "control: stage 1 skipped"]
     kinds = ["unseen scenes 201 scenes", "held-out combinations 199 scenes"]
