@@ -20,12 +20,12 @@ class PretrainConfig(Config):
     seed: int = Field(0, ge=0, description="seed of the weights, the drawings and the training")
     pictures: int = Field(16_000, ge=64, description="training scenes that are drawn")
     validation_pictures: int = Field(256, ge=32, description="scenes that the figures are taken on")
-    vae_steps: int = Field(1_500, ge=1, description="updates of the VAE, 16 pictures each")
+    vae_steps: int = Field(3_000, ge=1, description="updates of the VAE, 16 pictures each")
     text_encoder_steps: int = Field(
         400, ge=1, description="updates of the CLIP text encoder alone, 256 pairs each"
     )
     text_to_image_steps: int = Field(
-        1_000, ge=1, description="updates of the CLIP text encoder and the UNet, 64 pictures each"
+        1_500, ge=1, description="updates of the CLIP text encoder and the UNet, 64 pictures each"
     )
     vision_steps: int = Field(
         1_200, ge=1, description="updates of Florence-2's vision tower, 32 pictures each"
