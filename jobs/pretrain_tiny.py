@@ -1,7 +1,7 @@
 """Pretrain tiny: trains the tiny world's base models, which `make demo` takes as given.
 
 A VAE, a text-to-image diffusion model, Florence-2 on regions and a language model on texts, all
-from scenes of the training split alone. About an hour on two cores. The same command continues a
+from scenes of the training split alone. About 25 minutes on two idle cores. The same command continues a
 run that was killed, at the part that it was in.
 """
 
