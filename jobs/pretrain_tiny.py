@@ -1,8 +1,8 @@
 """Pretrain tiny: trains the tiny world's base models, which `make demo` takes as given.
 
 A VAE, a text-to-image diffusion model, Florence-2 on regions and a language model on texts, all
-from scenes of the training split alone. About 25 minutes on two idle cores. The same command continues a
-run that was killed, at the part that it was in.
+from scenes of the training split alone. About 25 minutes on two idle cores. The same command
+continues a run that was killed, at the part that it was in.
 """
 
 import sys

@@ -53,7 +53,7 @@ def test_gradients_are_the_references(stage):
 def test_steps_of_a_variant_train(capsys):
     step = step_of(SIZES["tiny"], "stage2", CPU, Variant("ours", precision="bfloat16"))
     losses = [step() for _ in range(20)]
-    assert sum(losses[-5:]) < sum(losses[:5])  # of one step dropout may say otherwise
+    assert max(losses[-5:]) < min(losses[:5])  # three steps move it less than dropout does
 
 
 def test_masters_keep_what_bfloat16_would_lose():
