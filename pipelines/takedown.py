@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
+from yarl import URL
 
 from pipelines.config import OutputPlace
 from pipelines.ingest.report import remove_report, write_report
@@ -140,8 +141,9 @@ def _remove(table: Table, keys: frozenset[int]) -> int:
 
 def _host(url: str) -> str:
     """The host of a URL as domains are compared: lower-case, in ASCII; empty where it has none."""
-    try:
-        host = host_of(normalise_url(url)).rstrip(".")
-        return host.encode("idna").decode() if not host.isascii() else host
-    except UnicodeError:
+    host = host_of(normalise_url(url))
+    try:  # in ASCII as the downloader spells it
+        host = host if host.isascii() else URL.build(scheme="http", host=host).raw_host or ""
+    except ValueError:
         return ""
+    return host.rstrip(".")
