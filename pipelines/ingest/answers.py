@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import re
 import socket
 import ssl
 import time
@@ -81,6 +82,8 @@ def parse_url(url: str) -> URL:
 
 def redirected(target: URL, location: str) -> URL:
     """Where a redirect of `target` leads; DownloadError as `parse_url` raises it."""
+    # Bytes that are no UTF-8 come as surrogates. Dropped, as yarl does, they lead elsewhere.
+    location = re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) & 0xFF:02X}", location)
     try:
         joined = str(target.join(_to_the_letter(location)))
     except (ValueError, UnicodeError) as error:
