@@ -42,9 +42,9 @@ def opted_out(headers: Iterable[str], agents: Collection[str] = (AGENT,)) -> str
             name, colon, rest = item.partition(":")
             name = name.strip()
             if colon and name in _VALUED:
-                continue
-            if colon and _NAME.fullmatch(name):
-                addressee, item = name, rest
+                item = " ".join(rest.split()[1:])  # what follows the value
+            elif colon and _NAME.fullmatch(name):
+                addressee, item = agent_of(name), rest  # some give the version, too
             if addressee != "*" and addressee not in agents:
                 continue
             for word in item.split():

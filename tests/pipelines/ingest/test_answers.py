@@ -122,6 +122,8 @@ def test_plain_hosts_are_no_odd_spellings(host: str) -> None:
         (["noindex; nofollow"], "noindex"),
         (["nofollow noai"], "noai"),
         (['"noai"'], "noai"),
+        (["max-snippet:-1 noai"], "noai"),
+        ([f"googlebot: index, {AGENT}/1.0: noai"], "noai"),
         (["googlebot: index", "noai"], "noai"),
         (["max-image-preview: none"], None),
         (["unavailable_after: 25 Jun 2010 15:00:00 PST"], None),
@@ -196,6 +198,7 @@ def test_redirects_are_followed_to_the_letter_or_refused() -> None:
     page = parse_url("http://a.org/b/c?d")
     signed = "https://cdn.org/x%7E%2Fy?sig=a%2Bb%3D&e=1+2"
     leads = {signed: signed, "x%7E": "http://a.org/b/x%7E", "//c.org/ü": "http://c.org/%C3%BC"}
+    leads |= {"/caf\udce9": "http://a.org/caf%E9"}  # Latin-1, as browsers follow it
     leads |= {"?e": "http://a.org/b/c?e", "http:/x": "http://a.org/x", "../../..": "http://a.org/"}
     assert {location: str(redirected(page, location)) for location in leads} == leads
     bad = ["http://a:99999/", "http://[::1/", "http://a:b/", "file:///etc/passwd", "http://a\\@b/"]
