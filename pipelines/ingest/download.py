@@ -12,6 +12,7 @@ import asyncio
 import random
 import resource
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ from vlv_model.config import Config
 T = TypeVar("T")
 
 _DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
+_IDLE_SECONDS = 1.0  # each of the many hosts that are asked but once costs an open file for so long
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -168,7 +170,8 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def _open_session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
+            keepalive_timeout=_IDLE_SECONDS,
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
             ttl_dns_cache=_DNS_CACHE_SECONDS,
             socket_factory=None if self.config.allow_private else public_socket,
@@ -198,15 +201,7 @@ class Downloader:
         attempt = 0
         while True:
             try:
-                target = parse_url(url)
-                async with self._host_slots(target.host or ""), self.slots:
-                    async with Share(self.room, self.config.total_timeout) as share:
-                        body = await self._attempt(target, share)
-                    if self.room.is_free.is_set():  # else it is not the line that they wait for
-                        self.slots.grow()
-                    self.room.count(len(body))
-                    INGEST_BYTES.add(len(body))
-                    return Fetched(body, OK)
+                return Fetched(await self._attempt(parse_url(url)), OK)
             except TimeoutError as error:
                 limit = f"not done in {self.config.total_timeout:g} seconds"
                 failure = DownloadError("timeout", str(error) or limit)
@@ -219,7 +214,7 @@ class Downloader:
             attempt += 1
 
     def _host_slots(self, host: str) -> asyncio.Semaphore:
-        host = host.rstrip(".")
+        host = host.lower().rstrip(".")
         return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))
 
     def _delay(self, failure: DownloadError, attempt: int) -> float | None:
@@ -231,29 +226,46 @@ class Downloader:
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
 
-    async def _attempt(self, target: URL, share: Share) -> bytes:
+    async def _attempt(self, target: URL) -> bytes:
+        left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
-            async with self.session.get(target, allow_redirects=False) as response:
-                if response.status not in (200, *_REDIRECTS):
-                    raise DownloadError(
-                        http_class(response.status),
-                        f"HTTP {response.status} {response.reason or ''}".rstrip(),
-                        retry_after=retry_after(response.headers.get("Retry-After")),
-                    )
-                tags = response.headers.getall("X-Robots-Tag", ())
-                if self.config.respect_optout and (directive := opted_out(tags, self.agents)):
-                    raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
-                if response.status == 200:
-                    try:
-                        return await self._body(response, share)
-                    except (TimeoutError, asyncio.CancelledError):
-                        self.slots.shrink()
-                        raise
-                location = response.headers.get("Location")
-                if not location:
-                    raise DownloadError("other", f"HTTP {response.status} without Location")
-                target = redirected(target, location)
+            # Each hop takes a slot of its own host: many hosts may lead to one.
+            async with self._host_slots(target.raw_host or ""), self.slots:
+                async with Share(self.room, left) as share:
+                    began = time.monotonic()
+                    found = await self._hop(target, share)
+                    left -= time.monotonic() - began
+                if isinstance(found, bytes):
+                    if self.room.is_free.is_set():  # else it is not the line that they wait for
+                        self.slots.grow()
+                    self.room.count(len(found))
+                    INGEST_BYTES.add(len(found))
+                    return found
+                target = found
         raise DownloadError("other", f"more than {self.config.max_redirects} redirects")
+
+    async def _hop(self, target: URL, share: Share) -> bytes | URL:
+        """The body, or where a redirect leads."""
+        async with self.session.get(target, allow_redirects=False) as response:
+            if response.status not in (200, *_REDIRECTS):
+                raise DownloadError(
+                    http_class(response.status),
+                    f"HTTP {response.status} {response.reason or ''}".rstrip(),
+                    retry_after=retry_after(response.headers.get("Retry-After")),
+                )
+            tags = response.headers.getall("X-Robots-Tag", ())
+            if self.config.respect_optout and (directive := opted_out(tags, self.agents)):
+                raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
+            if response.status == 200:
+                try:
+                    return await self._body(response, share)
+                except (TimeoutError, asyncio.CancelledError):
+                    self.slots.shrink()
+                    raise
+            location = response.headers.get("Location")
+            if not location:
+                raise DownloadError("other", f"HTTP {response.status} without Location")
+            return redirected(target, location)
 
     async def _body(self, response: aiohttp.ClientResponse, share: Share) -> bytes:
         cap = self.config.max_bytes
@@ -274,6 +286,19 @@ class Downloader:
         if not looked:
             check_image(data, response.content_type)
         return data
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Uses no connection again on which something came that nobody had asked for."""
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        # It would be taken for the answer to the next request: another URL's picture, or the 408
+        # with which servers close what is idle.
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol and not connection.protocol.should_close:
+                break
+            connection.close()
+        return connection
 
 
 def _allow_open_files(needed: int) -> None:

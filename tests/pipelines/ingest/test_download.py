@@ -125,6 +125,41 @@ def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) ->
     assert site.requests["/loop"] == 4
 
 
+def test_no_answer_is_taken_for_the_next_requests(site: Site, open_downloader: Any) -> None:
+    """One that comes late and unasked on a connection that is kept."""
+    peers = []
+
+    def twice(handler: BaseHTTPRequestHandler) -> None:
+        peers.append(handler.client_address)
+        reply()(handler)
+        handler.wfile.flush()
+        time.sleep(0.1)
+        reply(408, body=b"")(handler)
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        peers.append(handler.client_address)
+        reply()(handler)
+
+    site.answers = {"/twice": twice, "/next": note}
+    downloader = open_downloader(read_timeout=5)
+    assert statuses(downloader, site.url("/twice")) == ["ok"]
+    time.sleep(0.4)
+    assert statuses(downloader, site.url("/next"), site.url("/next?2")) == ["ok", "ok"]
+    assert peers[0] not in peers[1:]
+
+
+def test_idle_connections_are_soon_closed(site: Site, open_downloader: Any) -> None:
+    """Lists have thousands of hosts that are asked once: each would hold an open file."""
+    site.answers = {"/": reply()}
+    downloader = open_downloader(read_timeout=5)
+    assert statuses(downloader, site.url("/")) == ["ok"]
+    assert downloader.session.connector._conns
+    deadline = time.monotonic() + 10
+    while downloader.session.connector._conns and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not downloader.session.connector._conns
+
+
 # ---------------------------------------------------------------------------------------- bodies
 
 

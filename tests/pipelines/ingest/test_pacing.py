@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -31,6 +32,34 @@ def test_concurrency_is_bounded_and_used(
     assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(20)))) == {"ok"}
     assert site.most_in_flight == expected
     assert not downloader.hosts  # a host leaves no trace
+
+
+def test_hosts_that_lead_to_one_share_its_slots(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the old farms of a photo site all lead to its new host."""
+    most = in_flight = 0
+
+    def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal most, in_flight
+        with site.lock:
+            in_flight += 1
+            most = max(most, in_flight)
+        time.sleep(0.05)
+        with site.lock:
+            in_flight -= 1
+        reply()(handler)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    there = f"http://One.test:{site.port}/new"
+    site.answers = {"/old": reply(302, body=b"", Location=there), "/new": answer}
+    downloader = open_downloader(concurrency_per_host=2, read_timeout=5)
+    urls = [f"http://farm{i}.test:{site.port}/old" for i in range(12)]
+    assert set(statuses(downloader, *urls)) == {"ok"}
+    assert most == 2
 
 
 def test_waiting_for_a_slot_is_no_time_out(site: Site, open_downloader: Any) -> None:
