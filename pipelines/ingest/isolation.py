@@ -34,6 +34,7 @@ from pipelines.schemas import DECODE, FILTERED, OK, status
 _BASE_MEMORY = 1 << 30  # address space of the libraries themselves, in bytes
 _BYTES_PER_PIXEL = 32  # of a file of `max_pixels`: decoded, converted, resized, with copies
 _ENDING = 5.0  # seconds that a child is given to go
+_STARTING = 600.0  # seconds that a child is given to import its libraries, on a busy machine
 
 
 def image_columns(data: bytes, image: ImageConfig, filters: FilterConfig) -> dict[str, Any]:
@@ -116,6 +117,10 @@ class Decoder:
         )
         os.close(theirs)
         self._pipe = Connection(ours)
+        # Not on the time of the file that comes next, which has done nothing yet.
+        if not self._pipe.poll(_STARTING):
+            self._child.kill()
+        self._pipe.recv_bytes()
 
     def _how_it_died(self) -> str:
         assert self._child is not None
@@ -151,6 +156,7 @@ def _serve(pipe: Connection, image: ImageConfig, filters: FilterConfig) -> None:
     limit = _BASE_MEMORY + _BYTES_PER_PIXEL * image.max_pixels
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe.send_bytes(b"ready")
     while True:
         try:
             data = pipe.recv_bytes()

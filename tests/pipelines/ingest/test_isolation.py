@@ -82,6 +82,16 @@ def test_a_decoder_that_hangs_costs_one_row(decoder: Decoder) -> None:
     assert decoder(png())["status"] == "ok"
 
 
+def test_a_slow_start_is_not_on_the_time_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    decoder = Decoder(ImageConfig(size=32, decode_timeout=1.9), FilterConfig())
+    assert decoder(png())["status"] == "ok"
+    decoder.close()
+
+
 def test_the_decoder_may_not_fill_the_memory(decoder: Decoder) -> None:
     decoder(png())
     limits = Path(f"/proc/{pid_of(decoder)}/limits").read_text()
