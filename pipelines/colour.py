@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
 
 WHITE = (255, 255, 255)
 _ORIENTATION_TAG = 0x0112
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 # What turns a picture [h w 3] upright, by EXIF orientation; views, without a copy.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
@@ -22,6 +23,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: np.rot90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+_UNSEEN = 2  # levels of 255 by which profiles of sRGB differ
 
 
 def orientation(image: Image.Image) -> int:
@@ -39,15 +41,6 @@ def upright(picture: np.ndarray, exif: int) -> np.ndarray:
     return _UPRIGHT[exif](picture) if exif in _UPRIGHT else picture
 
 
-def upright_srgb(image: Image.Image) -> Image.Image:
-    """A stored file's first frame as it is meant to be seen, whatever `image.reencode` kept."""
-    image.load()
-    picture, exif = to_srgb(image), orientation(image)
-    if exif not in _UPRIGHT:
-        return picture
-    return Image.fromarray(np.ascontiguousarray(upright(np.asarray(picture), exif)))
-
-
 def to_srgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of ingest/decode.py.
 
@@ -55,7 +48,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        values, hidden = np.asarray(image), image.info.get("transparency")
+        values, hidden = _deep(image), image.info.get("transparency")
         grey = _to_8_bit(values)
         if isinstance(hidden, int):  # the one grey that a PNG declares transparent
             grey[values == hidden] = 255
@@ -74,6 +67,20 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _deep(image: Image.Image) -> np.ndarray:
+    """[h w] of a grey image of more than 8 bits, in the range and sense that its file means."""
+    values = np.asarray(image)
+    if image.format == "PPM":  # which Pillow stretches to 16 bits, and keeps in 32
+        return values.astype(np.uint16)
+    if image.format == "TIFF" and values.dtype.itemsize == 2:
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if (bits := tags.get(_BITS, (16,))[0]) < 16:
+            values = values << (16 - bits)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds of 8 bits alone
+            values = np.invert(values)
+    return values
+
+
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """[h w] of 16- or 32-bit integers or floats as uint8, by the range that they use."""
     if values.dtype.itemsize == 2:
@@ -88,11 +95,22 @@ def from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """The image in sRGB by its ICC profile; None where the profile is unreadable or unfit."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
+        if image.mode == "RGB" and _is_srgb(profile):
             return image
         return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
+
+
+@lru_cache(maxsize=16)
+def _is_srgb(profile: bytes) -> bool:
+    """Whether a profile leaves colours as they are: "sRGB" stands in names of linear ones, too."""
+    colours = [(grey,) * 3 for grey in range(0, 256, 15)]
+    colours += [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 100, 50), (20, 180, 240)]
+    numbers = np.array([colours], np.uint8)
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    seen = ImageCms.profileToProfile(Image.fromarray(numbers), source, _srgb(), outputMode="RGB")
+    return bool(np.abs(np.asarray(seen, np.int16) - numbers).max() <= _UNSEEN)
 
 
 @cache

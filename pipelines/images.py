@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,9 @@ FOOTER_BYTES = 512 * 2**20
 _CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/log.md)
 
 _BATCH_ROWS = 1 << 16  # of small columns that are looked at together
+
+LARGEST_PIXELS = 178_956_970
+"""Largest image that is decoded, by its header: Pillow's own bound, as ingest's is a setting."""
 
 NAMES = ("name", "url")  # columns that say what an image is called
 
@@ -222,7 +224,7 @@ class RowReader:
         """
         from PIL import Image
 
-        from pipelines.colour import upright_srgb
+        from pipelines.ingest.decode import DecodeError, Opened
         from vlv_model.preprocessing import square_image
 
         key = self.index.keys[position]
@@ -230,13 +232,13 @@ class RowReader:
         if not content:
             raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                return square_image(upright_srgb(image), image_size)
-        except Exception as error:
-            # Ingest let only sound images through, so this table was damaged or made elsewhere.
-            # Pillow names the object in memory, which is another one each time.
-            reason = "it is of no known format" if "identify" in str(error) else error
-            raise UndecodableImage(f"the image of key {key} cannot be decoded: {reason}") from error
+            # Tables made elsewhere hold what ingest never let in: Pillow by itself would start
+            # Ghostscript on a PostScript file, and decode half a picture.
+            picture = Opened(content, LARGEST_PIXELS).picture()
+        except DecodeError as error:
+            reason = f"the image of key {key} cannot be decoded: {error}"
+            raise UndecodableImage(reason, error.kind) from None
+        return square_image(Image.fromarray(picture), image_size)
 
     def _group(self, file: int, group: int) -> pa.Table:
         where = (file, group)

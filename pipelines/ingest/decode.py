@@ -7,11 +7,13 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
 2.  Of an animation or a document of several pages the first is taken.
 3.  16-bit pixels lose their low byte; 32-bit ones and floats are divided by the smallest of
     1, 255, 65535 and their own greatest value that holds them all, below zero is black.
+    Of a TIFF with 9 to 15 bits these are the whole range.
 4.  Alpha is laid on white, a palette's transparent entry too.
 5.  An embedded ICC profile is converted to sRGB (CMYK by its profile where it has one); a profile
     that cannot be read is ignored, as browsers do.
 6.  EXIF orientation is applied; unreadable EXIF counts as upright.
 7.  The file has to be whole: a truncated or damaged one is `decode:corrupt`, never half a picture.
+    So is one that ends soundly, but before its pixels do (JPEG, PNG).
 8.  A PNG's gamma and chromaticities without a profile are ignored.
 9.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
     kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`.
@@ -26,12 +28,14 @@ import hashlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.colour import SIDEWAYS, from_profile, orientation, to_srgb, upright
 from pipelines.ingest.encode import (
@@ -45,12 +49,15 @@ from pipelines.ingest.encode import (
     scaled,
 )
 from pipelines.ingest.formats import READABLE, SNIFF_BYTES, image_format
+from pipelines.ingest.png import check_rows, settle_transparency
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `decode:` in a row's status."""
 
 _PNG_DEPTH = 24  # the byte of a PNG's header that has its bits per channel
+# What libjpeg warns of where pixels are made up. (It warns of less, too, in sound files.)
+_MADE_UP = re.compile("premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
 # Markers of a JPEG; those with a length after them but for SOI, EOI and TEM.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SCAN, _END, _BARE = 0xDA, 0xD9, (0xD8, 0xD9, 0x01)
@@ -58,6 +65,8 @@ _MAX_SCANS = 100  # ten are usual, optimisers make some more
 # A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
 # near to one decoded whole as resampling filters are to one another (docs/log.md).
 _JPEG_MARGIN = 1.2
+_JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # by Pillow's mode
+_AS_IT_IS = ImageConfig(resize="no", reencode="always")
 
 
 class DecodeError(Exception):
@@ -93,42 +102,42 @@ class Opened:
             _check_scans(data)
         # An icon's or a TIFF's inner images, too, are opened within that.
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # an error is raised beyond twice this
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes that are judged right below
-                self.image = Image.open(io.BytesIO(data), formats=_openers(kind))
-                _check_size(self.image, max_pixels)
-                if kind in ("PNG", "ICO"):  # EXIF may lie behind the pixels, and a size too
-                    self.image.load()
-                self.orientation = orientation(self.image)
-        except DecodeError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise DecodeError("too_large", str(error)) from None
-        except Exception as error:  # decoders raise of every type
-            raise DecodeError("corrupt", _words(error)) from None
+        with _failures():
+            self.image = self._open()
+            _check_size(self.image, max_pixels)
+            if kind == "PNG":
+                check_rows(data)
+                settle_transparency(self.image, data[_PNG_DEPTH])
+            if kind in ("PNG", "ICO"):  # EXIF may lie behind the pixels, and a size too
+                self.image.load()
+            self.orientation = orientation(self.image)
         width, height = self.image.size
         sideways = self.orientation in SIDEWAYS
         self.width, self.height = (height, width) if sideways else (width, height)
 
     def store(self, config: ImageConfig) -> Stored:
         """Decode, resize and encode. Raises DecodeError for a damaged file."""
+        with _failures():
+            self._check_enlarged(config)
+            picture, untouched = self._made(config)
+            height, width = picture.shape[:2]
+            if not untouched:
+                _check_side(width, height, config)
+            data = self.data if untouched else encode(picture, config)
+            return Stored(data, width, height, phash(picture))
+
+    def picture(self) -> np.ndarray:
+        """The whole picture, upright and in sRGB: [h w 3]. Raises DecodeError for a damaged file."""
+        with _failures():
+            return self._made(_AS_IT_IS)[0]
+
+    def _open(self) -> Image.Image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # EXIF and palette oddities, settled by our rules
-                self._check_enlarged(config)
-                picture, untouched = self._made(config)
-                height, width = picture.shape[:2]
-                if not untouched:
-                    _check_side(width, height, config)
-                data = self.data if untouched else encode(picture, config)
-                return Stored(data, width, height, phash(picture))
-        except DecodeError:
-            raise
-        except MemoryError:
-            raise DecodeError("too_large", "not enough memory to decode it") from None
-        except Exception as error:  # decoders raise of every type
-            raise DecodeError("corrupt", _words(error)) from None
+            return Image.open(io.BytesIO(self.data), formats=[self.kind])
+        except UnidentifiedImageError:  # Pillow names the object in memory, another one each time
+            raise DecodeError(
+                "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
+            ) from None
 
     def _check_enlarged(self, config: ImageConfig) -> None:
         """A line of one pixel by thousands must not grow into a picture beyond all bounds."""
@@ -143,7 +152,7 @@ class Opened:
         """The picture to be stored, RGB [h w 3], and whether the file shows just that already."""
         image = self.image
         plain = image.mode == "RGB" and not image.has_transparency_data
-        pixels = self._jpeg(config) if plain and self.kind == "JPEG" else None
+        pixels = self._jpeg(config) if self.kind == "JPEG" else None
         if pixels is None:
             if image.format == "JPEG" and config.resize != "no":  # grey, or CMYK
                 scale = _JPEG_MARGIN * scale_of(image.size, config)
@@ -172,26 +181,50 @@ class Opened:
         return picture, untouched
 
     def _jpeg(self, config: ImageConfig) -> np.ndarray | None:
-        """The pixels of a sound JPEG, perhaps at half, quarter or eighth size.
+        """The pixels of a plain JPEG, perhaps at half, quarter or eighth size.
 
-        None where the decoder has any doubt: the other one is more lenient, and judges.
+        None of other colours, and where the decoder has a doubt that says little: the other one is
+        more lenient, and judges. Raises DecodeError where pixels are lacking, which that one fills.
         """
         width, height = self.image.size
         needed = _JPEG_MARGIN * scale_of((width, height), config) if config.resize != "no" else 1.0
+        colours = _JPEG_COLOURS.get(self.image.mode)
+        if colours != "RGB":
+            needed = 0  # only read
         shrink = max((by for by in (1, 2, 4, 8) if by * needed <= 1), default=1)
         try:
-            if simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
+            if colours is None or simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
                 return None
-            return simplejpeg.decode_jpeg(
-                self.data, min_height=-(-height // shrink), min_width=-(-width // shrink)
+            pixels = simplejpeg.decode_jpeg(
+                self.data, colours, min_height=-(-height // shrink), min_width=-(-width // shrink)
             )
-        except ValueError:
+        except ValueError as error:
+            if _MADE_UP.search(str(error)):
+                raise DecodeError("corrupt", str(error)) from None
             return None
+        return pixels if colours == "RGB" else None
 
 
 def sha256(data: bytes) -> str:
     """Hexadecimal SHA-256 of the bytes as downloaded."""
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Whatever decoders raise of a file, as a DecodeError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they warn of is settled by our rules
+            yield
+    except DecodeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too_large", str(error)) from None
+    except MemoryError:
+        raise DecodeError("too_large", "not enough memory to decode it") from None
+    except Exception as error:  # of every type
+        raise DecodeError("corrupt", _words(error)) from None
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -219,10 +252,6 @@ def _check_scans(data: bytes) -> None:
 def _check_side(width: int, height: int, config: ImageConfig) -> None:
     if max(width, height) > MAX_SIDE[config.format]:
         raise DecodeError("too_large", f"{width}x{height} does not fit into {config.format}")
-
-
-def _openers(kind: str) -> list[str]:
-    return ["JPEG", "MPO"] if kind == "JPEG" else [kind]
 
 
 def _words(error: Exception) -> str:

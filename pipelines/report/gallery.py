@@ -13,7 +13,8 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
-from pipelines.colour import orientation, upright_srgb
+from pipelines.images import LARGEST_PIXELS
+from pipelines.ingest.decode import DecodeError, Opened
 from pipelines.report.html import Html, count, join, tag
 from pipelines.schemas import OK
 
@@ -122,16 +123,16 @@ def embedded(content: bytes, description: str) -> Html:
     that browsers show, else its first frame as a smaller JPEG.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
-        kind = image.format or ""
+        opened = Opened(content, LARGEST_PIXELS)
+        image, kind = opened.image, opened.image.format or ""
         small = max(image.size) <= LARGEST and len(content) <= HEAVIEST
-        if kind not in BROWSERS or not small or orientation(image) != 1 or _moves(image):
-            image = upright_srgb(image)
+        if kind not in BROWSERS or not small or opened.orientation != 1 or _moves(image):
+            image = Image.fromarray(opened.picture())
             image.thumbnail((LARGEST, LARGEST))
             smaller = io.BytesIO()
             image.save(smaller, "JPEG", quality=90)
             kind, content = "JPEG", smaller.getvalue()
-    except Exception:  # decoders raise of every type
+    except DecodeError:
         # The table's status says what is wrong with it; the page has to come out all the same.
         return tag("span", "not readable", class_="none")
     width, height = image.size

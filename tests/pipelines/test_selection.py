@@ -18,6 +18,7 @@ from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW
 from pipelines.selection import ActorConfig, ReadImages, Selection, _smallest, open_table
 from pipelines.storage import Table
+from tests.pipelines.ingest.pictures import encoded, photo, png
 from vlv_model.errors import DataError, RunError
 
 
@@ -128,8 +129,37 @@ def test_one_broken_image_is_one_row(tmp_path: Path, pair_table: Path) -> None:
     pq.write_table(table, tmp_path / "t.parquet")
     planned = open_table("caption", selection(tmp_path / "t.parquet", tmp_path / "out"), {})
     block = ReadImages(planned, 64)(chunk(0)).to_pylist()
-    assert sorted(row["status"] for row in block) == ["decode:corrupt", "ok"]
+    assert sorted(row["status"] for row in block) == ["decode:not_an_image", "ok"]
     assert "key 1" in next(row["error"] for row in block if row["status"] != "ok")
+
+
+def test_images_from_elsewhere_are_opened_by_the_rules_of_ingest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow by itself starts Ghostscript for a PostScript file, and fills half a JPEG with grey."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    whole = encoded(photo(300, 200), "JPEG")
+    files = {
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "bomb.png": png((60_000, 60_000, 8, 2), b""),
+        "half.jpg": whole[: len(whole) // 2] + b"\xff\xd9",
+        "whole.jpg": whole,
+    }
+    (tmp_path / "images").mkdir()
+    for name, data in files.items():
+        (tmp_path / "images" / name).write_bytes(data)
+    planned = open_table("caption", selection(tmp_path / "images", tmp_path / "out"), {})
+    block = ReadImages(planned, 64)(chunk(0)).to_pylist()
+    assert {row["name"]: row["status"] for row in block} == {
+        "postscript.jpg": "decode:not_an_image",
+        "bomb.png": "decode:too_large",
+        "half.jpg": "decode:corrupt",
+        "whole.jpg": "ok",
+    }
+    assert not started.exists()
 
 
 def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -41,3 +43,17 @@ def pixels(data: bytes, config: ImageConfig = LOSSLESS) -> np.ndarray:
     assert image.size == (stored.width, stored.height)
     assert not image.getexif()
     return np.asarray(image)
+
+
+def png(
+    header: tuple[int, int, int, int], rows: bytes, *chunks: bytes, interlaced: int = 0
+) -> bytes:
+    """A PNG of width, height, depth and colour type, with its rows as they are before compression."""
+    body = struct.pack(">IIBBBBB", *header, 0, 0, interlaced)
+    parts = [png_chunk(b"IHDR", body), *chunks, png_chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    checked = kind + body
+    return struct.pack(">I", len(body)) + checked + struct.pack(">I", zlib.crc32(checked))

@@ -8,7 +8,6 @@ import resource
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pipelines.ingest.decode import (
 )
 from pipelines.ingest.encode import ImageConfig, phash
 from pipelines.ingest.formats import READABLE
-from tests.pipelines.ingest.pictures import LOSSLESS, encoded, photo, pixels, store
+from tests.pipelines.ingest.pictures import LOSSLESS, encoded, photo, pixels, png, store
 
 
 def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
@@ -74,6 +73,20 @@ def test_deep_pixels_become_8_bit(values: np.ndarray, expected: list[int]) -> No
     assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == expected
 
 
+def test_grey_of_other_ranges_than_16_bits() -> None:
+    pgm = b"P5 2 1 65535\n" + struct.pack(">2H", 200, 300)  # near to black, not near to white
+    assert pixels(pgm)[0, :, 0].tolist() == [0, 1]
+    assert pixels(_grey_tiff(12, 1, bytes([0xFF, 0xF8, 0x00])))[0, :, 0].tolist() == [255, 128]
+    white_is_zero = struct.pack("<2H", 0, 0xFF00)
+    assert pixels(_grey_tiff(16, 0, white_is_zero))[0, :, 0].tolist() == [255, 0]
+
+
+def _grey_tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: 1, 279: len(data)}  # fmt: skip
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + data
+
+
 def test_16_bit_transparency_and_1_bit() -> None:
     deep = Image.fromarray(np.array([[5000, 6000]], np.uint16))
     assert pixels(encoded(deep, transparency=5000))[0, :, 0].tolist() == [255, 6000 >> 8]
@@ -94,6 +107,15 @@ def test_icc_profiles_are_converted_and_broken_ones_ignored() -> None:
     plain = np.asarray(photo())
     for profile in (srgb, lab, b"broken"):  # right; of another colour space; unreadable
         assert (pixels(encoded(photo(), icc_profile=profile)) == plain).all()
+
+
+def test_a_profile_of_linear_srgb_is_not_taken_for_srgb() -> None:
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = profile.index(b"para")  # of all channels; its name stays "sRGB built-in"
+    profile[curve : curve + 12] = b"curv" + bytes(8)
+    grey = Image.new("RGB", (4, 4), (55, 55, 55))
+    seen = 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055)
+    assert np.abs(pixels(encoded(grey, icc_profile=bytes(profile))) - seen).max() <= 1
 
 
 def test_shared_icc_profiles_change_colours(shared_dir: Path) -> None:
@@ -138,19 +160,9 @@ def test_first_frames_are_taken() -> None:
 # --------------------------------------------------------------------------------------- failures
 
 
-def _png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def test_bombs_are_refused_by_their_header() -> None:
-    assert failure(_png_header(60_000, 60_000)) == "too_large"
-    assert failure(_png_header(9_000, 9_000)) == "too_large"
+    assert failure(png((60_000, 60_000, 8, 2), b"")) == "too_large"
+    assert failure(png((9_000, 9_000, 8, 2), b"")) == "too_large"
     assert failure(encoded(photo(120, 80)), max_pixels=9_599) == "too_large"
     assert store(encoded(photo(120, 80)), ImageConfig(max_pixels=9_600)).width == 80
 
@@ -185,6 +197,24 @@ def test_what_does_not_fit_the_format_is_too_large() -> None:
 def test_truncated_files_are_corrupt(kind: str) -> None:
     data = encoded(photo(), kind)
     assert failure(data[: len(data) // 2]) == "corrupt"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_half_a_jpeg_with_an_end_is_corrupt(mode: str) -> None:
+    """Decoders fill with grey what did not come, and say no more than a warning."""
+    whole = encoded(photo(300, 200).convert(mode), "JPEG", restart_marker_rows=1)
+    assert failure(whole[: len(whole) // 2] + b"\xff\xd9") == "corrupt"
+    lost = whole[: whole.index(b"\xff\xd3")] + whole[whole.index(b"\xff\xd5") :]
+    assert failure(lost) == "corrupt"
+    store(whole + b"what lies behind the end is no part of it")
+
+
+def test_a_failure_reads_the_same_each_time() -> None:
+    for data in (png((4, 1, 7, 2), b""), b"\xff\xd8\xff\xe0", b"II*\0" + bytes(9)):
+        with pytest.raises(
+            DecodeError, match=r"its header is damaged, or of a kind of [A-Z]+ that"
+        ):
+            Opened(data, 10**6)
 
 
 @pytest.mark.parametrize(

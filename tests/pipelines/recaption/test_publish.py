@@ -35,7 +35,7 @@ def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> Non
     import datasets
 
     config = settings(f"data.input={pictures}", "join=true", "format=json", "license=cc-by-4.0")
-    assert recaption(config) == {"ok": 3, "decode:corrupt": 1}
+    assert recaption(config) == {"ok": 3, "decode:not_an_image": 1}
     folder = Path(config.data.output)
 
     opened = datasets.load_dataset(str(folder), split="train", cache_dir=str(folder.parent / "hf"))
@@ -63,7 +63,11 @@ def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> Non
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "cc-by-4.0"
     assert header["size_categories"] == ["n<1K"]
-    for words in ("3 captions of 4 images", "| decode:corrupt | 1 |", "generate.num_beams | 1"):
+    for words in (
+        "3 captions of 4 images",
+        "| decode:not_an_image | 1 |",
+        "generate.num_beams | 1",
+    ):
         assert words in text
     assert frame["model"][0] in text
     assert str(folder.parent) not in text
@@ -83,10 +87,10 @@ def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> Non
     with pytest.raises(RunError, match="join: True there, None here"):
         recaption(settings(f"data.input={pictures}"))
     written = (folder / "README.md").stat().st_mtime_ns
-    assert recaption(config) == {"ok": 3, "decode:corrupt": 1}  # which is left as it is
+    assert recaption(config) == {"ok": 3, "decode:not_an_image": 1}  # which is left as it is
     assert (folder / "README.md").stat().st_mtime_ns == written
     again = settings(f"data.input={pictures}", "join=true", "license=mit")  # nothing but the card
-    assert recaption(again) == {"ok": 3, "decode:corrupt": 1}
+    assert recaption(again) == {"ok": 3, "decode:not_an_image": 1}
     assert "license: mit" in (folder / "README.md").read_text()
 
 
