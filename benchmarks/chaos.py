@@ -95,19 +95,22 @@ class Chaos:
     def _comes(self, before: set[Any]) -> bool:
         """Wait for the moment of the next fault; False where the job ended or hangs before it.
 
-        One in four moments is before the first commit, the others are behind a new one.
+        A moment is behind a new commit. One in four of those that follow a start or a fault is before
+        the first: a job that already commits would only use up its rows while we wait as long.
         """
         attempt = self.attempt
         assert attempt is not None
-        if self.rng.random() < 0.25:
-            wait = self.rng.uniform(0, self.start_seconds)
-        else:
-            wait = self.rng.uniform(0, self.job.span)
-            seen = until(lambda: self._told(before) or not attempt.is_going, PATIENCE)
-            if not seen:
-                return False
-        attempt.wait(wait)
+        early = self._is_starting() and self.rng.random() < 0.25
+        patience = self.rng.uniform(0, self.start_seconds) if early else PATIENCE
+        if until(lambda: self._told(before) or not attempt.is_going, patience):
+            attempt.wait(self.rng.uniform(0, self.job.span))
+        elif not early:
+            return False
         return attempt.is_going
+
+    def _is_starting(self) -> bool:
+        """Whether the job has committed nothing since its start, or since the last fault."""
+        return not self.injected or self.injected[-1].recovered is None
 
     def _told(self, before: set[Any]) -> bool:
         """Whether there is a commit that was not there before; notes who has recovered by it."""
