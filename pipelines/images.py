@@ -35,9 +35,6 @@ _CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (d
 
 _BATCH_ROWS = 1 << 16  # of small columns that are looked at together
 
-LARGEST_PIXELS = 178_956_970
-"""Largest image that is decoded, by its header: Pillow's own bound, as ingest's is a setting."""
-
 NAMES = ("name", "url")  # columns that say what an image is called
 
 
@@ -224,7 +221,7 @@ class RowReader:
         """
         from PIL import Image
 
-        from pipelines.ingest.decode import DecodeError, Opened
+        from pipelines.pictures.decode import DecodeError, Opened
         from vlv_model.preprocessing import square_image
 
         key = self.index.keys[position]
@@ -234,7 +231,7 @@ class RowReader:
         try:
             # Tables made elsewhere hold what ingest never let in: Pillow by itself would start
             # Ghostscript on a PostScript file, and decode half a picture.
-            picture = Opened(content, LARGEST_PIXELS).picture()
+            picture = Opened(content).picture()
         except DecodeError as error:
             reason = f"the image of key {key} cannot be decoded: {error}"
             raise UndecodableImage(reason, error.kind) from None

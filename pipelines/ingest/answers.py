@@ -15,7 +15,7 @@ import aiohttp
 from yarl import URL
 
 from pipelines.ingest.addresses import BlockedAddressError, odd_spelling
-from pipelines.ingest.formats import SNIFF_BYTES, image_format
+from pipelines.pictures.formats import SNIFF_BYTES, image_format
 
 FailureClass = Literal[
     "dns",

@@ -24,12 +24,10 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from pipelines.config import InputPlace, OutputPlace, dump
-from pipelines.ingest import decode
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.download import DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
@@ -38,6 +36,8 @@ from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, nex
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
 from pipelines.locks import exclusive
+from pipelines.pictures import decode
+from pipelines.pictures.encode import ImageConfig
 from pipelines.places import (
     is_file,
     is_folder,

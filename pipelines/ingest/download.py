@@ -36,9 +36,9 @@ from pipelines.ingest.answers import (
     redirected,
     retry_after,
 )
-from pipelines.ingest.formats import SNIFF_BYTES
 from pipelines.ingest.optout import AGENT, agent_of, opted_out
 from pipelines.ingest.pacing import ALLOWANCE, Room, Share, Window
+from pipelines.pictures.formats import SNIFF_BYTES
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
 from vlv_model.config import Config

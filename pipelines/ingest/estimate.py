@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pipelines.config import is_url
 from pipelines.ingest.account import last_throughput
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.plan import Plan
 from pipelines.ingest.runs import runs_of
+from pipelines.pictures.encode import ImageConfig
 from pipelines.storage import Table
 
 # Where a table has nothing to measure yet: bytes per stored pixel of photographs by encoding (JPEG

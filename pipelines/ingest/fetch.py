@@ -19,9 +19,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.ingest.download import DownloadConfig, Downloader, Fetched
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import Decoder
+from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import IMAGE_ROW, with_image_feature
 
 CPUS_PER_FETCHER = 4

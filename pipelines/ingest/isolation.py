@@ -26,9 +26,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipelines.ingest.answers import clean
-from pipelines.ingest.decode import DecodeError, FailureClass, Opened, sha256
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig, image_failure
+from pipelines.pictures.decode import DecodeError, FailureClass, Opened, sha256
+from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import DECODE, FILTERED, OK, status
 
 _BASE_MEMORY = 1 << 30  # address space of the libraries themselves, in bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from pipelines.recaption.config import CaptionConfig
@@ -19,20 +18,17 @@ def caption_file(config: CaptionConfig) -> str:
     import torch
     from PIL import Image
 
-    from pipelines.ingest.decode import DecodeError, Opened
-    from pipelines.ingest.encode import ImageConfig
+    from pipelines.pictures.decode import DecodeError, Opened
     from pipelines.recaption.predictor import model_fingerprint, open_engine
     from vlv_model.preprocessing import square_image
 
     model, checkpoint = config.model.resolve()
-    upright = ImageConfig(resize="no", format="png")  # sRGB, EXIF orientation applied
     try:
-        content = Opened(Path(config.image).read_bytes(), upright.max_pixels).store(upright).data
+        picture = Opened(Path(config.image).read_bytes()).picture()
     except (OSError, DecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{config.image} cannot be read as an image: {reason}") from None
-    with Image.open(io.BytesIO(content)) as image:
-        square = square_image(image, model.image_size)
+    square = square_image(Image.fromarray(picture), model.image_size)
     model_fingerprint(model, checkpoint, config.generate)  # refuses an untrained captioner
     if config.use_gpu and not torch.cuda.is_available():
         raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")

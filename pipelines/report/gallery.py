@@ -13,8 +13,7 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
-from pipelines.images import LARGEST_PIXELS
-from pipelines.ingest.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.report.html import Html, count, join, tag
 from pipelines.schemas import OK
 
@@ -123,7 +122,7 @@ def embedded(content: bytes, description: str) -> Html:
     that browsers show, else its first frame as a smaller JPEG.
     """
     try:
-        opened = Opened(content, LARGEST_PIXELS)
+        opened = Opened(content)
         image, kind = opened.image, opened.image.format or ""
         small = max(image.size) <= LARGEST and len(content) <= HEAVIEST
         if kind not in BROWSERS or not small or opened.orientation != 1 or _moves(image):

@@ -18,7 +18,7 @@ from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW
 from pipelines.selection import ActorConfig, ReadImages, Selection, _smallest, open_table
 from pipelines.storage import Table
-from tests.pipelines.ingest.pictures import encoded, photo, png
+from tests.pipelines.pictures.files import encoded, photo, png
 from vlv_model.errors import DataError, RunError
 
 

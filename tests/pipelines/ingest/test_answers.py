@@ -28,8 +28,8 @@ from pipelines.ingest.answers import (
     redirected,
     retry_after,
 )
-from pipelines.ingest.formats import image_format
 from pipelines.ingest.optout import AGENT, OPT_OUT, agent_of, opted_out
+from pipelines.pictures.formats import image_format
 
 # ------------------------------------------------------------------------------------- addresses
 

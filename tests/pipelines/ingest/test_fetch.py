@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.ingest.download import DownloadConfig
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
+from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import IMAGE_ROW, METADATA_ROW
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import serve

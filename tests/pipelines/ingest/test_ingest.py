@@ -23,10 +23,10 @@ from PIL import Image
 from pipelines.config import build
 from pipelines.images import RowIndex, RowReader
 from pipelines.ingest.dataset import IngestConfig, ingest
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import image_columns
 from pipelines.ingest.runs import last_run
+from pipelines.pictures.encode import ImageConfig
 from pipelines.places import place, read_parquet_file, write_atomically
 from pipelines.schemas import IMAGE_ROW, url_key
 from pipelines.storage import Table, parquet_files

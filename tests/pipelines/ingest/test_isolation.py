@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import Decoder, image_columns
+from pipelines.pictures.encode import ImageConfig
 
 
 def png(colour: str = "red", side: int = 40) -> bytes:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from pipelines import buckets
 from pipelines.config import build
 from pipelines.ingest import plan as planning
-from pipelines.ingest.encode import ImageConfig
 from pipelines.ingest.estimate import rows_per_file
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import (
@@ -29,6 +28,7 @@ from pipelines.ingest.metadata import (
     read_batches,
 )
 from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
+from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import PROVENANCE, normalise_url, url_key
 from vlv_model.errors import ConfigError, DataError
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.ingest.decode import (
+from pipelines.pictures.decode import (
     DecodeError,
     Opened,
 )
-from pipelines.ingest.encode import ImageConfig
-from tests.pipelines.ingest.pictures import encoded, photo, pixels, store
+from pipelines.pictures.encode import ImageConfig
+from tests.pipelines.pictures.files import encoded, photo, pixels, store
 
 # ----------------------------------------------------------------------------------------- sizes
 

@@ -1,4 +1,4 @@
-"""Pictures as they are meant to be seen: upright, in 8-bit sRGB, by the rules of ingest/decode.py."""
+"""Pictures as they are meant to be seen: upright, in 8-bit sRGB, by the rules of pictures/decode.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def upright(picture: np.ndarray, exif: int) -> np.ndarray:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of ingest/decode.py.
+    """A loaded image of any mode as 8-bit sRGB: rules 3 to 5 of pictures/decode.py.
 
     Returns `image` itself where that is what it is.
     """

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.ingest.decode import Opened
-from pipelines.ingest.encode import ImageConfig, ResizeMode
+from pipelines.pictures.decode import Opened
+from pipelines.pictures.encode import ImageConfig, ResizeMode
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 resizer = pytest.importorskip("img2dataset.resizer")

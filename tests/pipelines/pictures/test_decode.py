@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipelines.ingest.decode import (
+from pipelines.pictures.decode import (
     FAILURE_CLASSES,
     DecodeError,
     Opened,
 )
-from pipelines.ingest.encode import ImageConfig, phash
-from pipelines.ingest.formats import READABLE
-from tests.pipelines.ingest.pictures import LOSSLESS, encoded, photo, pixels, png, store
+from pipelines.pictures.encode import ImageConfig, phash
+from pipelines.pictures.formats import READABLE
+from tests.pipelines.pictures.files import LOSSLESS, encoded, photo, pixels, png, store
 
 
 def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
@@ -275,8 +275,8 @@ import io, json, resource, sys, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
-from pipelines.ingest.decode import DecodeError, Opened
-from pipelines.ingest.encode import ImageConfig
+from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.encode import ImageConfig
 
 def found(data):
     try:

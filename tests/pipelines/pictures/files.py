@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.ingest.decode import (
+from pipelines.pictures.decode import (
     Opened,
     Stored,
 )
-from pipelines.ingest.encode import ImageConfig
+from pipelines.pictures.encode import ImageConfig
 
 LOSSLESS = ImageConfig(resize="no", format="png", reencode="always")
 

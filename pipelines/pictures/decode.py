@@ -1,4 +1,4 @@
-"""From downloaded bytes to a stored image: decoded, upright, sRGB; then as encode.py stores it.
+"""From the bytes of an image file to its picture: upright, in sRGB; and to what ingest stores of it.
 
 Rules (of plain RGB pixels the resized ones alone are converted and turned):
 
@@ -37,8 +37,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.colour import SIDEWAYS, from_profile, orientation, to_srgb, upright
-from pipelines.ingest.encode import (
+from pipelines.pictures.colour import SIDEWAYS, from_profile, orientation, to_srgb, upright
+from pipelines.pictures.encode import (
     MAX_SIDE,
     ImageConfig,
     bordered,
@@ -48,8 +48,8 @@ from pipelines.ingest.encode import (
     scale_of,
     scaled,
 )
-from pipelines.ingest.formats import READABLE, SNIFF_BYTES, image_format
-from pipelines.ingest.png import check_rows, settle_transparency
+from pipelines.pictures.formats import READABLE, SNIFF_BYTES, image_format
+from pipelines.pictures.png import check_rows, settle_transparency
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
@@ -67,6 +67,9 @@ _MAX_SCANS = 100  # ten are usual, optimisers make some more
 _JPEG_MARGIN = 1.2
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # by Pillow's mode
 _AS_IT_IS = ImageConfig(resize="no", reencode="always")
+
+LARGEST_PIXELS = 178_956_970
+"""Largest image that is decoded of those that are stored already: Pillow's own bound."""
 
 
 class DecodeError(Exception):
@@ -88,9 +91,12 @@ class Stored:
 
 
 class Opened:
-    """An image file whose header is sound: its upright size is known, pixels come with `store`."""
+    """An image file whose header is sound: its upright size is known.
 
-    def __init__(self, data: bytes, max_pixels: int) -> None:
+    Pixels come with `picture` or `store`. Raises DecodeError.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int = LARGEST_PIXELS) -> None:
         kind = image_format(data[:SNIFF_BYTES])
         if kind is None:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")

@@ -7,9 +7,9 @@ import struct
 import pytest
 from PIL import Image
 
-from pipelines.ingest.decode import DecodeError
-from pipelines.ingest.png import check_rows
-from tests.pipelines.ingest.pictures import encoded, photo, pixels, png, png_chunk
+from pipelines.pictures.decode import DecodeError
+from pipelines.pictures.png import check_rows
+from tests.pipelines.pictures.files import encoded, photo, pixels, png, png_chunk
 
 
 @pytest.mark.parametrize("interlaced", [0, 1])

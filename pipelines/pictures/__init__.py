@@ -1,0 +1,1 @@
+"""From the bytes of an image file to a picture, and back: whatever the file, by one set of rules."""
