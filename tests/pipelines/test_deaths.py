@@ -98,7 +98,7 @@ def test_images_that_kill_are_rows_and_cost_no_other(ray_local, by_value, pictur
     rows = {r["name"]: r for r in read_rows(parquet_files(str(table.folder)),
                                             ["name", "status", "error", "mean"])}  # fmt: skip
     assert len(rows) == 13
-    assert table.counts() == {"ok": 10, "decode:corrupt": 1, "mean:failed": 2}
+    assert table.counts() == {"ok": 10, "decode:not_an_image": 1, "mean:failed": 2}
     for number in range(12):
         row = rows[f"{number:02d}.png"]
         if number in (3, 4):
@@ -119,7 +119,7 @@ def test_a_decoder_that_crashes_costs_its_image(
 ):
     monkeypatch.setattr(selection, "ReadImages", ReadOrDie)
     table = means(pictures, tmp_path / "means", -1)
-    assert table.counts() == {"ok": 10, "decode:corrupt": 1, "decode:crashed": 2}
+    assert table.counts() == {"ok": 10, "decode:not_an_image": 1, "decode:crashed": 2}
 
 
 @pytest.mark.end_to_end
@@ -151,7 +151,7 @@ def test_a_pool_grows_to_its_most_while_work_waits(
 ):
     monkeypatch.setattr(sys.modules[__name__], "Mean", Slow)
     table = means(pictures, tmp_path / "means", -1, num_actors=(1, 2), rows_per_chunk=1)
-    assert table.counts() == {"ok": 12, "decode:corrupt": 1}
+    assert table.counts() == {"ok": 12, "decode:not_an_image": 1}
     assert len(set((tmp_path / "deaths").read_text().split())) == 2
     assert re.search(r"actors busy \d+%", capfd.readouterr().err)
 
