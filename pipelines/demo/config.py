@@ -16,7 +16,7 @@ LOGICAL_CPUS = 4
 _FEWER_STOPS = {"eval_every": 250, "eval_rows": 256, "checkpoint_every": 250}
 FULL: dict[str, dict[str, float]] = {
     "stage1": {
-        # With 600 one seed in two mixed up the colours of pairs that it never saw (docs/method.md).
+        # With 600 two runs of four mixed up the colours of pairs that they never saw (docs/method.md).
         "steps": 1_200,
         "learning_rate": 3e-3,
         "pretrained_rate": 0.2,
