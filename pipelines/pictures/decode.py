@@ -121,6 +121,12 @@ class Opened:
         sideways = self.orientation in SIDEWAYS
         self.width, self.height = (height, width) if sideways else (width, height)
 
+    @property
+    def is_animated(self) -> bool:
+        """Whether frames or pages follow the first. Raises DecodeError where one is damaged."""
+        with _failures():  # some formats walk through all of them
+            return getattr(self.image, "n_frames", 1) > 1
+
     def store(self, config: ImageConfig) -> Stored:
         """Decode, resize and encode. Raises DecodeError for a damaged file."""
         with _failures():
@@ -181,7 +187,7 @@ class Opened:
             and picture is pixels
             and pixels.shape[:2] == (self.height, self.width)
             and (self.kind != "PNG" or self.data[_PNG_DEPTH] == 8)
-            and getattr(image, "n_frames", 1) == 1  # some formats walk through all of them
+            and not self.is_animated
         )
         untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
         return picture, untouched
@@ -192,14 +198,16 @@ class Opened:
         None of other colours, and where the decoder has a doubt that says little: the other one is
         more lenient, and judges. Raises DecodeError where pixels are lacking, which that one fills.
         """
+        colours = _JPEG_COLOURS.get(self.image.mode)
+        if colours is None:
+            return None
         width, height = self.image.size
         needed = _JPEG_MARGIN * scale_of((width, height), config) if config.resize != "no" else 1.0
-        colours = _JPEG_COLOURS.get(self.image.mode)
         if colours != "RGB":
-            needed = 0  # only read
+            needed = 0  # of these it is only asked whether they are whole
         shrink = max((by for by in (1, 2, 4, 8) if by * needed <= 1), default=1)
         try:
-            if colours is None or simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
+            if simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
                 return None
             pixels = simplejpeg.decode_jpeg(
                 self.data, colours, min_height=-(-height // shrink), min_width=-(-width // shrink)

@@ -108,10 +108,6 @@ def compare_words(caption: str, target: str | None) -> Html:
     return join(parts[:-1])
 
 
-def _moves(image: Image.Image) -> bool:
-    return getattr(image, "n_frames", 1) > 1
-
-
 def _picture(content: bytes | None, name: str, description: str) -> Html:
     shown = embedded(content, description) if content else tag("span", f"no {name}", class_="none")
     return tag("figure", shown, tag("figcaption", name))
@@ -123,9 +119,9 @@ def embedded(content: bytes, description: str) -> Html:
     """
     try:
         opened = Opened(content)
-        image, kind = opened.image, opened.image.format or ""
+        image, kind = opened.image, opened.kind
         small = max(image.size) <= LARGEST and len(content) <= HEAVIEST
-        if kind not in BROWSERS or not small or opened.orientation != 1 or _moves(image):
+        if kind not in BROWSERS or not small or opened.orientation != 1 or opened.is_animated:
             image = Image.fromarray(opened.picture())
             image.thumbnail((LARGEST, LARGEST))
             smaller = io.BytesIO()

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.pictures.decode import (
-    Opened,
-    Stored,
-)
+from pipelines.pictures.decode import Opened, Stored
 from pipelines.pictures.encode import ImageConfig
 
 LOSSLESS = ImageConfig(resize="no", format="png", reencode="always")

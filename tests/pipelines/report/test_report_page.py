@@ -212,6 +212,16 @@ def test_bytes_that_are_no_picture_leave_a_note(parse):
         assert "decode:corrupt" in document.text
 
 
+def test_a_damaged_further_frame_is_no_end_of_the_page(parse):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    moving = io.BytesIO()
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    content = moving.getvalue()
+    for end in range(40, len(content)):  # wherever it was cut
+        shown = parse(gallery([GalleryItem(1, content[:end], None, None, None, "ok")]))
+        assert shown.all("img") or "not readable" in shown.text
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("TIFF", "CMYK"), ("JPEG", "RGB"), ("PNG", "RGBA")])
 def test_large_and_foreign_pictures_become_small_jpegs(parse, kind, mode):
     buffer = io.BytesIO()
