@@ -38,6 +38,7 @@ class Variant:
     num_queries: int = NUM_QUERIES
     bottleneck: bool = True
     trainable: Trainable = "projector+llm"
+    pretrained_rate: float = 1.0  # in stage 2: of LLM and encoder, as a share of the projector's
 
     @property
     def encoder(self) -> str:
@@ -51,11 +52,23 @@ class Variant:
             f"model.projector_seed={seed}",
         ]
 
+    def stage2_settings(self) -> list[str]:
+        return [
+            f"train.trainable={self.trainable}",
+            f"train.pretrained_rate={self.pretrained_rate}",
+        ]
+
 
 VARIANTS = (
     Variant("projector only", trainable="projector"),
     Variant("projector + LLM"),
     Variant("projector + LLM + encoder", trainable="projector+llm+encoder"),
+    Variant("projector + LLM, at a tenth", pretrained_rate=0.1),
+    Variant(
+        "projector + LLM + encoder, at a tenth",
+        trainable="projector+llm+encoder",
+        pretrained_rate=0.1,
+    ),
     *(Variant(f"{n} queries", num_queries=n) for n in (NUM_QUERIES // 2, NUM_QUERIES // 4)),
     Variant("bottleneck removed", bottleneck=False),
 )
@@ -114,12 +127,12 @@ def measure(demo: Demo, test: TestScenes, variant: Variant, seed: int) -> dict[s
     from vlv_model.autoencoder import VLVAutoEncoder
 
     encoder = demo.folder / "encoders" / variant.encoder
-    captioner = demo.folder / "captioners" / variant.name.replace(" ", "-")
+    captioner = demo.folder / "captioners" / variant.name.replace(",", "").replace(" ", "-")
     captions = demo.folder / "captions" / captioner.name
     model = variant.model_settings(seed)
     demo.stage1(f"encoders/{encoder.name}", *model)
-    trainable = f"train.trainable={variant.trainable}"
-    demo.stage2(f"captioners/{captioner.name}", encoder, trainable, *model)
+    stage2 = variant.stage2_settings()
+    demo.stage2(f"captioners/{captioner.name}", encoder, *stage2, *model)
     demo.recaption(f"captions/{captions.name}", captioner)
     autoencoder = VLVAutoEncoder.from_pretrained(*ModelSettings(path=str(encoder)).resolve())
     scores: dict[str, Any] = caption_scores(test, captions)

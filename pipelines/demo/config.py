@@ -39,7 +39,7 @@ class DemoConfig(Config):
     )
     full: bool = Field(
         False,
-        description="train stage 1 from the pretrained parts, on five times the scenes (about 20 "
+        description="train stage 1 from the pretrained parts, on five times the scenes (about 15 "
         "minutes on two idle cores), rather than from the shipped stage-1 weights",
     )
     scenes: int | None = Field(
