@@ -49,6 +49,8 @@ def _local(path: str) -> Path:
         raise ValueError("it is empty: give a path")
     if is_url(path):
         raise ValueError(f"'{path}' is a URL: give a path on a disk that all machines share")
+    if path != path.encode("utf-8", "replace").decode():
+        raise ValueError(f"{path!a} is not UTF-8, which a table could not hold: rename it")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

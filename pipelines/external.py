@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipelines.config import is_url
 from pipelines.places import is_folder, open_parquet, patiently, place, readable
-from pipelines.schemas import IMAGE_STRUCT
+from pipelines.schemas import IMAGE_STRUCT, OK, key_of
 from vlv_model.errors import DataError
 
 LISTED_ROW = pa.schema(
@@ -37,12 +37,34 @@ LISTED_ROW = pa.schema(
 PLACE = ["offset", "size", "group", "row"]
 COLUMN = b"image_column"
 
-DAMAGED, UNNAMED = -1, -2
-"""Sizes that stand for what cannot be read: the rest of a shard, a file whose name is not UTF-8."""
+DAMAGED, UNNAMED, ASTRAY = -1, -2, -3
+"""Sizes that stand for what cannot be read: the rest of a shard, a file whose name is not UTF-8, a
+link to what is not in its shard."""
 
 LARGEST = 512 << 20  # bytes; a larger "image" is not read into memory
 _WHOLE = 64 << 20  # bytes of a row group's images up to which it is read at once
 _BATCH = 16  # rows that are read at a time of a larger one
+
+
+def listed_row(
+    name: str, path: str, offset: int | None, size: int | None, key: int | None = None
+) -> dict[str, Any]:
+    """A row of a listing, of an image in a file or a shard; the key is the name's unless given."""
+    return {
+        "key": key_of(name) if key is None else key,
+        "name": name,
+        "image": {"bytes": None, "path": path},
+        "offset": offset,
+        "size": size,
+        "group": None,
+        "row": None,
+        "status": OK,
+    }
+
+
+def as_utf8(name: str) -> str:
+    """The name without what UTF-8 does not have."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class UndecodableImage(DataError):
@@ -75,7 +97,10 @@ class ExternalImages:
             with self._lock:
                 return self._parquet(path, row["group"], row["row"])
         if row["size"] == DAMAGED:
-            raise UndecodableImage(f"{path} is damaged from byte {row['offset']} on", "shard")
+            why = f"{path} is damaged from byte {row['offset']} on, or cut, or another archive follows"
+            raise UndecodableImage(why, "shard")
+        if row["size"] == ASTRAY:
+            raise UndecodableImage(f"a link to what is not in {path}", "unreadable")
         if row["size"] == UNNAMED:
             raise UndecodableImage(f"{path}: its name is not UTF-8: rename it", "unreadable")
         if row["size"] is not None and row["size"] > LARGEST:
@@ -104,21 +129,22 @@ class ExternalImages:
         value = self._batch[row - self._start].as_py()
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
-                return self._named(value["path"], path)
+                return named_file(value["path"], place(path))
             value = value.get("bytes")
         return value if value is None else bytes(value)
 
-    def _named(self, name: str, parquet: str) -> bytes:
-        """The file that a struct names, which has to lie in the Parquet file's folder."""
-        # A table from elsewhere must not have other files of this machine read.
-        if is_url(name) or name.startswith("/") or ".." in name.split("/"):
-            raise UndecodableImage(f"the image at '{name}' is not in the table's folder", "outside")
-        file = place(parquet).parent / name
-        try:
-            return _bytes(file, 0, None)
-        except OSError as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UndecodableImage(f"{file} cannot be read: {reason}", "unreadable") from None
+
+def named_file(name: str, parquet: Path) -> bytes:
+    """The file that a struct without bytes names, which has to lie in the Parquet file's folder."""
+    # A table from elsewhere must not have other files of this machine read.
+    if is_url(name) or name.startswith("/") or ".." in name.split("/"):
+        raise UndecodableImage(f"the image at '{name}' is not in the table's folder", "outside")
+    file = parquet.parent / name
+    try:
+        return _bytes(file, 0, None)
+    except OSError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UndecodableImage(f"{file} cannot be read: {reason}", "unreadable") from None
 
 
 def _bytes(file: Path, offset: int, size: int | None) -> bytes:

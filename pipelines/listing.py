@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.config import is_url
-from pipelines.external import COLUMN, DAMAGED, LISTED_ROW, UNNAMED
+from pipelines.external import COLUMN, LISTED_ROW, UNNAMED, as_utf8, listed_row
 from pipelines.locks import exclusive
 from pipelines.places import (
     files_below,
@@ -39,12 +36,13 @@ from pipelines.places import (
 )
 from pipelines.predicate import Where, small_columns
 from pipelines.schemas import OK, key_of, url_key
+from pipelines.shards import members
 from pipelines.sources import (
-    IMAGES,
     Source,
     find_source,
     image_column_of,
     image_columns,
+    is_image,
     is_integer,
     walk,
 )
@@ -85,7 +83,7 @@ def list_images(
         if there is None or there["asked"] != asked or there["files"] != about["files"]:
             if Table(output).exists:
                 return _listed(output), about  # refused by whoever compares what they are of
-            _write(output, source, key_column, where)
+            _write(output, source, path, key_column, where)
             write_atomically(made_of, json.dumps({"asked": asked, **about}))
     return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
 
@@ -95,13 +93,17 @@ def _listed(output: Path) -> list[Path]:
 
 
 def _digest(source: Source) -> str | None:
+    if source.layout == "folder":
+        return None
     digest = hashlib.sha256()
     for file in source.files:
         digest.update(f"{_below(file, source.root)} {file.stat().st_size}\n".encode())
     return digest.hexdigest()[:16] if source.files else None
 
 
-def _write(output: Path, source: Source, key_column: str | None, where: str | None) -> None:
+def _write(
+    output: Path, source: Source, path: str, key_column: str | None, where: str | None
+) -> None:
     remove_folder(output / FOLDER)
     if not is_url(output):
         (output / FOLDER).mkdir(parents=True)
@@ -128,7 +130,7 @@ def _write(output: Path, source: Source, key_column: str | None, where: str | No
         flush()
     if not rows:
         what = f"no row for which {where}" if where is not None else "no image"
-        raise DataError(f"data.input={source.root} has {what}")
+        raise DataError(f"data.input={path} has {what}")
 
 
 def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterator[pa.Table]:
@@ -138,12 +140,15 @@ def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterat
         return
     if source.layout == "tar":
         with ThreadPoolExecutor(_SHARDS) as readers:
-            listed = partial(_members, root=source.root)
+
+            def listed(shard: Path) -> pa.Table:
+                return _table(members(shard, _below(shard, source.root)))
+
             for first in range(0, len(source.files), _SHARDS):
                 shards = readers.map(listed, source.files[first : first + _SHARDS])
                 yield from (_kept(table, where) for table in shards)
         return
-    files = _image_files(source.root)
+    files = _image_files(source)
     while batch := list(islice(files, 16_384)):
         yield _kept(_table(batch), where)
 
@@ -213,67 +218,26 @@ def _key(value: Any, column: str | None) -> int:
     return url_key(value) if column in ("url", "URL") else key_of(str(value))
 
 
-def _members(shard: Path, root: Path) -> pa.Table:
-    """The images of a tar shard. One that is damaged gives its sound part, and a row that says so."""
-    below, path = _below(shard, root), str(shard)
-    rows: list[dict[str, Any]] = []
-    taken: set[str] = set()
-    try:
-        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            end, total = 0, shard.stat().st_size
-            try:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all
-                    end = member.offset_data + member.size
-                    if not member.isreg() or Path(member.name).suffix.lower() not in IMAGES:
-                        continue
-                    name = f"{below}/{_text(member.name)}"
-                    name = f"{name}@{member.offset}" if name in taken else name
-                    taken.add(name)
-                    size = member.size if end <= total else DAMAGED
-                    rows.append(_row(name, path, member.offset_data, size))
-                stream.seek(end + -end % tarfile.BLOCKSIZE)
-                whole = not any(stream.read(tarfile.BLOCKSIZE))
-            except tarfile.TarError:
-                whole = False
-            if not whole:
-                rows.append(_row(f"{below} from byte {end}", path, end, DAMAGED))
-    except tarfile.TarError as error:
-        rows.append(_row(f"{below} ({error})", path, 0, DAMAGED))
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read: {error}") from None
-    return _table(rows)
+def _image_files(source: Source) -> Iterator[dict[str, Any]]:
+    root = source.root
+    if source.files:
+        yield from (_file_row(file.parent, file.name, None, root) for file in source.files)
+    elif is_file(root):
+        yield listed_row(root.name, str(root), None, None)
+    else:
+        for inside, names in walk(root):
+            for name, size in names:
+                if is_image(name):
+                    yield _file_row(inside, name, size, root)
 
 
-def _image_files(root: Path) -> Iterator[dict[str, Any]]:
-    if is_file(root):
-        yield _row(root.name, str(root), None, None)
-        return
-    for inside, names in walk(root):
-        below = _below(inside, root)
-        for name, size in names:
-            if os.path.splitext(name)[1].lower() not in IMAGES:
-                continue
-            address = f"{below}/{name}" if below else name
-            text = _text(address)
-            if text != address:  # no string of Arrow holds it, and so no row could find it
-                size = UNNAMED
-            yield _row(text, _text(str(inside / name)), None, size, key_of(address))
-
-
-def _row(
-    name: str, path: str, offset: int | None, size: int | None, key: int | None = None
-) -> dict[str, Any]:
-    return {
-        "key": key_of(name) if key is None else key,
-        "name": name,
-        "image": {"bytes": None, "path": path},
-        "offset": offset,
-        "size": size,
-        "group": None,
-        "row": None,
-        "status": OK,
-    }
+def _file_row(inside: Path, name: str, size: int | None, root: Path) -> dict[str, Any]:
+    below = _below(inside, root)
+    address = f"{below}/{name}" if below else name
+    text = as_utf8(address)
+    if text != address:  # no string of Arrow holds it, and so no row could find it
+        size = UNNAMED
+    return listed_row(text, as_utf8(str(inside / name)), None, size, key_of(address))
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -283,8 +247,3 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 def _below(path: Path, root: Path) -> str:
     """The path below `root`, with slashes; empty for the root itself."""
     return "/".join(path.parts[len(root.parts) :])
-
-
-def _text(name: str) -> str:
-    """The name without what UTF-8 does not have."""
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -42,6 +42,7 @@ _ANSWERS = (
     VLVError, ValueError, TypeError, AttributeError, LookupError,
 )  # fmt: skip
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
+_WILDCARD = re.compile(r"[*?[]")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_whole` names
 
 
@@ -155,12 +156,30 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def matching(pattern: str) -> list[Path]:
-    """The files that a glob pattern names, sorted."""
+    """The files that a glob pattern names, sorted.
+
+    A wildcard matches no folder whose name begins with an underscore or a dot: plans, commits and
+    runs of a table of ours are no data, though they are Parquet, too.
+    """
+    found: Iterable[Path]
     if not is_url(pattern):
-        return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    root = place(pattern.partition("*")[0].rpartition("/")[0])
-    below = pattern[len(str(root).rstrip("/")) + 1 :]
-    return sorted(_matching(root, below.split("/")), key=str)
+        found = (Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    else:
+        root = place(_WILDCARD.split(pattern)[0].rpartition("/")[0])
+        below = pattern[len(str(root).rstrip("/")) + 1 :]
+        found = _matching(root, below.split("/"))
+    return sorted((file for file in found if _is_meant(file, pattern)), key=str)
+
+
+def _is_meant(file: Path, pattern: str) -> bool:
+    """Whether a pattern matched a file by no wildcard for what is hidden."""
+    named = set(pattern.split("/"))
+    *folders, name = str(file).split("/")
+    hidden = [folder for folder in folders if folder.startswith((".", "_"))]
+    hidden += (
+        [name] if name.startswith(".") and not pattern.rpartition("/")[2].startswith(".") else []
+    )
+    return named.issuperset(hidden)
 
 
 def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:

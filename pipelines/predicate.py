@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,21 +49,30 @@ class Where:
         if self._connection is None:
             # A condition has no business with files, and threads are the callers' matter.
             options: dict[str, Any] = {"enable_external_access": "false", "threads": "1"}
+            # Nor with the rows as a whole, of which some alone are here: it sees no table.
+            options["python_enable_replacements"] = "false"
             self._connection = duckdb.connect(":memory:", config=options)
-        numbered = rows.append_column("_row", pa.array(np.arange(rows.num_rows), pa.int64()))
-        query = f"select _row from rows where (\n{self.condition}\n)"
-        self._connection.register("rows", numbered)
+        known = _told_apart(rows.column_names)
+        number = "_row" + "_" * max(map(len, known), default=0)  # a name that no column has
+        numbers = pa.array(np.arange(rows.num_rows), pa.int64())
+        numbered = rows.select(known).append_column(number, numbers)
         try:
-            found = self._connection.execute(query).fetchnumpy()["_row"]
+            # As one expression, not as text in a query, which could end the condition and go on.
+            condition = duckdb.SQLExpression(self.condition)
+            relation = self._connection.from_arrow(numbered).filter(condition)
+            found = relation.select(duckdb.ColumnExpression(number)).fetchnumpy()[number]
         except duckdb.Error as error:
             reason = str(error).partition("\n")[0]
-            known = ", ".join(rows.column_names)
             raise ConfigError(
                 f"{self.setting}={self.condition!r} is no condition on these rows ({reason}); "
-                f"columns: {known}"
+                f"columns: {', '.join(known)}"
             ) from None
-        finally:
-            self._connection.unregister("rows")
         mask = np.zeros(rows.num_rows, bool)
         mask[np.asarray(found, np.int64)] = True
         return mask
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Those that SQL tells apart: to it `url` and `URL` are one, and it would take either."""
+    spelt = Counter(name.lower() for name in names)
+    return [name for name in names if spelt[name.lower()] == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -97,6 +98,81 @@ def test_what_is_there_is_said_where_nothing_is_an_image(tmp_path: Path) -> None
         read(tmp_path / "in", tmp_path / "out")
 
 
+def test_formats_that_are_decoded_are_found_by_their_suffixes(tmp_path: Path) -> None:
+    for suffix in ("pgm", "ico", "J2K"):
+        kind = {"pgm": "PPM", "J2K": "JPEG2000"}.get(suffix, suffix.upper())
+        Image.new("L", (24, 24), 9).save(tmp_path / f"a.{suffix}", kind)
+    assert [row["status"] for row in read(tmp_path, tmp_path / "out")] == ["ok"] * 3
+
+
+def test_links_to_folders_lose_no_image(folder: Path, tmp_path: Path) -> None:
+    whole = read(folder, tmp_path / "out")
+    (folder / "again").symlink_to("a")
+    (folder / "a/up").symlink_to("..")
+    assert read(folder, tmp_path / "links") == whole
+    (tmp_path / "others").mkdir()
+    (folder / "more").symlink_to(tmp_path / "others")
+    with pytest.raises(DataError, match=r"more is a link to .*/others, and links .* not followed"):
+        read(folder, tmp_path / "outside")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match="images/b cannot be read: Permission denied"):
+        read(folder, tmp_path / "out")
+
+
+def test_a_glob_names_files(folder: Path, tmp_path: Path) -> None:
+    rows = read(f"{folder}/*/*.png", tmp_path / "out")
+    assert [(row["name"], row["status"]) for row in rows] == [
+        ("a/photo.png", "ok"), ("b/photo.png", "ok")
+    ]  # fmt: skip
+    assert [row["key"] for row in rows] == [key_of(row["name"]) for row in rows]
+    assert read(f"{folder}/*/*.png", tmp_path / "out") == rows
+    with pytest.raises(DataError, match="does not exist"):
+        read(f"{folder}/*.bmp", tmp_path / "none")
+
+
+def test_what_is_ours_below_is_no_data(folder: Path, tmp_path: Path) -> None:
+    """A job may write beside its images; its table has images, too, where it joins them."""
+    first = read(folder, tmp_path / "out")
+    images = pa.array([{"bytes": png("red"), "path": "a"}], external.IMAGE_STRUCT)
+    for number in range(2):
+        inside = folder / f"captions{number}"
+        (inside / "data").mkdir(parents=True)
+        (inside / "_table.json").write_text("{}")
+        pq.write_table(pa.table({"key": [1], "image": images}), inside / "data/part-0.parquet")
+    assert read(folder, tmp_path / "again") == first
+    for inside in ("a", "b"):
+        shutil.rmtree(folder / inside)
+    for file in folder.glob("*.*"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"holds tables of ours \(captions0, …\): name one"):
+        read(folder, tmp_path / "tables")
+
+
+def test_a_mixture_of_kinds_loses_none_in_silence(folder: Path, tmp_path: Path) -> None:
+    shard(folder / "0.tar", {"a.png": png("red")})
+    with pytest.raises(DataError, match=r"\.tar shards and other images .*\*\*/\*\.tar'"):
+        read(folder, tmp_path / "out")
+    assert len(read(f"{folder}/**/*.tar", tmp_path / "tars")) == 1
+    assert len(read(f"{folder}/**/*.[pj]*g", tmp_path / "files")) == 3
+    (tmp_path / "packed").mkdir()
+    shutil.move(folder / "0.tar", tmp_path / "packed")
+    (tmp_path / "packed/1.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"1\.tar\.gz"):
+        read(tmp_path / "packed", tmp_path / "gz")
+
+
 def test_a_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
     first = read(folder, tmp_path / "out")
     (folder / "new.png").write_bytes(png("red"))
@@ -145,6 +221,41 @@ def test_img2datasets_parquet_is_read(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == [f"HTTP://h.org/{c}" for c in sorted(COLOURS)]
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_bytes_of_every_type_are_images(kind: pa.DataType, tmp_path: Path) -> None:
+    fields = [("bytes", kind), ("path", pa.string())]
+    values = [{"bytes": png("red"), "path": "a"}, None, {"bytes": b"", "path": "b"}]
+    structs = pa.array(values, pa.struct(fields))
+    pq.write_table(pa.table({"picture": structs}), tmp_path / "struct.parquet")
+    rows = read(tmp_path / "struct.parquet", tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "decode:no_image", "decode:no_image"]
+    bare = pa.array([png("red"), None], kind)
+    pq.write_table(pa.table({"picture": bare}), tmp_path / "bare.parquet")
+    rows = read(tmp_path / "bare.parquet", tmp_path / "more")
+    assert [row["status"] for row in rows] == ["ok", "decode:no_image"]
+
+
+def test_an_image_column_without_bytes_is_refused(tmp_path: Path) -> None:
+    """Also beside a key, where the rest is as in a table of ours."""
+    struct = {"bytes": png("red"), "path": "a"}
+    for number, values in enumerate((["a.png"], [[struct]])):
+        file = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"key": [1], "image": values}), file)
+        with pytest.raises(DataError, match=r"no image column .* key \(int64\), image \("):
+            read(file, tmp_path / "out")
+
+
+def test_parquet_that_is_no_data_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "in/_plan").mkdir(parents=True)
+    pq.write_table(pa.table({"image": [png("red")]}), tmp_path / "in/a.parquet")
+    for name in ("_metadata.parquet", "_plan/rows-0000.parquet"):
+        pq.write_table(pa.table({"key": [1]}), tmp_path / "in" / name)
+    (row,) = read(tmp_path / "in", tmp_path / "out")
+    assert row["name"] == "a.parquet#0"
+    (again,) = read(f"{tmp_path}/in/**/*.parquet", tmp_path / "glob")
+    assert again == row
+
+
 def test_a_row_group_that_is_large_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +296,12 @@ def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Pa
     pq.write_table(pa.table({"image": image}), tmp_path / "in/t.parquet")
     states = {row["name"]: row["status"] for row in read(tmp_path / "in", tmp_path / "out")}
     assert states == dict.fromkeys(names, "decode:outside") | {"own.png": "ok"}
+    # Where a key makes it a table of our layout, too.
+    pq.write_table(
+        pa.table({"key": range(4), "name": names, "image": image}), tmp_path / "in/t.parquet"
+    )
+    keyed = {row["name"]: row["status"] for row in read(tmp_path / "in", tmp_path / "keyed")}
+    assert keyed == states
 
 
 def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
@@ -240,6 +357,13 @@ def test_a_damaged_shard_gives_what_is_sound_and_says_so(shards: Path, tmp_path:
     states = [row["status"] for row in rows]
     assert sorted(states) == ["decode:shard", "decode:shard", "ok"]
     assert "damaged from byte" in next(r["error"] for r in rows if r["status"] != "ok")
+
+
+def test_a_shard_that_is_compressed_is_refused(shards: Path, tmp_path: Path) -> None:
+    packed = gzip.compress((shards / "00000.tar").read_bytes())
+    (shards / "00000.tar").write_bytes(packed)
+    with pytest.raises(DataError, match=r"00000.tar is compressed \(gzip\): unpack it"):
+        read(shards, tmp_path / "out")
 
 
 def test_changed_shards_are_another_run(shards: Path, tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_files_are_written_and_read_alike(folder: Path) -> None:
         assert parquet.read_row_group(1)["key"].to_pylist() == [3]
     assert [p.name for p in matching(f"{folder}/*.parquet")] == ["x.parquet"]
     assert [p.name for p in matching(f"{str(folder)[:-1]}*/x.*")] == ["x.json", "x.parquet"]
+    for hidden in ("_plan/rows.parquet", "c/_runs/1/y.parquet", ".git/z.parquet", "c/.w.parquet"):
+        (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / hidden, b"")
+    assert [p.name for p in matching(f"{folder}/**/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching(f"{folder}/*/*.parquet")] == []
+    assert [p.name for p in matching(f"{folder}/_plan/*.parquet")] == ["rows.parquet"]
+    for hidden in ("_plan", "c", ".git"):
+        remove_folder(folder / hidden)
     assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.parquet"]
     remove_folder(folder)
     assert not folder.exists()
