@@ -34,7 +34,8 @@ from pipelines.config import build
 from pipelines.ingest import dataset
 from pipelines.ingest.fetch import image_rows
 from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.metadata import input_files, read_batches
+from pipelines.ingest.list_files import input_files
+from pipelines.ingest.metadata import read_batches
 from pipelines.ingest.plan import Plan, passing
 
 ROWS = (100_000, 1_000_000, 10_000_000)

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets
-from pipelines.ingest.metadata import as_text, fingerprint, input_bytes, our_columns
+from pipelines.ingest.list_files import fingerprint, input_bytes
+from pipelines.ingest.metadata import as_text, our_columns
 from pipelines.ingest.readers import read_parquet
 from pipelines.locks import exclusive
 from pipelines.places import (

@@ -159,11 +159,12 @@ def matching(pattern: str) -> list[Path]:
     """The files that a glob pattern names, sorted.
 
     A wildcard matches no folder whose name begins with an underscore or a dot: plans, commits and
-    runs of a table of ours are no data, though they are Parquet, too.
+    runs of a table of ours are no data, though they are Parquet, too. Links that lead nowhere are
+    among the files.
     """
     found: Iterable[Path]
     if not is_url(pattern):
-        found = (Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+        found = (Path(p) for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p))
     else:
         root = place(_WILDCARD.split(pattern)[0].rpartition("/")[0])
         below = pattern[len(str(root).rstrip("/")) + 1 :]

@@ -31,7 +31,7 @@ from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.metadata import fingerprint, input_files
+from pipelines.ingest.list_files import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run

@@ -7,10 +7,8 @@ row groups whose statistics rule out every row only those that are needed to cou
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, check_columns, none_passes
-from pipelines.ingest.readers import SUFFIXES, format_of, read_parquet, read_tables
-from pipelines.places import files_below, is_file, is_folder, matching, place
+from pipelines.ingest.readers import format_of, read_parquet, read_tables
 from pipelines.schemas import METADATA_ROW, PROVENANCE, require_columns
 from pipelines.storage import read_schema
 from vlv_model.errors import ConfigError, DataError
@@ -46,76 +43,30 @@ _TYPES = {name: METADATA_ROW.field(name).type for name in METADATA_ROW.names} | 
 }
 
 
-# --------------------------------------------------------------------------------------- input
-
-
-def input_files(path: str) -> list[Path]:
-    """The metadata files behind `data.input`: a file, a folder's, or those that a glob matches.
-
-    Raises DataError where there are none.
-    """
-    where = place(path)
-    if is_file(where):
-        return [where]
-    if folder := is_folder(where):
-        found = (p for p in files_below(where) if p.name[0] not in "._")
-        files = [p for p in found if format_of(p) in SUFFIXES]
-    else:
-        files = matching(path)
-    if not files:
-        what = "holds no metadata" if folder else "does not exist"
-        shown = path if len(path) <= 200 else f"{path[:200]}…"
-        raise DataError(f"data.input={shown} {what}: expected {', '.join(SUFFIXES)} files")
-    return files
-
-
-def input_bytes(files: Iterable[Path]) -> int:
-    """Size of the files together, compressed or not."""
-    return sum(file.stat().st_size for file in files)
-
-
-def fingerprint(files: Sequence[Path]) -> dict[str, str]:
-    """What tells one list from another: per file its size and a digest of its two ends.
-
-    Files go by their path in the folder that they have in common, so a moved list is the same.
-    Raises DataError for a file that cannot be opened.
-    """
-    common = os.path.commonpath([str(file.parent) for file in files])
-    prints = {}
-    for file in files:
-        end = 1 << 16
-        try:
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(0)
-                head = stream.read(end)
-                stream.seek(max(0, size - end))
-                digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from None
-        prints[str(file)[len(common) :].lstrip("/")] = f"{size} bytes, {digest}"
-    return prints
-
-
 def our_columns(schema: pa.Schema, extra: Mapping[str, str], where: str) -> dict[str, str]:
     """Which of a file's columns is which of ours: {our name: the file's name}.
 
     `extra` (`data.columns`: {the file's name: our name}) goes before the table of spellings.
-    Raises ConfigError for a name that is not ours, DataError for one that the file has not.
+    Raises ConfigError for a name that is not ours, DataError for one that the file has not, and
+    for two columns that differ by case alone.
     """
     if unknown := sorted(set(extra.values()) - set(COLUMN_NAMES)):
         raise ConfigError(
             f"data.columns: '{unknown[0]}' is no column of ours; they are {', '.join(COLUMN_NAMES)}"
         )
     require_columns(schema, list(extra), f"{where} (data.columns)")
-    by_lower: dict[str, str] = {}
+    by_lower: dict[str, list[str]] = {}
     for name in schema.names:
-        by_lower.setdefault(name.lower(), name)
-    found = {}
+        by_lower.setdefault(name.strip().lower(), []).append(name)
+    found = {ours: theirs for theirs, ours in extra.items()}
     for ours, spellings in COLUMN_NAMES.items():
-        if theirs := next((by_lower[name] for name in spellings if name in by_lower), None):
-            found[ours] = theirs
-    return found | {ours: theirs for theirs, ours in extra.items()}
+        theirs = next((by_lower[name] for name in spellings if name in by_lower), [])
+        if ours not in found and len(theirs) > 1:
+            several = " and ".join(map(repr, theirs))
+            raise DataError(f"{where} has {several}: say which is {ours} in data.columns")
+        if theirs:
+            found.setdefault(ours, theirs[0])
+    return found
 
 
 def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) -> Iterator[pa.Table]:
@@ -133,7 +84,8 @@ def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) ->
         choose = partial(_columns_to_read, schema=schema, found=found, filters=filters, file=file)
         tables = read_parquet(file, choose)
     for batch in tables or read_tables(file):
-        found = found or _our_columns(batch.schema, extra, filters, file)
+        if tables is None:  # lines of JSON may have columns that those before them had not
+            found = _our_columns(batch.schema, extra, filters, file) | found
         known = {ours: theirs for ours, theirs in found.items() if theirs in batch.column_names}
         yield pa.table(
             {ours: _cast(batch[theirs], ours, theirs, file) for ours, theirs in known.items()}
@@ -174,7 +126,8 @@ def _columns_to_read(
     for ours in ruling:
         theirs = found[ours]
         kind, about = schema.field(theirs).type, known.get(theirs)
-        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        # Of float16, Arrow gives the bounds as bytes.
+        is_number = pa.types.is_integer(kind) or kind in (pa.float32(), pa.float64())
         # Some writers give NaN for a bound, which bounds nothing.
         if is_number and about and about.has_min_max and about.min <= about.max:
             for bound, value in ((least, about.min), (greatest, about.max)):
@@ -195,22 +148,40 @@ def _none_is_blank(urls: pq.Statistics | None) -> bool:
 
 
 def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if ours in PROVENANCE.names and not _is_text(column.type):
         # A licence's number says as much as its name; other lists mean other things by the name.
         values = column.to_pylist()
-        texts = [None if value is None else json.dumps(value, default=str) for value in values]
+        texts = [
+            None if value is None or value != value else json.dumps(value, default=str)
+            for value in values
+        ]
         return pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_string(_TYPES[ours]):
         return as_text(column, f"{file}: column '{theirs}'")
-    if pa.types.is_string(column.type):
-        column = pc.if_else(pc.equal(column, ""), None, column)
     try:
-        return column.cast(_TYPES[ours], safe=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return _numbers(column, _TYPES[ours], f"{file}: column '{theirs}'")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(
-            f"{file}: column '{theirs}' is {column.type} and cannot be read as {_TYPES[ours]}; "
-            "rename it, or map another one in data.columns"
+            f"{file}: column '{theirs}' is {column.type} and cannot be read as {_TYPES[ours]} "
+            f"({str(error)[:120]}); rename it, or map another one in data.columns"
         ) from None
+
+
+def _numbers(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:
+    """Numbers, also such as are written as text, as `kind`; an integer is never changed."""
+    if _is_text(column.type):
+        texts = pc.utf8_trim_whitespace(as_text(column, where))
+        return pc.if_else(pc.equal(texts, ""), None, texts).cast(kind)
+    if pa.types.is_floating(kind):
+        return column.cast(kind, safe=False)
+    if pa.types.is_temporal(column.type):
+        raise pa.ArrowInvalid("a time is no number")
+    if pa.types.is_floating(column.type):  # null in pandas
+        column = pc.if_else(pc.is_nan(column), None, column)
+    # A hash of 64 bits keeps them, whichever sign its writer gave it.
+    return column.cast(kind, safe=not pa.types.is_uint64(column.type))
 
 
 def as_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -229,4 +200,5 @@ def as_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def _is_text(kind: pa.DataType) -> bool:
     types = pa.types
     strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return strings or types.is_binary(kind) or types.is_large_binary(kind)
+    binaries = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    return strings or binaries

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
-from pipelines.ingest.metadata import input_bytes, read_batches
+from pipelines.ingest.list_files import input_bytes
+from pipelines.ingest.metadata import read_batches
 from pipelines.places import write_parquet
 from pipelines.schemas import (
     DUPLICATE,
@@ -98,9 +99,9 @@ def read_list(
     plan.failing = {rule: n for rule, n in sorted(failing.items()) if n}
     if plan.listed == 0:
         counts = ", ".join(f"{rule} {n}" for rule, n in plan.dropped.items())
-        raise DataError(
-            f"none of the {plan.read} rows of the list is left ({counts}): loosen filter.*"
-        )
+        filtered = any(rule.startswith(FILTERED) for rule in plan.dropped)
+        advice = "loosen filter.*" if filtered else "give a list with other URLs"
+        raise DataError(f"none of the {plan.read} rows of the list is left ({counts}): {advice}")
 
 
 def passing(

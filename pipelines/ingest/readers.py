@@ -1,7 +1,8 @@
 """The files that lists of URLs come in, a batch of rows at a time: Parquet, CSV and JSONL.
 
-CSV and JSONL (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings.
-A file that is damaged, or is not what its name says, ends as one DataError that names it.
+CSV and JSONL (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings;
+blank lines are passed over. A file that is damaged, or is not what its name says, ends as one
+DataError that names it: so does a line of CSV that could be read in several ways.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
@@ -35,8 +36,12 @@ _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 def format_of(file: Path) -> str:
     """The suffix that tells a file's format, in lower case, without `.gz`."""
-    name = file.with_suffix("") if file.suffix == ".gz" else file
+    name = file.with_suffix("") if _is_packed(file) else file
     return name.suffix.lower()
+
+
+def _is_packed(file: Path) -> bool:
+    return file.suffix.lower() == ".gz"
 
 
 def read_tables(file: Path) -> Iterator[pa.Table]:
@@ -73,10 +78,10 @@ def read_parquet(
 
 def _text(file: Path) -> IO[str]:
     if not is_url(file):
-        opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+        opener: Callable[..., Any] = gzip.open if _is_packed(file) else open
         return opener(file, "rt", encoding="utf-8-sig", newline="")
     binary: Any = file.open("rb")
-    if file.suffix == ".gz":
+    if _is_packed(file):
         binary = gzip.GzipFile(fileobj=binary)
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
@@ -85,19 +90,40 @@ def _csv(file: Path) -> Iterator[pa.Table]:
     csv.field_size_limit(_MAX_FIELD)
     try:
         with _text(file) as lines:
-            rows = csv.reader(lines, delimiter="\t" if format_of(file) == ".tsv" else ",")
+            delimiter = "\t" if format_of(file) == ".tsv" else ","
+            # Not strict, a quote that nothing closes takes all lines behind it for one text.
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            rows = (row for row in reader if row)
             names = next(rows, [])
             _refuse_repeats(names, file)
             yield pa.table({name: pa.array([], pa.string()) for name in names})
-            while batch := list(islice(rows, _BATCH_ROWS)):
-                # Short lines are filled up; what is beyond the header has no name.
+            while batch := list(islice(_of_width(rows, len(names), reader), _BATCH_ROWS)):
                 columns = {
                     name: pa.array([row[i] if i < len(row) else None for row in batch], pa.string())
                     for i, name in enumerate(names)
                 }
                 yield pa.table(columns)
-    except (csv.Error, *_UNREADABLE) as error:
-        raise DataError(f"{file} cannot be read as CSV: {error}") from None
+    except csv.Error as error:
+        raise DataError(
+            f"{file} line {reader.line_num} cannot be read as CSV: {error}: texts with a "
+            "delimiter or a quote in them have to be quoted, and the quotes within doubled"
+        ) from None
+    except _UNREADABLE as error:
+        raise DataError(f"{file} cannot be read as CSV: {_why(error)}") from None
+
+
+def _of_width(rows: Iterable[list[str]], width: int, reader: Any) -> Iterator[list[str]]:
+    """The rows, of which none has a value beyond the header; short ones are filled up later."""
+    for row in rows:
+        if len(row) > width and any(row[width:]):  # a text with a comma, cut into two
+            raise csv.Error(f"{len(row)} values under a header of {width} names")
+        yield row
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.object[error.start]:#04x} is not UTF-8: write it anew as UTF-8"
+    return str(error)
 
 
 def _refuse_repeats(names: list[str], file: Path) -> None:
@@ -108,21 +134,18 @@ def _refuse_repeats(names: list[str], file: Path) -> None:
 
 def _jsonl(file: Path) -> Iterator[pa.Table]:
     names: dict[str, None] = {}
-    number = 0
     try:
         with _text(file) as lines:
-            while batch := list(islice(lines, _BATCH_ROWS)):
-                rows = []
-                for line in batch:
-                    number += 1
-                    if line.strip():
-                        rows.append(_json_object(line, f"{file} line {number}"))
-                        names.update(dict.fromkeys(rows[-1]))
+            numbered = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
+            while batch := list(islice(numbered, _BATCH_ROWS)):
+                rows = [_json_object(line, f"{file} line {i}") for i, line in batch]
+                for row in rows:
+                    names.update(dict.fromkeys(row))
                 yield pa.table(
                     {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
                 )
     except _UNREADABLE as error:
-        raise DataError(f"{file} cannot be read as JSONL: {error}") from None
+        raise DataError(f"{file} cannot be read as JSONL: {_why(error)}") from None
 
 
 def _json_object(line: str, where: str) -> dict[str, str | None]:

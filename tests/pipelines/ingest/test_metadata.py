@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,8 @@ from pipelines.config import build
 from pipelines.ingest import plan as planning
 from pipelines.ingest.estimate import rows_per_file
 from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.metadata import (
-    COLUMN_NAMES,
-    fingerprint,
-    input_files,
-    our_columns,
-    read_batches,
-)
+from pipelines.ingest.list_files import input_files
+from pipelines.ingest.metadata import COLUMN_NAMES, our_columns, read_batches
 from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
 from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import PROVENANCE, normalise_url, url_key
@@ -162,48 +158,68 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
     assert "\n" not in str(raised.value)
 
 
-def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
-    for name in ("b.parquet", "a.csv", "deep/c.jsonl.gz", "notes.txt", "._hidden.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    names = lambda files: [file.name for file in files]  # noqa: E731
-    assert names(input_files(str(tmp_path))) == ["a.csv", "b.parquet", "c.jsonl.gz"]
-    assert names(input_files(str(tmp_path / "*.parquet"))) == ["b.parquet"]
-    assert names(input_files(str(tmp_path / "notes.txt"))) == ["notes.txt"]
-    with pytest.raises(DataError, match="does not exist"):
-        input_files(str(tmp_path / "none.parquet"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no metadata"):
-        input_files(str(tmp_path / "empty"))
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize(
+    "column",
+    [
+        *(pa.array(["0.25", " ", None, "0.75 "], t) for t in (pa.large_string(), pa.string_view())),
+        pa.array(["0.25", None, None, "0.75"]).dictionary_encode(),
+        pa.array([b"0.25", None, b"", b"0.75"]),
+        pa.array(np.array([0.25, np.nan, np.nan, 0.75], np.float16)),
+        pa.array([0.25, None, None, 0.75]).dictionary_encode(),
+        pa.array([Decimal("0.25"), None, None, Decimal("0.75")]),
+    ],
+    ids=lambda column: str(column.type) if isinstance(column, pa.Array) else None,
+)
+def test_scores_of_any_type_are_numbers(
+    tmp_path: Path, column: pa.Array, limit: float | None
+) -> None:
+    urls = [f"http://a/{i}" for i in range(4)]
+    pq.write_table(pa.table({"url": urls, "punsafe": column}), tmp_path / "l.parquet")
+    (tmp_path / "table").mkdir()
+    plan = plan_of([tmp_path / "l.parquet"], tmp_path, 4, max_punsafe=limit)
+    found = {row["url"]: row["punsafe"] for row in planned(tmp_path, plan)}
+    found = {url: None if score != score else score for url, score in found.items()}
+    expected = dict(zip(urls, [0.25, None, None, 0.75], strict=True))
+    assert found == (expected if limit is None else {urls[0]: 0.25})
 
 
-def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
-    file = tmp_path / "l.csv"
-    file.write_text("url\nhttp://127.0.0.1:4000/\n")
-    before = fingerprint([file])
-    file.write_text("url\nhttp://127.0.0.1:5000/\n")
-    assert fingerprint([file]) != before
+def test_a_hash_keeps_its_bits_or_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "l.parquet"
+
+    def write(values: list[Any], kind: pa.DataType) -> Path:
+        pq.write_table(pa.table({"url": ["http://a/"] * 3, "hash": pa.array(values, kind)}), file)
+        return file
+
+    nan = float("nan")
+    assert [row["hash"] for row in read_all(write([5.0, nan, None], pa.float64()))] == [
+        5,
+        None,
+        None,
+    ]
+    assert [row["hash"] for row in read_all(write([2**64 - 1, 0, 7], pa.uint64()))] == [-1, 0, 7]
+    wrong = [([2.5], pa.float64()), ([2**70], pa.decimal128(38, 0)), ([0], pa.timestamp("us"))]
+    for values, kind in wrong:
+        with pytest.raises(DataError, match=r"column 'hash' is .* and cannot be read as int64 \("):
+            read_all(write([*values, None, None], kind))
 
 
-def test_fingerprint_tells_files_of_one_name_apart(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / "list" / folder).mkdir(parents=True)
-        (tmp_path / "list" / folder / "l.csv").write_text(f"url\nhttp://{folder}/\n")
-    before = fingerprint(input_files(str(tmp_path / "list")))
-    assert list(before) == ["a/l.csv", "b/l.csv"]
-    (tmp_path / "list").rename(tmp_path / "moved")
-    assert fingerprint(input_files(str(tmp_path / "moved"))) == before
-    (tmp_path / "moved/a/l.csv").write_text("url\nhttp://c/\n")
-    assert fingerprint(input_files(str(tmp_path / "moved"))) != before
-    with pytest.raises(DataError, match=r"gone\.csv cannot be read: No such file"):
-        fingerprint([tmp_path / "gone.csv"])
+def test_what_repeats_is_kept_to_the_letter(tmp_path: Path) -> None:
+    """Writers keep what repeats in a dictionary, as pandas does for categories."""
+    licence = pa.array(["CC0", None]).dictionary_encode()
+    table = pa.table(
+        {"url": ["http://a/", "http://b/"], "license": licence, "source": [1.0, np.nan]}
+    )
+    pq.write_table(table, tmp_path / "l.parquet")
+    found = [(row["license"], row["source"]) for row in read_all(tmp_path / "l.parquet")]
+    assert found == [("CC0", "1.0"), (None, None)]
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "y" * 5000])
-def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="does not exist") as raised:
-        input_files(str(tmp_path / name))
-    assert len(str(raised.value)) < 400
+def test_columns_that_differ_by_case_alone_are_told_apart_by_hand(tmp_path: Path) -> None:
+    file = write_list(tmp_path / "l.csv", [{"URL": "http://a/", "url": "http://b/"}])
+    with pytest.raises(DataError, match=r"has 'URL' and 'url': say which is url in data\.columns"):
+        read_all(file)
+    assert read_all(file, columns={"url": "url"}) == [{"url": "http://b/"}]
 
 
 # ------------------------------------------------------------------------------------------ plan
@@ -316,7 +332,9 @@ def test_ratios_that_no_image_has_are_refused() -> None:
 def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         make_plan(tmp_path, [])
-    with pytest.raises(DataError, match=r"none of the 1 rows .*filtered:aesthetic 1"):
+    with pytest.raises(DataError, match=r"none of the 2 rows .*\(no_url 2\): give a list with"):
+        make_plan(tmp_path, [{"url": ""}, {"url": None}])
+    with pytest.raises(DataError, match=r"none of the 1 rows .*filtered:aesthetic 1\): loosen"):
         make_plan(tmp_path, [{"url": "http://a/", "aesthetic": 3}], min_aesthetic=6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.ingest import readers
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.metadata import read_batches
 from vlv_model.errors import DataError
@@ -123,6 +125,51 @@ def test_urls_of_another_type(tmp_path: Path, value: Any) -> None:
 @pytest.mark.parametrize("name", ["l.csv", "l.jsonl"])
 def test_a_file_that_vanished(tmp_path: Path, name: str) -> None:
     assert "cannot be read as" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('url,TEXT\nhttp://a/1,"open\nhttp://a/2,x\n', "line 3 .*unexpected end of data"),
+        ('url,TEXT\nhttp://a/1,"half" quoted\n', "line 2 .*',' expected after"),
+        ("url,TEXT\nhttp://a/1,x\n\nhttp://a/2,hello, world\n", "line 4 .*3 values under .* 2"),
+    ],
+)
+def test_a_line_that_could_be_read_in_several_ways(tmp_path: Path, content: str, why: str) -> None:
+    """Some of its readings lose rows, or a part of a text."""
+    (tmp_path / "l.csv").write_text(content)
+    assert re.search(why, refused(tmp_path / "l.csv"))
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.csv.GZ"])
+def test_csv_as_people_write_it(tmp_path: Path, name: str) -> None:
+    lines = ["", " URL , TEXT, WIDTH", "http://a/1, x, 600 ,,", "", "http://a/2", ""]
+    content = "\r\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    rows = [(row["url"], row["alt_text"], row["width"]) for row in read_all(tmp_path / name)]
+    assert rows == [("http://a/1", " x", 600.0), ("http://a/2", None, None)]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_in_another_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "l.csv").write_bytes("url,TEXT\nhttp://a/,café\n".encode(encoding))
+    assert "is not UTF-8: write it anew as UTF-8" in refused(tmp_path / "l.csv")
+
+
+def test_columns_that_only_later_lines_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writers of JSONL leave out what is null."""
+    monkeypatch.setattr(readers, "_BATCH_ROWS", 2)
+    lines = [{"url": f"http://a/{i}"} for i in range(3)]
+    lines.append({"url": "http://a/3", "TEXT": "late", "punsafe": 0.9})
+    file = tmp_path / "l.jsonl"
+    file.write_text("\n\n\n" + "\n".join(map(json.dumps, lines)))
+    assert read_all(file)[3] == {
+        "url": "http://a/3",
+        "alt_text": "late",
+        "punsafe": pytest.approx(0.9),
+    }
 
 
 def gzipped(data: bytes) -> bytes:
