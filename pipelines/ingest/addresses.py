@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import Iterator
+
+from aiohttp import ThreadedResolver
+from aiohttp.abc import ResolveResult
 
 # Public by their number, yet answered inside a cloud: Azure's host agent.
 _CLOUD_ADDRESSES = frozenset([ipaddress.ip_address("168.63.129.16")])
@@ -18,6 +22,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # among them) and relays of 6to4.
 _SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
 _UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that has been given out
+
+_MOST = 8  # addresses of each family that are tried
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -85,3 +91,26 @@ def odd_spelling(host: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+class Resolver(ThreadedResolver):
+    """The system's answers, of which no name has more than a few.
+
+    An answer has room for thousands of addresses, and the time that it takes to look at them all
+    is that of every other download.
+    """
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Raises OSError for a name without an address."""
+        found = await super().resolve(host, port, family)
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "no address")
+        seen: Counter[int] = Counter()
+        few = []
+        for result in found:
+            seen[result["family"]] += 1
+            if seen[result["family"]] <= _MOST:
+                few.append(result)
+        return few

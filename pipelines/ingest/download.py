@@ -23,7 +23,7 @@ import aiohttp
 from pydantic import Field
 from yarl import URL
 
-from pipelines.ingest.addresses import public_socket
+from pipelines.ingest.addresses import Resolver, public_socket
 from pipelines.ingest.answers import (
     DownloadError,
     check_image,
@@ -139,8 +139,8 @@ class Downloader:
             weakref.WeakValueDictionary()
         )
         self.slots = Window(config.concurrency or _PER_CPU)
-        resolvers = max(_DNS_THREADS, self.slots.most // 4)
-        self.loop.set_default_executor(ThreadPoolExecutor(resolvers))
+        # As many as there are requests, so that none waits for the look-up of a dead name.
+        self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
         _allow_open_files(2 * self.slots.most)
         self.room = Room()
         self.agents = (AGENT, agent_of(config.user_agent))
@@ -173,6 +173,7 @@ class Downloader:
         connector = _Connector(
             keepalive_timeout=_IDLE_SECONDS,
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
+            resolver=Resolver(),
             ttl_dns_cache=_DNS_CACHE_SECONDS,
             socket_factory=None if self.config.allow_private else public_socket,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +85,49 @@ def test_neither_a_name_nor_a_proxy_leads_to_a_private_place(
     assert statuses(downloader, *urls) == ["download:blocked_address"] * 2
     assert set(looked_up) == set(answers)
     assert not site.requests
+
+
+def test_no_number_of_addresses_holds_up_the_others(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one answer of a hostile name server may have them."""
+    answers = {
+        "private.test": [f"10.0.{i // 256}.{i % 256}" for i in range(4000)],
+        "live.test": ["127.0.0.1"] * 4000,
+        "none.test": [],
+    }
+
+    def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in answers[host]]
+
+    site.answers = {"/": reply()}
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    urls = [f"http://{host}:{site.port}/" for host in answers]
+    began = time.process_time()
+    found = statuses(open_downloader(allow_private=False, retries=0), *urls)
+    assert found == ["download:blocked_address", "download:blocked_address", "download:dns"]
+    assert statuses(open_downloader(retries=0, read_timeout=30), urls[1]) == ["ok"]
+    assert time.process_time() - began < 1
+
+
+def test_no_name_waits_for_the_look_up_of_a_dead_one(
+    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        if host.startswith("dead"):
+            over.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        over.set()  # else a time-out is all that comes of it
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    site.answers = {"/": reply()}
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    downloader = open_downloader(concurrency=60, retries=0, read_timeout=30)
+    hosts = [*(f"dead{i}.test" for i in range(59)), "live.test"]
+    found = statuses(downloader, *(f"http://{host}:{site.port}/" for host in hosts))
+    assert found == ["download:dns"] * 59 + ["ok"]
 
 
 def test_redirects_are_checked_hop_by_hop(
