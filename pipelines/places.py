@@ -159,8 +159,8 @@ def matching(pattern: str) -> list[Path]:
     """The files that a glob pattern names, sorted.
 
     A wildcard matches no folder whose name begins with an underscore or a dot: plans, commits and
-    runs of a table of ours are no data, though they are Parquet, too. Links that lead nowhere are
-    among the files.
+    runs of a table of ours are no data, though they are Parquet, too. Raises DataError where a link
+    leads nowhere: it would be passed over without a word.
     """
     found: Iterable[Path]
     if not is_url(pattern):
@@ -169,7 +169,16 @@ def matching(pattern: str) -> list[Path]:
         root = place(_WILDCARD.split(pattern)[0].rpartition("/")[0])
         below = pattern[len(str(root).rstrip("/")) + 1 :]
         found = _matching(root, below.split("/"))
-    return sorted((file for file in found if _is_meant(file, pattern)), key=str)
+    files = sorted((file for file in found if _is_meant(file, pattern)), key=str)
+    check_files(files)
+    return files
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Raise DataError where one of the files of a folder or of a pattern is none."""
+    for file in files:
+        if not is_url(file) and not os.path.isfile(file):
+            raise DataError(f"{file} is no file: it may be a link to what is not there")
 
 
 def _is_meant(file: Path, pattern: str) -> bool:

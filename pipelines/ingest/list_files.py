@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.config import is_url
 from pipelines.ingest.readers import SUFFIXES, format_of
-from pipelines.places import files_below, is_file, is_folder, matching, place
+from pipelines.places import check_files, files_below, is_file, is_folder, matching, place
 from vlv_model.errors import DataError
 
 _PACKED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # not read
@@ -29,9 +29,6 @@ def input_files(path: str) -> list[Path]:
         what = "holds no metadata" if folder else "does not exist"
         shown = path if len(path) <= 200 else f"{path[:200]}…"
         raise DataError(f"data.input={shown} {what}: expected {', '.join(SUFFIXES)} files")
-    for file in files:
-        if not is_url(file) and not is_file(file):
-            raise DataError(f"{file} is no file: it may be a link to what is not there")
     return files
 
 
@@ -66,12 +63,14 @@ def fingerprint(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _lists_below(folder: Path) -> list[Path]:
-    """The lists in a folder; DataError for one that is packed as we do not read it."""
+    """The lists in a folder; DataError for one that is not there, or packed as we do not read it."""
     files = _visible_below(folder)
     for file in files:
         if file.suffix.lower() in _PACKED and format_of(file.with_suffix("")) in SUFFIXES:
             raise DataError(f"{file}: lists are read plain or compressed by gzip: unpack it")
-    return [file for file in files if format_of(file) in SUFFIXES]
+    lists = [file for file in files if format_of(file) in SUFFIXES]
+    check_files(lists)
+    return lists
 
 
 def _visible_below(folder: Path) -> list[Path]:
