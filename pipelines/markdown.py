@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; whatever stands in a cell stays in it."""
     lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text of others that is to be read as it is: no picture of theirs, no link, no emphasis."""
+    return re.sub(r"([\\`*\[\]])", r"\\\1", text)
 
 
 def _cell(value: object) -> str:

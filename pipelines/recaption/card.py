@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.markdown import card, table
+from pipelines.markdown import card, plain, table
 from pipelines.places import is_file, write_atomically
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
@@ -50,8 +50,12 @@ _HUB_TYPES = {str(IMAGE_STRUCT): "image", "float": "float32"}  # the others are 
 
 def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[str, Any]:
     """What a card says of the model: no path of the machine that it lay on."""
+    from vlv_model.captioner import VLVCaptioner
+
     info = read_checkpoint(checkpoint)
-    sources = {part: part_source(model, part)[0] for part in info.base_models}
+    # An export names VAE and UNet, too, upon which its encoder was trained, and has no folder of theirs.
+    parts = [part for part in info.base_models if part in VLVCaptioner.base_parts]
+    sources = {part: part_source(model, part)[0] for part in parts}
     return {
         "fingerprint": fingerprint,
         "weights": info.sha256,
@@ -198,4 +202,5 @@ def _samples(output: Table) -> Iterator[tuple[str, str]]:
         share = -(-_SAMPLES // len(places)) if number == 0 else _SAMPLES // len(places)
         for row in good[: max(share, 1)]:
             text = row["caption"]
-            yield row["name"], text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+            text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+            yield plain(row["name"]), plain(text)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines.recaption.card import caption_card
 from pipelines.recaption.dataset import recaption
 from pipelines.recaption.json_file import write_json
 from pipelines.storage import Table
@@ -105,6 +106,20 @@ def test_names_that_several_images_have_are_told_apart(tmp_path: Path) -> None:
     }  # fmt: skip
     write_json(caption_table(tmp_path / "none", [[None]]))
     assert json.loads((tmp_path / "none/captions.json").read_text()) == {}
+
+
+def test_samples_of_a_card_are_text(tmp_path: Path) -> None:
+    """Names and captions of others show no picture of theirs on the page of the hub."""
+    text = "![x](http://h/t.png) | <img src=x> `code`\n\n# *big*"
+    table = caption_table(tmp_path / "t", [[text]], [["[a](b).png"]])
+    about = {
+        "model": {"base_models": {}, "step": 1, "weights": "w", "fingerprint": "f", "image_size": 8},
+        "license": "mit", "join": False, "generate": {}, "gate": {},
+    }  # fmt: skip
+    (line,) = (li for li in caption_card(table, about).splitlines() if li.startswith("| \\[a"))
+    assert line == (
+        r"| \[a\](b).png | !\[x\](http://h/t.png) \| &lt;img src=x> \`code\` # \*big\* |"
+    )
 
 
 def test_a_streamed_file_reaches_a_store(bucket: str) -> None:

@@ -1,0 +1,46 @@
+"""Adapters (train.lora) through the job: what their export says is what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from pipelines.config import load
+from pipelines.export.config import ExportConfig
+from pipelines.export.run import export
+from pipelines.recaption.dataset import recaption
+from tests.pipelines.recaption.conftest import Settings
+from tests.vlv_model.checkpoints import metadata, shift
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoint import read_checkpoint, save_checkpoint
+from vlv_model.config import Lora
+from vlv_model.lora import is_adapter
+
+
+def test_adapters_caption_as_their_export_does(
+    chunks_here: None,
+    settings: Settings,
+    trained_captioner: Path,
+    tiny_models: Path,
+    tmp_path: Path,
+) -> None:
+    stage1 = trained_captioner.parent / "stage1"
+    lora = Lora(rank=4, alpha=6, dropout=0.5)
+    captioner = VLVCaptioner.from_pretrained(stage1, for_training=True, lora=lora)
+    captioner.set_trainable("projector+llm")
+    shift(captioner)
+    about = metadata(tiny_models, "stage2", parent=str(stage1))
+    adapted = save_checkpoint(tmp_path / "adapted", captioner, about)
+    assert any(is_adapter(name) for name in read_checkpoint(adapted).tensors)
+    whole = tmp_path / "whole"
+    export(load(ExportConfig, None, [f"output={whole}", f"model.path={adapted}"]))
+
+    said = []
+    for model in (adapted, whole, trained_captioner):
+        output = tmp_path / f"captions-{model.name}"
+        assert recaption(settings(f"data.output={output}", f"model.path={model}")) == {"ok": 21}
+        table = pd.read_parquet(output / "data").sort_values("key")
+        said.append(table[["key", "caption", "num_tokens", "finish_reason"]].values.tolist())
+    assert said[0] == said[1]
+    assert said[0] != said[2]
