@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -173,9 +173,12 @@ class RowReader:
         *,
         image: bool = True,
         named: bool = False,
+        decode: Callable[[bytes, int], np.ndarray] | None = None,
     ) -> None:
-        """`columns` beside the image, which can be left out; `named` where `names` will be asked."""
-        self.index, self.named = index, named
+        """`columns` beside the image, which can be left out; `named` where `names` will be asked;
+        `decode` in place of `square_of` (pipelines.pictures.squares).
+        """
+        self.index, self.named, self.decode = index, named, decode
         self.columns = list(columns)
         # And nothing else of the table.
         self.columns_read = ["key", *(["image"] if image else []), *columns]
@@ -221,23 +224,20 @@ class RowReader:
 
         `content` are its bytes, where they were read already. Raises UndecodableImage if it is none.
         """
-        from PIL import Image
+        import torch
 
-        from pipelines.pictures.decode import DecodeError, Opened
-        from vlv_model.preprocessing import square_image
+        from pipelines.pictures.decode import DecodeError
+        from pipelines.pictures.squares import square_of
 
         key = self.index.keys[position]
         content = content or self.row(position)["image"]
         if not content:
             raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:
-            # Tables made elsewhere hold what ingest never let in: Pillow by itself would start
-            # Ghostscript on a PostScript file, and decode half a picture.
-            picture = Opened(content).picture()
+            return torch.from_numpy((self.decode or square_of)(content, image_size))
         except DecodeError as error:
             reason = f"the image of key {key} cannot be decoded: {error}"
             raise UndecodableImage(reason, error.kind) from None
-        return square_image(Image.fromarray(picture), image_size)
 
     def _group(self, file: int, group: int) -> pa.Table:
         where = (file, group)

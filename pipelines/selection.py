@@ -81,6 +81,11 @@ class Selection(Config):
         output = place(self.output)
         return list_images(output, self.input, self.image_column, self.key_column, self.where)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the images lie in a table of ours, which lets in what was decoded once alone."""
+        return Table(self.input).exists
+
     def chosen(
         self, files: Sequence[Path], among: np.ndarray | None = None
     ) -> Callable[[np.ndarray], np.ndarray]:
@@ -200,7 +205,8 @@ def open_table(
         return table
     rows, files = of["rows"], [str(file) for file in images]
     chunks = -(-rows // data.rows_per_chunk)
-    table.create(kind, identity, chunks, planned_rows=rows, files=files, stamp=stamp, **notes)
+    notes |= {"planned_rows": rows, "files": files, "stamp": stamp}
+    table.create(kind, identity, chunks, isolated=not data.is_ours, **notes)
     return table
 
 
@@ -209,19 +215,25 @@ class ReadImages:
 
     Takes a block of one row (`chunk`), gives `chunk`, `key`, `name` (of a file, or a URL), `pixels`
     (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`; and where images are
-    kept `image`, its bytes as they were read, null where they are no image.
+    kept `image`, its bytes as they were read, null where they are no image. What does not lie in a
+    table of ours is decoded in a process of its own (pipelines.pictures.squares).
     """
 
     def __init__(self, table: Table, image_size: int, keep_images: bool = False) -> None:
         self.keep_images = keep_images
         self.folder = table.folder
-        self.files = [place(file) for file in table.describe()["files"]]
+        about = table.describe()
+        self.files = [place(file) for file in about["files"]]
+        self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
         self.image_size = image_size
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        from pipelines.pictures.squares import isolated_squares
+
         (chunk,) = block["chunk"].to_pylist()
         plan = read_plan(self.folder, chunk)
-        reader = RowReader(planned(self.files, plan), named=True)
+        decode = isolated_squares(self.image_size) if self.isolated else None
+        reader = RowReader(planned(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}
         deaths = Deaths(self.folder / DEATHS / f"read-{chunk:06d}.json")

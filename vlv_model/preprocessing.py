@@ -7,13 +7,13 @@ happens on the device of the batch, so that no training step goes through the CP
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from vlv_model.errors import ModelError
+from vlv_model.squares import square
 
 # ImageNet statistics, as in Florence-2's published preprocessor configuration. (transformers'
 # CLIP image processor, which that configuration names, would fall back on CLIP's own statistics.)
@@ -27,19 +27,7 @@ def square_image(image: Image.Image, image_size: int) -> Tensor:
     Returns uint8 `[3 image_size image_size]`. An image that is not RGB is converted; flattening
     transparency and applying EXIF orientation are the decoder's business, before this.
     """
-    width, height = image.size
-    scale = image_size / min(width, height)
-    # max(): rounding must not leave a side one pixel short of the square.
-    resized = (
-        max(image_size, round(width * scale)),
-        max(image_size, round(height * scale)),
-    )
-    left, top = (resized[0] - image_size) // 2, (resized[1] - image_size) // 2
-    image = image.convert("RGB")
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(square(image, image_size))
 
 
 def check_squares(pixel_values: Tensor) -> None:

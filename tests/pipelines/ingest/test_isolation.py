@@ -23,9 +23,12 @@ def png(colour: str = "red", side: int = 40) -> bytes:
     return file.getvalue()
 
 
+IMAGE = ImageConfig(size=32, decode_timeout=20.0)
+
+
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    decoder = Decoder(ImageConfig(size=32, decode_timeout=20.0), FilterConfig(min_short_side=20))
+    decoder = Decoder(IMAGE, FilterConfig(min_short_side=20))
     yield decoder
     decoder.close()
 
@@ -37,7 +40,7 @@ def pid_of(decoder: Decoder) -> int:
 
 def test_rows_are_those_of_the_same_code_in_this_process(decoder: Decoder) -> None:
     for data in (png(), png(side=10), png()[:60], b"no image", b""):
-        assert decoder(data) == image_columns(data, decoder.image, FilterConfig(min_short_side=20))
+        assert decoder(data) == image_columns(data, IMAGE, FilterConfig(min_short_side=20))
 
 
 def test_a_decoder_that_is_killed_from_outside_costs_no_row(decoder: Decoder) -> None:
@@ -72,13 +75,13 @@ def test_a_file_that_kills_every_decoder_costs_one_row(
 def test_a_decoder_that_hangs_costs_one_row(decoder: Decoder) -> None:
     assert decoder(png())["status"] == "ok"
     first = pid_of(decoder)
-    decoder.image = decoder.image.model_copy(update={"decode_timeout": 0.3})
+    decoder.timeout = 0.3
     os.kill(first, signal.SIGSTOP)
     hung = decoder(png())
     assert hung["status"] == "decode:timeout"
     assert "0.3 seconds" in hung["error"]
     assert not Path(f"/proc/{first}").exists()  # nothing is left behind
-    decoder.image = decoder.image.model_copy(update={"decode_timeout": 20.0})
+    decoder.timeout = 20.0
     assert decoder(png())["status"] == "ok"
 
 
@@ -96,7 +99,7 @@ def test_the_decoder_may_not_fill_the_memory(decoder: Decoder) -> None:
     decoder(png())
     limits = Path(f"/proc/{pid_of(decoder)}/limits").read_text()
     (line,) = (line for line in limits.splitlines() if line.startswith("Max address space"))
-    assert int(line.split()[3]) == (1 << 30) + 32 * decoder.image.max_pixels
+    assert int(line.split()[3]) == (1 << 30) + 32 * IMAGE.max_pixels
 
 
 def test_native_decoders_leave_the_console_alone(

@@ -1,0 +1,109 @@
+"""Squares that a child process decodes: the same ones, and a file that kills or holds it is one row."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.config import build
+from pipelines.pictures import squares
+from pipelines.pictures.decode import DecodeError
+from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
+from pipelines.selection import ReadImages, Selection, open_table
+from pipelines.storage import Table
+
+# What stands for a fault of native code, in the child alone: the decoder of JPEGs ends the process,
+# or never returns, when a file says so.
+FAULTS = """
+import os, simplejpeg, time
+decode = simplejpeg.decode_jpeg
+def faulty(data, *given, **more):
+    if data.endswith(b"crash"):
+        os.abort()
+    if data.endswith(b"hang"):
+        time.sleep(600)
+    return decode(data, *given, **more)
+simplejpeg.decode_jpeg = faulty
+"""
+
+
+def jpeg(number: int, end: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(number).integers(0, 255, (50, 70, 3), np.uint8)
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue() + end
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    home = tmp_path / "faults"
+    home.mkdir()
+    (home / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
+    monkeypatch.setattr(squares, "TIMEOUT", 10.0)
+    isolated_squares.cache_clear()
+    yield
+    isolated_squares(16).close()
+    isolated_squares.cache_clear()
+
+
+def test_a_child_gives_the_same_squares() -> None:
+    decoder = SquareDecoder(16)
+    content = jpeg(0)
+    assert np.array_equal(decoder(content, 16), square_of(content, 16))
+    for bad in (b"", b"nothing", content[:200]):
+        with pytest.raises(DecodeError) as here:
+            square_of(bad, 16)
+        with pytest.raises(DecodeError) as there:
+            decoder(bad, 16)
+        assert (there.value.kind, str(there.value)) == (here.value.kind, str(here.value))
+    decoder.close()
+
+
+def read(folder: Path, output: Path, **more: Any) -> list[dict[str, Any]]:
+    selection = build(Selection, {"input": str(folder), "output": str(output), **more})
+    table = open_table("caption", selection, {})
+    step = ReadImages(table, 16)
+    return step(pa.table({"chunk": [0]})).to_pylist()
+
+
+def test_a_file_that_kills_or_holds_a_decoder_is_one_row(faulty: None, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, end in enumerate((b"", b"crash", b"", b"hang", b"")):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number, end))
+    rows = {row["name"]: row for row in read(folder, tmp_path / "out")}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "0.jpg": "ok", "1.jpg": "decode:crashed", "2.jpg": "ok", "3.jpg": "decode:timeout",
+        "4.jpg": "ok",
+    }  # fmt: skip
+    assert "SIGABRT" in rows["1.jpg"]["error"]
+    assert "10 seconds" in rows["3.jpg"]["error"]
+    for number in (0, 2, 4):
+        expected = square_of(jpeg(number), 16).tobytes()
+        assert rows[f"{number}.jpg"]["pixels"] == expected
+
+
+def test_a_table_of_ours_needs_no_child(
+    pair_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images were decoded once, before they came into it."""
+    ours = Table(tmp_path / "ours")
+    ours.create("image", {}, 1)
+    strangers = read(pair_table, tmp_path / "strangers", limit=8)
+    rows = pa.concat_tables(pq.read_table(file) for file in pair_table.glob("*.parquet"))
+    ours.write(0, rows)
+    monkeypatch.setattr(SquareDecoder, "_start", lambda self: pytest.fail("a child was started"))
+    isolated_squares.cache_clear()
+    own = read(ours.folder, tmp_path / "own", limit=8)
+    pixels = {row["key"]: row["pixels"] for row in strangers}
+    assert {row["key"]: row["pixels"] for row in own} == pixels
