@@ -30,7 +30,7 @@ from fsspec.utils import glob_translate
 from upath import UPath
 
 from pipelines.config import is_url
-from vlv_model.errors import DataError, RunError, VLVError
+from vlv_model.errors import DataError, RunError, VLVError, one_line
 
 T = TypeVar("T")
 
@@ -232,9 +232,8 @@ def patiently(action: Callable[[], T], path: Path) -> T:
 
 
 def _unanswered(path: Path, problem: Exception) -> RunError:
-    reason = " ".join(str(problem).split())[:160] or type(problem).__name__
     return RunError(
-        f"{path}: the store does not answer ({reason}): when it does, the same command goes on "
+        f"{path}: the store does not answer ({one_line(problem)}): when it does, the same command goes on "
         "where this one stopped"
     )
 

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from pipelines.progress import BUSY, PRESENT, RowBar
 from pipelines.telemetry import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
 from vlv_model.config import Config
-from vlv_model.errors import RunError
+from vlv_model.errors import RunError, one_line
 
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
@@ -114,12 +114,12 @@ def _knock(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
     except (OSError, OverflowError) as error:  # the latter: a port that no port can be
-        raise _no_ray(address, str(error)) from None
+        raise _no_ray(address, error) from None
 
 
-def _no_ray(address: str, reason: str) -> RunError:
+def _no_ray(address: str, error: Exception) -> RunError:
     return RunError(
-        f"no Ray answers at {address} ({' '.join(reason.split())[:160]}): start it (and give its "
+        f"no Ray answers at {address} ({one_line(error)}): start it (and give its "
         "token, if it has one), or leave ray.address and RAY_ADDRESS out"
     )
 
@@ -142,21 +142,27 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise _no_ray(address, str(error)) from None
+            raise _no_ray(address, error) from None
     else:
         # A machine that was busy or asleep is not a lost one; `_ending_with_ray` sees what is lost.
         os.environ.setdefault("RAY_health_check_failure_threshold", "100")
         # The core worker logs a restartable actor's big arguments as an error on every start.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         store = config.object_store_gb
-        ray.init(
-            "local",
-            num_cpus=config.num_cpus,
-            object_store_memory=int(store * 1e9) if store else None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            ray.init(
+                "local",
+                num_cpus=config.num_cpus,
+                object_store_memory=int(store * 1e9) if store else None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except Exception as error:  # Ray raises that class itself
+            raise RunError(
+                f"Ray did not start on this machine ({one_line(error)}): try again when it has cores, "
+                "memory and disk to spare, or give a running cluster by ray.address"
+            ) from error
     try:
         with _ending_with_ray() if not config.cluster else nullcontext():
             yield

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlv_model.config import Config, Lora, ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, one_line
 from vlv_model.fingerprint import sha256_of
-from vlv_model.sources import CHECKPOINT_FILE, one_line
+from vlv_model.sources import CHECKPOINT_FILE
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1

@@ -4,6 +4,8 @@ Every message is one line: what came, what was expected, what to do. The jobs pr
 last line and exit with status 2, without a traceback; any other exception is a bug of ours.
 """
 
+from pydantic import ValidationError
+
 
 class VLVError(Exception):
     """Base of all errors that are the input's fault and not the program's.
@@ -38,3 +40,12 @@ class GateError(VLVError):
 
 class RunError(VLVError):
     """An output folder cannot be used: it holds another run, or a run that is still going."""
+
+
+def one_line(problem: BaseException) -> str:
+    """The first line of an exception, or pydantic's first finding, short enough to be read."""
+    if isinstance(problem, ValidationError):
+        finding = problem.errors()[0]
+        return f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

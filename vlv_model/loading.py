@@ -31,9 +31,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vlv_model.config import ModelConfig
-from vlv_model.errors import ModelError
+from vlv_model.errors import ModelError, one_line
 from vlv_model.latents import LatentFormat
-from vlv_model.sources import Model, one_line, part_source, resolve_checkpoint, resolve_model
+from vlv_model.sources import Model, part_source, resolve_checkpoint, resolve_model
 
 __all__ = [
     "Model",

@@ -23,9 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, one_line
 from vlv_model.fingerprint import sha256_of
-from vlv_model.sources import one_line
 
 _STATE_DICTS = ("model.pt", "pytorch_model.bin", "model.safetensors")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

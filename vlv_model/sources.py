@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, ModelError
+from vlv_model.errors import CheckpointError, ModelError, one_line
 
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.json"
@@ -115,15 +115,6 @@ def local_folder(source: str) -> Path | None:
         return Path(snapshot_download(source, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-def one_line(problem: BaseException) -> str:
-    """The first line of an exception, or pydantic's first finding, short enough to be read."""
-    if isinstance(problem, ValidationError):
-        finding = problem.errors()[0]
-        return f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:

@@ -38,6 +38,25 @@ def test_the_environments_address_is_knocked_at_too(monkeypatch: pytest.MonkeyPa
         raise AssertionError("connected to nothing")
 
 
+def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 120)  # for a socket
+    job = (
+        "from pipelines.runtime import RayConfig, ray_session\n"
+        "from vlv_model.errors import RunError\n"
+        "try:\n"
+        "    ray_session(RayConfig(num_cpus=1)).__enter__()\n"
+        "except RunError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_TMPDIR": str(too_long)}
+    command = [sys.executable, "-c", job]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    (line,) = said.stdout.splitlines()
+    assert line.startswith("Ray did not start on this machine ("), said.stderr
+    assert "ray.address" in line
+
+
 WAITING = """
 import sys
 import psutil, ray
