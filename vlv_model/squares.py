@@ -20,4 +20,5 @@ def square(image: Image.Image, image_size: int) -> np.ndarray:
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BICUBIC)
     image = image.crop((left, top, left + image_size, top + image_size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    # A copy, which may be written to, unlike what Pillow shares.
+    return np.array(np.asarray(image).transpose(2, 0, 1), order="C")

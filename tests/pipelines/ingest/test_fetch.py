@@ -26,7 +26,7 @@ from pipelines.tiny_world.server import serve
 @pytest.fixture
 def fetcher() -> Iterator[ImageFetcher]:
     fetcher = ImageFetcher(
-        DownloadConfig(allow_private=True, retries=0, read_timeout=0.5),
+        DownloadConfig(allow_private=True, retries=0),
         ImageConfig(size=32, format="png"),
         FilterConfig(),
         decoders=2,
