@@ -17,7 +17,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Site:
-    """A server whose answers a test writes; counts requests by path, and those in flight."""
+    """A server whose answers a test writes; counts requests by path, and those not answered yet."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -28,11 +28,13 @@ class Site:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            waits = False  # whether a request has come that is not answered yet
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
             def do_GET(self) -> None:
+                self.waits = True
                 with site.lock:
                     site.requests[self.path] += 1
                     site.in_flight += 1
@@ -42,8 +44,17 @@ class Site:
                 except OSError:
                     self.close_connection = True
                 finally:
-                    with site.lock:
-                        site.in_flight -= 1
+                    self.answered()
+
+            def send_response(self, code: int, message: str | None = None) -> None:
+                # Not behind the body: who has read it may send the next request before we count.
+                self.answered()
+                super().send_response(code, message)
+
+            def answered(self) -> None:
+                with site.lock:
+                    site.in_flight -= self.waits
+                    self.waits = False
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
