@@ -45,7 +45,9 @@ def test_hostile_answers_end_in_their_class(web: Web, open_downloader: Any) -> N
         "large": "download:too_large",
         "slow": "download:timeout",
     }
-    found = statuses(open_downloader(retries=0), *(web.hostile(name) for name in expected))
+    # The server draws its picture when it is first asked for.
+    downloader = open_downloader(retries=0, read_timeout=3)
+    found = statuses(downloader, *(web.hostile(name) for name in expected))
     assert dict(zip(expected, found, strict=True)) == expected
 
 
