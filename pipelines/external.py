@@ -126,15 +126,19 @@ class ExternalImages:
                 if following is None:
                     raise DataError(f"{path} was changed while it was in use: row {row} is gone")
                 self._batch = following
-        value = self._batch[row - self._start].as_py()
-        if isinstance(value, dict):
-            if value.get("bytes") is None and value.get("path"):
-                return named_file(value["path"], place(path))
-            value = value.get("bytes")
-        return value if value is None else bytes(value)
+        return image_bytes(self._batch[row - self._start].as_py(), place(path))
 
 
-def named_file(name: str, parquet: Path) -> bytes:
+def image_bytes(value: Any, parquet: Path) -> bytes | None:
+    """The bytes of a row's image: themselves, or the struct {bytes, path} of Hugging Face datasets."""
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path"):
+            return _named_file(value["path"], parquet)
+        value = value.get("bytes")
+    return value if value is None else bytes(value)
+
+
+def _named_file(name: str, parquet: Path) -> bytes:
     """The file that a struct without bytes names, which has to lie in the Parquet file's folder."""
     # A table from elsewhere must not have other files of this machine read.
     if is_url(name) or name.startswith("/") or ".." in name.split("/"):

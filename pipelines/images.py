@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.external import COLUMN, PLACE, ExternalImages, UndecodableImage, named_file
+from pipelines.external import COLUMN, PLACE, ExternalImages, UndecodableImage, image_bytes
 from pipelines.places import open_parquet
 from pipelines.schemas import OK, has_text, require_columns
 from pipelines.storage import read_schema
@@ -204,10 +204,8 @@ class RowReader:
         if file in self._external and "image" in self.columns_read:
             content = self._external[file].read(values)
             return {"image": content, **{name: values[name] for name in self.columns}}
-        if isinstance(image := values.get("image"), dict):
-            values["image"] = image["bytes"]
-            if image["bytes"] is None and (name := image.get("path")):  # of a table from elsewhere
-                values["image"] = named_file(name, self.index.files[file])
+        if "image" in values:
+            values["image"] = image_bytes(values["image"], self.index.files[file])
         return values
 
     def names(self) -> list[str]:

@@ -181,15 +181,18 @@ def check_files(files: Iterable[Path]) -> None:
             raise DataError(f"{file} is no file: it may be a link to what is not there")
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data by its name: plans, commits and logs, ours or others'."""
+    return name.startswith((".", "_"))
+
+
 def _is_meant(file: Path, pattern: str) -> bool:
     """Whether a pattern matched a file by no wildcard for what is hidden."""
-    named = set(pattern.split("/"))
+    *named, last = pattern.split("/")
     *folders, name = str(file).split("/")
-    hidden = [folder for folder in folders if folder.startswith((".", "_"))]
-    hidden += (
-        [name] if name.startswith(".") and not pattern.rpartition("/")[2].startswith(".") else []
-    )
-    return named.issuperset(hidden)
+    if name.startswith(".") and not last.startswith("."):
+        return False
+    return {*named, last}.issuperset(folder for folder in folders if is_hidden(folder))
 
 
 def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:

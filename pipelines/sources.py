@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipelines.config import is_url
-from pipelines.places import entries, is_file, is_folder, matching, place
+from pipelines.places import entries, is_file, is_folder, is_hidden, matching, place
 from pipelines.storage import TABLE_FILE, Table, parquet_files, read_schema
 from vlv_model.errors import DataError
 
@@ -153,14 +153,14 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
                 inside,
                 [(n, o["size"]) for n, o in found.items() if o["type"] == "file" and n[0] != "."],
             )
-            waiting += [inside / name for name in reversed(folders) if name[0] not in "._"]
+            waiting += [inside / name for name in reversed(folders) if not is_hidden(name)]
         return
     for path, folders, names in os.walk(folder, onerror=_refuse):
         if TABLE_FILE in names and path != str(folder):
             folders.clear()
             names = [TABLE_FILE]
         # Files of ours and of other tools: plans, commits, .git.
-        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for link in (os.path.join(path, name) for name in folders):
             if os.path.islink(link):
                 _check_inside(link, folder)

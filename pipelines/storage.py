@@ -36,6 +36,7 @@ from pipelines.places import (
     files_below,
     is_file,
     is_folder,
+    is_hidden,
     make_folder,
     names_in,
     open_parquet,
@@ -282,7 +283,7 @@ def parquet_files(path: str, setting: str = "data.input", published: bool = True
 
 def _is_data(names: Sequence[str]) -> bool:
     """False in folders and for files that Arrow, datasets and Spark pass over too."""
-    return not any(name.startswith((".", "_")) for name in names)
+    return not any(map(is_hidden, names))
 
 
 def read_schema(file: Path) -> pa.Schema:

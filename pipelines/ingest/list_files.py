@@ -9,7 +9,15 @@ from pathlib import Path
 
 from pipelines.config import is_url
 from pipelines.ingest.readers import SUFFIXES, format_of
-from pipelines.places import check_files, files_below, is_file, is_folder, matching, place
+from pipelines.places import (
+    check_files,
+    files_below,
+    is_file,
+    is_folder,
+    is_hidden,
+    matching,
+    place,
+)
 from vlv_model.errors import DataError
 
 _PACKED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # not read
@@ -83,21 +91,17 @@ def _visible_below(folder: Path) -> list[Path]:
     if is_url(folder):
         inside = len(str(folder))
         files = files_below(folder)
-        return [f for f in files if not any(map(_is_hidden, str(f)[inside:].split("/")))]
+        return [f for f in files if not any(map(is_hidden, str(f)[inside:].split("/")))]
     found = []
     seen = {os.path.realpath(folder)}
     for at, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        found += [Path(at, name) for name in names if not _is_hidden(name)]
+        found += [Path(at, name) for name in names if not is_hidden(name)]
         for name in sorted(folders):  # a link may lead back to where it lies
             real = os.path.realpath(os.path.join(at, name))
-            if _is_hidden(name) or real in seen:
+            if is_hidden(name) or real in seen:
                 folders.remove(name)
             seen.add(real)
     return sorted(found)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
 
 
 def _raise(error: OSError) -> None:
