@@ -9,7 +9,7 @@ After each fault the same command is run again, until it ends right. Then a read
 of our code counts the table against the input and against that of a run that nothing disturbed; of a
 training, it compares the losses and the rows of every step (`--rows` are steps there). Faults (`--faults`):
 
-    driver group worker rank decoder head   SIGKILL: see benchmarks/faults.py
+    driver group worker rank reader decoder head   SIGKILL: see benchmarks/faults.py
     disk                               the table's file system is full
     store                              the table is in an S3 server, which fails or hangs for a while
     node                               a machine of a cluster of three goes, and another one comes

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from benchmarks.chaos_jobs import COMMON, Job, drawn_pairs
+from benchmarks.chaos_jobs import Job, drawn_pairs
 from benchmarks.chaos_places import ClusterPlace, Place, node
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 
@@ -43,9 +43,7 @@ class Run(Place):
 
 
 class ClusterRun(Run, ClusterPlace):
-    """The same on a cluster of three machines, of which two have a rank each."""
-
-    cpus = 1
+    """The same on a cluster of three machines, of which two have room for the ranks and readers."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def training(stage: str, folder: Path, steps: int) -> Job:
-    """A stage on two workers, with a checkpoint every few steps; it goes on from shipped weights."""
+    """A stage on two workers, each with a reader, and a checkpoint every few steps; from shipped weights."""
     images = folder / "images.parquet"
     drawn_pairs(images, 200)
 
@@ -127,7 +125,8 @@ def training(stage: str, folder: Path, steps: int) -> Job:
         made += [f"train.steps={steps}", f"train.checkpoint_every={EVERY}", "train.eval_every=50"]
         made += ["train.num_workers=2", "train.global_batch_size=8", "train.micro_batch_size=2"]
         made += ["train.eval_rows=8", "train.learning_rate=0.0001", "train.wandb=disabled"]
-        return [*made, "train.samples=0", "train.max_failures=1000", *COMMON]
+        made += ["train.samples=0", "train.max_failures=1000", "train.readers=1"]
+        return [*made, "ray.num_cpus=4", "ray.object_store_gb=0.3"]
 
     return Job(
         command,
@@ -137,5 +136,5 @@ def training(stage: str, folder: Path, steps: int) -> Job:
         place=Run,
         places={"node": partial(node, place=ClusterRun)},
         compare=compare,
-        faults=("rank", "driver", "head"),
+        faults=("rank", "reader", "driver", "head"),
     )

@@ -19,9 +19,9 @@ import psutil
 
 REPO = Path(__file__).parents[1]
 
-KILLS = ("driver", "group", "worker", "rank", "decoder", "head")
+KILLS = ("driver", "group", "worker", "rank", "reader", "decoder", "head")
 """Whom SIGKILL hits: the driver; it and all that it started; one of Ray's workers or actors; one of a
-training's ranks; a decoder's child process; Ray's raylet or GCS."""
+training's ranks, or of the actors that read for them; a decoder's child process; Ray's raylet or GCS."""
 ENDING = ("driver", "group", "head")  # after these the job is gone and has to be started again
 
 
@@ -64,6 +64,7 @@ class Attempt:
         sorts: dict[str, Callable[[str], bool]] = {
             "worker": lambda line: line.startswith("ray::"),
             "rank": lambda line: line.startswith("ray::") and "RayTrainWorker" in line,
+            "reader": lambda line: line.startswith("ray::_Reader"),
             "decoder": lambda line: "pipelines.ingest.isolation" in line,
             "head": lambda line: "raylet/raylet " in line or "gcs/gcs_server " in line,
         }
