@@ -174,39 +174,47 @@ def open_table(
     table = Table(data.output)
     images, listed = data.images()
     stamp = stamp_of(images)
-    there = table.describe() if table.exists else {}
-    if there.get("stamp") == stamp:
-        # Nothing was written since it was planned: no key has to be looked at again.
-        of = {name: there["identity"].get(name) for name in ("rows", "layout")}
+
+    def known(rows: int | None, layout: str | None) -> dict[str, Any]:
+        return {
+            "data.input": data.input,
+            "data.image_column": data.image_column,
+            "data.key_column": data.key_column,
+            "data.where": data.where,
+            "files": None,  # of a table of ours none are listed
+            **listed,
+            "data.split": data.split,
+            "data.holdout": data.holdout if data.split != "all" else None,
+            "data.limit": data.limit,
+            "rows": rows,
+            "layout": layout,
+            "plan": LAYOUT,
+            **identity,
+        }
+
+    if there := table.describe() if table.exists else {}:
+        # Settings first: of other ones there may be no files to look at.
+        same = known(*(there["identity"].get(name) for name in ("rows", "layout")))
+        table.check_free(kind, same, columns)
+        if there.get("stamp") == stamp:
+            # Nothing was written since it was planned: no key has to be looked at again.
+            return table
     else:
-        # Of a table that is there the rows are only compared.
-        is_new = not table.exists and not table.check_free(kind, {})
-        write = (table.folder, data.rows_per_chunk) if is_new else None
-        laid = lay_out(images, data.chosen(images, among and among()), write)
-        if not laid.rows and among is not None:
-            raise DataError(f"no image of {data.input} is among those that are wanted")
-        if not laid.rows:
-            raise DataError(f"data.split={data.split} of {data.input} selects no image")
-        of = {"rows": laid.rows, "layout": laid.layout}
-    identity = {
-        "data.input": data.input,
-        "data.image_column": data.image_column,
-        "data.key_column": data.key_column,
-        "data.where": data.where,
-        **listed,
-        "data.split": data.split,
-        "data.holdout": data.holdout if data.split != "all" else None,
-        "data.limit": data.limit,
-        **of,
-        "plan": LAYOUT,
-        **identity,
-    }
-    if table.check_free(kind, identity, columns):
+        table.check_free(kind, {})
+    # Of a table that is there the rows are only compared.
+    write = None if there else (table.folder, data.rows_per_chunk)
+    laid = lay_out(images, data.chosen(images, among and among()), write)
+    if not laid.rows and among is not None:
+        raise DataError(f"no image of {data.input} is among those that are wanted")
+    if not laid.rows:
+        raise DataError(f"data.split={data.split} of {data.input} selects no image")
+    if table.check_free(kind, known(laid.rows, laid.layout)):
         return table
-    rows, files = of["rows"], [str(file) for file in images]
-    chunks = -(-rows // data.rows_per_chunk)
-    notes |= {"planned_rows": rows, "files": files, "stamp": stamp}
-    table.create(kind, identity, chunks, isolated=not data.is_ours, **notes)
+    files = [str(file) for file in images]
+    chunks = -(-laid.rows // data.rows_per_chunk)
+    notes |= {"planned_rows": laid.rows, "files": files, "stamp": stamp}
+    whole = known(laid.rows, laid.layout)
+    table.create(kind, whole, chunks, isolated=not data.is_ours, **notes)
     return table
 
 

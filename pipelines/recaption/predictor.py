@@ -108,7 +108,8 @@ class CaptionImages:
         captions: list[GeneratedCaption | None] = [None] * len(statuses)
         health: list[Health | None] = [None] * len(statuses)
         start = time.perf_counter()
-        for outcome in self._caption(block.take(usable)):
+        # Typed: a chunk may have no sound image, and an empty list alone has no type.
+        for outcome in self._caption(block.take(pa.array(usable, pa.int64()))):
             row = usable[outcome.position]
             if (caption := outcome.caption) is not None:
                 captions[row] = caption = replace(caption, text=self.finished(caption.text))

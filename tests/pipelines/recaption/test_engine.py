@@ -96,6 +96,8 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     assert [row["caption"] is None for row in rows] == [False, True, True]
     tokens = rows[0]["num_tokens"] + (rows[0]["finish_reason"] == "stop")
     assert exported == {"vlv_recaption_images": 1, "vlv_recaption_tokens": tokens}
+    (broken,) = step(block.slice(1, 1)).to_pylist()  # a chunk without a sound image
+    assert broken == rows[1]
 
 
 def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):
