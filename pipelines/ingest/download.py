@@ -236,10 +236,11 @@ class Downloader:
                     began = time.monotonic()
                     found = await self._hop(target, share)
                     left -= time.monotonic() - began
+                    if isinstance(found, bytes):
+                        share.kept = len(found)
                 if isinstance(found, bytes):
-                    if self.room.is_free.is_set():  # else it is not the line that they wait for
+                    if self.room.is_free:  # else it is not the line that they wait for
                         self.slots.grow()
-                    self.room.count(len(found))
                     INGEST_BYTES.add(len(found))
                     return found
                 target = found
@@ -296,7 +297,8 @@ class _Connector(aiohttp.TCPConnector):
         # It would be taken for the answer to the next request: another URL's picture, or the 408
         # with which servers close what is idle.
         while (connection := await super()._get(key, traces)) is not None:
-            if connection.protocol and not connection.protocol.should_close:
+            # A handler is false while it has no messages: it is asked for None by name.
+            if connection.protocol is not None and not connection.protocol.should_close:
                 break
             connection.close()
         return connection

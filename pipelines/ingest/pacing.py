@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from typing import Any
 
 from pipelines.telemetry import INGEST_REQUESTS
@@ -79,14 +80,36 @@ class Room:
 
     def __init__(self) -> None:
         self.taken = 0
-        self.is_free = asyncio.Event()
-        self.is_free.set()
         self.large: dict[Share, int] = {}  # bytes of each that is under way, the oldest first
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_free(self) -> bool:
+        return self.taken < MAX_WAITING
 
     def count(self, size: int) -> None:
         """Count `size` further bytes, or fewer."""
         self.taken += size
-        (self.is_free.set if self.taken < MAX_WAITING else self.is_free.clear)()
+        # No more of them are woken than there is room for: hundreds wait, at each image's end.
+        while self._waiting and self.is_free:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self.taken += ALLOWANCE
+                turn.set_result(None)
+
+    async def enter(self) -> None:
+        """Count an ALLOWANCE as soon as there is any room; who waits longest comes first."""
+        if self.is_free and not self._waiting:
+            self.count(ALLOWANCE)
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it had just been given
+                self.count(-ALLOWANCE)
+            raise
 
 
 class Share:
@@ -94,17 +117,16 @@ class Share:
 
     def __init__(self, room: Room, seconds: float) -> None:
         self.room = room
+        self.kept = 0  # bytes that it leaves to whoever uses the body
         self.limit = asyncio.timeout(seconds)
 
     async def __aenter__(self) -> Share:
-        while self.room.taken >= MAX_WAITING:  # all are woken, and the first takes it
-            await self.room.is_free.wait()
+        await self.room.enter()
         await self.limit.__aenter__()
-        self.room.count(ALLOWANCE)
         return self
 
     async def __aexit__(self, *error: Any) -> None:
-        self.room.count(-ALLOWANCE)
+        self.room.count(self.kept - ALLOWANCE)
         self.room.large.pop(self, None)
         await self.limit.__aexit__(*error)
 

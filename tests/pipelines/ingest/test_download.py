@@ -194,6 +194,19 @@ def test_no_answer_is_taken_for_the_next_requests(site: Site, open_downloader: A
     assert peers[0] not in peers[1:]
 
 
+def test_a_connection_serves_one_request_after_the_other(site: Site, open_downloader: Any) -> None:
+    peers = set()
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        peers.add(handler.client_address)
+        reply()(handler)
+
+    site.answers = {"/": note}
+    downloader = open_downloader(concurrency=3, concurrency_per_host=3, read_timeout=5)
+    assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(30)))) == {"ok"}
+    assert len(peers) == 3
+
+
 def test_idle_connections_are_soon_closed(site: Site, open_downloader: Any) -> None:
     """Lists have thousands of hosts that are asked once: each would hold an open file."""
     site.answers = {"/": reply()}

@@ -106,6 +106,38 @@ def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
     assert downloader.room.taken == 0
 
 
+def test_room_is_given_to_as_many_as_it_holds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not to those who gave up, before or just when it was given them."""
+    monkeypatch.setattr(pacing, "MAX_WAITING", 30)
+    monkeypatch.setattr(pacing, "ALLOWANCE", 10)
+
+    async def waits() -> None:
+        room, entered = pacing.Room(), list[int]()
+        room.count(30)
+
+        async def enter(number: int) -> None:
+            await room.enter()
+            entered.append(number)
+
+        tasks = [asyncio.create_task(enter(number)) for number in range(7)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        room.count(-20)
+        tasks[2].cancel()
+        await asyncio.sleep(0.01)
+        assert entered == [1, 3]
+        assert room.taken == 30
+        late = asyncio.create_task(enter(7))
+        for _ in range(4):
+            room.count(-10)
+            await asyncio.sleep(0)
+        assert entered == [1, 3, 4, 5, 6, 7]
+        assert room.taken == 30
+        await late
+
+    asyncio.run(waits())
+
+
 def test_large_bodies_take_turns_in_memory(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
