@@ -5,6 +5,7 @@ Each brings the fault that it is there for: `inject` does it and mends it after 
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -146,6 +147,8 @@ def node(
 
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 3}
     health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 500}
+    # Or a rank of two CPUs sums up in other threads than the unbroken run's.
+    os.environ["OMP_NUM_THREADS"] = "1"
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from benchmarks.chaos_jobs import Job, drawn_pairs
+from benchmarks.chaos_jobs import COMMON, Job, drawn_pairs
 from benchmarks.chaos_places import ClusterPlace, Place, node
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 
@@ -43,7 +43,9 @@ class Run(Place):
 
 
 class ClusterRun(Run, ClusterPlace):
-    """The same on a cluster of three machines, of which two have room for the ranks and readers."""
+    """The same on a cluster of three machines, of which two have room for a rank and its reader each."""
+
+    cpus = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def training(stage: str, folder: Path, steps: int) -> Job:
         made += ["train.num_workers=2", "train.global_batch_size=8", "train.micro_batch_size=2"]
         made += ["train.eval_rows=8", "train.learning_rate=0.0001", "train.wandb=disabled"]
         made += ["train.samples=0", "train.max_failures=1000", "train.readers=1"]
-        return [*made, "ray.num_cpus=4", "ray.object_store_gb=0.3"]
+        # So that no machine of a cluster takes both ranks: one that is lost has to have one.
+        return [*made, "train.cpus_per_worker=2", *COMMON, "ray.num_cpus=6"]
 
     return Job(
         command,

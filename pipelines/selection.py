@@ -208,12 +208,12 @@ def open_table(
         raise DataError(f"no image of {data.input} is among those that are wanted")
     if not laid.rows:
         raise DataError(f"data.split={data.split} of {data.input} selects no image")
-    if table.check_free(kind, known(laid.rows, laid.layout)):
+    whole = known(laid.rows, laid.layout)
+    if table.check_free(kind, whole):
         return table
     files = [str(file) for file in images]
     chunks = -(-laid.rows // data.rows_per_chunk)
     notes |= {"planned_rows": laid.rows, "files": files, "stamp": stamp}
-    whole = known(laid.rows, laid.layout)
     table.create(kind, whole, chunks, isolated=not data.is_ours, **notes)
     return table
 

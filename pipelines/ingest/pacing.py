@@ -99,7 +99,7 @@ class Room:
 
     async def enter(self) -> None:
         """Count an ALLOWANCE as soon as there is any room; who waits longest comes first."""
-        if self.is_free and not self._waiting:
+        if self.is_free:  # then nobody waits
             self.count(ALLOWANCE)
             return
         turn = asyncio.get_running_loop().create_future()

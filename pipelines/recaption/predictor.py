@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -104,12 +105,11 @@ class CaptionImages:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         statuses, errors = block["status"].to_pylist(), block["error"].to_pylist()
-        usable = [row for row, value in enumerate(statuses) if value == OK]
+        usable = np.flatnonzero([value == OK for value in statuses])  # int64, of no row, too
         captions: list[GeneratedCaption | None] = [None] * len(statuses)
         health: list[Health | None] = [None] * len(statuses)
         start = time.perf_counter()
-        # Typed: a chunk may have no sound image, and an empty list alone has no type.
-        for outcome in self._caption(block.take(pa.array(usable, pa.int64()))):
+        for outcome in self._caption(block.take(usable)):
             row = usable[outcome.position]
             if (caption := outcome.caption) is not None:
                 captions[row] = caption = replace(caption, text=self.finished(caption.text))
