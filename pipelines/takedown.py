@@ -7,26 +7,20 @@ what it names.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
-from yarl import URL
 
 from pipelines.config import OutputPlace
+from pipelines.ingest.blocked import Blocked, ascii_host
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.locks import exclusive
-from pipelines.places import is_file, open_parquet, write_atomically
+from pipelines.places import open_parquet
 from pipelines.recaption.report import forget
-from pipelines.schemas import host_of, normalise_url, url_key
-from pipelines.storage import Table, read_json_object
+from pipelines.schemas import url_key
+from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
-
-FILE = "_takedown.json"
 
 
 class TakedownConfig(Config):
@@ -45,39 +39,6 @@ class TakedownConfig(Config):
         if not (self.keys or self.urls or self.domains):
             raise ValueError("give keys, urls or domains")
         return self
-
-
-@dataclass(frozen=True)
-class Blocked:
-    """What an image table must not have."""
-
-    keys: frozenset[int] = frozenset()
-    domains: frozenset[str] = frozenset()
-
-    @classmethod
-    def read(cls, table: Table) -> Blocked:
-        """What earlier takedowns of a table have noted."""
-        file = table.folder / FILE
-        if not is_file(file):
-            return cls()
-        noted = read_json_object(file)
-        return cls(frozenset(noted["keys"]), frozenset(noted["domains"]))
-
-    def mask(self, keys: pa.ChunkedArray, urls: pa.ChunkedArray) -> np.ndarray:
-        """Which rows are blocked, booleans `[n]`."""
-        found = np.zeros(len(keys), bool)
-        if self.keys:
-            named = pa.array(sorted(self.keys), pa.int64())
-            found |= np.asarray(pc.is_in(keys, value_set=named).to_pylist(), bool)
-        if self.domains:
-            hosts = [_host(url) for url in urls.to_pylist()]
-            found |= np.array([self.is_domain(host) for host in hosts], bool)
-        return found
-
-    def is_domain(self, host: str) -> bool:
-        """Whether a host belongs to a domain that was taken down."""
-        parts = host.split(".")
-        return any(".".join(parts[i:]) in self.domains for i in range(len(parts)))
 
 
 def take_down(config: TakedownConfig) -> dict[str, int]:
@@ -109,7 +70,7 @@ def _note(images: Table, config: TakedownConfig) -> Blocked:
     """Write down what must be gone: what was named, and the rows of the domains that are there."""
     before = Blocked.read(images)
     keys = {*before.keys, *config.keys, *(url_key(url) for url in config.urls)}
-    named = {_host(f"http://{name.strip('. ')}/") for name in config.domains}
+    named = {ascii_host(f"http://{name.strip('. ')}/") for name in config.domains}
     blocked = Blocked(frozenset(keys), before.domains | named)
     if named:
         chunks = [commit.chunk for commit in images.commits()]
@@ -117,8 +78,7 @@ def _note(images: Table, config: TakedownConfig) -> Blocked:
             of_domains = blocked.mask(rows["key"], rows["url"])
             keys.update(rows["key"].filter(pa.array(of_domains)).to_pylist())
     blocked = Blocked(frozenset(keys), blocked.domains)
-    content = {"keys": sorted(blocked.keys), "domains": sorted(blocked.domains)}
-    write_atomically(images.folder / FILE, json.dumps(content, indent=1))
+    blocked.write(images)
     return blocked
 
 
@@ -137,13 +97,3 @@ def _remove(table: Table, keys: frozenset[int]) -> int:
             table.write(commit.chunk, left, run=commit.run, row_group_size=group)
             removed += gone
     return removed
-
-
-def _host(url: str) -> str:
-    """The host of a URL as domains are compared: lower-case, in ASCII; empty where it has none."""
-    host = host_of(normalise_url(url))
-    try:  # in ASCII as the downloader spells it
-        host = host if host.isascii() else URL.build(scheme="http", host=host).raw_host or ""
-    except ValueError:
-        return ""
-    return host.rstrip(".")

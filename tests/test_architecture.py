@@ -1,6 +1,8 @@
 """The house: imports point one way, jobs → pipelines → vlv_model."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ ALLOWED = {
     "jobs": {"pipelines", "vlv_model"},
 }
 NOT_IN_VLV_MODEL = {"ray", "deepspeed", "wandb", "pyarrow", "aiohttp"}
+HEAVY = {"torch", "transformers", "diffusers"}
 
 
 def imported(file: Path) -> set[str]:
@@ -43,6 +46,23 @@ def test_vlv_model_knows_nothing_of_ray() -> None:
 def test_jobs_are_thin() -> None:
     for file in (ROOT / "jobs").glob("*.py"):
         assert len(file.read_text().splitlines()) <= 60, f"{file.name} does more than parse and run"
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        # Each of a job's workers imports what its steps lie in: seconds and 200 MB for torch alone.
+        ([f"jobs.{file.stem}" for file in sorted((ROOT / "jobs").glob("*.py"))], HEAVY),
+        (["vlv_model.captioner", "vlv_model.encoder"], {"diffusers"}),
+    ],
+    ids=["jobs", "captioner"],
+)
+def test_only_what_is_used_is_loaded(modules: list[str], unwanted: set[str]) -> None:
+    program = f"import sys, {', '.join(modules)}; print(*{unwanted} & sys.modules.keys())"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.stdout.split(), ended.stderr) == ([], "")
 
 
 def test_nothing_imports_torchvision() -> None:

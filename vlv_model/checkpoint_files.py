@@ -16,17 +16,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from vlv_model.config import Config, Lora, ModelConfig
 from vlv_model.errors import CheckpointError, one_line
 from vlv_model.fingerprint import sha256_of
 from vlv_model.sources import CHECKPOINT_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
@@ -136,6 +137,8 @@ def put_checkpoint(
     more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write weights and checkpoint.json into a folder; arguments as in `write_checkpoint`."""
+    from safetensors.torch import save_file  # here: the files are told of without torch
+
     save_file(dict(weights), folder / WEIGHTS_FILE)
     for name, tensors in (more_files or {}).items():
         save_file(dict(tensors), folder / name)
@@ -218,6 +221,8 @@ def check_file(folder: Path, name: str, sha256: str) -> Path:
 
 def read_weights(folder: Path, info: CheckpointInfo) -> dict[str, Tensor]:
     """The tensors of one checkpoint, without its parents', on the CPU."""
+    from safetensors.torch import load_file
+
     path = check_weights(folder, info)
     try:
         return load_file(path)

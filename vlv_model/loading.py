@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
@@ -34,6 +33,9 @@ from vlv_model.config import ModelConfig
 from vlv_model.errors import ModelError, one_line
 from vlv_model.latents import LatentFormat
 from vlv_model.sources import Model, part_source, resolve_checkpoint, resolve_model
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 __all__ = [
     "Model",
@@ -96,11 +98,15 @@ def load_diffusion(
 
 def load_vae(config: ModelConfig) -> AutoencoderKL:
     """The VAE alone."""
+    from diffusers import AutoencoderKL  # here: a captioner need not wait for it
+
     return _load_diffuser(config, "vae", AutoencoderKL)
 
 
 def read_latent_format(config: ModelConfig) -> LatentFormat:
     """What the VAE's latents look like, from its configuration alone."""
+    from diffusers import AutoencoderKL
+
     source, subfolder = part_source(config, "vae")
     _check_kind("vae", source, subfolder, "_class_name", AutoencoderKL.__name__)
     load = partial(AutoencoderKL.load_config, source, subfolder=subfolder)
@@ -109,6 +115,8 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
 
 def load_unet(config: ModelConfig) -> tuple[UNet2DConditionModel, DDPMScheduler]:
     """UNet and the noise schedule."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
     unet = _load_diffuser(config, "unet", UNet2DConditionModel)
     source, subfolder = part_source(config, "scheduler")
     scheduler_config = _load(

@@ -26,6 +26,7 @@ from pydantic import Field, field_validator
 from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
+from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.download import DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
@@ -48,7 +49,6 @@ from pipelines.places import (
 from pipelines.runtime import RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
-from pipelines.takedown import Blocked
 from vlv_model.config import Config
 from vlv_model.errors import RunError
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets
+from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.list_files import input_bytes
 from pipelines.ingest.metadata import read_batches
@@ -38,7 +39,6 @@ from pipelines.schemas import (
     status,
 )
 from pipelines.storage import Table
-from pipelines.takedown import Blocked
 from vlv_model.errors import DataError
 
 PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))

@@ -18,7 +18,7 @@ from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
 from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
 from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
-from vlv_model.checkpoint import read_checkpoint
+from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.sources import part_source
 

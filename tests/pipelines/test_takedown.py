@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from pipelines.config import build
+from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.report import REPORT
 from pipelines.schemas import url_key
 from pipelines.storage import Table, parquet_files
-from pipelines.takedown import Blocked, TakedownConfig, take_down
+from pipelines.takedown import TakedownConfig, take_down
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError
 
