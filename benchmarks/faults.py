@@ -21,7 +21,9 @@ REPO = Path(__file__).parents[1]
 
 KILLS = ("driver", "group", "worker", "rank", "reader", "decoder", "head")
 """Whom SIGKILL hits: the driver; it and all that it started; one of Ray's workers or actors; one of a
-training's ranks, or of the actors that read for them; a decoder's child process; Ray's raylet or GCS."""
+training's ranks, or of the actors that read for them; a decoder's child process; Ray's raylet, an agent
+without which it ends, or GCS."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 ENDING = ("driver", "group", "head")  # after these the job is gone and has to be started again
 
 
@@ -62,11 +64,13 @@ class Attempt:
         """SIGKILL one of KILLS; False where there is none of that sort at the moment."""
         family = self.family()
         sorts: dict[str, Callable[[str], bool]] = {
-            "worker": lambda line: line.startswith("ray::"),
+            "worker": lambda line: line.startswith("ray::") and not line.startswith(AGENTS),
             "rank": lambda line: line.startswith("ray::") and "RayTrainWorker" in line,
             "reader": lambda line: line.startswith("ray::_Reader"),
             "decoder": lambda line: "pipelines.ingest.isolation" in line,
-            "head": lambda line: "raylet/raylet " in line or "gcs/gcs_server " in line,
+            "head": lambda line: (
+                "raylet/raylet " in line or "gcs/gcs_server " in line or line.startswith(AGENTS)
+            ),
         }
         if whom in sorts:
             found = [one for one in family if sorts[whom](_line(one))]

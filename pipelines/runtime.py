@@ -26,6 +26,7 @@ from vlv_model.errors import RunError, one_line
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
+_TOGETHER = 0.5  # seconds within which the processes of a Ray end when they are told to
 _UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
@@ -181,14 +182,21 @@ def _ending_with_ray() -> Iterator[None]:
 
     over = threading.Event()
 
+    def ends(name: str) -> set[int]:
+        statuses = [one.process.poll() for one in node.all_processes.get(name, ())]
+        return {status for status in statuses if status is not None}
+
     def watch() -> None:
         while not over.wait(0.3):
             for name in ("raylet", "gcs_server"):
-                ended = [one.process.poll() for one in node.all_processes.get(name, ())]
-                if not any(status is not None for status in ended):
+                if not (ended := ends(name)):
                     continue
-                # Ended in good order, as by a SIGTERM to the whole group: this process is about to.
-                if {*ended} <= {0, -signal.SIGTERM} and over.wait(_UNWINDING):
+                # In good order: by a SIGTERM to the whole group, then this process is about to end as
+                # well. Or the raylet alone, as it does when one of its agents is killed.
+                in_order = ended <= {0, -signal.SIGTERM}
+                if in_order and (
+                    over.wait(_TOGETHER) or (ends("gcs_server") and over.wait(_UNWINDING))
+                ):
                     return
                 line = (
                     f"error: Ray's {name} on this machine is gone (killed, or out of memory): the same "

@@ -70,21 +70,25 @@ def wait():
 if __name__ == "__main__":
     with ray_session(RayConfig(num_cpus=1, object_store_gb=0.1)):
         task = wait.remote()
-        for process in psutil.Process().children():
-            if process.name() == sys.argv[1]:
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith(sys.argv[1]):
                 process.kill()
         ray.get(task)
 """
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_a_job_whose_ray_is_killed_ends_with_a_line(name: str, tmp_path: Path) -> None:
-    """Left to itself, Ray waits for its return, and ends with lines of C++ alone."""
+@pytest.mark.parametrize(
+    ("killed", "name"),
+    [("raylet", "raylet"), ("gcs_server", "gcs_server"), ("ray::DashboardAgent", "raylet")],
+)
+def test_a_job_whose_ray_is_killed_ends_with_a_line(killed: str, name: str, tmp_path: Path) -> None:
+    """Left to itself, Ray waits for its return, and ends with lines of C++ alone. A raylet ends by
+    itself, in good order, when an agent of its is gone."""
     (tmp_path / "job.py").write_text(WAITING)
     environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, str(tmp_path / "job.py"), name]
+    command = [sys.executable, str(tmp_path / "job.py"), killed]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == RAY_LOST, ended.stderr
     last = ended.stderr.splitlines()[-1]
