@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from vlv_model.errors import RunError, one_line
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
+_HERE = 3.0  # seconds of work for which workers need not be started
 _TOGETHER = 0.5  # seconds within which the processes of a Ray end when they are told to
 _UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
 _ANSWER = 20.0  # seconds that a head is given to take a connection
@@ -258,11 +260,16 @@ def _write_chunk(
 
 
 def map_chunks(chunks: Sequence[int], step: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """What `step` makes of each of the chunks of a table on the cluster, in any order.
+    """What `step` makes of each of the chunks of a table, in any order.
 
-    It gets a block of one row (`chunk`).
+    It gets a block of one row (`chunk`). A table that is through in a few seconds is worked on in this
+    process, where workers would take as long to start; of others the rest goes to the cluster.
     """
-    for wave in _waves(chunks):
+    until = time.monotonic() + _HERE
+    left = list(chunks)
+    while left and time.monotonic() < until:
+        yield step(pa.table({"chunk": [left.pop(0)]}))
+    for wave in _waves(left) if left else ():  # which would import Ray Data
         made = wave.map_batches(step, batch_size=None, batch_format="pyarrow")
         yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
 

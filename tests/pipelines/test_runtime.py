@@ -4,11 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from pipelines import runtime
 from pipelines.runtime import RAY_LOST, RayConfig, ray_session
+from tests.conftest import ChunksHere
 from vlv_model.errors import RunError
 
 
@@ -55,6 +60,28 @@ def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -
     (line,) = said.stdout.splitlines()
     assert line.startswith("Ray did not start on this machine ("), said.stderr
     assert "ray.address" in line
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 100.0])
+def test_chunks_are_mapped_here_first_and_each_once(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def waves(chunks: Sequence[int]) -> Iterator[ChunksHere]:
+        sent.extend(chunks)
+        yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
+
+    monkeypatch.setattr(runtime, "_waves", waves)
+    monkeypatch.setattr(runtime, "_HERE", seconds)
+    mapped = runtime.map_chunks([7, 3, 5, 4], slow)
+    assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
+    assert sent == {0.0: [7, 3, 5, 4], 0.05: [3, 5, 4], 100.0: []}[seconds]
+
+
+def slow(chunks: pa.Table) -> pa.Table:
+    time.sleep(0.1)
+    return chunks
 
 
 WAITING = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,11 +70,6 @@ def expected(rows: list[Row], by: str, distance: int) -> list[str]:
     ]
 
 
-def directly(chunks: list[int], step: Any) -> Any:
-    """`map_chunks` without a cluster: hundreds of tables need not start one."""
-    return (step(pa.table({"chunk": [chunk]})) for chunk in chunks)
-
-
 hashes = st.integers(0, 2**64 - 1)
 near_hashes = st.lists(st.integers(0, 63), max_size=5).map(lambda bits: sum({1 << b for b in bits}))
 kinds = st.sampled_from([OK, OK, OK, DUPLICATE, "filtered:aesthetic"])
@@ -93,7 +87,6 @@ def test_marks_are_those_of_brute_force_and_stay(
     table = table_of(folder / "t", rows)
     config = build(DuplicateConfig, {"by": by, "distance": distance})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "map_chunks", directly)
         patch.setattr(duplicates, "_COMPARED", 4)
         changed = mark_duplicates(table, config, 2, folder / "copies")
         again = mark_duplicates(table, config, 3, folder / "copies")
@@ -126,6 +119,4 @@ def test_pictures_of_one_colour_are_no_copies_of_one_another(tmp_path: Path) -> 
     table = table_of(tmp_path / "t", [(1, 1, 0, OK), (1, 2, 0, OK)])
     read = _read_hashes(pa.table({"chunk": [0]}), table)
     assert read["phash"].to_pylist() == [0, 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "map_chunks", directly)
-        assert mark_duplicates(table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0
+    assert mark_duplicates(table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0
