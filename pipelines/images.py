@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +20,6 @@ from pipelines.places import open_parquet
 from pipelines.schemas import OK, has_text, require_columns
 from pipelines.storage import read_schema
 from vlv_model.errors import DataError
-
-if TYPE_CHECKING:
-    import torch
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -217,13 +214,11 @@ class RowReader:
             found.append(str(group[column][int(self.index.row[position])].as_py()))
         return found
 
-    def square(self, position: int, image_size: int, content: bytes | None = None) -> torch.Tensor:
+    def square(self, position: int, image_size: int, content: bytes | None = None) -> np.ndarray:
         """The row's image, upright and in sRGB, as uint8 `[3 image_size image_size]`.
 
         `content` are its bytes, where they were read already. Raises UndecodableImage if it is none.
         """
-        import torch
-
         from pipelines.pictures.decode import DecodeError
         from pipelines.pictures.squares import square_of
 
@@ -232,7 +227,7 @@ class RowReader:
         if not content:
             raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:
-            return torch.from_numpy((self.decode or square_of)(content, image_size))
+            return (self.decode or square_of)(content, image_size)
         except DecodeError as error:
             reason = f"the image of key {key} cannot be decoded: {error}"
             raise UndecodableImage(reason, error.kind) from None

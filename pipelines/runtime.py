@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +28,8 @@ from vlv_model.errors import RunError, one_line
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
 _HERE = 3.0  # seconds of work for which workers need not be started
-_TOGETHER = 0.5  # seconds within which the processes of a Ray end when they are told to
+_NEEDED = ("raylet", "gcs_server")  # processes without which there is no Ray
+_TOGETHER = 5.0  # seconds within which all of them end when they are told to
 _UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
@@ -175,46 +176,59 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
 @contextmanager
 def _ending_with_ray() -> Iterator[None]:
-    """End this process when the embedded Ray's raylet or GCS is killed.
+    """End this process when the embedded Ray's raylet or GCS has ended.
 
     Nobody starts them again, and Ray itself waits a minute for that before its core ends the
-    process, with lines of C++.
+    process, with lines of C++, or raises errors of many kinds.
     """
     from ray._private.worker import _global_node as node
 
-    over = threading.Event()
+    over, saying = threading.Event(), threading.Lock()
 
     def ends(name: str) -> set[int]:
         statuses = [one.process.poll() for one in node.all_processes.get(name, ())]
         return {status for status in statuses if status is not None}
 
+    def give_up(name: str) -> NoReturn:
+        saying.acquire()  # for good: once is enough
+        line = (
+            f"error: Ray's {name} on this machine is gone (it or an agent of it was killed, or ran out "
+            "of memory): the same command continues where this one stopped (with an output in an "
+            "object store: after two minutes)"
+        )
+        try:
+            os.write(2, f"\n{line}\n".encode())  # a bar's lock may be held for ever
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        finally:
+            os._exit(RAY_LOST)
+
+    def was_told_to() -> bool:
+        """Whether the whole group was, by a SIGTERM: then the GCS ends, too, and soon this process.
+
+        A raylet ends in the same good order, but alone, when one of its agents is killed.
+        """
+        until = time.monotonic() + _TOGETHER
+        while not ends("gcs_server") and time.monotonic() < until:
+            if over.wait(0.2):
+                return True
+        return bool(ends("gcs_server")) and over.wait(_UNWINDING)
+
     def watch() -> None:
         while not over.wait(0.3):
-            for name in ("raylet", "gcs_server"):
-                if not (ended := ends(name)):
-                    continue
-                # In good order: by a SIGTERM to the whole group, then this process is about to end as
-                # well. Or the raylet alone, as it does when one of its agents is killed.
-                in_order = ended <= {0, -signal.SIGTERM}
-                if in_order and (
-                    over.wait(_TOGETHER) or (ends("gcs_server") and over.wait(_UNWINDING))
-                ):
-                    return
-                line = (
-                    f"error: Ray's {name} on this machine is gone (killed, or out of memory): the same "
-                    "command continues where this one stopped (with an output in an object store: "
-                    "after two minutes)"
-                )
-                try:
-                    os.write(2, f"\n{line}\n".encode())  # a bar's lock may be held for ever
-                    node.kill_all_processes(check_alive=False, allow_graceful=False)
-                finally:
-                    os._exit(RAY_LOST)
+            for name in _NEEDED:
+                if ended := ends(name):
+                    if ended <= {0, -signal.SIGTERM} and was_told_to():
+                        return
+                    give_up(name)
 
     thread = threading.Thread(target=watch, name="ray's end", daemon=True)
     thread.start()
     try:
         yield
+    except Exception:
+        for name in filter(ends, _NEEDED):  # Ray was the first to notice
+            give_up(name)
+        raise
     finally:
         over.set()
         thread.join()

@@ -273,7 +273,7 @@ class ReadImages:
             square = reader.square(position, self.image_size, content)
         except UndecodableImage as error:
             return _Read(status("decode", error.kind), str(error)[:200])
-        return _Read(OK, None, square.numpy().tobytes(), content if self.keep_images else None)
+        return _Read(OK, None, square.tobytes(), content if self.keep_images else None)
 
 
 @dataclass(frozen=True)

@@ -172,4 +172,7 @@ def _squares(table: Path) -> dict[int, Tensor]:
     """The images of a table by key, in the order of the keys, uint8 `[3 64 64]`."""
     index = RowIndex.open(parquet_files(str(table)))
     reader = RowReader(index)
-    return {int(key): reader.square(i, scenes.SIDE) for i, key in enumerate(index.keys)}
+    return {
+        int(key): torch.from_numpy(reader.square(i, scenes.SIDE))
+        for i, key in enumerate(index.keys)
+    }

@@ -88,7 +88,9 @@ class Batch:
         return cls(
             keys=[int(reader.index.keys[position]) for _, position in rows],
             epochs=[epoch for epoch, _ in rows],
-            pixel_values=torch.stack([reader.square(p, image_size) for _, p in rows]),
+            pixel_values=torch.from_numpy(
+                np.stack([reader.square(p, image_size) for _, p in rows])
+            ),
             columns=columns,
         )
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipelines.images import RowIndex, RowReader
 from pipelines.places import write_atomically
 from pipelines.reconstruct.config import DiffusionConfig
@@ -62,8 +64,8 @@ class Samples:
         reader = RowReader(self.rows, columns)
         rows = [reader.row(position) for position in range(len(self.rows))]
         size = self.model.image_size
-        squares = torch.stack([reader.square(i, size, row["image"]) for i, row in enumerate(rows)])
-        squares = squares.to("cuda" if use_gpu else "cpu")
+        read = [reader.square(i, size, row["image"]) for i, row in enumerate(rows)]
+        squares = torch.from_numpy(np.stack(read)).to("cuda" if use_gpu else "cpu")
         made = (
             self._captions(checkpoint, squares) if columns else self._pictures(checkpoint, squares)
         )

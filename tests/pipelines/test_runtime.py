@@ -1,12 +1,14 @@
 """Ray comes and goes: an address where nobody is, or a head that is killed, costs seconds and one line."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -62,9 +64,11 @@ def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -
     assert "ray.address" in line
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 100.0])
+@pytest.mark.parametrize(
+    ("seconds", "there"), [(0.5, [7, 3, 5, 4]), (2.5, [5, 4]), (4.5, []), (100, [])]
+)
 def test_chunks_are_mapped_here_first_and_each_once(
-    seconds: float, monkeypatch: pytest.MonkeyPatch
+    seconds: float, there: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
 
@@ -74,50 +78,83 @@ def test_chunks_are_mapped_here_first_and_each_once(
 
     monkeypatch.setattr(runtime, "_waves", waves)
     monkeypatch.setattr(runtime, "_HERE", seconds)
-    mapped = runtime.map_chunks([7, 3, 5, 4], slow)
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=count().__next__))
+    mapped = runtime.map_chunks([7, 3, 5, 4], unchanged)
     assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
-    assert sent == {0.0: [7, 3, 5, 4], 0.05: [3, 5, 4], 100.0: []}[seconds]
+    assert sent == there
 
 
-def slow(chunks: pa.Table) -> pa.Table:
-    time.sleep(0.1)
+def unchanged(chunks: pa.Table) -> pa.Table:
     return chunks
 
 
-WAITING = """
-import sys
+JOB = """
+import contextlib, sys, time
 import psutil, ray
 from pipelines.runtime import RayConfig, ray_session
 
 @ray.remote
-def wait():
-    import time
-    time.sleep(1000)
+def work():
+    time.sleep(float(sys.argv[2]))
+
+def victims():
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith(sys.argv[1]):
+                yield process
 
 if __name__ == "__main__":
     with ray_session(RayConfig(num_cpus=1, object_store_gb=0.1)):
-        task = wait.remote()
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith(sys.argv[1]):
+        try:
+            ray.get(ray.remote(lambda: None).remote())
+            print("at work", flush=True)
+            while sys.argv[1] != "nothing" and not (found := list(victims())):
+                time.sleep(0.1)  # an agent takes its name late
+            for process in found if sys.argv[1] != "nothing" else ():
                 process.kill()
-        ray.get(task)
+            while True:
+                ray.get(work.remote())
+        finally:
+            time.sleep(1)
+            print("unwound", flush=True)
 """
 
 
+def start_job(folder: Path, killed: str, seconds: float) -> subprocess.Popen[str]:
+    """A job that kills processes of its own Ray, and waits for tasks of so many seconds."""
+    (folder / "job.py").write_text(JOB)
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, str(folder / "job.py"), killed, str(seconds)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+
+
 @pytest.mark.end_to_end
+@pytest.mark.parametrize("seconds", [1000, 0.1], ids=["waiting", "busy"])
 @pytest.mark.parametrize(
     ("killed", "name"),
     [("raylet", "raylet"), ("gcs_server", "gcs_server"), ("ray::DashboardAgent", "raylet")],
 )
-def test_a_job_whose_ray_is_killed_ends_with_a_line(killed: str, name: str, tmp_path: Path) -> None:
-    """Left to itself, Ray waits for its return, and ends with lines of C++ alone. A raylet ends by
-    itself, in good order, when an agent of its is gone."""
-    (tmp_path / "job.py").write_text(WAITING)
-    environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, str(tmp_path / "job.py"), killed]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == RAY_LOST, ended.stderr
-    last = ended.stderr.splitlines()[-1]
+def test_a_job_whose_ray_is_killed_ends_with_a_line(
+    killed: str, name: str, seconds: float, tmp_path: Path
+) -> None:
+    """Left to itself, Ray waits for its return, and ends with lines of C++ or a traceback. A raylet
+    ends by itself, in good order, when an agent of its is gone."""
+    job = start_job(tmp_path, killed, seconds)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == RAY_LOST, said
+    last = said.splitlines()[-1]
     assert last.startswith(f"error: Ray's {name} on this machine is gone")
     assert "the same command continues" in last
+
+
+@pytest.mark.end_to_end
+def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: Path) -> None:
+    job = start_job(tmp_path, "nothing", 1000)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "at work\n"
+    os.killpg(job.pid, signal.SIGTERM)
+    out, said = job.communicate(timeout=100)
+    assert (out, job.returncode == RAY_LOST) == ("unwound\n", False), said
+    assert "error: Ray's" not in said

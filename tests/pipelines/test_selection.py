@@ -1,6 +1,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def test_chunks_hold_every_selected_row_once(pair_table: Path, tmp_path: Path) -
     assert len(set(keys)) == 120
     assert {s for b in blocks for s in b["status"].to_pylist()} == {"ok"}
     assert all(len(p) == 3 * 64 * 64 for b in blocks for p in b["pixels"].to_pylist())
+
+
+def test_reading_images_needs_no_torch(pair_table: Path, tmp_path: Path) -> None:
+    """Each of Ray's workers that reads would import it: seconds and 200 MB."""
+    table = open_table("caption", selection(pair_table, tmp_path / "t"), {})
+    program = (
+        "import sys, pyarrow as pa; from pipelines.selection import ReadImages, Table; "
+        f"from pathlib import Path; read = ReadImages(Table(Path({str(table.folder)!r})), 64); "
+        "print(read(pa.table({'chunk': [0]}))['status'][0], 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout.split() == ["ok", "False"], ended.stderr
 
 
 def planned_keys(select: Selection) -> list[int]:

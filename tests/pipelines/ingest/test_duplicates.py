@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import buckets
+from pipelines import buckets, runtime
 from pipelines.config import build
 from pipelines.ingest import duplicates
 from pipelines.ingest.duplicates import DuplicateConfig, _read_hashes, mark_duplicates
@@ -87,6 +88,7 @@ def test_marks_are_those_of_brute_force_and_stay(
     table = table_of(folder / "t", rows)
     config = build(DuplicateConfig, {"by": by, "distance": distance})
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_HERE", math.inf)  # hundreds of tables need no cluster
         patch.setattr(duplicates, "_COMPARED", 4)
         changed = mark_duplicates(table, config, 2, folder / "copies")
         again = mark_duplicates(table, config, 3, folder / "copies")
@@ -98,7 +100,8 @@ def test_marks_are_those_of_brute_force_and_stay(
     assert again == 0  # and not a part is written anew
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.on_ray
+@pytest.mark.usefixtures("chunks_here")
 def test_on_a_cluster_with_many_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rows: list[Row] = [

@@ -68,7 +68,8 @@ def check_exactly_once(tmp_path: Path) -> pa.Table:
     return rows
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.on_ray
+@pytest.mark.usefixtures("chunks_here")
 def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def test_stored_latents_are_the_vaes(latents: Path, pair_table: Path, tiny_model
     model, _ = resolve_model(tiny_models)
     images = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
     positions = [70, 3, 119]
-    squares = torch.stack([images.square(p, model.image_size) for p in positions])
+    squares = torch.from_numpy(np.stack([images.square(p, model.image_size) for p in positions]))
     mean, deviation = posterior(load_vae(model), squares)
     read = LatentReader(str(latents)).read([int(images.index.keys[p]) for p in positions])
     for stored, expected in zip(read, (mean, deviation), strict=True):

@@ -158,7 +158,7 @@ def test_samples_show_held_out_images_as_checkpoints_see_them(
     assert checkpoint is not None
     autoencoder = VLVAutoEncoder.from_pretrained(checkpoint)
     for row, (original, made) in enumerate(zip(pictures[::2], pictures[1::2], strict=True)):
-        square = reader.square(row, 64)
+        square = torch.from_numpy(reader.square(row, 64))
         assert (original == square.permute(1, 2, 0).numpy()).all()
         seed = torch.Generator().manual_seed(int(reader.index.keys[row]) & (2**63 - 1))
         expected = autoencoder.reconstruct(square[None], [seed], num_steps=20, scheduler="ddim")
