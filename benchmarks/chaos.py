@@ -42,8 +42,6 @@ from benchmarks.chaos_jobs import JOBS, Job, environment
 from benchmarks.chaos_places import PLACES, Place
 from benchmarks.chaos_training import training
 from benchmarks.faults import ENDING, KILLS, REPO, Attempt, own_namespace, until
-from pipelines.entry import BAD_INPUT
-from pipelines.runtime import RAY_LOST
 
 PATIENCE = 180.0  # seconds without a commit after which a job counts as hung
 
@@ -163,9 +161,7 @@ class Chaos:
             if not killed:
                 lines = attempt.said().rstrip().splitlines()
                 last.said = lines[-1] if lines else ""
-                # Its own line: of what it was killed by itself it can say nothing.
-                wanted = RAY_LOST if last.fault == "head" else BAD_INPUT
-                if attempt.process.returncode != wanted and last.fault not in ("driver", "group"):
+                if attempt.process.returncode != 2 and last.fault not in ENDING:
                     self.unclear.append(f"{last.fault}: {last.said}")
         elif not killed:
             self.problems.append(f"ended without a fault: {attempt.said()[-300:]}")
