@@ -14,6 +14,7 @@ from pipelines.runtime import quiet_libraries
 from pipelines.storage import read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
+from vlv_model.checkpoint_files import read_chain, read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError, RunError
 
@@ -41,7 +42,6 @@ def export(config: ExportConfig) -> str:
 
 def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
     from vlv_model.checkpoint import stages_of
-    from vlv_model.checkpoint_files import read_chain
     from vlv_model.export import open_model, sources_of
 
     model_config, checkpoint = config.model.resolve()
@@ -148,8 +148,6 @@ def _write(
 
 def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
     """True where the folder holds this very export; RunError where it holds anything else."""
-    from vlv_model.checkpoint import read_checkpoint
-
     if not os.path.lexists(output):
         return False
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.selection import open_table, run_actors
+from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.errors import CheckpointError
 
 
@@ -15,7 +16,6 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.reconstruct.predictor import ReconstructImages
-    from vlv_model.checkpoint import read_checkpoint
 
     model, checkpoint = config.model.resolve()
     if checkpoint is None:

@@ -17,12 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlv_model.checkpoint_files import (
+    WEIGHTS_FILE,
+    CheckpointMetadata,
+    check_file,
+    read_checkpoint,
+)
 from vlv_model.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from vlv_model.checkpoint import CheckpointMetadata
 
 FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -54,8 +58,6 @@ def is_finished(folder: Path) -> bool:
     That they were renamed together is not enough: a folder may have been copied in part.
     """
     from safetensors import SafetensorError, safe_open
-
-    from vlv_model.checkpoint_files import WEIGHTS_FILE, read_checkpoint
 
     try:
         files = [WEIGHTS_FILE, *read_checkpoint(folder).more_files]
@@ -114,7 +116,6 @@ def load_optimizer(engine: Any, folder: Path) -> None:
 
     from pipelines.training import optimizer_state
     from vlv_model.checkpoint import describe_misfits
-    from vlv_model.checkpoint_files import WEIGHTS_FILE, check_file, read_checkpoint
 
     info = read_checkpoint(folder)
     if OPTIMIZER_FILE not in info.more_files:

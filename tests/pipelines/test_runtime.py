@@ -108,9 +108,9 @@ if __name__ == "__main__":
         try:
             ray.get(ray.remote(lambda: None).remote())
             print("at work", flush=True)
-            while sys.argv[1] != "nothing" and not (found := list(victims())):
+            while not (found := list(victims())) and sys.argv[1] != "nothing":
                 time.sleep(0.1)  # an agent takes its name late
-            for process in found if sys.argv[1] != "nothing" else ():
+            for process in found:
                 process.kill()
             while True:
                 ray.get(work.remote())
