@@ -149,6 +149,24 @@ def test_stripes_finer_than_the_new_size_fade(size: int) -> None:
     assert found[:, 2:-2].std() <= windowed[:, 2:-2].std() + 0.5
 
 
+@pytest.mark.parametrize("size", [70, 83, 92, 104, 117, 130, 160])
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 0])
+def test_patterns_fade_as_by_means_over_areas(size: int, period: int) -> None:
+    """Of stripes of any width, and of noise (0), no more is left than such means or a window leave."""
+    picture = np.zeros((240, 240, 3), np.uint8)
+    if period:
+        picture[:, np.arange(240) % period < period / 2] = 255
+    else:
+        picture[:] = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8)
+    image = Image.fromarray(picture)
+    found = pixels(encoded(image), ImageConfig(size=size, format="png"))
+    others = (
+        np.asarray(image.resize((size, size), kind))
+        for kind in (Image.Resampling.BOX, Image.Resampling.HAMMING)
+    )
+    assert found[:, 2:-2].std() <= 1.05 * max(other[:, 2:-2].std() for other in others) + 1
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
 def test_stored_formats(kind: Any) -> None:
     stored = store(encoded(photo()), ImageConfig(size=64, format=kind))
