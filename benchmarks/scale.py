@@ -29,7 +29,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.runtime import RayConfig, ray_session, run_chunks
+from pipelines.runtime import WHOLE, RayConfig, ray_session, run_chunks
 from pipelines.storage import Table
 
 _ROWS = 256  # of a chunk, in its commit
@@ -63,11 +63,12 @@ def pass_chunks(
     The same once more first, with a few, so that Ray's workers are there.
     """
 
-    def rows(dataset: Any) -> Any:
-        return dataset.map_batches(_one_row, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    def rows(dataset: Any, last: Callable[[pa.Table], pa.Table]) -> Any:
+        steps = {**WHOLE, "num_cpus": 0.5}
+        return dataset.map_batches(_one_row, **steps).map_batches(last, **steps)
 
     with ray_session(RayConfig(address=address, num_cpus=cpus, object_store_gb=0.3)):
-        run = partial(run_chunks, stages=rows, write=_write, title="scale", done={}, write_cpus=0.5)
+        run = partial(run_chunks, stages=rows, write=_write, title="scale", done={})
         run(range(32), total_rows=32)
         start = time.perf_counter()
         run(range(chunks), total_rows=chunks)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,9 +29,11 @@ from vlv_model.errors import RunError, one_line
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
+WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
+"""Options of `map_batches` with which a chunk stays one block all the way."""
 _HERE = 3.0  # seconds of work for which workers need not be started
 _NEEDED = ("raylet", "gcs_server")  # processes without which there is no Ray
-_TOGETHER = 5.0  # seconds within which all of them end when they are told to
+_GLANCE = 0.02  # seconds in which what has happened is seen
 _UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
@@ -179,17 +183,20 @@ def _ending_with_ray() -> Iterator[None]:
     """End this process when the embedded Ray's raylet or GCS has ended.
 
     Nobody starts them again, and Ray itself waits a minute for that before its core ends the
-    process, with lines of C++, or raises errors of many kinds.
+    process, with lines of C++, or raises errors of many kinds. Where a raylet ends in good order, as
+    one does whose agent was killed, Ray's core may end a process first that Ray Data works in.
     """
     from ray._private.worker import _global_node as node
 
     over, saying = threading.Event(), threading.Lock()
 
-    def ends(name: str) -> set[int]:
-        statuses = [one.process.poll() for one in node.all_processes.get(name, ())]
-        return {status for status in statuses if status is not None}
-
-    def give_up(name: str) -> NoReturn:
+    def watch(name: str, process: subprocess.Popen[bytes], told: Callable[[], bool]) -> None:
+        status = process.wait()
+        if over.is_set():
+            return
+        in_good_order = status in (0, -signal.SIGTERM)
+        if in_good_order and told() and over.wait(_UNWINDING):
+            return
         saying.acquire()  # for good: once is enough
         line = (
             f"error: Ray's {name} on this machine is gone (it or an agent of it was killed, or ran out "
@@ -202,36 +209,42 @@ def _ending_with_ray() -> Iterator[None]:
         finally:
             os._exit(RAY_LOST)
 
-    def was_told_to() -> bool:
-        """Whether the whole group was, by a SIGTERM: then the GCS ends, too, and soon this process.
+    with _told_to_end() as told:
+        watches = [
+            threading.Thread(target=watch, args=(name, one.process, told), daemon=True)
+            for name in _NEEDED
+            for one in node.all_processes.get(name, ())
+        ]
+        for thread in watches:
+            thread.start()
+        try:
+            yield
+        except Exception:
+            for thread in watches:  # Ray may be the first to notice
+                thread.join(_GLANCE)
+            raise
+        finally:
+            over.set()
 
-        A raylet ends in the same good order, but alone, when one of its agents is killed.
-        """
-        until = time.monotonic() + _TOGETHER
-        while not ends("gcs_server") and time.monotonic() < until:
-            if over.wait(0.2):
-                return True
-        return bool(ends("gcs_server")) and over.wait(_UNWINDING)
 
-    def watch() -> None:
-        while not over.wait(0.3):
-            for name in _NEEDED:
-                if ended := ends(name):
-                    if ended <= {0, -signal.SIGTERM} and was_told_to():
-                        return
-                    give_up(name)
+@contextmanager
+def _told_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether a signal told this process to end (with its Ray, where all of a group got it).
 
-    thread = threading.Thread(target=watch, name="ray's end", daemon=True)
-    thread.start()
-    try:
-        yield
-    except Exception:
-        for name in filter(ends, _NEEDED):  # Ray was the first to notice
-            give_up(name)
-        raise
-    finally:
-        over.set()
-        thread.join()
+    Python's own handlers wait for the main thread, which Ray may hold; the file that signals are
+    written to as they come does not.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others may not listen
+        yield lambda: False
+        return
+    ours, signals = socket.socketpair()
+    with ours, signals:
+        signals.setblocking(False)
+        before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
+        try:
+            yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def check_resources(config: RayConfig, needed: Mapping[str, float], settings: str) -> None:
@@ -262,7 +275,7 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
 def _write_chunk(
     rows: pa.Table, write: Callable[[int, pa.Table], Any], sums: Mapping[str, str]
 ) -> pa.Table:
-    """Last step of a chunk: its rows go into the table, a line of counts goes to the driver."""
+    """Last step of a chunk: its rows go into the table, a line of figures goes to the driver."""
     (chunk,) = rows["chunk"].unique().to_pylist()
     passing = [name for name in (BUSY, PRESENT) if name in rows.column_names]
     columns = {**sums, **{name: name for name in passing}}
@@ -284,8 +297,7 @@ def map_chunks(chunks: Sequence[int], step: Callable[[pa.Table], pa.Table]) -> I
     while left and time.monotonic() < until:
         yield step(pa.table({"chunk": [left.pop(0)]}))
     for wave in _waves(left) if left else ():  # which would import Ray Data
-        made = wave.map_batches(step, batch_size=None, batch_format="pyarrow")
-        yield from made.iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from wave.map_batches(step, **WHOLE).iter_batches(**WHOLE)
 
 
 def _waves(chunks: Sequence[int]) -> Iterator[Any]:
@@ -308,35 +320,29 @@ def _waves(chunks: Sequence[int]) -> Iterator[Any]:
 
 def run_chunks(
     pending: Sequence[int],
-    stages: Callable[[Any], Any],
+    stages: Callable[[Any, Callable[[pa.Table], pa.Table]], Any],
     write: Callable[[int, pa.Table], Any],
     title: str,
     total_rows: int,
     done: Mapping[str, int],
     watch: Callable[[Mapping[str, int]], None] | None = None,
-    write_cpus: float = 1,
     sums: Mapping[str, str] | None = None,
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
 
     `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
     those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
-    row: `chunk`) and returns the dataset of the table's rows, each with its `chunk`, and where an
-    actor says so (pipelines.deaths) with what part of its time it was at work. Its steps are
-    `map_batches` with `batch_size=None`, so that a chunk stays one block all the way. A write
-    counts for `write_cpus`. The bar also tells the rates of `sums`: what a column adds up to, by the
-    name that it has there.
+    row: `chunk`) and `last`, to be called, where the chunk's end is, with the rows that go into the
+    table, each with its `chunk`, and where an actor says so (pipelines.deaths) with what part of
+    its time it was at work; what it returns are the rows of the dataset that `stages` returns. Its
+    steps are `map_batches` of WHOLE chunks. The bar also tells the rates of `sums`: what a column
+    adds up to, by the name that it has there.
     """
     ours = Counter[str]()
+    last = partial(_write_chunk, write=write, sums=sums or {})
     with RowBar(title, total_rows, done) as bar:
         for chunks in _waves(pending):
-            written = stages(chunks).map_batches(
-                partial(_write_chunk, write=write, sums=sums or {}),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=write_cpus,
-            )
-            for row in written.iter_rows():
+            for row in stages(chunks, last).iter_rows():
                 statuses = json.loads(row["statuses"])
                 ours.update(statuses)
                 for status, rows in statuses.items():

@@ -28,6 +28,7 @@ from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, lay_out, planned, read_plan
 from pipelines.runtime import (
+    WHOLE,
     PoolSize,
     RayConfig,
     bounds,
@@ -314,7 +315,6 @@ def run_actors(
 
     if not table.pending():
         return
-    blocks = {"batch_size": None, "batch_format": "pyarrow"}
     # Beside the actors decoding has to get a share, too, however few CPUs there are.
     device: dict[str, Any] = {"num_gpus": 1} if actors.use_gpu else {"num_cpus": _ACTOR_CPUS}
     if config.group:
@@ -325,18 +325,20 @@ def run_actors(
         needed = {"GPU": least} if actors.use_gpu else {"CPU": _ACTOR_CPUS * least}
         check_resources(config, needed, f"actors.num_actors={actors.num_actors or least}")
 
-        def stages(chunks: ray.data.Dataset) -> ray.data.Dataset:
+        def stages(
+            chunks: ray.data.Dataset, last: Callable[[pa.Table], pa.Table]
+        ) -> ray.data.Dataset:
             read = ReadImages(table, image_size, keep_images)
-            decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **blocks)
+            decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **WHOLE)
             pool = ray.data.ActorPoolStrategy(min_size=least, max_size=most)
             held = (step, arguments, table.folder)
-            return decoded.map_batches(
-                Survivor, fn_constructor_args=held, compute=pool, **device, **blocks
+            made = decoded.map_batches(
+                Survivor, fn_constructor_args=held, compute=pool, **device, **WHOLE
             )
+            # Not by the actor, whose device would wait for the disk.
+            return made.map_batches(last, num_cpus=_TASK_CPUS, **WHOLE)
 
         write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
-        run_chunks(
-            table.pending(), stages, write, title, total, done, write_cpus=_TASK_CPUS, sums=sums
-        )
+        run_chunks(table.pending(), stages, write, title, total, done, sums=sums)
         remove_folder(table.folder / DEATHS)

@@ -8,13 +8,15 @@ way:
                              v
                          Merge: with the part that is there -> part + commit
 
-A killed job continues with the chunks that its run has not committed; see runs.py and storage.py.
+All of it happens in one process, so no picture passes through Ray's object store. A
+killed job continues with the chunks that its run has not committed; see runs.py and storage.py.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from pipelines.places import (
     remove_folder,
     write_atomically,
 )
-from pipelines.runtime import RayConfig, ray_session, run_chunks
+from pipelines.runtime import WHOLE, RayConfig, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
@@ -267,8 +269,10 @@ class Merge:
         return there.set_column(there.schema.get_field_index("status"), "status", states)
 
 
-def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
-    """The dataset of IMAGE_ROW rows (and their `chunk`) of a dataset of chunk numbers."""
+def _stages(
+    chunks: Any, last: Callable[[pa.Table], pa.Table], config: IngestConfig, run: Run
+) -> Any:
+    """The dataset of what `last` says of the IMAGE_ROW rows of a dataset of chunk numbers."""
     import ray
 
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
@@ -277,28 +281,36 @@ def _stages(chunks: Any, config: IngestConfig, run: Run) -> Any:
     least, most = _CHUNKS_IN_WORK
     told = run.describe()
     in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
-    # One CPU is left to the writing of parts. Both steps ask for the same, so that Ray fuses them.
-    step: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": decoders - 1}
+    step: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # the same in both: Ray fuses them
     read = ReadPlan(run, Merge(Table(config.data.output), run))
     planned = chunks.map_batches(read, **step)
+    download = share_of(config.download, fetchers, cpus)
+    settings = (download, config.image, config.filter, decoders)
     return planned.map_batches(
-        ImageFetcher,
-        fn_constructor_args=(
-            share_of(config.download, fetchers, cpus),
-            config.image,
-            config.filter,
-            decoders,
-        ),
+        FetchAndWrite,
+        fn_constructor_args=(ImageFetcher, settings, last),
         compute=ray.data.ActorPoolStrategy(
             min_size=fetchers,
-            # A cluster may grow; those that ask for no CPU would be started without end.
-            max_size=None if config.ray.cluster and decoders > 1 else fetchers,
+            max_size=None if config.ray.cluster else fetchers,  # a cluster may grow
             max_concurrent_calls_per_actor=in_work,
             max_tasks_in_flight_per_actor=in_work + 1,
             enable_true_multi_threading=True,
         ),
         **step,
     )
+
+
+class FetchAndWrite:
+    """Last step of a chunk: what the `fetcher` makes of its rows, and `last` of that."""
+
+    def __init__(
+        self, fetcher: type, settings: tuple[Any, ...], last: Callable[[pa.Table], pa.Table]
+    ) -> None:
+        self.fetch: Callable[[pa.Table], pa.Table] = fetcher(*settings)
+        self.last = last
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return self.last(self.fetch(rows))
 
 
 class ReadPlan:

@@ -4,9 +4,9 @@
              ^                                         |
              '---- waits while MAX_WAITING bytes are --'
 
-A body goes to a decoder as soon as it has come, in the memory of one process, and no further: what
-leaves the actor are the pictures that are stored. Chunks that the actor works on at the same time
-share connections and decoders, so a slow host in one chunk leaves neither of them idle.
+A body goes to a decoder as soon as it has come, in the memory of one process, and no further.
+Chunks that the actor works on at the same time share connections and decoders, so a slow host in
+one chunk leaves neither of them idle.
 """
 
 from __future__ import annotations
