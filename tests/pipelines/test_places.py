@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from benchmarks.faults import Line
 from pipelines import places
@@ -64,6 +67,32 @@ def test_what_another_process_wrote_is_seen(folder: Path) -> None:
     assert len(list(folder.glob("*"))) == 1
     write_atomically(place(str(folder)) / "two", "2")
     assert len(list(folder.glob("*"))) == 2
+
+
+class Keys(encryption.KmsClient):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return b64encode(key)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain footer", "encrypted footer"])
+def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path) -> None:
+    """Under a plain footer Arrow ends the process where it is asked for the statistics."""
+    how = encryption.EncryptionConfiguration(
+        footer_key="a", column_keys={"b": ["key"]}, plaintext_footer=plain
+    )
+    keys = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(), how
+    )
+    with pq.ParquetWriter(tmp_path / "x", ROWS.schema, encryption_properties=keys) as writer:
+        writer.write_table(ROWS)
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.parquet", (tmp_path / "x").read_bytes())
+    refused = pytest.raises(DataError, match=r"x\.parquet .*encrypted")
+    with refused, open_parquet(folder / "x.parquet") as parquet:
+        parquet.metadata.row_group(0).column(0)
 
 
 def test_a_damaged_file_is_one_line_that_names_it(folder: Path) -> None:
