@@ -29,7 +29,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.runtime import WHOLE, RayConfig, ray_session, run_chunks
+from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
 from pipelines.storage import Table
 
 _ROWS = 256  # of a chunk, in its commit
@@ -63,7 +63,7 @@ def pass_chunks(
     The same once more first, with a few, so that Ray's workers are there.
     """
 
-    def rows(dataset: Any, last: Callable[[pa.Table], pa.Table]) -> Any:
+    def rows(dataset: Any, last: Step) -> Any:
         steps = {**WHOLE, "num_cpus": 0.5}
         return dataset.map_batches(_one_row, **steps).map_batches(last, **steps)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +32,7 @@ from pipelines.places import (
     remove_folder,
     write_parquet,
 )
-from pipelines.runtime import WHOLE, RayConfig, ray_session, run_chunks
+from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
 from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table, parquet_files, read_schema
 from vlv_model.errors import DataError
@@ -229,9 +228,7 @@ def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.Chunke
 # ---------------------------------------------------------------------------------------- join
 
 
-def _stages(
-    chunks: Any, last: Callable[[pa.Table], pa.Table], table: Table, join_on: JoinOn
-) -> Any:
+def _stages(chunks: Any, last: Step, table: Table, join_on: JoinOn) -> Any:
     join = partial(join_chunk, table=table, join_on=join_on)
     return chunks.map_batches(join, **WHOLE).map_batches(last, **WHOLE)
 

@@ -328,10 +328,11 @@ def open_parquet(
         options = {"pre_buffer": False, "buffer_size": _PIECE * (8 if is_url(file) else 1)}
     options["metadata"] = footer
     with readable(file):
-        local = not is_url(file)
-        source: Any = (
-            pa.OSFile(os.fsencode(file)) if local else patiently(lambda: file.open("rb"), file)
-        )
+        source: Any
+        if is_url(file):
+            source = patiently(lambda: file.open("rb"), file)
+        else:
+            source = pa.OSFile(os.fsencode(file))
         with source, pq.ParquetFile(source, **options) as parquet:
             if footer is None:
                 _check_plain(parquet.metadata, source, file)

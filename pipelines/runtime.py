@@ -29,6 +29,8 @@ from vlv_model.errors import RunError, one_line
 # Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
+Step = Callable[[pa.Table], pa.Table]
+"""What is done with a chunk, as one block."""
 WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
 """Options of `map_batches` with which a chunk stays one block all the way."""
 _HERE = 3.0  # seconds of work for which workers need not be started
@@ -286,7 +288,7 @@ def _write_chunk(
     return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
 
 
-def map_chunks(chunks: Sequence[int], step: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+def map_chunks(chunks: Sequence[int], step: Step) -> Iterator[pa.Table]:
     """What `step` makes of each of the chunks of a table, in any order.
 
     It gets a block of one row (`chunk`). A table that is through in a few seconds is worked on in this
@@ -320,7 +322,7 @@ def _waves(chunks: Sequence[int]) -> Iterator[Any]:
 
 def run_chunks(
     pending: Sequence[int],
-    stages: Callable[[Any, Callable[[pa.Table], pa.Table]], Any],
+    stages: Callable[[Any, Step], Any],
     write: Callable[[int, pa.Table], Any],
     title: str,
     total_rows: int,

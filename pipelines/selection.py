@@ -31,6 +31,7 @@ from pipelines.runtime import (
     WHOLE,
     PoolSize,
     RayConfig,
+    Step,
     bounds,
     check_resources,
     ray_session,
@@ -325,9 +326,7 @@ def run_actors(
         needed = {"GPU": least} if actors.use_gpu else {"CPU": _ACTOR_CPUS * least}
         check_resources(config, needed, f"actors.num_actors={actors.num_actors or least}")
 
-        def stages(
-            chunks: ray.data.Dataset, last: Callable[[pa.Table], pa.Table]
-        ) -> ray.data.Dataset:
+        def stages(chunks: ray.data.Dataset, last: Step) -> ray.data.Dataset:
             read = ReadImages(table, image_size, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **WHOLE)
             pool = ray.data.ActorPoolStrategy(min_size=least, max_size=most)

@@ -8,15 +8,14 @@ way:
                              v
                          Merge: with the part that is there -> part + commit
 
-All of it happens in one process, so no picture passes through Ray's object store. A
-killed job continues with the chunks that its run has not committed; see runs.py and storage.py.
+All of it happens in one process, so no picture passes through Ray's object store. A killed job
+continues with the chunks that its run has not committed; see runs.py and storage.py.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ from pipelines.places import (
     remove_folder,
     write_atomically,
 )
-from pipelines.runtime import WHOLE, RayConfig, ray_session, run_chunks
+from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
@@ -269,9 +268,7 @@ class Merge:
         return there.set_column(there.schema.get_field_index("status"), "status", states)
 
 
-def _stages(
-    chunks: Any, last: Callable[[pa.Table], pa.Table], config: IngestConfig, run: Run
-) -> Any:
+def _stages(chunks: Any, last: Step, config: IngestConfig, run: Run) -> Any:
     """The dataset of what `last` says of the IMAGE_ROW rows of a dataset of chunk numbers."""
     import ray
 
@@ -303,10 +300,8 @@ def _stages(
 class FetchAndWrite:
     """Last step of a chunk: what the `fetcher` makes of its rows, and `last` of that."""
 
-    def __init__(
-        self, fetcher: type, settings: tuple[Any, ...], last: Callable[[pa.Table], pa.Table]
-    ) -> None:
-        self.fetch: Callable[[pa.Table], pa.Table] = fetcher(*settings)
+    def __init__(self, fetcher: type, settings: tuple[Any, ...], last: Step) -> None:
+        self.fetch: Step = fetcher(*settings)
         self.last = last
 
     def __call__(self, rows: pa.Table) -> pa.Table:
