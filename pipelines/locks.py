@@ -28,9 +28,9 @@ def exclusive(folder: Path, setting: str) -> Iterator[None]:
     """Hold a folder for this process; RunError while another one holds it.
 
     On a local disk the lock goes with the process, however it ends, and holds on one machine; what
-    writers that were killed left half-written in the folder is removed. In
-    an object store it is a file that is renewed, and is taken over where nobody has for two
-    minutes.
+    killed writers left half-written in the folder is removed: at the start that of an earlier job,
+    at a good end that of workers which this one has outlived. In an object store it is a file that
+    is renewed, and is taken over where nobody has for two minutes.
     """
     make_folder(folder, setting)
     held = _lease(folder, setting) if is_url(folder) else _file_lock(folder, setting)
@@ -51,6 +51,7 @@ def _file_lock(folder: Path, setting: str) -> Iterator[None]:
             raise _in_use(folder, setting) from None
         remove_halves(folder)
         yield
+        remove_halves(folder)
 
 
 @contextmanager

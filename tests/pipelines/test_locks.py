@@ -32,7 +32,9 @@ def test_what_killed_writers_left_half_written_is_removed(tmp_path: Path) -> Non
         file.write_text("x")
     with exclusive(tmp_path / "t", "data.output"):
         assert not half.exists()
-        assert all(file.exists() for file in others)
+        half.write_text("of a worker that is killed while the job goes on")
+    assert not half.exists()
+    assert all(file.exists() for file in others)
 
 
 def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
