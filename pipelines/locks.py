@@ -29,7 +29,7 @@ def exclusive(folder: Path, setting: str) -> Iterator[None]:
 
     On a local disk the lock goes with the process, however it ends, and holds on one machine; what
     killed writers left half-written in the folder is removed: at the start that of an earlier job,
-    at a good end that of workers which this one has outlived. In an object store it is a file that
+    at the end that of workers which this one has outlived. In an object store it is a file that
     is renewed, and is taken over where nobody has for two minutes.
     """
     make_folder(folder, setting)
@@ -50,8 +50,10 @@ def _file_lock(folder: Path, setting: str) -> Iterator[None]:
         except OSError:
             raise _in_use(folder, setting) from None
         remove_halves(folder)
-        yield
-        remove_halves(folder)
+        try:
+            yield
+        finally:
+            remove_halves(folder)
 
 
 @contextmanager

@@ -223,7 +223,8 @@ def _ending_with_ray() -> Iterator[None]:
             yield
         except Exception:
             for thread in watches:  # Ray may be the first to notice
-                thread.join(_GLANCE)
+                thread.join(5 * _GLANCE)
+            saying.acquire()  # who says it ends the process
             raise
         finally:
             over.set()
@@ -334,11 +335,11 @@ def run_chunks(
 
     `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
     those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
-    row: `chunk`) and `last`, to be called, where the chunk's end is, with the rows that go into the
-    table, each with its `chunk`, and where an actor says so (pipelines.deaths) with what part of
-    its time it was at work; what it returns are the rows of the dataset that `stages` returns. Its
-    steps are `map_batches` of WHOLE chunks. The bar also tells the rates of `sums`: what a column
-    adds up to, by the name that it has there.
+    row: `chunk`), which it takes through `map_batches` of WHOLE chunks, and `last`. That has to be
+    called once for each chunk, with the rows that go into the table, each with its `chunk` and,
+    where an actor says so (pipelines.deaths), with what part of its time it was at work; what it
+    returns is the chunk's block in the dataset that `stages` returns. The bar also tells the rates
+    of `sums`: what a column adds up to, by the name that it has there.
     """
     ours = Counter[str]()
     last = partial(_write_chunk, write=write, sums=sums or {})

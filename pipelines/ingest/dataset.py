@@ -3,12 +3,12 @@
 A run is planned once (plan.py); then its chunks stream through Ray Data, each one block all the
 way:
 
-    chunk -> ReadPlan -> ImageFetcher           actors: connections and decoders, see fetch.py
+    chunk -> ReadPlan -> ImageFetcher           connections and decoders, see fetch.py
                              |  IMAGE_ROW
                              v
                          Merge: with the part that is there -> part + commit
 
-All of it happens in one process, so no picture passes through Ray's object store. A killed job
+All of a chunk happens in one actor, so no picture passes through Ray's object store. A killed job
 continues with the chunks that its run has not committed; see runs.py and storage.py.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ _RETRIED = {
 # and decoders serve the others.
 _ROWS_IN_WORK = 4096
 _CHUNKS_IN_WORK = (2, 16)
+
+# A part is in memory several times while it is written. A retry of few rows in many chunks would
+# otherwise have as many parts there as chunks are in work.
+_writing = threading.BoundedSemaphore(2)
 
 
 class IngestData(Config):
@@ -247,6 +252,10 @@ class Merge:
         self.run = run
 
     def __call__(self, chunk: int, fetched: pa.Table) -> None:
+        with _writing:
+            self._write(chunk, fetched)
+
+    def _write(self, chunk: int, fetched: pa.Table) -> None:
         number = pa.array([self.run.number] * fetched.num_rows, pa.int32())
         position = fetched.schema.get_field_index("run")
         rows = fetched.set_column(position, IMAGE_ROW.field("run"), number)
@@ -278,9 +287,9 @@ def _stages(chunks: Any, last: Step, config: IngestConfig, run: Run) -> Any:
     least, most = _CHUNKS_IN_WORK
     told = run.describe()
     in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
-    step: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # the same in both: Ray fuses them
+    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # the same in both: Ray fuses them
     read = ReadPlan(run, Merge(Table(config.data.output), run))
-    planned = chunks.map_batches(read, **step)
+    planned = chunks.map_batches(read, **options)
     download = share_of(config.download, fetchers, cpus)
     settings = (download, config.image, config.filter, decoders)
     return planned.map_batches(
@@ -293,19 +302,23 @@ def _stages(chunks: Any, last: Step, config: IngestConfig, run: Run) -> Any:
             max_tasks_in_flight_per_actor=in_work + 1,
             enable_true_multi_threading=True,
         ),
-        **step,
+        **options,
     )
 
 
 class FetchAndWrite:
     """Last step of a chunk: what the `fetcher` makes of its rows, and `last` of that."""
 
-    def __init__(self, fetcher: type, settings: tuple[Any, ...], last: Step) -> None:
-        self.fetch: Step = fetcher(*settings)
+    def __init__(self, fetcher: type[ImageFetcher], settings: tuple[Any, ...], last: Step) -> None:
+        self.fetch: ImageFetcher = fetcher(*settings)
         self.last = last
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.last(self.fetch(rows))
+
+    def close(self) -> None:
+        """End the fetcher's connections and decoders."""
+        self.fetch.close()
 
 
 class ReadPlan:

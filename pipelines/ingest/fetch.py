@@ -1,4 +1,4 @@
-"""The actor that does the work of ingest: from the rows of a chunk to the rows of its part.
+"""What an ingest's actor does with the rows of a chunk: fetches and decodes the rows of its part.
 
     urls ──▶ Downloader: event loop, connections ──▶ bodies ──▶ decoders: a child process each
              ^                                         |

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ import jobs.ingest
 from pipelines.config import build
 from pipelines.entry import main
 from pipelines.images import RowIndex
-from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
+from pipelines.ingest.dataset import IngestConfig, Merge, ingest, plan_only
 from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.runs import Run, last_run
-from pipelines.schemas import url_key
+from pipelines.schemas import IMAGE_ROW, url_key
 from pipelines.status import StatusConfig, status_text
 from pipelines.storage import Table, parquet_files
 from pipelines.takedown import TakedownConfig, take_down
@@ -285,3 +287,19 @@ def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, 
         ("127.0.0.1", "download:http_404"): 1,
         ("dead.invalid", "download:dns"): 1,
     }
+
+
+def test_few_parts_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many chunks in work that each get a row or two, most wait to be written."""
+    writing = threading.Semaphore(2)
+    waited = threading.Event()
+
+    def write(*part: Any, **options: Any) -> None:
+        assert writing.acquire(blocking=False)
+        waited.wait(0.02)
+        writing.release()
+
+    monkeypatch.setattr(Table, "write", write)
+    merge = Merge(Table(tmp_path), Run(tmp_path, 1))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda chunk: merge(chunk, IMAGE_ROW.empty_table()), range(16)))
