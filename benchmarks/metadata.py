@@ -124,9 +124,6 @@ class PictureMaker:
         made = [self._row(int(key) if good else None) for key, good in zip(keys, ok, strict=True)]
         return image_rows(rows, made)
 
-    def close(self) -> None:
-        pass
-
     def _row(self, key: int | None) -> dict[str, Any]:
         if key is None:
             return {"status": "download:dns", "error": "no such host"}

@@ -310,7 +310,7 @@ class FetchAndWrite:
     """Last step of a chunk: what the `fetcher` makes of its rows, and `last` of that."""
 
     def __init__(self, fetcher: type[ImageFetcher], settings: tuple[Any, ...], last: Step) -> None:
-        self.fetch: ImageFetcher = fetcher(*settings)
+        self.fetch = fetcher(*settings)
         self.last = last
 
     def __call__(self, rows: pa.Table) -> pa.Table:

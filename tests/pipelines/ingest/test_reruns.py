@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,11 +293,10 @@ def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, 
 def test_few_parts_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many chunks in work that each get a row or two, most wait to be written."""
     writing = threading.Semaphore(2)
-    waited = threading.Event()
 
     def write(*part: Any, **options: Any) -> None:
         assert writing.acquire(blocking=False)
-        waited.wait(0.02)
+        time.sleep(0.02)  # long enough for the others to come
         writing.release()
 
     monkeypatch.setattr(Table, "write", write)
