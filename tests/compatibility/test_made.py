@@ -1,0 +1,171 @@
+"""What an earlier version wrote is opened, and what it had begun is finished, by the code of today."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config import dump, load
+from pipelines.images import RowIndex, RowReader
+from pipelines.ingest.dataset import IngestConfig, ingest
+from pipelines.latents import LatentReader
+from pipelines.pairs import with_pairs
+from pipelines.precompute.config import PrecomputeConfig
+from pipelines.precompute.dataset import precompute
+from pipelines.recaption.config import RecaptionConfig
+from pipelines.recaption.dataset import recaption
+from pipelines.reconstruct.config import ReconstructConfig
+from pipelines.reconstruct.dataset import reconstruct
+from pipelines.storage import Table, parquet_files
+from pipelines.training.checkpointing import latest_checkpoint
+from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.metrics import heldout_losses, read_metrics
+from pipelines.training.trainer import train
+from tests.compatibility.make import HOME, IMAGES, OUTPUT, commands, replace_home
+from tests.compatibility.site import BASE_URL, serve
+from vlv_model import VLVAutoEncoder, VLVCaptioner
+from vlv_model.checkpoint import stages_of
+
+MADE = [folder.name for folder in sorted(Path(__file__).parent.glob("made-*"))]
+CONFIGS: dict[str, Any] = {
+    "ingest": IngestConfig, "precompute": PrecomputeConfig, "stage1": Stage1Config,
+    "stage2": Stage2Config, "recaption": RecaptionConfig, "reconstruct": ReconstructConfig,
+}  # fmt: skip
+TABLE_JOBS: dict[str, Callable[[Any], dict[str, int]]] = {
+    "ingest": ingest, "precompute": precompute, "recaption": recaption, "reconstruct": reconstruct,
+}  # fmt: skip
+KINDS = {"images": "image", "pairs": "pair", "latents": "latents", "captions": "caption",
+         "pictures": "reconstruction"}  # fmt: skip
+FAILED = {"decode:corrupt": 1, "decode:not_an_image": 1, "download:http_404": 1}
+
+
+@pytest.fixture(params=MADE)
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of what was made, as if it had been made here."""
+    home = tmp_path / "home"
+    shutil.copytree(Path(__file__).parent / request.param, home)
+    replace_home(home, HOME, str(home))
+    return home
+
+
+def config_of(name: str, home: Path, out: Path) -> Any:
+    settings = [one for one in commands(home, out)[name] if not one.startswith("ray.")]
+    here = [] if name.startswith("stage") else ["ray.address=in-process"]
+    return load(CONFIGS[name], None, [*settings, *here])
+
+
+def rows_of(table: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(file) for file in parquet_files(str(table)))
+
+
+def test_every_kind_of_table_opens(home: Path) -> None:
+    for name, kind in KINDS.items():
+        table = Table(home / name)
+        about = table.describe()
+        assert about["kind"] == kind
+        assert table.pending() == []
+        assert table.counts() == {"ok": IMAGES, **(FAILED if name == "images" else {})}
+        assert rows_of(home / name).num_rows == sum(table.counts().values())
+    index = RowIndex.open(parquet_files(str(home / "images")))
+    assert len(index) == IMAGES
+    assert RowReader(index).square(0, 32).shape == (3, 32, 32)
+    assert set(rows_of(home / "images")["url"].to_pylist()) == {
+        f"{BASE_URL}/{p.name}" for p in (home / "web").iterdir()
+    } | {f"{BASE_URL}/missing.png"}
+    latents = LatentReader(str(home / "latents"))
+    assert sorted(latents.index.keys.tolist()) == sorted(index.keys.tolist())
+    mean, deviation = latents.read(index.keys[:3].tolist())
+    assert mean.shape == deviation.shape == (3, 8, 4, 4)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_its_settings_mean_the_same(home: Path, name: str) -> None:
+    """Those of today may be more; none of then is gone, or has another value."""
+    file = home / "settings" / f"{name}.yaml"
+    then, now = load(CONFIGS[name], str(file), []), config_of(name, home, home)
+    free = {"ray"}  # in which the jobs of this test differ
+    assert then.model_dump(exclude=free) == now.model_dump(exclude=free)
+    assert dump(then)
+
+
+def test_checkpoints_and_exports_open(home: Path) -> None:
+    encoders = [VLVAutoEncoder.from_pretrained(latest_checkpoint(home / "stage1") or "")]
+    encoders.append(VLVAutoEncoder.from_pretrained(home / "encoder"))
+    first, second = (model.state_dict() for model in encoders)
+    assert all((first[name] == second[name]).all() for name in first)
+    trained = latest_checkpoint(home / "stage2")
+    assert trained is not None
+    assert stages_of(trained) == ["stage1", "stage2"]
+    rows = {row["key"]: row["caption"] for row in rows_of(home / "captions").to_pylist()}
+    index = RowIndex.open(parquet_files(str(home / "images")))
+    reader = RowReader(index)
+    for model in (home / "captioner", trained):
+        captioner = VLVCaptioner.from_pretrained(model)
+        for row in range(3):
+            pixels = captioner_pixels(reader, row)
+            (caption,) = captioner.generate(pixels, num_beams=2, max_new_tokens=12)
+            assert caption.text == rows[int(index.keys[row])]
+
+
+def captioner_pixels(reader: RowReader, row: int) -> Any:
+    import torch
+
+    return torch.from_numpy(reader.square(row, 32))[None]
+
+
+@pytest.mark.parametrize("name", list(TABLE_JOBS))
+def test_a_table_that_was_begun_is_finished(home: Path, name: str) -> None:
+    """What was committed stays as it is, and all is what an unbroken job made."""
+    begun, whole = home / "killed" / OUTPUT[name], home / OUTPUT[name]
+    table = Table(begun)
+    left = table.pending()
+    done = [table.part(commit.chunk) for commit in table.commits()]
+    assert left
+    assert len(done) >= 2
+    before = [part.read_bytes() for part in done]
+    with serve(home / "web") as asked:
+        counts = TABLE_JOBS[name](config_of(name, home, home / "killed"))
+    assert len(asked) == (3 * len(left) - 1 if name == "ingest" else 0)  # the last chunk has two
+    assert counts == Table(whole).counts() == Table(begun).counts()
+    assert Table(begun).pending() == []
+    assert [part.read_bytes() for part in done] == before
+    here, there = rows_of(begun), rows_of(whole)
+    assert here["key"].to_pylist() == there["key"].to_pylist()
+    inexact = {"latents": ["mean", "std"], "pictures": ["image"]}  # of floats of another machine
+    same = [n for n in there.column_names if n not in inexact.get(OUTPUT[name], ())]
+    assert here.select(same).equals(there.select(same))
+    assert not list(begun.glob(".part-*"))  # nor is a half-written part left
+
+
+@pytest.mark.parametrize("name", list(TABLE_JOBS))
+def test_a_table_that_was_finished_is_not_made_again(home: Path, name: str) -> None:
+    folder = home / OUTPUT[name]
+    before = {file: file.read_bytes() for file in folder.rglob("*.parquet")}
+    with serve(home / "web") as asked:
+        counts = TABLE_JOBS[name](config_of(name, home, home))
+    assert not asked
+    assert counts == Table(folder).counts()
+    assert {file: file.read_bytes() for file in folder.rglob("*.parquet")} == before
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_a_training_that_was_begun_is_finished(home: Path, name: str) -> None:
+    """With the losses of an unbroken one, each step once, from the checkpoint that was there."""
+    begun, whole = home / "killed" / name, home / name
+    assert latest_checkpoint(begun) == begun / "checkpoints" / "step-00000004"
+    config = config_of(name, home, home / "killed")
+    result = train(with_pairs(config) if name == "stage2" else config)
+    here, there = ([e for e in read_metrics(run) if e["event"] == "step"] for run in (begun, whole))
+    assert [step["step"] for step in here] == list(range(1, 13))
+    assert [step["keys"] for step in here] == [step["keys"] for step in there]
+    losses = pytest.approx([step["loss"] for step in there], rel=1e-3)
+    assert [step["loss"] for step in here] == losses
+    assert heldout_losses(begun) == pytest.approx(heldout_losses(whole), rel=1e-3)
+    assert result["steps"] == 12
