@@ -29,7 +29,9 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
+from pipelines.chunks import run_chunks
+from pipelines.cluster import WHOLE, Step
+from pipelines.runtime import RayConfig, ray_session
 from pipelines.storage import Table
 
 _ROWS = 256  # of a chunk, in its commit
@@ -67,8 +69,8 @@ def pass_chunks(
         steps = {**WHOLE, "num_cpus": 0.5}
         return dataset.map_batches(_one_row, **steps).map_batches(last, **steps)
 
-    with ray_session(RayConfig(address=address, num_cpus=cpus, object_store_gb=0.3)):
-        run = partial(run_chunks, stages=rows, write=_write, title="scale", done={})
+    with ray_session(RayConfig(address=address, num_cpus=cpus, object_store_gb=0.3)) as cluster:
+        run = partial(run_chunks, cluster, stages=rows, write=_write, title="scale", done={})
         run(range(32), total_rows=32)
         start = time.perf_counter()
         run(range(chunks), total_rows=chunks)

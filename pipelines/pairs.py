@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets
+from pipelines.chunks import run_chunks
+from pipelines.cluster import WHOLE, Step
 from pipelines.ingest.list_files import fingerprint, input_bytes
 from pipelines.ingest.metadata import as_text, our_columns
 from pipelines.ingest.readers import read_parquet
@@ -32,7 +34,7 @@ from pipelines.places import (
     remove_folder,
     write_parquet,
 )
-from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
+from pipelines.runtime import RayConfig, ray_session
 from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table, parquet_files, read_schema
 from vlv_model.errors import DataError
@@ -91,11 +93,11 @@ def write_pairs(
         table.create(KIND, identity, **notes)
     about = table.describe()
     if table.pending():
-        with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()):
+        with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()) as cluster:
             stages = partial(_stages, table=table, join_on=join_on)
             write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
             run_chunks(
-                table.pending(), stages, write, "pairs", about["images"], done=table.counts()
+                cluster, table.pending(), stages, write, "pairs", about["images"], table.counts()
             )
     pairs = table.counts().get(OK, 0)
     if not pairs:

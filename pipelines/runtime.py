@@ -1,8 +1,7 @@
-"""Ray as the jobs use it: connecting, and passing the chunks of a table through Ray Data."""
+"""Ray as the jobs use it: connecting to one, starting one, and what ends with it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
@@ -10,30 +9,17 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BeforeValidator, Field
 
-from pipelines.progress import BUSY, PRESENT, RowBar
-from pipelines.telemetry import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
+from pipelines.cluster import Cluster, InProcess, RayCluster
 from vlv_model.config import Config
 from vlv_model.errors import RunError, one_line
 
-# Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
-CHUNKS_PER_WAVE = 4096
 RAY_LOST = 3  # exit status where the embedded Ray died
-Step = Callable[[pa.Table], pa.Table]
-"""What is done with a chunk, as one block."""
-WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
-"""Options of `map_batches` with which a chunk stays one block all the way."""
-_HERE = 3.0  # seconds of work for which workers need not be started
 _NEEDED = ("raylet", "gcs_server")  # processes without which there is no Ray
 _GLANCE = 0.02  # seconds in which what has happened is seen
 _UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
@@ -62,8 +48,10 @@ class RayConfig(Config):
 
     address: str | None = Field(
         None,
-        description="a running cluster ('auto' or host:port); default: RAY_ADDRESS where it is set "
-        "(as in `ray job submit`), else a Ray of the job's own on this machine",
+        description="a running cluster ('auto' or host:port), or 'in-process': no Ray at all, chunks are "
+        "worked on in this process, one after the other (a few images, a debugger; no training); "
+        "default: RAY_ADDRESS where it is set (as in `ray job submit`), else a Ray of the job's own "
+        "on this machine",
     )
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of a Ray of the job's own; default: all"
@@ -84,7 +72,12 @@ class RayConfig(Config):
     @property
     def cluster(self) -> str | None:
         """Address of the cluster that the job runs on; None: a Ray of its own."""
-        return self.address or os.environ.get("RAY_ADDRESS")
+        return None if self.in_process else self.address or os.environ.get("RAY_ADDRESS")
+
+    @property
+    def in_process(self) -> bool:
+        """Whether there is no Ray at all."""
+        return self.address == "in-process"
 
     def pinned(self) -> dict[str, float]:
         """The share of a node's `group` resource that a worker or actor with a model asks for."""
@@ -135,12 +128,15 @@ def _no_ray(address: str, error: Exception) -> RunError:
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
+def ray_session(config: RayConfig) -> Iterator[Cluster]:
     """Connect to Ray for the duration of a job; a Ray that is already connected is shared."""
+    if config.in_process:
+        yield InProcess()
+        return
     import ray
 
     if ray.is_initialized():
-        yield
+        yield RayCluster()
         return
     quiet_libraries()
     # Faster failure detection on short runs, and each line of a worker printed once.
@@ -175,7 +171,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             ) from error
     try:
         with _ending_with_ray() if not config.cluster else nullcontext():
-            yield
+            yield RayCluster()
     finally:
         ray.shutdown()
 
@@ -250,15 +246,15 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
             signal.set_wakeup_fd(before)
 
 
-def check_resources(config: RayConfig, needed: Mapping[str, float], settings: str) -> None:
+def check_resources(
+    config: RayConfig, cluster: Cluster, needed: Mapping[str, float], settings: str
+) -> None:
     """Refuse a job that would wait for ever; RunError names what is asked and what there is.
 
     A cluster may be asleep and grow, so there it is only said what is waited for. `settings` tells
     where the request comes from.
     """
-    import ray
-
-    there = ray.cluster_resources()
+    there = cluster.resources()
     for resource, amount in needed.items():
         if there.get(resource, 0) >= amount:
             continue
@@ -273,86 +269,3 @@ def check_resources(config: RayConfig, needed: Mapping[str, float], settings: st
             raise RunError(
                 f"{line}: ask for fewer, or set ray.num_cpus={amount:g} to share the cores"
             )
-
-
-def _write_chunk(
-    rows: pa.Table, write: Callable[[int, pa.Table], Any], sums: Mapping[str, str]
-) -> pa.Table:
-    """Last step of a chunk: its rows go into the table, a line of figures goes to the driver."""
-    (chunk,) = rows["chunk"].unique().to_pylist()
-    passing = [name for name in (BUSY, PRESENT) if name in rows.column_names]
-    columns = {**sums, **{name: name for name in passing}}
-    figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in columns.items()}
-    rows = rows.drop_columns(["chunk", *passing])
-    write(chunk, rows)
-    statuses = Counter(rows["status"].to_pylist())
-    return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
-
-
-def map_chunks(chunks: Sequence[int], step: Step) -> Iterator[pa.Table]:
-    """What `step` makes of each of the chunks of a table, in any order.
-
-    It gets a block of one row (`chunk`). A table that is through in a few seconds is worked on in this
-    process, where workers would take as long to start; of others the rest goes to the cluster.
-    """
-    until = time.monotonic() + _HERE
-    left = list(chunks)
-    while left and time.monotonic() < until:
-        yield step(pa.table({"chunk": [left.pop(0)]}))
-    for wave in _waves(left) if left else ():  # which would import Ray Data
-        yield from wave.map_batches(step, **WHOLE).iter_batches(**WHOLE)
-
-
-def _waves(chunks: Sequence[int]) -> Iterator[Any]:
-    """Datasets of `chunk`, one block for each, of no more chunks than the driver may hold."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    _quiet_ray_data()
-    context.enable_progress_bars = False  # ours counts rows and failures, not blocks
-    context.raise_original_map_exception = True  # so that a refusal keeps its class
-    context.target_max_block_size = None  # a chunk is never cut in two
-    # By default a kill while a model loads ends a job.
-    context.max_consecutive_actor_init_deaths = 2
-    for start in range(0, len(chunks), CHUNKS_PER_WAVE):
-        wave = chunks[start : start + CHUNKS_PER_WAVE]
-        yield ray.data.from_items(
-            [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
-        )
-
-
-def run_chunks(
-    pending: Sequence[int],
-    stages: Callable[[Any, Step], Any],
-    write: Callable[[int, pa.Table], Any],
-    title: str,
-    total_rows: int,
-    done: Mapping[str, int],
-    watch: Callable[[Mapping[str, int]], None] | None = None,
-    sums: Mapping[str, str] | None = None,
-) -> None:
-    """Pass the `pending` chunks of a table through `stages` and `write` what comes out.
-
-    `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
-    those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
-    row: `chunk`), which it takes through `map_batches` of WHOLE chunks, and `last`. That has to be
-    called once for each chunk, with the rows that go into the table, each with its `chunk` and,
-    where an actor says so (pipelines.deaths), with what part of its time it was at work; what it
-    returns is the chunk's block in the dataset that `stages` returns. The bar also tells the rates
-    of `sums`: what a column adds up to, by the name that it has there.
-    """
-    ours = Counter[str]()
-    last = partial(_write_chunk, write=write, sums=sums or {})
-    with RowBar(title, total_rows, done) as bar:
-        for chunks in _waves(pending):
-            for row in stages(chunks, last).iter_rows():
-                statuses = json.loads(row["statuses"])
-                ours.update(statuses)
-                for status, rows in statuses.items():
-                    ROWS.add(rows, job=title, status=status)
-                if watch is not None:
-                    watch(ours)
-                figures = json.loads(row["figures"])
-                ACTOR_BUSY_SECONDS.add(figures.get(BUSY, 0), job=title)
-                ACTOR_SECONDS.add(figures.get(PRESENT, 0), job=title)
-                bar.update(statuses, figures)

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from pipelines.chunks import run_chunks
+from pipelines.cluster import WHOLE, Cluster, Step
 from pipelines.config import InputPlace, OutputPlace
 from pipelines.deaths import FOLDER as DEATHS
 from pipelines.deaths import Deaths, Survivor
@@ -27,16 +29,7 @@ from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, lay_out, planned, read_plan
-from pipelines.runtime import (
-    WHOLE,
-    PoolSize,
-    RayConfig,
-    Step,
-    bounds,
-    check_resources,
-    ray_session,
-    run_chunks,
-)
+from pipelines.runtime import PoolSize, RayConfig, bounds, check_resources, ray_session
 from pipelines.schemas import OK, status
 from pipelines.storage import Table
 from vlv_model.config import Config
@@ -147,13 +140,11 @@ class ActorConfig(Config):
     )
     use_gpu: bool = Field(True, description="one CUDA GPU for each actor; false runs on CPUs")
 
-    def count(self, config: RayConfig) -> tuple[int, int]:
-        """Fewest and most actors of a Ray that is connected: as asked for, or that can work at once."""
-        import ray
-
+    def count(self, config: RayConfig, cluster: Cluster) -> tuple[int, int]:
+        """Fewest and most actors of a cluster: as asked for, or that can work at once."""
         if self.num_actors is not None:
             return bounds(self.num_actors)
-        there = ray.cluster_resources().get("GPU" if self.use_gpu else "CPU", 0)
+        there = cluster.resources().get("GPU" if self.use_gpu else "CPU", 0)
         # A Ray of the job's own may be told of more CPUs than the machine has.
         most = there if self.use_gpu or config.cluster else min(there, os.cpu_count() or 1)
         return bounds(max(1, int(most)))
@@ -312,8 +303,6 @@ def run_actors(
     model, with their bytes where `keep_images`; a chunk is committed as soon as it is through, in
     row groups of `row_group` rows. `sums` are those of `run_chunks`. A finished table needs no Ray.
     """
-    import ray.data
-
     if not table.pending():
         return
     # Beside the actors decoding has to get a share, too, however few CPUs there are.
@@ -321,15 +310,15 @@ def run_actors(
     if config.group:
         device["resources"] = config.pinned()
 
-    with exclusive(table.folder, "data.output"), ray_session(config):
-        least, most = actors.count(config)
+    with exclusive(table.folder, "data.output"), ray_session(config) as cluster:
+        least, most = actors.count(config, cluster)
         needed = {"GPU": least} if actors.use_gpu else {"CPU": _ACTOR_CPUS * least}
-        check_resources(config, needed, f"actors.num_actors={actors.num_actors or least}")
+        check_resources(config, cluster, needed, f"actors.num_actors={actors.num_actors or least}")
 
-        def stages(chunks: ray.data.Dataset, last: Step) -> ray.data.Dataset:
+        def stages(chunks: Any, last: Step) -> Any:
             read = ReadImages(table, image_size, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **WHOLE)
-            pool = ray.data.ActorPoolStrategy(min_size=least, max_size=most)
+            pool = cluster.actors(least, most)
             held = (step, arguments, table.folder)
             made = decoded.map_batches(
                 Survivor, fn_constructor_args=held, compute=pool, **device, **WHOLE
@@ -339,5 +328,5 @@ def run_actors(
 
         write = partial(table.write, row_group_size=row_group)
         total, done = table.describe()["planned_rows"], table.counts()
-        run_chunks(table.pending(), stages, write, title, total, done, sums=sums)
+        run_chunks(cluster, table.pending(), stages, write, title, total, done, sums=sums)
         remove_folder(table.folder / DEATHS)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import logging
 import os
-import pickle
+import sys
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+
+from pipelines.cluster import Cluster
+from pipelines.runtime import RayConfig, ray_session
+from tests.fork_server import fork_server
 
 # Seconds of a busy machine are no verdict upon an example.
 settings.register_profile("vlv", deadline=None)
@@ -60,68 +64,24 @@ def bucket(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_server: str) -> Iterator[None]:
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A stand-in for the interpreter whose processes have torch and transformers loaded."""
+    with tempfile.TemporaryDirectory(prefix="vlv") as folder, fork_server(Path(folder)) as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: str, forked_python: Path) -> Iterator[Cluster]:
     """A Ray of this session's own, with 2 logical CPUs; its workers know the S3 server."""
     import ray
 
-    from pipelines.runtime import RayConfig, ray_session
-
     assert not ray.is_initialized()
-    with ray_session(RayConfig(num_cpus=2, object_store_gb=0.5)):
-        yield
-
-
-class ChunksHere:
-    """Takes the place of a Ray Dataset of chunks: its steps are done in this process, in order."""
-
-    def __init__(self, blocks: Iterable[pa.Table]) -> None:
-        self.blocks = blocks
-
-    def map_batches(
-        self, step: Any, fn_constructor_args: Sequence[Any] = (), **resources: Any
-    ) -> ChunksHere:
-        # What a cluster could not send to its machines is an error here, too.
-        step, arguments = pickle.loads(pickle.dumps((step, fn_constructor_args)))
-        return ChunksHere(self._mapped(step, arguments))
-
-    def _mapped(self, step: Any, arguments: Sequence[Any]) -> Iterator[pa.Table]:
-        is_actor = isinstance(step, type)
-        do = step(*arguments) if is_actor else step
-        try:
-            yield from (do(block) for block in self.blocks if block.num_rows)  # as Ray does
-        finally:
-            if is_actor and hasattr(do, "close"):
-                do.close()
-
-    def iter_batches(self, **layout: Any) -> Iterator[pa.Table]:
-        return iter(self.blocks)
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return (row for block in self.blocks for row in block.to_pylist())
-
-
-@pytest.fixture
-def chunks_here(
-    request: pytest.FixtureRequest, ray_local: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Jobs pass their chunks through this process, but for tests that are marked `on_ray`.
-
-    Workers and actors take seconds to start, in every call: what a job decides is tested here, and
-    that it does the same on a cluster by few tests.
-    """
-    from pipelines import runtime
-
-    monkeypatch.setattr(runtime, "_HERE", 0.0)  # or no step of a small table would leave the driver
-    if request.node.get_closest_marker("on_ray"):
-        return
-    from pipelines.ingest import dataset
-
-    def waves(chunks: Sequence[int]) -> Iterator[ChunksHere]:
-        yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
-
-    monkeypatch.setattr(runtime, "_waves", waves)
-    # Each decoder is a process that imports its libraries.
-    monkeypatch.setattr(dataset, "fetchers_of", lambda nodes: (1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(forked_python))  # which Ray starts its workers with
+        session = ray_session(RayConfig(num_cpus=2, object_store_gb=0.5))
+        cluster = session.__enter__()
+    yield cluster
+    session.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv
 
+from pipelines.chunks import map_chunks
+from pipelines.cluster import Cluster
 from pipelines.ingest.runs import Run
 from pipelines.places import is_file, open_parquet, write_atomically
-from pipelines.runtime import map_chunks
 from pipelines.schemas import DOWNLOAD, OK, host_of
 from pipelines.storage import Table
 
@@ -75,10 +76,10 @@ def _last(lines: list[str]) -> dict[str, Any]:
     return told
 
 
-def write_link_rot(table: Table, run: Run) -> None:
-    """Count the rows of the whole table by host and status. Needs a Ray session."""
+def write_link_rot(cluster: Cluster, table: Table, run: Run) -> None:
+    """Count the rows of the whole table by host and status."""
     counts: Counter[tuple[str, str]] = Counter()
-    for block in map_chunks([c.chunk for c in table.commits()], _Hosts(table)):
+    for block in map_chunks(cluster, [c.chunk for c in table.commits()], _Hosts(table)):
         for host, state, rows in zip(
             *(block[name].to_pylist() for name in _ROT.names), strict=True
         ):

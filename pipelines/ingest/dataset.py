@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
+from pipelines.chunks import run_chunks
+from pipelines.cluster import WHOLE, Cluster, Step
 from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
@@ -48,7 +50,7 @@ from pipelines.places import (
     remove_folder,
     write_atomically,
 )
-from pipelines.runtime import WHOLE, RayConfig, Step, ray_session, run_chunks
+from pipelines.runtime import RayConfig, ray_session
 from pipelines.schemas import DECODE, DOWNLOAD, IMAGE_ROW, status, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
@@ -162,8 +164,8 @@ def ingest(config: IngestConfig) -> dict[str, int]:
             )
         worked = not run.is_finished
         if worked:
-            with ray_session(config.ray):
-                _work(config, table, run)
+            with ray_session(config.ray) as cluster:
+                _work(cluster, config, table, run)
         counts = table.counts()
         run.end(counts)
         if worked or not is_file(table.folder / REPORT):
@@ -196,19 +198,18 @@ def _plan_into(
     return first_plan(rows, folder, size, plan)
 
 
-def _work(config: IngestConfig, table: Table, run: Run) -> None:
+def _work(cluster: Cluster, config: IngestConfig, table: Table, run: Run) -> None:
     """Do what a run has planned and not done yet; then look for copies in the whole table."""
-    import ray
-
     if pending := run.pending(table):
         fetched = run.describe()["fetched"]
         if fetched:
-            cpus = ray.cluster_resources().get("CPU", 1)
+            cpus = cluster.resources().get("CPU", 1)
             print(estimate(fetched, table, config.image, cpus), flush=True)
         watch = Throughput(run)
         run_chunks(
+            cluster,
             pending,
-            partial(_stages, config=config, run=run),
+            partial(_stages, cluster=cluster, config=config, run=run),
             Merge(table, run),
             "ingest",
             fetched,
@@ -216,8 +217,8 @@ def _work(config: IngestConfig, table: Table, run: Run) -> None:
             watch=watch,
         )
         watch.end()
-    mark_duplicates(table, config.duplicates, run.number, run.folder / "copies")
-    write_link_rot(table, run)
+    mark_duplicates(cluster, table, config.duplicates, run.number, run.folder / "copies")
+    write_link_rot(cluster, table, run)
 
 
 def _open_run(config: IngestConfig, table: Table) -> Run:
@@ -277,11 +278,9 @@ class Merge:
         return there.set_column(there.schema.get_field_index("status"), "status", states)
 
 
-def _stages(chunks: Any, last: Step, config: IngestConfig, run: Run) -> Any:
+def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:
     """The dataset of what `last` says of the IMAGE_ROW rows of a dataset of chunk numbers."""
-    import ray
-
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = cluster.cpus_by_node()
     fetchers, decoders = fetchers_of(nodes)
     cpus = max(1, sum(nodes))
     least, most = _CHUNKS_IN_WORK
@@ -295,9 +294,9 @@ def _stages(chunks: Any, last: Step, config: IngestConfig, run: Run) -> Any:
     return planned.map_batches(
         FetchAndWrite,
         fn_constructor_args=(ImageFetcher, settings, last),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=fetchers,
-            max_size=None if config.ray.cluster else fetchers,  # a cluster may grow
+        compute=cluster.actors(
+            fetchers,
+            None if config.ray.cluster else fetchers,  # a cluster may grow
             max_concurrent_calls_per_actor=in_work,
             max_tasks_in_flight_per_actor=in_work + 1,
             enable_true_multi_threading=True,

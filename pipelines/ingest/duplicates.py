@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from pipelines.buckets import Buckets
+from pipelines.chunks import map_chunks
+from pipelines.cluster import Cluster
 from pipelines.places import open_parquet, read_parquet_file, write_parquet
-from pipelines.runtime import map_chunks
 from pipelines.schemas import DUPLICATE, OK
 from pipelines.storage import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
@@ -52,17 +53,20 @@ class DuplicateConfig(Config):
     )
 
 
-def mark_duplicates(table: Table, config: DuplicateConfig, run: int, folder: Path) -> int:
+def mark_duplicates(
+    cluster: Cluster, table: Table, config: DuplicateConfig, run: int, folder: Path
+) -> int:
     """Give all copies but one the status `duplicate`, and `ok` to those that are none any more.
 
-    `folder` takes the marks while they are written. Needs a Ray session. Returns the number of
-    rows whose status changed.
+    `folder` takes the marks while they are written. Returns the number of rows whose status changed.
     """
     commits = table.commits()
     chunks = [commit.chunk for commit in commits]
     copies = np.zeros((0, 2), np.int64)
     if config.by != "none":
-        copies = _later_copies(table, chunks, sum(commit.rows for commit in commits), config)
+        copies = _later_copies(
+            cluster, table, chunks, sum(commit.rows for commit in commits), config
+        )
     starts = np.searchsorted(copies[:, 0], chunks)
     ends = np.searchsorted(copies[:, 0], chunks, "right")
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def mark_duplicates(table: Table, config: DuplicateConfig, run: int, folder: Pat
             write_parquet(folder / f"copies-{commit.chunk:06d}.parquet", keys)
             work.append(commit.chunk)
     mark = partial(_mark, table=table, run=run, folder=folder)
-    return sum(pc.sum(block["changed"]).as_py() for block in map_chunks(work, mark))
+    return sum(pc.sum(block["changed"]).as_py() for block in map_chunks(cluster, work, mark))
 
 
 def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
@@ -98,13 +102,13 @@ def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
 
 
 def _later_copies(
-    table: Table, chunks: list[int], rows: int, config: DuplicateConfig
+    cluster: Cluster, table: Table, chunks: list[int], rows: int, config: DuplicateConfig
 ) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
     bands = config.distance + 1 if config.by == "near" else 0
     buckets = [Buckets(_HASHES, rows * _ROW_BYTES) for _ in range(1 + bands)]
     read = partial(_read_hashes, table=table)
-    for block in map_chunks(chunks, read):
+    for block in map_chunks(cluster, chunks, read):
         buckets[0].add(_keyed(block, block["sha_high"], block["sha_low"]))
         flat = pc.equal(block["phash"], _FLAT)
         seen = block.filter(pc.invert(flat))

@@ -43,14 +43,14 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         forget(table)
     if Survey.read(table) is None:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
-        with ray_session(config.ray):  # one for both
+        with ray_session(config.ray) as cluster:  # one for both
             run_actors(
                 table, model.image_size, CaptionImages, arguments, config.actors, config.ray,
                 "recaption", IMAGE_ROW_GROUP if config.join else ROW_GROUP, config.join,
                 {"tokens": "num_tokens"},
             )  # fmt: skip
             with exclusive(table.folder, "data.output"):
-                survey(table)
+                survey(cluster, table)
     assert checkpoint is not None
     publish(table, config, model_notes(model, checkpoint, fingerprint))
     return table.counts()

@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.chunks import map_chunks
+from pipelines.cluster import Cluster
 from pipelines.places import is_file, open_parquet, write_atomically, write_pieces
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.similar import HASHES, SimilarCaptions, signature
-from pipelines.runtime import map_chunks
 from pipelines.schemas import OK
 from pipelines.storage import Table, read_json_object
 
@@ -65,15 +66,15 @@ class Survey:
         return cls(**found)
 
 
-def survey(table: Table) -> Survey:
-    """The survey of a table of which no chunk is pending, made where there is none. Needs a Ray."""
+def survey(cluster: Cluster, table: Table) -> Survey:
+    """The survey of a table of which no chunk is pending, made where there is none."""
     if (found := Survey.read(table)) is None:
-        found = _survey(table)
+        found = _survey(cluster, table)
         write_atomically(table.folder / FILE, json.dumps(asdict(found), indent=1))
     return found
 
 
-def _survey(table: Table) -> Survey:
+def _survey(cluster: Cluster, table: Table) -> Survey:
     commits = table.commits()
     rows = sum(commit.rows for commit in commits)
     ends = list(accumulate(commit.rows for commit in commits))
@@ -81,7 +82,9 @@ def _survey(table: Table) -> Survey:
     totals = Counter[str]()
     lengths: dict[str, Counter[int]] = {"words": Counter(), "tokens": Counter()}
     similar = SimilarCaptions(rows)
-    for block in map_chunks([c.chunk for c in commits if c.rows], partial(_look, table=table)):
+    for block in map_chunks(
+        cluster, [c.chunk for c in commits if c.rows], partial(_look, table=table)
+    ):
         (line,) = block.to_pylist()
         told = json.loads(line["told"])
         totals.update(told["counts"])

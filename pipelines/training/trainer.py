@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.cluster import Cluster
 from pipelines.config import build, dump
 from pipelines.images import RowIndex, in_holdout
 from pipelines.latents import LatentReader
@@ -21,7 +22,7 @@ from pipelines.training import checkpointing, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
-from vlv_model.errors import DataError, VLVError
+from vlv_model.errors import DataError, RunError, VLVError
 
 if TYPE_CHECKING:
     from pipelines.training.loop import Worker
@@ -33,6 +34,11 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     The result holds `loss_before` and `loss_after` (held-out), `steps`, `rows_seen`,
     `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
     """
+    if config.ray.in_process:
+        raise RunError(
+            "ray.address=in-process: workers of a training are started by Ray: leave ray.address out for a "
+            "Ray of the job's own, or give a running cluster"
+        )
     run_dir = Path(config.run_dir)
     config = run_folder.settle(config, run_dir)
     model, checkpoint = config.model.resolve()
@@ -52,9 +58,9 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
             return read_json_object(run_dir / run_folder.RESULT)
         print(f"{len(rows[0]):,} rows to train on, {len(rows[1]):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, checkpoint)
-        with ray_session(config.ray):
+        with ray_session(config.ray) as cluster:
             sampler = _sampler(config, run_dir, model, rows[1])
-            _fit(config, run_dir, model, parent, [str(file) for file in files], sampler)
+            _fit(cluster, config, run_dir, model, parent, [str(file) for file in files], sampler)
         return run_folder.write_result(config, run_dir)
 
 
@@ -82,6 +88,7 @@ def split(index: RowIndex, holdout: float) -> tuple[RowIndex, RowIndex]:
 
 
 def _fit(
+    cluster: Cluster,
     config: Stage1Config | Stage2Config,
     run_dir: Path,
     model: ModelConfig,
@@ -100,7 +107,7 @@ def _fit(
     needed = {"CPU": least * (train.cpus_per_worker + train.readers)} | (
         {"GPU": least} if train.use_gpu else {}
     )
-    check_resources(config.ray, needed, f"train.num_workers={train.num_workers}")
+    check_resources(config.ray, cluster, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
     if not isinstance(train.num_workers, int):
         # A lost machine still counts as ready for a moment: soon after, ask for fewer (Ray: 60 s).

@@ -11,6 +11,6 @@ def test_a_made_table_lacks_its_last_chunk(tmp_path: Path) -> None:
     assert set(look(table.folder)) == {"pending_seconds", "counts_seconds"}
 
 
-def test_empty_chunks_pass_through_the_frame_of_the_jobs(chunks_here: None) -> None:
-    passed = pass_chunks(8)
+def test_empty_chunks_pass_through_the_frame_of_the_jobs() -> None:
+    passed = pass_chunks(8, "in-process")
     assert passed["chunks_per_second"] == 8 / passed["seconds"]

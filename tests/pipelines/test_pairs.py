@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import buckets
+from pipelines import buckets, pairs
 from pipelines.config import build
-from pipelines.pairs import with_pairs, write_pairs
+from pipelines.pairs import with_pairs
+from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW, PAIR_ROW, url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.training.config import Stage2Config
 from vlv_model.errors import DataError, RunError
 
-pytestmark = pytest.mark.usefixtures("chunks_here")
+write_pairs = partial(pairs.write_pairs, ray=RayConfig(address="in-process"))
 
 
 def url(i: int) -> str:
@@ -63,17 +65,20 @@ def pairs_of(folder: Path) -> dict[str, str]:
     return {row["url"]: row["caption"] for row in found}
 
 
-@pytest.mark.parametrize("join_on", [pytest.param("url", marks=pytest.mark.on_ray), "key"])
-def test_captions_are_joined_and_counted(tmp_path: Path, join_on: Any) -> None:
+@pytest.mark.parametrize(("join_on", "on_ray"), [("url", True), ("key", False)])
+def test_captions_are_joined_and_counted(
+    tmp_path: Path, join_on: Any, on_ray: bool, request: pytest.FixtureRequest
+) -> None:
+    if on_ray:
+        request.getfixturevalue("ray_local")
+    join = pairs.write_pairs if on_ray else write_pairs
     images = image_table(tmp_path / "images", 30, failed=(3, 4))
     texts = {i: f"caption {i}" for i in (*range(20), 77, 78, 79)}
     rows = [{"caption": text, "url": url(i), "key": url_key(url(i))} for i, text in texts.items()]
     rows += [{**rows[0], "caption": "a second one"}]
     rows += [{**rows[0], "url": url(i), "key": url_key(url(i)), "caption": None} for i in (21, 22)]
     rows += [{**rows[0], "url": url(23), "key": url_key(url(23)), "caption": " \n"}]
-    counts = write_pairs(
-        images, captions_file(tmp_path, rows), str(tmp_path / "pairs"), join_on=join_on
-    )
+    counts = join(images, captions_file(tmp_path, rows), str(tmp_path / "pairs"), join_on=join_on)
     assert counts == {
         "pairs": 18,
         "images_without_caption": 10,
@@ -93,11 +98,11 @@ def test_urls_are_joined_in_any_spelling_of_column_and_host(tmp_path: Path) -> N
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
-@pytest.mark.on_ray
+@pytest.mark.usefixtures("ray_local")
 def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 40)
     teacher = captions_file(tmp_path, [{"url": url(7), "caption": "seven"}])
-    assert write_pairs(images, teacher, str(tmp_path / "pairs"))["pairs"] == 1
+    assert pairs.write_pairs(images, teacher, str(tmp_path / "pairs"))["pairs"] == 1
     table = Table(tmp_path / "pairs")
     assert table.pending() == []
     assert len(table.commits()) == 5
@@ -259,7 +264,10 @@ def test_stage_2_reads_the_joined_table(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 4)
     teacher = captions_file(tmp_path, [{"url": url(1), "words": "one"}])
     data = {"input": images, "captions": teacher, "caption_column": "words", "join_on": "url"}
-    config = build(Stage2Config, {"run_dir": str(tmp_path / "run"), "data": data})
+    config = build(
+        Stage2Config,
+        {"run_dir": str(tmp_path / "run"), "data": data, "ray": {"address": "in-process"}},
+    )
     joined = with_pairs(config)
     assert joined.data.input == str(tmp_path / "run/pairs")
     assert (joined.data.captions, joined.data.caption_column) == (None, "caption")

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from pipelines import runtime
+from pipelines.chunks import map_chunks
+from pipelines.cluster import InProcess
 from pipelines.runtime import RAY_LOST, RayConfig, ray_session
-from tests.conftest import ChunksHere
 from vlv_model.errors import RunError
 
 
@@ -67,19 +67,17 @@ def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("seconds", "there"), [(0.5, [7, 3, 5, 4]), (2.5, [5, 4]), (4.5, []), (100, [])]
 )
-def test_chunks_are_mapped_here_first_and_each_once(
-    seconds: float, there: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_are_mapped_here_first_and_each_once(seconds: float, there: list[int]) -> None:
     sent: list[int] = []
 
-    def waves(chunks: Sequence[int]) -> Iterator[ChunksHere]:
-        sent.extend(chunks)
-        yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
+    class Noting(InProcess):
+        seconds_here = seconds
 
-    monkeypatch.setattr(runtime, "_waves", waves)
-    monkeypatch.setattr(runtime, "_HERE", seconds)
-    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=count().__next__))
-    mapped = runtime.map_chunks([7, 3, 5, 4], unchanged)
+        def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
+            sent.extend(chunks)
+            return super().datasets(chunks)
+
+    mapped = map_chunks(Noting(), [7, 3, 5, 4], unchanged, clock=count().__next__)
     assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
     assert sent == there
 

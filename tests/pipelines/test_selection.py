@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import selection as selection_module
+from pipelines.cluster import InProcess
 from pipelines.config import build
 from pipelines.plans import lay_out, read_plan
 from pipelines.runtime import RayConfig
@@ -198,9 +199,12 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
     ],
 )
 def test_as_many_actors_as_can_work_at_once(monkeypatch, settings, there, count):
-    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    class There(InProcess):
+        def resources(self):
+            return there
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert ActorConfig(**settings).count(RayConfig()) == count
+    assert ActorConfig(**settings).count(RayConfig(), There()) == count
 
 
 def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypatch) -> None:

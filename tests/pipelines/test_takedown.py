@@ -40,6 +40,7 @@ def fetch(tmp_path: Path, urls: list[str]) -> dict[str, int]:
         "download": {"allow_private": True},
         "image": {"size": 32},
         "rows_per_chunk": 4,
+        "ray": {"address": "in-process"},
     }
     return ingest(build(IngestConfig, settings))
 
@@ -62,7 +63,6 @@ def derived_table(folder: Path, images: Path) -> Table:
     return table
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(12)]
     fetch(tmp_path, urls)
@@ -89,7 +89,6 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
     assert urls_of(tmp_path / "out") == {*set(urls) - gone, web.url("new.png")}
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_a_domain_goes_with_its_subdomains_and_stays_away(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(4)]
     others = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import buckets, runtime
+from pipelines import buckets
+from pipelines.cluster import InProcess, RayCluster
 from pipelines.config import build
 from pipelines.ingest import duplicates
 from pipelines.ingest.duplicates import DuplicateConfig, _read_hashes, mark_duplicates
@@ -88,10 +88,9 @@ def test_marks_are_those_of_brute_force_and_stay(
     table = table_of(folder / "t", rows)
     config = build(DuplicateConfig, {"by": by, "distance": distance})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "_HERE", math.inf)  # hundreds of tables need no cluster
         patch.setattr(duplicates, "_COMPARED", 4)
-        changed = mark_duplicates(table, config, 2, folder / "copies")
-        again = mark_duplicates(table, config, 3, folder / "copies")
+        changed = mark_duplicates(InProcess(), table, config, 2, folder / "copies")
+        again = mark_duplicates(InProcess(), table, config, 3, folder / "copies")
     wanted = expected(rows, by, distance)
     if by == "none":
         wanted = [OK if status == DUPLICATE else status for *_, status in rows]
@@ -100,8 +99,7 @@ def test_marks_are_those_of_brute_force_and_stay(
     assert again == 0  # and not a part is written anew
 
 
-@pytest.mark.on_ray
-@pytest.mark.usefixtures("chunks_here")
+@pytest.mark.usefixtures("ray_local")
 def test_on_a_cluster_with_many_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rows: list[Row] = [
@@ -112,7 +110,8 @@ def test_on_a_cluster_with_many_buckets(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(buckets, "_BUCKET_BYTES", 512)
     table = table_of(tmp_path / "t", rows, chunk=16)
     config = build(DuplicateConfig, {"by": "near", "distance": 3})
-    assert mark_duplicates(table, config, 4, tmp_path / "copies") > 20
+    cluster = RayCluster(seconds_here=0)  # or none of so small a table would leave the driver
+    assert mark_duplicates(cluster, table, config, 4, tmp_path / "copies") > 20
     assert statuses(table) == expected(rows, "near", 3)
     copies = {c.chunk for c in table.commits() if c.run == 4}
     assert 0 < len(copies) <= len(table.commits())
@@ -122,4 +121,6 @@ def test_pictures_of_one_colour_are_no_copies_of_one_another(tmp_path: Path) -> 
     table = table_of(tmp_path / "t", [(1, 1, 0, OK), (1, 2, 0, OK)])
     read = _read_hashes(pa.table({"chunk": [0]}), table)
     assert read["phash"].to_pylist() == [0, 0]
-    assert mark_duplicates(table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0
+    assert (
+        mark_duplicates(InProcess(), table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0
+    )

@@ -39,7 +39,9 @@ SETTINGS: dict[str, Any] = {
     "download": {"allow_private": True, "read_timeout": 3, "retries": 0},
     "image": {"size": 64, "format": "png"},
     "rows_per_chunk": 16,
+    "ray": {"address": "in-process"},
 }
+ON_RAY: dict[str, Any] = {"ray": {}}
 
 
 def config_of(tmp_path: Path, **settings: Any) -> IngestConfig:
@@ -68,18 +70,17 @@ def check_exactly_once(tmp_path: Path) -> pa.Table:
     return rows
 
 
-@pytest.mark.on_ray
-@pytest.mark.usefixtures("chunks_here")
+@pytest.mark.usefixtures("ray_local")
 def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a cluster; what reruns do in every case is in test_reruns.py."""
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 40, num_broken=8)
-        counts = ingest(config_of(tmp_path))
+        counts = ingest(config_of(tmp_path, **ON_RAY))
         assert "allow_private" in capsys.readouterr().err
         asked = sum(web.requests.values())
-        assert ingest(config_of(tmp_path)) == counts
+        assert ingest(config_of(tmp_path, **ON_RAY)) == counts
         assert sum(web.requests.values()) == asked == 48
     assert list(counts) == ["ok", *sorted(set(counts) - {"ok"})]
     assert counts == {
@@ -107,7 +108,7 @@ def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
         listed = pq.read_table(tmp_path / "metadata.parquet")
         one = listed.slice(0, 1).set_column(0, "URL", [[web.url("new.png")]])
         pq.write_table(pa.concat_tables([listed, one]), tmp_path / "metadata.parquet")
-        assert ingest(config_of(tmp_path)) == {**counts, "download:http_404": 2}
+        assert ingest(config_of(tmp_path, **ON_RAY)) == {**counts, "download:http_404": 2}
         assert dict(web.requests) == {"/new.png": 1}
     again = check_exactly_once(tmp_path)
     new = again.filter(pc.equal(again["run"], 2))
@@ -115,7 +116,6 @@ def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
     assert again.filter(pc.equal(again["run"], 1)).equals(rows)
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 40)
@@ -126,7 +126,6 @@ def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Pat
     assert groups == [16, 16, 8]
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_other_readers_see_pictures(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     duckdb = pytest.importorskip("duckdb")
@@ -158,7 +157,6 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
     assert dict(counts) == Table(tmp_path / "out").counts()
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 64)
@@ -207,7 +205,6 @@ def test_a_killed_job_is_continued(tmp_path: Path) -> None:
     assert said[-1] == f"report: {tmp_path}/out/_report.html"
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_photographs_are_cropped_to_the_size(tmp_path: Path, shared_dir: Path) -> None:
     with serve(shared_dir / "photos/images", port=0) as web:
         names = sorted(p.name for p in (shared_dir / "photos/images").glob("*.jpg"))[:24]
@@ -249,7 +246,6 @@ def test_bad_input_is_refused_before_ray_starts(tmp_path: Path) -> None:
     assert not Table(tmp_path / "out").check_free("image", {})
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 2)
@@ -258,7 +254,6 @@ def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
             ingest(config_of(tmp_path, image={"size": 32, "format": "png"}))
 
 
-@pytest.mark.usefixtures("chunks_here")
 def test_dropped_rows_are_noted_in_the_table(tmp_path: Path, web_of_two: Web) -> None:
     urls = [web_of_two.url(f"{i}.png") for i in (0, 1, 1)]
     columns = {"URL": [*urls, None], "aesthetic": [6.0, 7.0, 7.0, 9.0]}
@@ -282,24 +277,22 @@ def web_of_two(tmp_path: Path) -> Any:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_list_and_a_table_in_an_object_store(
-    tmp_path: Path, bucket: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_list_and_a_table_in_an_object_store(tmp_path: Path, bucket: str) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 20, num_broken=2)
         write_atomically(
             place(f"{bucket}/lists/a.parquet"), (tmp_path / "metadata.parquet").read_bytes()
         )
         data = {"input": f"{bucket}/lists", "output": f"{bucket}/tables/images"}
-        config = build(IngestConfig, {"data": data, **SETTINGS})
+        config = build(IngestConfig, {"data": data, **SETTINGS, **ON_RAY})
         counts = ingest(config)
         assert counts["ok"] == 20
         asked = sum(web.requests.values())
         table = Table(data["output"])
         place(f"{bucket}/tables/images/_commits/000001.json").unlink()  # as a kill leaves it
         assert table.pending() == [1]
-        request.getfixturevalue("chunks_here")  # workers have reached the store by now
-        assert ingest(config) == counts
+        # Workers have reached the store by now.
+        assert ingest(build(IngestConfig, {"data": data, **SETTINGS})) == counts
         assert asked < sum(web.requests.values()) < 2 * asked
     rows = pa.concat_tables(read_parquet_file(file) for file in parquet_files(data["output"]))
     listed = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()

@@ -31,12 +31,11 @@ from pipelines.takedown import TakedownConfig, take_down
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError, RunError
 
-pytestmark = pytest.mark.usefixtures("chunks_here")
-
 SETTINGS: dict[str, Any] = {
     "download": {"allow_private": True, "retries": 0},
     "image": {"size": 32, "format": "png"},
     "rows_per_chunk": 8,
+    "ray": {"address": "in-process"},
 }
 
 

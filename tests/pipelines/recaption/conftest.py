@@ -22,7 +22,12 @@ def settings(trained_captioner: Path, pair_table: Path, tmp_path: Path) -> Setti
     """Settings of a cheap recaption of 21 scenes into `captions`; more come as key=value."""
 
     def made(*more: str) -> RecaptionConfig:
-        some = [f"data.input={pair_table}", f"data.output={tmp_path / 'captions'}", "data.limit=21"]
+        some = [
+            f"data.input={pair_table}",
+            f"data.output={tmp_path / 'captions'}",
+            "data.limit=21",
+            "ray.address=in-process",
+        ]
         some += [f"model.path={trained_captioner}", "generate.num_beams=1", "data.rows_per_chunk=8"]
         some += ["generate.max_new_tokens=8", "actors.use_gpu=false", "actors.num_actors=1"]
         return load(RecaptionConfig, None, [*some, *more])

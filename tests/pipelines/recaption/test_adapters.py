@@ -19,7 +19,6 @@ from vlv_model.lora import is_adapter
 
 
 def test_adapters_caption_as_their_export_does(
-    chunks_here: None,
     settings: Settings,
     trained_captioner: Path,
     tiny_models: Path,

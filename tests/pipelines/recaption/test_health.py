@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.cluster import InProcess
 from pipelines.config import build
 from pipelines.recaption.dataset import recaption
 from pipelines.recaption.gate import GateConfig, check_gates
@@ -107,27 +108,25 @@ def test_groups_are_of_one_signature_and_share_no_caption(colours: list[str]) ->
     assert later.sum() >= sum(expected.values()) - len(expected)
 
 
-def test_a_survey_counts_over_all_parts(chunks_here: None, tmp_path: Path) -> None:
+def test_a_survey_counts_over_all_parts(tmp_path: Path) -> None:
     chunks = [
         ["a red ball on the grass", "a cut one …", None, ""],
         [],
         ["A red ball, on the grass.", "no " * 20, "{{{ }}} ((("],
     ]
-    found = survey(caption_table(tmp_path / "t", chunks))
+    found = survey(InProcess(), caption_table(tmp_path / "t", chunks))
     assert (found.rows, found.captions, found.truncated, found.empty) == (7, 6, 1, 2)
     assert (found.repeated, found.non_language, found.duplicates) == (1, 1, 1)
     assert found.words == {0: 2, 3: 1, 6: 2, 20: 1}
     assert found.commonest == [(2, "a red ball on the grass")]
     assert (tmp_path / "t/_similar.csv").read_text() == "key\n2000\n"
     (tmp_path / "t" / "data" / "part-000000.parquet").unlink()  # it is not looked at again
-    assert survey(caption_table(tmp_path / "t", chunks)) == found
+    assert survey(InProcess(), caption_table(tmp_path / "t", chunks)) == found
 
 
-def test_the_gate_says_what_is_too_much_and_how_to_see_it(
-    chunks_here: None, tmp_path: Path
-) -> None:
+def test_the_gate_says_what_is_too_much_and_how_to_see_it(tmp_path: Path) -> None:
     table = caption_table(tmp_path / "t", [["cut …", "cut here …", "a red ball", "", "a red ball"]])
-    found = survey(table)
+    found = survey(InProcess(), table)
     check_gates(build(GateConfig, {"max_truncated": "40%", "max_empty": 0.2}), found, table)
     for gate, shown in (("max_truncated", 2), ("max_empty", 1), ("max_duplicates", None)):
         with pytest.raises(GateError, match=rf"gate\.{gate}=0\.01: 0\.[24] of") as error:
@@ -143,7 +142,7 @@ def test_a_share_is_a_share() -> None:
             build(GateConfig, {"max_empty": wrong})
 
 
-def test_a_table_that_fails_its_gate_is_read_by_no_job(chunks_here, settings) -> None:
+def test_a_table_that_fails_its_gate_is_read_by_no_job(settings) -> None:
     """Until the gate is raised; nothing is captioned again for that."""
     strict = settings("gate.max_truncated=1%")
     with pytest.raises(GateError, match="max_truncated"):
@@ -163,7 +162,7 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(chunks_here, settings) ->
     assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)
 
 
-def test_only_what_was_unhealthy_is_captioned_again(chunks_here, settings, tmp_path: Path) -> None:
+def test_only_what_was_unhealthy_is_captioned_again(settings, tmp_path: Path) -> None:
     """Also of a table that its gate kept back."""
     with pytest.raises(GateError):
         recaption(settings("gate.max_truncated=0"))

@@ -33,7 +33,7 @@ def test_it_is_another_caption_of_another_fingerprint() -> None:
     assert plain.decides() == GenerateConfig(batch_size=3).decides()
 
 
-def test_a_truncated_caption_that_was_cleaned_counts_as_truncated(chunks_here, settings) -> None:
+def test_a_truncated_caption_that_was_cleaned_counts_as_truncated(settings) -> None:
     config = settings("generate.postprocess=reference", "generate.max_new_tokens=1", "data.limit=5")
     assert recaption(config) == {"ok": 5}
     rows = list(read_rows(parquet_files(config.data.output), ["truncated", "num_tokens"]))

@@ -32,7 +32,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_readers_that_are_not_ours(chunks_here, settings, pictures: Path) -> None:
+def test_readers_that_are_not_ours(settings, pictures: Path) -> None:
     import datasets
 
     config = settings(f"data.input={pictures}", "join=true", "format=json", "license=cc-by-4.0")
@@ -128,7 +128,7 @@ def test_a_streamed_file_reaches_a_store(bucket: str) -> None:
     assert json.loads((table.folder / "captions.json").read_text()) == {"0.jpg": "a", "1.jpg": "b"}
 
 
-def test_what_is_taken_down_is_told_nowhere(chunks_here, settings, pair_table, tmp_path) -> None:
+def test_what_is_taken_down_is_told_nowhere(settings, pair_table, tmp_path) -> None:
     config = settings("format=json")
     recaption(config)
     captions, images = Table(config.data.output), Table(tmp_path / "images")
@@ -147,7 +147,9 @@ def test_what_is_taken_down_is_told_nowhere(chunks_here, settings, pair_table, t
 
 @pytest.mark.end_to_end
 def test_a_table_in_a_store_has_all_of_it(ray_local, settings, bucket: str) -> None:
-    config = settings(f"data.output={bucket}/captions", "format=json", "join=true")
+    config = settings(
+        f"data.output={bucket}/captions", "format=json", "join=true", "ray.address=null"
+    )
     assert recaption(config) == {"ok": 21}
     table = Table(config.data.output)
     names = {file.name for file in table.folder.iterdir()}

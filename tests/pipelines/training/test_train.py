@@ -313,7 +313,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
 
 
 def test_recaption_and_reconstruct_give_one_row_per_image(
-    chunks_here: None, stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
+    stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
 ) -> None:
     from pipelines.recaption.config import RecaptionConfig
     from pipelines.recaption.dataset import recaption
@@ -322,6 +322,7 @@ def test_recaption_and_reconstruct_give_one_row_per_image(
     from pipelines.storage import parquet_files, read_rows
 
     select = [f"data.input={pair_table}", "data.rows_per_chunk=7", "actors.use_gpu=false"]
+    select.append("ray.address=in-process")
     captions = tmp_path / "captions"
     config = load(RecaptionConfig, None, [
         *select, f"data.output={captions}", f"model.path={stage2_run}", "generate.num_beams=1",
