@@ -32,7 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SOCKET, READY = "socket", "ready"
+SOCKET = "socket"
+WORKERS = ("/setup_worker.py", "/default_worker.py")  # of Ray
 
 # Those of models, training and recaptioning that are slow to import, as far down as they are used.
 LIBRARIES = [
@@ -49,7 +50,7 @@ import json, os, signal, socket, sys
 real, here = {real!r}, {socket!r}
 words = sys.argv[1:]
 script = next((word for word in words if not word.startswith("-")), "")
-if "/ray/" in script and not script.endswith(("/setup_worker.py", "/default_worker.py")):
+if "/ray/" in script and not script.endswith({workers!r}):
     os.execv(real, [real, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect(here)
@@ -71,7 +72,7 @@ def fork_server(folder: Path) -> Iterator[Path]:
     """The stand-in for the interpreter, `folder`/python, for as long as the block lasts."""
     folder.mkdir(parents=True, exist_ok=True)
     stand_in, code = folder / "python", folder / "stand_in.py"
-    code.write_text(STAND_IN.format(real=sys.executable, socket=str(folder / SOCKET)))
+    code.write_text(STAND_IN.format(real=sys.executable, socket=str(folder / SOCKET), workers=WORKERS))
     stand_in.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(code))} "$@"\n'
     )
@@ -206,7 +207,9 @@ def become(
     sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), write_through=True)  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.chdir(where)
-    sys.executable = executable
+    # A Ray that the program starts has such workers, too; what a worker starts are plain processes.
+    if not words[0].endswith(WORKERS):
+        sys.executable = executable
     apply(environment)
     status = 0
     try:
