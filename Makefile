@@ -3,25 +3,27 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
-# Two test processes, a file to each at a time: most of a test of a cluster is waiting.
-TWO := -n 2 --dist loadfile
+# Two test processes, a group of tests to each at a time, in the order of tests/conftest.py.
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test fast check format lint types gpu lock audit clean
+.PHONY: demo test test-faults fast check format lint types gpu lock audit clean
 
 demo: $(INSTALLED)  ## the whole path on this machine; FULL=1 trains all of it, PHOTOS=FOLDER takes your photographs
 	$(RUN) jobs/demo.py $(if $(FULL),full=true) $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
 
-test: $(INSTALLED)  ## all tests but the GPU's: the fast ones first, then whole jobs and clusters
-	$(RUN) -m pytest $(TWO) -m "not gpu and not end_to_end"
-	$(RUN) -m pytest $(TWO) -m "end_to_end and not gpu"
+test: $(INSTALLED)  ## all tests but the long kills' and the GPU's
+	$(RUN) -m pytest $(TWO) -m "not gpu and not faults"
 
-fast: $(INSTALLED)  ## the fast tests alone
+test-faults: $(INSTALLED)  ## long kills, lost machines, the autoscaler
+	$(RUN) -m pytest $(TWO) -m "faults and not gpu"
+
+fast: $(INSTALLED)  ## the tests that start no cluster and no whole job
 	$(RUN) -m pytest $(TWO) -m "not gpu and not end_to_end"
 
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
 
-check: lint types test  ## format, lint, types, tests
+check: lint types test test-faults  ## format, lint, types, all tests
 
 format: $(INSTALLED)  ## rewrite the code in the one format
 	$(VENV)/bin/ruff format .

@@ -84,9 +84,9 @@ def _quiet_ray_data() -> None:
 
 
 class InProcess:
-    """No Ray: chunks are worked on in this process, one after the other."""
+    """No Ray: chunks are worked on in this process, one after the other, by the steps of a Ray."""
 
-    seconds_here = 0.0  # so that steps are called in one way only, see ChunksHere
+    seconds_here = 0.0  # all of it is here, by way of `datasets`
 
     def resources(self) -> Mapping[str, float]:
         return {"CPU": float(os.cpu_count() or 1)}
@@ -95,7 +95,6 @@ class InProcess:
         return [1.0]
 
     def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-        # One at a time, so that a chunk that cannot be done does not take the others with it.
         yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
 
     def actors(self, least: int, most: int | None, **options: Any) -> Any:

@@ -10,11 +10,13 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from pipelines.cluster import Cluster
 from pipelines.runtime import RayConfig, ray_session
@@ -29,6 +31,50 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "RAY_USAGE_STATS_
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, upon tiny models
 for variable in ("RAY_ADDRESS", "WANDB_API_KEY"):
     os.environ.pop(variable, None)
+
+
+# Groups of tests that share what takes long to start, those that take longest first. A file is a group
+# of its own where it is not named here. What shares the Ray of a process is in two groups, as there
+# are two processes.
+GROUPS = {
+    "training": ["pipelines/training/test_train.py", "compatibility/test_made.py"],
+    "demo": ["jobs/test_demo.py"],
+    "submit": ["jobs/test_submit.py"],
+    "resume": ["pipelines/training/test_resume.py"],
+    "actors": [
+        "pipelines/test_deaths.py", "jobs/test_worker_errors.py", "pipelines/training/test_data.py",
+        "pipelines/training/test_samples.py", "benchmarks/test_recaption_benchmark.py",
+        "pipelines/precompute/test_precompute.py", "pipelines/recaption/test_publish.py",
+        "pipelines/ingest/test_duplicates.py", "pipelines/test_pairs.py", "pipelines/test_telemetry.py",
+        "pipelines/ingest/test_ingest.py",
+    ],
+    "runtime": ["pipelines/test_runtime.py"],
+}  # fmt: skip
+GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
+
+
+def group_of(file: str) -> str:
+    """The group of a test's file, as pytest names it from the root."""
+    file = file.removeprefix("tests/")
+    return GROUP_OF.get(file, file)
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Gives each process a group at a time."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the groups of GROUPS run first, in their order."""
+    places = {group: number for number, group in enumerate(GROUPS)}
+    items.sort(key=lambda item: places.get(group_of(item.nodeid.partition("::")[0]), len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ def fork_server(folder: Path) -> Iterator[Path]:
     """The stand-in for the interpreter, `folder`/python, for as long as the block lasts."""
     folder.mkdir(parents=True, exist_ok=True)
     stand_in, code = folder / "python", folder / "stand_in.py"
-    code.write_text(STAND_IN.format(real=sys.executable, socket=str(folder / SOCKET), workers=WORKERS))
+    code.write_text(
+        STAND_IN.format(real=sys.executable, socket=str(folder / SOCKET), workers=WORKERS)
+    )
     stand_in.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(code))} "$@"\n'
     )
@@ -146,7 +148,8 @@ def serve(folder: Path) -> None:
                         with contextlib.suppress(OSError):
                             stand_in.sendall(str(status).encode())
                         events.unregister(pidfd)
-                        events.unregister(stand_in)
+                        with contextlib.suppress(KeyError):  # of one that was killed
+                            events.unregister(stand_in)
                         os.close(pidfd)
                         stand_in.close()
                         del running[process]

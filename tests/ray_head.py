@@ -25,6 +25,14 @@ _PORTS = (
     "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
 )  # fmt: skip
 
+START = """
+import os, sys
+sys.executable = os.environ.pop("WORKERS_PYTHON")  # which Ray starts its workers with
+from ray.scripts.scripts import main
+sys.argv[0] = "ray"
+main()
+"""
+
 
 @dataclass
 class Head:
@@ -72,23 +80,35 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def ray_head(
-    options: Sequence[str], port: int | None = None, more: dict[str, str] | None = None
+    options: Sequence[str],
+    port: int | None = None,
+    more: dict[str, str] | None = None,
+    python: Path | None = None,
 ) -> Iterator[Head]:
     """`ray start --head` with `options`, its GCS at `port`, `more` in its environment; until it
-    answers, and gone afterwards."""
+    answers, and gone afterwards. Its workers and the jobs' drivers are processes of `python`."""
     folder = Path(tempfile.mkdtemp(prefix="vlv"))  # sockets need a short path
     (folder / "token").write_text(secrets.token_hex(32))
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     ports["port"] = port or ports["port"]
     environment = {
         **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PATH": f"{(python or Path(sys.executable)).parent}:{BIN}:{os.environ['PATH']}",
+        "WORKERS_PYTHON": str(python or sys.executable),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         **(more or {}),
     }
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-c",
+        START,
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+    ]
     command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     command += [f"--temp-dir={folder / 'ray'}", *options]
     command += [f"--{name}={port}" for name, port in ports.items()]

@@ -10,6 +10,7 @@ from benchmarks import chaos
 
 
 @pytest.mark.end_to_end
+@pytest.mark.faults
 def test_kills_lose_no_row_and_double_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from cluster.render import read_sizes, rendered
 from pipelines.storage import Table
 from tests.ray_head import Head, free_ports, ray_head
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.faults]
 
 CPUS, MEMORY = 2, 100 * 2**20
 SIZES = read_sizes()

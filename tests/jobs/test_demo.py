@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,16 +27,16 @@ def settings(run_dir: Path) -> list[str]:
     return [f"run_dir={run_dir}", *scenes, "stage1_steps=4", "stage2_steps=6"]
 
 
-def command(run_dir: Path) -> list[str]:
-    return [sys.executable, "jobs/demo.py", *settings(run_dir)]
+def command(python: Path, run_dir: Path) -> list[str]:
+    return [str(python), "jobs/demo.py", *settings(run_dir)]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo that was killed while stage 1 trained, and then run to its end."""
     run_dir = tmp_path_factory.mktemp("runs") / "demo"
     with open(run_dir.with_suffix(".log"), "w") as log:
-        first = subprocess.Popen(command(run_dir), cwd=ROOT, stdout=log, stderr=log)
+        first = subprocess.Popen(command(forked_python, run_dir), cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + 500
         while not any(e["event"] == "step" for e in read_metrics(run_dir / "stage1")):
             assert first.poll() is None, run_dir.with_suffix(".log").read_text()
@@ -45,7 +44,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             time.sleep(0.05)
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-    second = subprocess.run(command(run_dir), cwd=ROOT, capture_output=True, text=True)
+    second = subprocess.run(
+        command(forked_python, run_dir), cwd=ROOT, capture_output=True, text=True
+    )
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.rstrip().endswith(str(run_dir / "report.html"))
     return run_dir

@@ -1,4 +1,8 @@
-"""The five jobs, submitted to a real head as a user does: tokens on, everything on loopback."""
+"""The five jobs, submitted to a real head as a user does: tokens on, everything on loopback.
+
+The head has false secrets in its environment. They stay there: none is found in what the jobs, their
+Ray and W&B write.
+"""
 
 import secrets
 import subprocess
@@ -15,22 +19,29 @@ from tests.ray_head import BIN, Head, ray_head
 pytestmark = pytest.mark.end_to_end
 
 SCENES, BROKEN = 60, 2
+SECRETS = {
+    name: f"false-{name.lower()}-5f2c9d7e1b"
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
+} | {"WANDB_API_KEY": "5f2c9d7e1b" * 4}
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with ray_head(["--num-cpus=4", f"--object-store-memory={500 * 2**20}"]) as head:
+def head(forked_python: Path) -> Iterator[Head]:
+    options = ["--num-cpus=4", f"--object-store-memory={500 * 2**20}"]
+    with ray_head(options, more=SECRETS, python=forked_python) as head:
         yield head
 
 
 def test_the_five_jobs_one_after_the_other(head: Head, tiny_models: Path, tmp_path: Path) -> None:
     world, steps = tmp_path / "world", ["train.steps=3", "train.num_workers=1", "data.holdout=0.2"]
-    steps += ["train.wandb=disabled", "train.samples=0"]
+    steps += ["train.wandb=offline", "train.samples=0"]
     images, pairs, captions = tmp_path / "images", tmp_path / "pairs", tmp_path / "captions"
 
     def succeed(name: str, *settings: str) -> None:
         done = head.submit(name, *settings)
         assert done.returncode == 0, done.stdout + done.stderr
+        with open(tmp_path / "console", "a") as console:
+            console.write(done.stdout + done.stderr)
 
     world.mkdir()
     with serve(world) as web:
@@ -63,6 +74,27 @@ def test_the_five_jobs_one_after_the_other(head: Head, tiny_models: Path, tmp_pa
         f"data.output={tmp_path / 'pictures'}", "data.limit=2", "diffusion.num_steps=2",
     )  # fmt: skip
     assert Table(tmp_path / "pictures").counts() == {"ok": 2}
+    for table, rows in ((images, SCENES), (captions, SCENES)):
+        assert f"{rows}" in (table / "_report.html").read_text()
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    check_secrets({**SECRETS, "the token": token}, tmp_path, head.logs.resolve())
+
+
+def check_secrets(secrets: dict[str, str], *folders: Path) -> None:
+    """None of the secrets is in any file below the folders."""
+    files = [f for folder in folders for f in folder.rglob("*") if f.is_file()]
+    names = {f.name for f in files}
+    assert {"metrics.jsonl", "console", "_report.html"} <= names  # the jobs' folders,
+    assert any(name.endswith(".wandb") for name in names)  # W&B's records,
+    assert any(name.startswith("raylet") for name in names)  # and Ray's logs were looked at
+    written = {f: f.read_bytes() for f in files}
+    found = [
+        (f.name, name)
+        for f, content in written.items()
+        for name, secret in secrets.items()
+        if secret.encode() in content
+    ]
+    assert found == []
 
 
 def test_a_relative_output_is_refused(head: Head) -> None:

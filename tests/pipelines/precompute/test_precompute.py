@@ -182,7 +182,7 @@ def test_the_job_writes_each_image_once(
 
 @pytest.mark.end_to_end
 def test_a_whole_run_ends_as_the_online_one(
-    pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path
+    pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path, forked_python: Path
 ) -> None:
     """Each step's loss within 0.2 %: latents are rounded to bfloat16, the draws are the same."""
     kinds: dict[str, list[str]] = {"online": [], "stored": [f"data.latents={latents}"]}
@@ -194,7 +194,7 @@ def test_a_whole_run_ends_as_the_online_one(
         ]), tiny_models)
         for name, stored in kinds.items()
     ]  # fmt: skip
-    run_worlds([(1, trainings)], tmp_path)
+    run_worlds([(1, trainings)], tmp_path, forked_python)
     curves = []
     for name in kinds:
         steps = [e["loss"] for e in read_metrics(tmp_path / name) if e["event"] == "step"]

@@ -66,7 +66,12 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(
+    pair_table: Path,
+    tiny_models: Path,
+    forked_python: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
     """Two workers, then one, then two; all that goes on from another training is named so below."""
     runs = Runs(tmp_path_factory.mktemp("worlds"), pair_table, tiny_models)
     segment, checkpoint = runs.segment, runs.checkpoint
@@ -92,7 +97,7 @@ def runs(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathF
     ]
     again = "train.activation_checkpointing=true"  # changes nothing
     back = segment("two-one-two", "train.zero_stage=3", again, after=checkpoint("one", BETWEEN))
-    run_worlds([(2, two), (1, one), (2, [back])], runs.folder)
+    run_worlds([(2, two), (1, one), (2, [back])], runs.folder, forked_python)
     return runs
 
 

@@ -218,6 +218,7 @@ def test_a_killed_worker_changes_no_loss(
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
 
 
+@pytest.mark.faults
 def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
     unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
 ) -> None:

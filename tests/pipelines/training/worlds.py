@@ -43,10 +43,10 @@ def segment(
     return {"loop": loop, "copy": [str(after)] if after else []}
 
 
-def run_worlds(groups: list[Group], folder: Path) -> None:
-    """Run the groups, one after the other; what they print is the error's text."""
+def run_worlds(groups: list[Group], folder: Path, python: Path) -> None:
+    """Run the groups, one after the other, by `python`; what they print is the error's text."""
     (folder / "groups.json").write_text(json.dumps(groups))
-    command = [sys.executable, "-m", "tests.pipelines.training.worlds", folder / "groups.json"]
+    command = [python, "-m", "tests.pipelines.training.worlds", folder / "groups.json"]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     ended = subprocess.run(
         command, cwd=REPO, env=os.environ | settings, capture_output=True, text=True, timeout=300
