@@ -24,7 +24,7 @@ from cluster.render import read_sizes, rendered
 from pipelines.storage import Table
 from tests.ray_head import Head, free_ports, ray_head
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.faults]
+pytestmark = pytest.mark.end_to_end
 
 CPUS, MEMORY = 2, 100 * 2**20
 SIZES = read_sizes()
@@ -128,6 +128,31 @@ def watch(head: Head) -> Iterator[Watch]:
         looker.kill()
 
 
+TASK = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1, resources={sys.argv[2]: 0.001})
+def group():
+    return sys.argv[2]
+
+print(ray.get(group.remote()))
+"""
+
+
+def test_a_machine_of_the_group_comes_for_a_task_and_goes_after_it(
+    head: Head, watch: Watch
+) -> None:
+    """What each job comes down to (pipelines.runtime.RayConfig.group); two whole jobs are below."""
+    assert not watch.running()
+    asked = [sys.executable, "-c", TASK, head.gcs, "gpu_spot"]
+    done = subprocess.run(asked, env=head.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert watch.started() == {"gpu_spot": 1}
+    watch.until_idle()
+
+
+@pytest.mark.faults
 def test_machines_come_for_a_job_and_go_after_it(
     head: Head,
     watch: Watch,

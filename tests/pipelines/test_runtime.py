@@ -5,16 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from pipelines.chunks import map_chunks
-from pipelines.cluster import InProcess
 from pipelines.runtime import RAY_LOST, RayConfig, ray_session
 from vlv_model.errors import RunError
 
@@ -62,28 +56,6 @@ def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -
     (line,) = said.stdout.splitlines()
     assert line.startswith("Ray did not start on this machine ("), said.stderr
     assert "ray.address" in line
-
-
-@pytest.mark.parametrize(
-    ("seconds", "there"), [(0.5, [7, 3, 5, 4]), (2.5, [5, 4]), (4.5, []), (100, [])]
-)
-def test_chunks_are_mapped_here_first_and_each_once(seconds: float, there: list[int]) -> None:
-    sent: list[int] = []
-
-    class Noting(InProcess):
-        seconds_here = seconds
-
-        def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-            sent.extend(chunks)
-            return super().datasets(chunks)
-
-    mapped = map_chunks(Noting(), [7, 3, 5, 4], unchanged, clock=count().__next__)
-    assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
-    assert sent == there
-
-
-def unchanged(chunks: pa.Table) -> pa.Table:
-    return chunks
 
 
 JOB = """
