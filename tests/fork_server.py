@@ -274,8 +274,7 @@ def run(words: list[str]) -> None:
 def settled(words: list[str]) -> list[str]:
     """What Ray's setup_worker.py makes of a worker's arguments: those of default_worker.py.
 
-    The environment and the folder of a job (`runtime_env`) are applied here. Anything else is
-    left to setup_worker.py, which starts an interpreter.
+    The environment and the folder of a job (`runtime_env`) are applied here; nothing else is known.
     """
     left, context = [], {}
     for word in words:
@@ -284,11 +283,12 @@ def settled(words: list[str]) -> list[str]:
             context = json.loads(value or "{}")
         elif name != "--language":
             left.append(word)
-    apply(dict(os.environ) | (context.get("env_vars") or {}))
-    for prefix in context.get("command_prefix") or []:
-        change, folder = shlex.split(prefix.rstrip("&; "))
-        assert change == "cd", prefix
-        os.chdir(folder)
+    settings = context.get("env_vars") or {}
+    apply(os.environ | {name: os.path.expandvars(value) for name, value in settings.items()})
+    before = shlex.split(" ".join(context.get("command_prefix") or []))
+    if before:  # a working directory: cd FOLDER &&
+        assert (before[0], before[2:]) == ("cd", ["&&"]), before
+        os.chdir(before[1])
     return left
 
 
