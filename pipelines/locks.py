@@ -24,16 +24,16 @@ _RENEW = 30.0
 
 
 @contextmanager
-def exclusive(folder: Path, setting: str) -> Iterator[None]:
+def exclusive(folder: Path, setting: str, renew_every: float = _RENEW) -> Iterator[None]:
     """Hold a folder for this process; RunError while another one holds it.
 
     On a local disk the lock goes with the process, however it ends, and holds on one machine; what
     killed writers left half-written in the folder is removed: at the start that of an earlier job,
     at the end that of workers which this one has outlived. In an object store it is a file that
-    is renewed, and is taken over where nobody has for two minutes.
+    is renewed (after `renew_every` seconds), and is taken over where nobody has for two minutes.
     """
     make_folder(folder, setting)
-    held = _lease(folder, setting) if is_url(folder) else _file_lock(folder, setting)
+    held = _lease(folder, setting, renew_every) if is_url(folder) else _file_lock(folder, setting)
     with held:
         yield
 
@@ -57,7 +57,7 @@ def _file_lock(folder: Path, setting: str) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(folder: Path, setting: str) -> Iterator[None]:
+def _lease(folder: Path, setting: str, renew_every: float) -> Iterator[None]:
     lock, me = folder / LOCK_FILE, f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
     remote: Any = lock
 
@@ -85,7 +85,7 @@ def _lease(folder: Path, setting: str) -> Iterator[None]:
     stop = threading.Event()
 
     def keep() -> None:
-        while not stop.wait(_RENEW):
+        while not stop.wait(renew_every):
             with suppress(RunError):  # the job's own writes say it
                 renew()
 

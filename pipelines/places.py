@@ -215,15 +215,15 @@ def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 # --------------------------------------------------------------------------------- whole files
 
 
-def patiently(action: Callable[[], T], path: Path) -> T:
+def patiently(action: Callable[[], T], path: Path, pauses: Sequence[float] | None = None) -> T:
     """Do something with a remote file, again after a pause where the store fails for a while.
 
     What the store answers (not there, not permitted) is raised as it is; RunError, one line, where
-    it does not answer for about a minute.
+    it does not answer after the `pauses` (seconds; by default about a minute in all).
     """
     if not is_url(path):
         return action()
-    for pause in (*_PATIENCE, None):
+    for pause in (*(_PATIENCE if pauses is None else pauses), None):
         try:
             return action()
         except _ANSWERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from tqdm import tqdm
@@ -17,11 +17,19 @@ class RowBar:
     """The bar of a table's rows: how many by status, and rates of what else is counted.
 
     `done` are the rows by status of earlier attempts, which it goes on from; rates and shares are of
-    this attempt alone. The rates count from the first chunk, so that no start is in them.
+    this attempt alone. The rates count from the first chunk, so that no start is in them, in seconds
+    of `clock`.
     """
 
-    def __init__(self, title: str, total_rows: int, done: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        title: str,
+        total_rows: int,
+        done: Mapping[str, int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.statuses = Counter(done)
+        self._clock = clock
         self.figures = Counter[str]()
         self._first: float | None = None  # when the first chunk came
         rows = sum(self.statuses.values())
@@ -43,10 +51,10 @@ class RowBar:
         """Count a chunk that was committed."""
         self.statuses.update(statuses)
         if self._first is None:
-            self._first = time.monotonic()
+            self._first = self._clock()
             figures = {name: figures[name] for name in figures.keys() & {BUSY, PRESENT}}
         self.figures.update(figures)
-        words = [summary(self.statuses), *self._rates(time.monotonic() - self._first)]
+        words = [summary(self.statuses), *self._rates(self._clock() - self._first)]
         self._bar.set_postfix_str(" | ".join(words), refresh=False)
         self._bar.update(sum(statuses.values()))
 

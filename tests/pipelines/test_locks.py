@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import locks, places
+from pipelines import locks
 from pipelines.locks import exclusive
 from pipelines.places import place, write_atomically
 from vlv_model.errors import RunError
@@ -46,15 +46,14 @@ def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
     assert not lock.exists()
 
 
-def test_leases_are_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_RENEW", 0.05)
+def test_leases_are_renewed(bucket: str) -> None:
     folder = place(f"{bucket}/t")
     lock: Any = folder / locks.LOCK_FILE
 
     def noted() -> float:
         return float(json.loads(lock.fs.cat_file(lock.path))["time"])
 
-    with exclusive(folder, "data.output"):
+    with exclusive(folder, "data.output", renew_every=0.05):
         first = noted()
         waited = threading.Event()
         for _ in range(100):
@@ -80,7 +79,6 @@ def test_a_lease_whose_answer_was_lost_is_ours(
             raise OSError("the connection was reset")
 
     monkeypatch.setattr(store, "pipe_file", lost_once)
-    monkeypatch.setattr(places, "_PATIENCE", (0.01,))
     again = exclusive(folder, "data.output")
     with exclusive(folder, "data.output"), pytest.raises(RunError, match="in use"), again:
         raise AssertionError("two hold it")

@@ -128,10 +128,7 @@ def test_a_strangers_folder_is_refused(folder: Path) -> None:
         Table(str(folder)).check_free("image", {})
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(places, "_PATIENCE", (0.01,) * 4)
+def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
     path, calls = place(f"{bucket}/x"), []
 
     def fails_three_times() -> str:
@@ -140,7 +137,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again(
             raise OSError("SlowDown")
         return "done"
 
-    assert places.patiently(fails_three_times, path) == "done"
+    assert places.patiently(fails_three_times, path, pauses=(0.01,) * 4) == "done"
     assert len(calls) == 4
     with pytest.raises(FileNotFoundError):  # that will not mend by itself
         places.patiently(lambda: path.read_bytes(), path)

@@ -3,16 +3,13 @@
 import io
 from contextlib import redirect_stderr
 
-import pytest
-
 from pipelines.progress import RowBar, counts_table, summary
 
 
-def test_the_bar_tells_rates_of_this_attempt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_tells_rates_of_this_attempt_alone() -> None:
     now = 100.0
-    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now)
     said = io.StringIO()
-    with redirect_stderr(said), RowBar("recaption", 40, {"ok": 10}) as bar:
+    with redirect_stderr(said), RowBar("recaption", 40, {"ok": 10}, clock=lambda: now) as bar:
         # The model's start is before the first chunk, of which nobody knows when it was begun.
         bar.update({"ok": 9, "decode:corrupt": 1}, {"tokens": 700, "busy": 1.0, "present": 1.0})
         now += 4
