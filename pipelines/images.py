@@ -25,9 +25,9 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 # Decompressed row groups that one reader keeps, in bytes: neighbours of a row are often next.
-CACHE_BYTES = 512 * 2**20
+_CACHE_BYTES = 512 * 2**20
 # Memory of the footers that one reader keeps: without its file's, a row costs the reading of one.
-FOOTER_BYTES = 512 * 2**20
+_FOOTER_BYTES = 512 * 2**20
 _CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/log.md)
 
 _BATCH_ROWS = 1 << 16  # of small columns that are looked at together
@@ -171,16 +171,19 @@ class RowReader:
         image: bool = True,
         named: bool = False,
         decode: Callable[[bytes, int], np.ndarray] | None = None,
+        cache_bytes: int = _CACHE_BYTES,
+        footer_bytes: int = _FOOTER_BYTES,
     ) -> None:
         """`columns` beside the image, which can be left out; `named` where `names` will be asked;
-        `decode` in place of `square_of` (pipelines.pictures.squares).
+        `decode` in place of `square_of` (pipelines.pictures.squares). At most so many bytes of row
+        groups (`cache_bytes`) and of footers are kept, though always one of each.
         """
         self.index, self.named, self.decode = index, named, decode
         self.columns = list(columns)
         # And nothing else of the table.
         self.columns_read = ["key", *(["image"] if image else []), *columns]
-        self._groups: _Cache[tuple[int, int], pa.Table] = _Cache(CACHE_BYTES)
-        self._footers: _Cache[int, pq.FileMetaData] = _Cache(FOOTER_BYTES)
+        self._groups: _Cache[tuple[int, int], pa.Table] = _Cache(cache_bytes)
+        self._footers: _Cache[int, pq.FileMetaData] = _Cache(footer_bytes)
         self._external: dict[int, ExternalImages] = {}  # by file, of those that are listings
 
     def row(self, position: int) -> dict[str, Any]:

@@ -86,13 +86,9 @@ def test_a_footer_is_read_once(tmp_path: Path) -> None:
         RowReader(index).row(8)
 
 
-def test_footers_that_were_used_long_ago_are_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.images.FOOTER_BYTES", 1)
-    monkeypatch.setattr("pipelines.images.CACHE_BYTES", 1)
+def test_footers_that_were_used_long_ago_are_given_up(tmp_path: Path) -> None:
     paths = write_table(tmp_path, [1, 2, 3, 4], files=2)  # 1 and 3, 2 and 4
-    reader = RowReader(RowIndex.open(paths))
+    reader = RowReader(RowIndex.open(paths), cache_bytes=1, footer_bytes=1)
     for position in (0, 1):
         reader.row(position)
     for path in paths:
@@ -111,11 +107,10 @@ def test_a_file_that_was_written_anew_after_its_footer_was_read_is_noticed(tmp_p
         reader.row(9)
 
 
-def test_threads_read_beside_each_other(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("CACHE_BYTES", "FOOTER_BYTES"):
-        monkeypatch.setattr(f"pipelines.images.{limit}", 2000)  # so that all of it is in motion
+def test_threads_read_beside_each_other(files: list[Path]) -> None:
     index = RowIndex.open(files)
-    reader = RowReader(index)
+    # So that all of it is in motion.
+    reader = RowReader(index, cache_bytes=2000, footer_bytes=2000)
     positions = np.random.default_rng(0).integers(len(index), size=400).tolist()
     with ThreadPoolExecutor(8) as threads:
         squares = list(threads.map(lambda p: reader.square(p, SIZE), positions))
