@@ -7,7 +7,7 @@ which wait on disk and are sorted in memory one by one.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +22,30 @@ _LEAST, _KEYS = -(2**63), 2**64
 class Buckets:
     """Rows of one schema with an int64 `key`, on disk, apart by ranges of their key."""
 
-    def __init__(self, schema: pa.Schema, input_bytes: int) -> None:
-        """`input_bytes`, the size of what the rows are made from, sets the number of buckets."""
+    def __init__(
+        self,
+        schema: pa.Schema,
+        input_bytes: int,
+        bucket_bytes: int = _BUCKET_BYTES,
+        waiting_rows: int = _WAITING_ROWS,
+    ) -> None:
+        """`input_bytes`, the size of what the rows are made from, sets the number of buckets: one
+        for each `bucket_bytes`. `waiting_rows` are in memory before they are written.
+        """
         # On this machine's disk (TMPDIR), wherever the table is.
         self._folder = tempfile.TemporaryDirectory(prefix="vlv-sort-")
-        count = min(_MAX_BUCKETS, 1 + input_bytes // _BUCKET_BYTES)
+        count = min(_MAX_BUCKETS, 1 + input_bytes // bucket_bytes)
         self.starts = np.array([_LEAST + _KEYS // count * i for i in range(count)], np.int64)
         self._files = [pa.OSFile(str(self._file(i)), "wb") for i in range(count)]
         self._streams = [pa.ipc.new_stream(file, schema) for file in self._files]
         self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
+        self._num_waiting, self._most_waiting = 0, waiting_rows
 
     def add(self, rows: pa.Table) -> None:
         """Take rows in; those of one key come out in the order in which they were added."""
         self._waiting.append(rows)
         self._num_waiting += rows.num_rows
-        if self._num_waiting >= _WAITING_ROWS:
+        if self._num_waiting >= self._most_waiting:
             self._flush()
 
     def sorted(self) -> Iterator[pa.Table]:
@@ -71,3 +79,7 @@ class Buckets:
 def _sort(rows: pa.Table) -> pa.Table:
     order = np.argsort(rows["key"].to_numpy(), kind="stable")
     return rows.take(pa.array(order)).combine_chunks()
+
+
+Sorting = Callable[[pa.Schema, int], Buckets]
+"""How buckets are made, of a schema and `input_bytes`."""

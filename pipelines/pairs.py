@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.buckets import Buckets
+from pipelines.buckets import Buckets, Sorting
 from pipelines.chunks import run_chunks
 from pipelines.cluster import WHOLE, Step
 from pipelines.ingest.list_files import fingerprint, input_bytes
@@ -175,11 +175,15 @@ def _usable(rows: pa.Table, file: Path) -> pa.Table:
 
 
 def _sort_captions(
-    folder: Path, files: list[Path], caption_column: str, join_on: JoinOn
+    folder: Path,
+    files: list[Path],
+    caption_column: str,
+    join_on: JoinOn,
+    sorting: Sorting = Buckets,
 ) -> dict[str, int]:
     """Write the captions as buckets sorted by key, every key once."""
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
-    buckets = Buckets(_CAPTIONS, input_bytes(files))
+    buckets = sorting(_CAPTIONS, input_bytes(files))
     for file in files:
         schema = read_schema(file)
         names = our_columns(schema, {}, str(file)) if join_on == "url" else {}

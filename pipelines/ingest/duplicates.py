@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipelines.buckets import Buckets
+from pipelines.buckets import Buckets, Sorting
 from pipelines.chunks import map_chunks
 from pipelines.cluster import Cluster
 from pipelines.places import open_parquet, read_parquet_file, write_parquet
@@ -54,7 +54,12 @@ class DuplicateConfig(Config):
 
 
 def mark_duplicates(
-    cluster: Cluster, table: Table, config: DuplicateConfig, run: int, folder: Path
+    cluster: Cluster,
+    table: Table,
+    config: DuplicateConfig,
+    run: int,
+    folder: Path,
+    sorting: Sorting = Buckets,
 ) -> int:
     """Give all copies but one the status `duplicate`, and `ok` to those that are none any more.
 
@@ -64,9 +69,8 @@ def mark_duplicates(
     chunks = [commit.chunk for commit in commits]
     copies = np.zeros((0, 2), np.int64)
     if config.by != "none":
-        copies = _later_copies(
-            cluster, table, chunks, sum(commit.rows for commit in commits), config
-        )
+        rows = sum(commit.rows for commit in commits)
+        copies = _later_copies(cluster, table, chunks, rows, config, sorting)
     starts = np.searchsorted(copies[:, 0], chunks)
     ends = np.searchsorted(copies[:, 0], chunks, "right")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,11 +106,16 @@ def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
 
 
 def _later_copies(
-    cluster: Cluster, table: Table, chunks: list[int], rows: int, config: DuplicateConfig
+    cluster: Cluster,
+    table: Table,
+    chunks: list[int],
+    rows: int,
+    config: DuplicateConfig,
+    sorting: Sorting,
 ) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
     bands = config.distance + 1 if config.by == "near" else 0
-    buckets = [Buckets(_HASHES, rows * _ROW_BYTES) for _ in range(1 + bands)]
+    buckets = [sorting(_HASHES, rows * _ROW_BYTES) for _ in range(1 + bands)]
     read = partial(_read_hashes, table=table)
     for block in map_chunks(cluster, chunks, read):
         buckets[0].add(_keyed(block, block["sha_high"], block["sha_low"]))

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.buckets import Buckets
+from pipelines.buckets import Buckets, Sorting
 from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.list_files import input_bytes
@@ -74,6 +74,7 @@ def read_list(
     columns: Mapping[str, str],
     plan: Plan,
     blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
+    sorting: Sorting = Buckets,
 ) -> Iterator[pa.Table]:
     """The rows of the metadata `files` that pass the filters, sorted by key, every key once.
 
@@ -82,7 +83,7 @@ def read_list(
     """
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
-    buckets = Buckets(METADATA_ROW, input_bytes(files))
+    buckets = sorting(METADATA_ROW, input_bytes(files))
     for rows in passing(files, filters, columns, plan, dropped, failing):
         taken_down = blocked.mask(rows["key"], rows["url"])
         dropped["taken_down"] += int(taken_down.sum())

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import buckets, pairs
+from pipelines import pairs
+from pipelines.buckets import Buckets
 from pipelines.config import build
-from pipelines.pairs import with_pairs
+from pipelines.pairs import _captions_of, _sort_captions, with_pairs
 from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW, PAIR_ROW, url_key
 from pipelines.storage import Table, parquet_files
@@ -108,11 +109,7 @@ def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
     assert len(table.commits()) == 5
 
 
-def test_an_unsorted_table_and_many_buckets_give_the_same_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(buckets, "_BUCKET_BYTES", 256)
-    monkeypatch.setattr(buckets, "_WAITING_ROWS", 50)
+def test_an_unsorted_table_gives_the_same_pairs(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     order = rng.permutation(300).tolist()
     pq.write_table(image_rows(order), tmp_path / "mine.parquet", row_group_size=64)
@@ -123,7 +120,21 @@ def test_an_unsorted_table_and_many_buckets_give_the_same_pairs(
     assert counts["pairs"] == 300
     assert counts["captions_without_image"] == 100
     assert pairs_of(tmp_path / "pairs") == {url(i): f"c{i}" for i in range(300)}
-    assert len(list((tmp_path / "pairs/_plan").glob("captions-*.parquet"))) > 4
+
+
+def test_captions_are_found_in_many_buckets(tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(400).tolist()
+    file = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in [*order, 7]])
+    small = partial(Buckets, bucket_bytes=256, waiting_rows=50)
+    plan = tmp_path / "plan"
+    plan.mkdir()
+    counts = _sort_captions(plan, [Path(file)], "caption", "url", small)
+    assert counts == {"captions": 400, "repeated_captions": 1, "blank_captions": 0}
+    assert len(list(plan.glob("captions-*.parquet"))) > 4
+    for some in (range(405), [3], [402]):
+        keys = pa.chunked_array([pa.array([url_key(url(i)) for i in some], pa.int64())])
+        expected = [f"c{i}" if i < 400 else None for i in some]
+        assert _captions_of(keys, plan).to_pylist() == expected
 
 
 def test_a_stopped_join_is_continued_and_a_finished_one_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import buckets
+from pipelines.buckets import Buckets
 from pipelines.cluster import InProcess, RayCluster
 from pipelines.config import build
 from pipelines.ingest import duplicates
@@ -100,18 +101,18 @@ def test_marks_are_those_of_brute_force_and_stay(
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_on_a_cluster_with_many_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cluster_with_many_buckets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows: list[Row] = [
         (int(rng.integers(1, 4)), int(rng.integers(60)), int(rng.integers(1, 2**62)), OK)
         for _ in range(200)
     ]
     rows = [*rows, *((r, 60 + i, p ^ (1 << i), s) for i, (r, _, p, s) in enumerate(rows[:20]))]
-    monkeypatch.setattr(buckets, "_BUCKET_BYTES", 512)
     table = table_of(tmp_path / "t", rows, chunk=16)
     config = build(DuplicateConfig, {"by": "near", "distance": 3})
     cluster = RayCluster(seconds_here=0)  # or none of so small a table would leave the driver
-    assert mark_duplicates(cluster, table, config, 4, tmp_path / "copies") > 20
+    small = partial(Buckets, bucket_bytes=512)
+    assert mark_duplicates(cluster, table, config, 4, tmp_path / "copies", small) > 20
     assert statuses(table) == expected(rows, "near", 3)
     copies = {c.chunk for c in table.commits() if c.run == 4}
     assert 0 < len(copies) <= len(table.commits())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections import Counter
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import buckets
+from pipelines.buckets import Buckets
 from pipelines.config import build
-from pipelines.ingest import plan as planning
 from pipelines.ingest.estimate import rows_per_file
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.list_files import input_files
 from pipelines.ingest.metadata import COLUMN_NAMES, our_columns, read_batches
-from pipelines.ingest.plan import PLAN_ROW, Plan, chunk_file, first_plan, read_list
+from pipelines.ingest.plan import (
+    PLAN_ROW,
+    Plan,
+    _without_repeats,
+    chunk_file,
+    first_plan,
+    read_list,
+)
 from pipelines.pictures.encode import ImageConfig
-from pipelines.schemas import PROVENANCE, normalise_url, url_key
+from pipelines.schemas import METADATA_ROW, PROVENANCE, normalise_url, url_key
 from vlv_model.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -260,14 +268,15 @@ def test_files_have_a_target_size_and_a_short_list_still_many() -> None:
     assert rows_per_file(10, ImageConfig(size=60_000, enlarge=True)) == 1
 
 
-def test_many_buckets_give_the_plan_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_buckets_give_the_plan_of_one(tmp_path: Path) -> None:
     rows = [{"url": f"http://h.org/{i % 700}"} for i in range(1000)]
     whole = make_plan(tmp_path, rows, chunk=64)
     in_one = planned(tmp_path, whole)
-    monkeypatch.setattr(buckets, "_BUCKET_BYTES", 512)
-    monkeypatch.setattr(buckets, "_WAITING_ROWS", 100)
-    assert make_plan(tmp_path, rows, chunk=64) == whole
-    assert planned(tmp_path, whole) == in_one
+    again, small = Plan(), partial(Buckets, bucket_bytes=512, waiting_rows=100)
+    listed = read_list([tmp_path / "list.jsonl"], FilterConfig(), {}, again, sorting=small)
+    first_plan(listed, tmp_path / "table/plan", lambda listed: 64, again)
+    assert again == whole
+    assert planned(tmp_path, again) == in_one
     assert (whole.fetched, whole.dropped) == (700, {"repeated_url": 300})
 
 
@@ -338,10 +347,11 @@ def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
         make_plan(tmp_path, [{"url": "http://a/", "aesthetic": 3}], min_aesthetic=6)
 
 
-def test_two_urls_of_one_key_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "key_of", lambda url: len(url))
+def test_two_urls_of_one_key_are_detected() -> None:
+    """No two are known: their rows are given."""
+    rows = [{"key": 9, "url": "http://a/"}, {"key": 9, "url": "http://b/"}]
     with pytest.raises(DataError, match="same key 9: http://a/ and http://b/"):
-        make_plan(tmp_path, [{"url": "http://a/"}, {"url": "http://b/"}])
+        _without_repeats(pa.Table.from_pylist(rows, schema=METADATA_ROW), Counter())
 
 
 urls = st.text(max_size=60) | st.builds(
