@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
+from aiohttp import SocketFactoryType
 from pydantic import Field
 from yarl import URL
 
@@ -37,7 +38,7 @@ from pipelines.ingest.answers import (
     retry_after,
 )
 from pipelines.ingest.optout import AGENT, agent_of, opted_out
-from pipelines.ingest.pacing import ALLOWANCE, Room, Share, Window
+from pipelines.ingest.pacing import Room, Share, Window
 from pipelines.pictures.formats import SNIFF_BYTES
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
@@ -130,19 +131,28 @@ class Fetched:
 class Downloader:
     """Fetches URLs for any number of threads at a time, within the limits of one configuration."""
 
-    def __init__(self, config: DownloadConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: DownloadConfig,
+        slots: Window | None = None,
+        room: Room | None = None,
+        socket_factory: SocketFactoryType = public_socket,
+    ) -> None:
+        """`slots` and `room` in place of those of the configuration; `socket_factory` makes the
+        sockets where no private address is allowed.
+        """
+        self.config, self.socket_factory = config, socket_factory
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="downloads", daemon=True).start()
         # A host's slots live as long as a request holds them: millions of hosts leave no trace.
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        self.slots = Window(config.concurrency or _PER_CPU)
+        self.slots = slots or Window(config.concurrency or _PER_CPU)
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
         _allow_open_files(2 * self.slots.most)
-        self.room = Room()
+        self.room = room or Room()
         self.agents = (AGENT, agent_of(config.user_agent))
         self.session = self._run(self._open_session())
 
@@ -175,7 +185,7 @@ class Downloader:
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
             resolver=Resolver(),
             ttl_dns_cache=_DNS_CACHE_SECONDS,
-            socket_factory=None if self.config.allow_private else public_socket,
+            socket_factory=None if self.config.allow_private else self.socket_factory,
         )
         return aiohttp.ClientSession(
             connector=connector,
@@ -186,7 +196,7 @@ class Downloader:
                 sock_read=self.config.read_timeout,
             ),
             auto_decompress=False,  # `decompress` bounds it
-            read_bufsize=ALLOWANCE // 2,  # a connection stops reading at twice that
+            read_bufsize=self.room.allowance // 2,  # a connection stops reading at twice that
             headers={
                 "User-Agent": self.config.user_agent
                 + (f" (+{self.config.contact})" if self.config.contact else ""),

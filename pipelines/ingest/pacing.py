@@ -31,11 +31,10 @@ class Window:
     there are more than the line has room for, and what is read in part is lost for all of them.
     """
 
-    first, least, patience = 64, 8, 5.0  # slots to begin with and at least; seconds to recover
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.size = min(most, self.first)
+    def __init__(self, most: int, first: int = 64, least: int = 8, patience: float = 5.0) -> None:
+        """`first` and `least` are slots to begin with and at least, `patience` seconds to recover."""
+        self.most, self.least, self.patience = most, least, patience
+        self.size = min(most, first)
         self.taken = 0  # requests in flight
         self._free = asyncio.Semaphore(self.size)
         self._surplus = 0  # slots that are taken and will not be given back
@@ -76,16 +75,27 @@ class Window:
 
 
 class Room:
-    """The bytes of bodies that are under way, or have come and are not used yet."""
+    """The bytes of bodies that are under way, or have come and are not used yet.
 
-    def __init__(self) -> None:
+    Its bounds are those of this module's constants, unless others are given.
+    """
+
+    def __init__(
+        self,
+        max_waiting: int = MAX_WAITING,
+        allowance: int = ALLOWANCE,
+        large_from: int = LARGE,
+        max_large: int = MAX_LARGE,
+    ) -> None:
+        self.max_waiting, self.allowance = max_waiting, allowance
+        self.large_from, self.max_large = large_from, max_large
         self.taken = 0
         self.large: dict[Share, int] = {}  # bytes of each that is under way, the oldest first
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def is_free(self) -> bool:
-        return self.taken < MAX_WAITING
+        return self.taken < self.max_waiting
 
     def count(self, size: int) -> None:
         """Count `size` further bytes, or fewer."""
@@ -94,13 +104,13 @@ class Room:
         while self._waiting and self.is_free:
             turn = self._waiting.popleft()
             if not turn.done():
-                self.taken += ALLOWANCE
+                self.taken += self.allowance
                 turn.set_result(None)
 
     async def enter(self) -> None:
-        """Count an ALLOWANCE as soon as there is any room; who waits longest comes first."""
+        """Count an allowance as soon as there is any room; who waits longest comes first."""
         if self.is_free:  # then nobody waits
-            self.count(ALLOWANCE)
+            self.count(self.allowance)
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -108,7 +118,7 @@ class Room:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it had just been given
-                self.count(-ALLOWANCE)
+                self.count(-self.allowance)
             raise
 
 
@@ -126,19 +136,19 @@ class Share:
         return self
 
     async def __aexit__(self, *error: Any) -> None:
-        self.room.count(self.kept - ALLOWANCE)
+        self.room.count(self.kept - self.room.allowance)
         self.room.large.pop(self, None)
         await self.limit.__aexit__(*error)
 
     async def grown(self, size: int) -> None:
         """The body has `size` bytes; returns when it may be read on, which is no time-out."""
-        if size <= LARGE:
+        if size <= self.room.large_from:
             return
         large, left = self.room.large, self.limit.when()
         large[self] = size
         began = time.monotonic()
         self.limit.reschedule(None)
-        while sum(large.values()) > MAX_LARGE and next(iter(large)) is not self:
+        while sum(large.values()) > self.room.max_large and next(iter(large)) is not self:
             await asyncio.sleep(_LOOK)
         assert left is not None
         self.limit.reschedule(left + time.monotonic() - began)

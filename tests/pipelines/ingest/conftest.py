@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -23,8 +23,11 @@ def site() -> Iterator[Site]:
 def open_downloader() -> Iterator[Callable[..., Downloader]]:
     opened: list[Downloader] = []
 
-    def opener(**settings: Any) -> Downloader:
-        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings})))
+    def opener(
+        parts: Mapping[str, Any] | None = None,  # in place of what the downloader has of its own
+        **settings: Any,
+    ) -> Downloader:
+        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings}), **(parts or {})))
         return opened[-1]
 
     yield opener

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.ingest.addresses import public_socket
 from pipelines.ingest.download import DownloadConfig, Fetched, share_of
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
@@ -132,23 +133,20 @@ def test_no_name_waits_for_the_look_up_of_a_dead_one(
     assert found == ["download:dns"] * 59 + ["ok"]
 
 
-def test_redirects_are_checked_hop_by_hop(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redirects_are_checked_hop_by_hop(site: Site, open_downloader: Any) -> None:
     """The first hop is taken for public, the second one is really checked."""
-    from pipelines.ingest import addresses
 
-    real = addresses.is_public
-    monkeypatch.setattr(addresses, "is_public", lambda a: a == "127.0.0.1" or real(a))
+    def factory(info: Any) -> socket.socket:
+        return socket.socket(*info[:3]) if info[4][0] == "127.0.0.1" else public_socket(info)
+
     site.answers = {
         "/inner": reply(302, Location=f"http://[::1]:{site.port}/secret"),
         "/odd": reply(302, Location=f"http://2130706433:{site.port}/secret"),
         "/file": reply(302, Location="file:///etc/passwd"),
         "/secret": reply(),
     }
-    found = statuses(
-        open_downloader(allow_private=False), *map(site.url, ("/inner", "/odd", "/file"))
-    )
+    downloader = open_downloader({"socket_factory": factory}, allow_private=False)
+    found = statuses(downloader, *map(site.url, ("/inner", "/odd", "/file")))
     assert found == ["download:blocked_address"] * 2 + ["download:bad_url"]
     assert "/secret" not in site.requests
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest import pacing
 from pipelines.ingest.download import Fetched
-from pipelines.ingest.pacing import Share, Window
+from pipelines.ingest.pacing import Room, Share, Window
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
 
 
@@ -82,12 +81,11 @@ def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
 
 
 def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+    site: Site, open_downloader: Any
 ) -> None:
-    monkeypatch.setattr(pacing, "MAX_WAITING", 10 * len(JPEG))
-    monkeypatch.setattr(pacing, "ALLOWANCE", len(JPEG))
     site.answers = {"/": reply(body=JPEG)}
-    downloader = open_downloader(concurrency=100, concurrency_per_host=100)
+    room = Room(max_waiting=10 * len(JPEG), allowance=len(JPEG))
+    downloader = open_downloader({"room": room}, concurrency=100, concurrency_per_host=100)
     most, size = 0, downloader.slots.size
 
     async def slowly(fetched: Fetched) -> str:
@@ -106,13 +104,11 @@ def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
     assert downloader.room.taken == 0
 
 
-def test_room_is_given_to_as_many_as_it_holds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_given_to_as_many_as_it_holds_in_turn() -> None:
     """And not to those who gave up, before or just when it was given them."""
-    monkeypatch.setattr(pacing, "MAX_WAITING", 30)
-    monkeypatch.setattr(pacing, "ALLOWANCE", 10)
 
     async def waits() -> None:
-        room, entered = pacing.Room(), list[int]()
+        room, entered = Room(max_waiting=30, allowance=10), list[int]()
         room.count(30)
 
         async def enter(number: int) -> None:
@@ -138,46 +134,71 @@ def test_room_is_given_to_as_many_as_it_holds_in_turn(monkeypatch: pytest.Monkey
     asyncio.run(waits())
 
 
-def test_large_bodies_take_turns_in_memory(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twelve of four megabytes at once, one after the other: a small one passes, none times out."""
-    monkeypatch.setattr(pacing, "LARGE", 10_000)
-    monkeypatch.setattr(pacing, "MAX_LARGE", 1 << 20)
+class SeenRoom(Room):
+    """Tells the most that large bodies held when one of them had come."""
+
+    most = 0
+
+    def count(self, size: int) -> None:
+        self.most = max(self.most, sum(self.large.values()))
+        super().count(size)
+
+
+def test_large_bodies_take_turns_in_memory(site: Site, open_downloader: Any) -> None:
+    """Twelve of four megabytes at once, one after the other, and a small one that passes."""
+    room = SeenRoom(large_from=10_000, max_large=1 << 20)
     site.answers = {"/large": reply(body=JPEG + bytes(4 << 20)), "/small": reply()}
     downloader = open_downloader(
-        concurrency_per_host=64, total_timeout=1.2, read_timeout=5, retries=0
+        {"room": room}, concurrency_per_host=64, total_timeout=5, read_timeout=5, retries=0
     )
-    most, grown = 0, Share.grown
-
-    async def watched(share: Share, size: int) -> None:
-        nonlocal most
-        await grown(share, size)
-        most = max(most, sum(downloader.room.large.values()))
-        if size > 4 << 20:
-            await asyncio.sleep(0.15)  # twelve in turn take longer than one may
-
-    monkeypatch.setattr(Share, "grown", watched)
     urls = [site.url(f"/large?{i}") for i in range(12)]
     found = fetch_all(downloader, *urls, site.url("/small"))
     assert {(fetched.status, fetched.error) for fetched in found} == {("ok", None)}
-    assert 4 << 20 < most < 16 << 20  # one, and what the connections of the others have at hand
-    assert not downloader.room.large
-    assert downloader.room.taken == 0
+    assert 4 << 20 < room.most < 16 << 20  # one, and what the others' connections have at hand
+    assert not room.large
+    assert room.taken == 0
+
+
+def test_a_body_that_waits_for_its_turn_does_not_time_out() -> None:
+    """Twelve in turn take longer than one may; a small one passes them all."""
+    order = list[str]()
+
+    async def read(room: Room, name: str, sizes: tuple[int, ...]) -> None:
+        async with Share(room, seconds=0.6) as share:
+            for size in sizes:
+                await share.grown(size)
+            if name != "small":
+                await asyncio.sleep(0.1)
+            order.append(name)
+
+    async def all_at_once() -> Room:
+        room = Room(large_from=10, max_large=30)
+        large = [read(room, f"large {i}", (20, 40)) for i in range(12)]
+        await asyncio.gather(*large, read(room, "small", (10,)))
+        return room
+
+    room = asyncio.run(all_at_once())
+    assert order == ["small", *(f"large {i}" for i in range(12))]
+    assert (room.taken, room.large) == (0, {})
+
+
+def test_a_body_that_takes_too_long_in_its_turn_times_out() -> None:
+    async def read() -> None:
+        async with Share(Room(large_from=10), seconds=0.05) as share:
+            await share.grown(20)
+            await asyncio.sleep(5)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(read())
 
 
 async def _fail(fetched: Fetched) -> float:
     return 1 / 0
 
 
-def test_bodies_that_stall_halve_the_requests_in_flight(
-    site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_that_stall_halve_the_requests_in_flight(site: Site, open_downloader: Any) -> None:
     """A line with room for four bodies at a time, a tenth of a second each."""
     line = threading.Semaphore(4)
-    monkeypatch.setattr(Window, "first", 16)
-    monkeypatch.setattr(Window, "least", 2)
-    monkeypatch.setattr(Window, "patience", 0.2)
 
     def narrow(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
@@ -190,8 +211,9 @@ def test_bodies_that_stall_halve_the_requests_in_flight(
         handler.wfile.write(JPEG[50:])
 
     site.answers = {"/": narrow}
+    parts = {"slots": Window(64, first=16, least=2, patience=0.2)}
     downloader = open_downloader(
-        concurrency=64, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
+        parts, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
     )
     found = statuses(downloader, *(site.url(f"/?{i}") for i in range(60)))
     assert found.count("ok") >= 55
