@@ -78,8 +78,9 @@ class UndecodableImage(DataError):
 class ExternalImages:
     """Reads the images that rows of a listing name."""
 
-    def __init__(self, column: str | None) -> None:
-        self.column = column  # of Parquet
+    def __init__(self, column: str | None, whole: int = _WHOLE) -> None:
+        """`column` of Parquet; a row group of up to `whole` bytes of images is read at once."""
+        self.column, self.whole = column, whole
         self._at: tuple[str, int] | None = None  # file and row group of the rows that follow
         self._rows: Iterator[pa.Array] = iter(())
         self._batch: pa.Array = pa.nulls(0)
@@ -118,7 +119,7 @@ class ExternalImages:
         # Neighbours come next: a row group too large for memory is passed through once, forwards.
         if self._at != (path, group) or row < self._start:
             self._at, self._start, self._batch = (path, group), 0, pa.nulls(0)
-            self._rows = _column(place(path), group, self.column or "image")
+            self._rows = _column(place(path), group, self.column or "image", self.whole)
         with readable(place(path)):
             while row >= self._start + len(self._batch):
                 self._start += len(self._batch)
@@ -168,7 +169,7 @@ def _bytes(file: Path, offset: int, size: int | None) -> bytes:
         return stream.read(LARGEST if size is None else size)
 
 
-def _column(file: Path, group: int, column: str) -> Iterator[pa.Array]:
+def _column(file: Path, group: int, column: str, whole: int) -> Iterator[pa.Array]:
     """The image column of a row group, in pieces of few rows where it is large."""
     with open_parquet(file) as parquet:
         about = parquet.metadata.row_group(group)
@@ -177,7 +178,7 @@ def _column(file: Path, group: int, column: str) -> Iterator[pa.Array]:
             for i in range(about.num_columns)
             if about.column(i).path_in_schema.split(".")[0] == column
         )
-        if size <= _WHOLE:
+        if size <= whole:
             yield from parquet.read_row_group(group, columns=[column])[column].chunks
             return
     with open_parquet(file, in_pieces=True) as parquet:

@@ -115,14 +115,17 @@ def _occur(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
     return found
 
 
-def _smallest(count: int, batches: Iterable[np.ndarray]) -> int:
-    """The largest of the `count` smallest keys; of fewer, the largest of all."""
+def _smallest(count: int, batches: Iterable[np.ndarray], most_waiting: int = _WAITING) -> int:
+    """The largest of the `count` smallest keys; of fewer, the largest of all.
+
+    `most_waiting` keys beyond these are in memory.
+    """
     kept, waiting, number = np.zeros(0, np.int64), [np.zeros(0, np.int64)], 0
     for keys in itertools.chain(batches, [None]):
         if keys is not None:
             waiting.append(keys)
             number += len(keys)
-        if keys is None or number > count + _WAITING:
+        if keys is None or number > count + most_waiting:
             kept, waiting, number = np.concatenate([kept, *waiting]), [], 0
             if len(kept) > count:
                 kept = np.partition(kept, count - 1)[:count]
@@ -220,8 +223,15 @@ class ReadImages:
     table of ours is decoded in a process of its own (pipelines.pictures.squares).
     """
 
-    def __init__(self, table: Table, image_size: int, keep_images: bool = False) -> None:
-        self.keep_images = keep_images
+    def __init__(
+        self,
+        table: Table,
+        image_size: int,
+        keep_images: bool = False,
+        decode: Callable[[bytes, int], np.ndarray] | None = None,
+    ) -> None:
+        """`decode` in place of the decoder that this process has in a child."""
+        self.keep_images, self.decode = keep_images, decode
         self.folder = table.folder
         about = table.describe()
         self.files = [place(file) for file in about["files"]]
@@ -233,7 +243,9 @@ class ReadImages:
 
         (chunk,) = block["chunk"].to_pylist()
         plan = read_plan(self.folder, chunk)
-        decode = isolated_squares(self.image_size) if self.isolated else None
+        decode = None
+        if self.isolated:
+            decode = self.decode or isolated_squares(self.image_size)
         reader = RowReader(planned(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}

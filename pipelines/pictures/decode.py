@@ -96,7 +96,10 @@ class Opened:
     Pixels come with `picture` or `store`. Raises DecodeError.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = LARGEST_PIXELS) -> None:
+    def __init__(
+        self, data: bytes, max_pixels: int = LARGEST_PIXELS, quick_jpeg: bool = True
+    ) -> None:
+        """Without `quick_jpeg` the more lenient decoder gets every JPEG, not the doubtful alone."""
         kind = image_format(data[:SNIFF_BYTES])
         if kind is None:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")
@@ -104,6 +107,7 @@ class Opened:
             raise DecodeError("unsupported", f"{kind} is not decoded")
         self.data = data
         self.kind = kind
+        self.quick_jpeg = quick_jpeg
         if kind == "JPEG":
             _check_scans(data)
         # An icon's or a TIFF's inner images, too, are opened within that.
@@ -164,7 +168,7 @@ class Opened:
         """The picture to be stored, RGB [h w 3], and whether the file shows just that already."""
         image = self.image
         plain = image.mode == "RGB" and not image.has_transparency_data
-        pixels = self._jpeg(config) if self.kind == "JPEG" else None
+        pixels = self._jpeg(config) if self.kind == "JPEG" and self.quick_jpeg else None
         if pixels is None:
             if image.format == "JPEG" and config.resize != "no":  # grey, or CMYK
                 scale = _JPEG_MARGIN * scale_of(image.size, config)

@@ -16,7 +16,7 @@ from pipelines.pictures.decode import LARGEST_PIXELS, DecodeError, Opened
 from pipelines.pictures.isolation import Answer, Isolated, given, serve
 from vlv_model.squares import square
 
-TIMEOUT = 60.0  # seconds that one image may take
+TIMEOUT = 60.0  # seconds
 
 
 def square_of(content: bytes, image_size: int) -> np.ndarray:
@@ -32,8 +32,9 @@ def square_of(content: bytes, image_size: int) -> np.ndarray:
 class SquareDecoder(Isolated):
     """`square_of` in a child process. Raises DecodeError, too, where the file kills or holds it."""
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__(__name__, {"image_size": image_size}, TIMEOUT)
+    def __init__(self, image_size: int, timeout: float = TIMEOUT) -> None:
+        """`timeout` are the seconds that one image may take."""
+        super().__init__(__name__, {"image_size": image_size}, timeout)
         self.image_size = image_size
 
     def __call__(self, content: bytes, image_size: int) -> np.ndarray:

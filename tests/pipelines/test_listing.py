@@ -141,19 +141,21 @@ def test_parquet_that_is_no_data_is_passed_over(tmp_path: Path) -> None:
     assert again == row
 
 
-def test_a_row_group_that_is_large_is_read_in_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(external, "_WHOLE", 100)
+def test_a_row_group_that_is_large_is_read_in_pieces(tmp_path: Path) -> None:
     colours = [COLOURS[i % 4] for i in range(100)]
     images = pa.array([png(colour) for colour in colours], pa.large_binary())
     pq.write_table(pa.table({"content": images}), tmp_path / "in.parquet")
     expected = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
-    rows = read(tmp_path / "in.parquet", tmp_path / "out", rows_per_chunk=7)
-    for row in rows:
+    given = {"input": str(tmp_path / "in.parquet"), "output": str(tmp_path / "out")}
+    for row in read(given["input"], given["output"], rows_per_chunk=7):
         colour = colours[int(row["name"].partition("#")[2])]
         assert colour_of(row) == expected.get(colour, (255, 255, 255))
+    (listing,), _ = build(Selection, given).images()
+    rows = pq.read_table(listing).sort_by("row").to_pylist()
     assert len(rows) == 100
+    pieces = external.ExternalImages("content", whole=100)
+    for row in (*rows, *rows[20:30:3], rows[0]):  # forwards, then back, with gaps
+        assert pieces.read(row) == png(colours[row["row"]])
 
 
 def test_columns_that_are_meant_are_asked_for(tmp_path: Path) -> None:

@@ -118,11 +118,10 @@ def test_a_key_that_occurs_twice_is_found_in_any_order(
 
 
 @pytest.mark.parametrize("waiting", [0, 5, 1000])
-def test_a_limit_is_that_of_the_sorted_keys(monkeypatch, waiting: int) -> None:
-    monkeypatch.setattr(selection_module, "_WAITING", waiting)
+def test_a_limit_is_that_of_the_sorted_keys(waiting: int) -> None:
     keys = np.random.default_rng(0).permutation(50)
     for count in (1, 7, 50, 60):
-        assert _smallest(count, np.array_split(keys, 6)) == min(count, 50) - 1
+        assert _smallest(count, np.array_split(keys, 6), waiting) == min(count, 50) - 1
 
 
 def test_a_rewritten_table_is_another_run(pair_table: Path, tmp_path: Path) -> None:

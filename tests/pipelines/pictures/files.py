@@ -28,13 +28,13 @@ def photo(width: int = 120, height: int = 80) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], -1).astype(np.uint8))
 
 
-def store(data: bytes, config: ImageConfig = LOSSLESS) -> Stored:
-    return Opened(data, config.max_pixels).store(config)
+def store(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> Stored:
+    return Opened(data, config.max_pixels, **how).store(config)
 
 
-def pixels(data: bytes, config: ImageConfig = LOSSLESS) -> np.ndarray:
+def pixels(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> np.ndarray:
     """The stored picture as [h w 3]; fails where it is not the sound RGB it says it is."""
-    stored = store(data, config)
+    stored = store(data, config, **how)
     image = Image.open(io.BytesIO(stored.data))
     assert image.mode == "RGB"
     assert image.size == (stored.width, stored.height)

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from pipelines.config import build
-from pipelines.pictures import squares
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
 from pipelines.selection import ReadImages, Selection, open_table
@@ -44,16 +43,14 @@ def jpeg(number: int, end: bytes = b"") -> bytes:
 
 
 @pytest.fixture
-def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SquareDecoder]:
     home = tmp_path / "faults"
     home.mkdir()
     (home / "sitecustomize.py").write_text(FAULTS)
     monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
-    monkeypatch.setattr(squares, "TIMEOUT", 10.0)
-    isolated_squares.cache_clear()
-    yield
-    isolated_squares(16).close()
-    isolated_squares.cache_clear()
+    decoder = SquareDecoder(16, timeout=10.0)
+    yield decoder
+    decoder.close()
 
 
 def test_a_child_gives_the_same_squares() -> None:
@@ -69,19 +66,23 @@ def test_a_child_gives_the_same_squares() -> None:
     decoder.close()
 
 
-def read(folder: Path, output: Path, **more: Any) -> list[dict[str, Any]]:
+def read(
+    folder: Path, output: Path, decode: SquareDecoder | None = None, **more: Any
+) -> list[dict[str, Any]]:
     selection = build(Selection, {"input": str(folder), "output": str(output), **more})
     table = open_table("caption", selection, {})
-    step = ReadImages(table, 16)
+    step = ReadImages(table, 16, decode=decode)
     return step(pa.table({"chunk": [0]})).to_pylist()
 
 
-def test_a_file_that_kills_or_holds_a_decoder_is_one_row(faulty: None, tmp_path: Path) -> None:
+def test_a_file_that_kills_or_holds_a_decoder_is_one_row(
+    faulty: SquareDecoder, tmp_path: Path
+) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for number, end in enumerate((b"", b"crash", b"", b"hang", b"")):
         (folder / f"{number}.jpg").write_bytes(jpeg(number, end))
-    rows = {row["name"]: row for row in read(folder, tmp_path / "out")}
+    rows = {row["name"]: row for row in read(folder, tmp_path / "out", faulty)}
     assert {name: row["status"] for name, row in rows.items()} == {
         "0.jpg": "ok", "1.jpg": "decode:crashed", "2.jpg": "ok", "3.jpg": "decode:timeout",
         "4.jpg": "ok",
@@ -93,17 +94,18 @@ def test_a_file_that_kills_or_holds_a_decoder_is_one_row(faulty: None, tmp_path:
         assert rows[f"{number}.jpg"]["pixels"] == expected
 
 
-def test_a_table_of_ours_needs_no_child(
-    pair_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_of_ours_needs_no_child(pair_table: Path, tmp_path: Path) -> None:
     """Its images were decoded once, before they came into it."""
     ours = Table(tmp_path / "ours")
     ours.create("image", {}, 1)
+    isolated_squares.cache_clear()
     strangers = read(pair_table, tmp_path / "strangers", limit=8)
+    assert isolated_squares.cache_info().currsize == 1
+    isolated_squares(16).close()
     rows = pa.concat_tables(pq.read_table(file) for file in pair_table.glob("*.parquet"))
     ours.write(0, rows)
-    monkeypatch.setattr(SquareDecoder, "_start", lambda self: pytest.fail("a child was started"))
     isolated_squares.cache_clear()
     own = read(ours.folder, tmp_path / "own", limit=8)
+    assert isolated_squares.cache_info().currsize == 0  # nobody asked for a child
     pixels = {row["key"]: row["pixels"] for row in strangers}
     assert {row["key"]: row["pixels"] for row in own} == pixels
