@@ -26,7 +26,12 @@ _WORDS = 9  # of a text
 
 
 def write_list(
-    folder: Path, rows: int, order: Order = "random", group_rows: int = 100_000, seed: int = 0
+    folder: Path,
+    rows: int,
+    order: Order = "random",
+    group_rows: int = 100_000,
+    seed: int = 0,
+    rows_per_file: int = ROWS_PER_FILE,
 ) -> Path:
     """A folder of Parquet files with `rows` rows in all, unless it is there; returns the folder.
 
@@ -35,8 +40,8 @@ def write_list(
     if (folder / "_made").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for number, start in enumerate(range(0, rows, ROWS_PER_FILE)):
-        end = min(rows, start + ROWS_PER_FILE)
+    for number, start in enumerate(range(0, rows, rows_per_file)):
+        end = min(rows, start + rows_per_file)
         batches = (_batch(i, min(end, i + _BATCH), seed) for i in range(start, end, _BATCH))
         if order == "score":
             whole = pa.concat_tables(batches).sort_by([("AESTHETIC_SCORE", "descending")])

@@ -83,8 +83,8 @@ class Stage:
             elif isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                 part.activation_checkpointing_enable({"use_reentrant": False})
 
-    def compile(self, device: torch.device) -> None:
-        """Have the compiler of torch (TorchInductor) build the models' blocks when they first run.
+    def compile(self, device: torch.device, blocks: tuple[type[nn.Module], ...] = BLOCKS) -> None:
+        """Have the compiler of torch (TorchInductor) build the models' `blocks` when they first run.
 
         Blocks and not whole models: equal ones are built once, and a caption of another length
         builds no whole model anew. Names of parameters stay; losses differ by rounding. Raises
@@ -100,7 +100,7 @@ class Stage:
         torch._dynamo.config.recompile_limit = FORMS
         torch._inductor.config.fallback_random = True  # dropout as without compilation
         for part in self.model.modules():
-            if isinstance(part, BLOCKS):
+            if isinstance(part, blocks):
                 part.compile()
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from benchmarks import lists
 from benchmarks.lists import write_list
 from benchmarks.metadata import FILTERS, STEPS, PictureMaker, growth
 from pipelines.ingest.filters import FilterConfig
@@ -17,11 +15,8 @@ from pipelines.ingest.plan import Plan, read_list
 from pipelines.schemas import IMAGE_ROW, METADATA_ROW
 
 
-def test_a_made_list_is_like_a_published_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lists, "ROWS_PER_FILE", 2_500)
-    folder = write_list(tmp_path / "list", 6_000)
+def test_a_made_list_is_like_a_published_one(tmp_path: Path) -> None:
+    folder = write_list(tmp_path / "list", 6_000, rows_per_file=2_500)
     assert len(list(folder.glob("*.parquet"))) == 3
     plan = Plan()
     kept = sum(r.num_rows for r in read_list([*folder.glob("*.parquet")], FilterConfig(), {}, plan))

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers.models.florence2.modeling_florence2 import Florence2VisionBlock
 
-from pipelines.training import stages
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
-from pipelines.training.stages import Prepared, Stage, stage1, stage2
+from pipelines.training.stages import BLOCKS, Prepared, Stage, stage1, stage2
 from pipelines.training.usage import Utilisation
 from vlv_model.errors import ConfigError
 from vlv_model.sources import resolve_model
@@ -107,13 +106,12 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(
     build = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", build)
     # Nor the vision tower: its tracing takes two minutes (looked at by hand, docs/log.md).
-    blocks = tuple(kind for kind in stages.BLOCKS if kind is not Florence2VisionBlock)
-    monkeypatch.setattr(stages, "BLOCKS", blocks)
+    blocks = tuple(kind for kind in BLOCKS if kind is not Florence2VisionBlock)
     stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
     names = list(stage.model.state_dict())
     _, loss, gradients = saved_bytes_and_gradients(stage)
     torch._dynamo.utils.counters.clear()
-    stage.compile(torch.device("cpu"))
+    stage.compile(torch.device("cpu"), blocks)
     _, loss_now, gradients_now = saved_bytes_and_gradients(stage)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     kinds = {type(m).__name__ for m in stage.model.modules() if m._compiled_call_impl}
