@@ -60,29 +60,104 @@ def strict(schema: Any) -> Any:
     return made
 
 
-@pytest.fixture(scope="module")
-def crds(shared_dir: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> Any:
+    return yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def our_schemas() -> dict[str, Any]:
+    """By kind, a strict schema of the fields that we write."""
+    schemas = strict(read_yaml(Path(__file__).with_name("kuberay_fields.yaml")))
+    shared = {"$defs": schemas.pop("$defs")}
+    return {kind: {**schema, **shared} for kind, schema in schemas.items()}
+
+
+def kuberay_schemas(folder: Path) -> dict[str, Any]:
+    """By kind, the strict schema in KubeRay's CRD."""
     schemas = {}
-    for file in sorted((shared_dir / "kuberay").glob("*.yaml")):
-        crd = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    for file in sorted(folder.glob("*.yaml")):
+        crd = read_yaml(file)
         (version,) = (v for v in crd["spec"]["versions"] if v["storage"])
         schema = strict(version["schema"]["openAPIV3Schema"])
         schema["properties"]["metadata"] = {"type": "object"}
-        # Once for all objects: jsonschema.validate() would check the schema itself each time.
-        schemas[crd["spec"]["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
+        schemas[crd["spec"]["names"]["kind"]] = schema
     return schemas
 
 
+@pytest.fixture(scope="module", params=["ours", "kuberay"])
+def validators(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if request.param == "ours":
+        schemas = our_schemas()
+    else:
+        schemas = kuberay_schemas(request.getfixturevalue("shared_dir") / "kuberay")
+    # Once for all objects: jsonschema.validate() would check the schema itself each time.
+    return {kind: jsonschema.Draft202012Validator(schema) for kind, schema in schemas.items()}
+
+
 @pytest.mark.parametrize("path", RAY)
-def test_kuberay_accepts_its_objects(path: str, crds: dict[str, Any]) -> None:
-    crds[RAY[path]["kind"]].validate(RAY[path])
+def test_kuberay_accepts_its_objects(path: str, validators: dict[str, Any]) -> None:
+    validators[RAY[path]["kind"]].validate(RAY[path])
 
 
-def test_a_misspelt_field_is_refused(crds: dict[str, Any]) -> None:
-    wrong = copy.deepcopy(RAY["kuberay/raycluster.yaml"])
-    wrong["spec"]["headGroupSpec"]["template"]["spec"]["tolerationz"] = []
-    with pytest.raises(jsonschema.ValidationError, match="tolerationz"):
-        crds["RayCluster"].validate(wrong)
+@pytest.mark.parametrize(
+    ("kind", "place", "wrong"),
+    [
+        ("RayCluster", "spec", {"enableInTreeAutoscalling": True}),
+        ("RayCluster", "spec.authOptions", {"mode": "tokens"}),
+        ("RayCluster", "spec.autoscalerOptions", {"idleTimeoutSeconds": "900"}),
+        ("RayCluster", "spec.headGroupSpec", {"replicas": 1}),
+        ("RayCluster", "spec.headGroupSpec.rayStartParams", {"num-cpus": 0}),
+        ("RayCluster", "spec.headGroupSpec.template.spec", {"tolerationz": []}),
+        ("RayCluster", "spec.headGroupSpec.template.spec.containers.0", {"ports": {}}),
+        ("RayCluster", "spec.workerGroupSpecs.0", {"maxReplica": 8}),
+        ("RayCluster", "spec.workerGroupSpecs.1", {"minReplicas": "0"}),
+        ("RayJob", "spec", {"backofLimit": 2}),
+        ("RayJob", "spec", {"shutdownAfterJobFinishes": "true"}),
+        ("RayJob", "spec.rayClusterSpec", {"headGroupSpecs": {}}),
+        ("RayJob", "spec.submitterPodTemplate.spec", {"restartPolicies": "Never"}),
+    ],
+)
+def test_a_misspelt_field_or_a_wrong_type_is_refused(
+    kind: str, place: str, wrong: dict[str, Any], validators: dict[str, Any]
+) -> None:
+    document = copy.deepcopy(next(d for d in RAY.values() if d["kind"] == kind))
+    target = document
+    for name in place.split("."):
+        target = target[int(name) if name.isdigit() else name]
+    target |= wrong
+    (error,) = validators[kind].iter_errors(document)
+    assert ".".join(map(str, error.absolute_path)).startswith(place)
+    assert next(iter(wrong)) in f"{error.message} {error.json_path}"
+
+
+def test_a_lacking_field_is_refused(validators: dict[str, Any]) -> None:
+    document = copy.deepcopy(RAY["kuberay/raycluster.yaml"])
+    del document["spec"]["workerGroupSpecs"][0]["groupName"]
+    with pytest.raises(jsonschema.ValidationError, match="'groupName' is a required property"):
+        validators["RayCluster"].validate(document)
+
+
+def test_our_schema_says_what_kuberay_says(shared_dir: Path) -> None:
+    """Every field that we list is in the CRD, with the same type, choices and required fields."""
+    theirs = kuberay_schemas(shared_dir / "kuberay")
+
+    def compare(ours: dict[str, Any], crd: dict[str, Any], place: str) -> None:
+        if "$ref" in ours:
+            ours = schema["$defs"][ours["$ref"].removeprefix("#/$defs/")]
+        assert ours.get("type") == crd.get("type"), place
+        assert ours.get("anyOf") == crd.get("anyOf"), place
+        below_the_object = place.count(".") > 1  # KubeRay itself requires no apiVersion
+        if below_the_object:
+            assert ours.get("enum") == crd.get("enum"), place
+            assert set(crd.get("required", [])) <= set(ours.get("required", [])), place
+        for name, value in ours.get("properties", {}).items():
+            assert name in crd["properties"], f"{place}.{name}"
+            compare(value, crd["properties"][name], f"{place}.{name}")
+        for name in ("items", "additionalProperties"):
+            if isinstance(ours.get(name), dict):
+                compare(ours[name], crd[name], f"{place}.{name}")
+
+    for kind, schema in our_schemas().items():
+        compare(schema, theirs[kind], kind)
 
 
 @pytest.mark.parametrize(("job", "config"), [("stage1", Stage1Config), ("stage2", Stage2Config)])
