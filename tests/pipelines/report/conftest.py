@@ -26,7 +26,8 @@ def browse(tmp_path: Path) -> Callable[..., str]:
     """Opens a page in a browser without a window; takes its options, returns what it prints."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        pytest.skip(f"no browser on PATH (looked for {', '.join(BROWSERS)})")
+        looked_for = ", ".join(BROWSERS)
+        pytest.skip(f"no browser on PATH (looked for {looked_for}): apt-get install chromium")
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-sync"]
     quiet += ["--disable-component-update", "--disable-gpu", "--hide-scrollbars"]
     if os.geteuid() == 0:  # Chromium's sandbox refuses to run as root, as in a container
