@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.error
 import urllib.request
@@ -219,8 +220,36 @@ def test_an_index_may_have_a_mark_and_line_separators_in_captions(tmp_path: Path
     assert pq.read_table(files.teacher)["caption"].to_pylist() == ["red\u2028and blue"]
 
 
-def test_shared_photographs_have_human_captions(tmp_path: Path, shared_dir: Path) -> None:
-    files = write_photos(tmp_path, "http://127.0.0.1:1", shared_dir / "photos")
+def made_photographs(folder: Path) -> Path:
+    """Three drawn pictures, with an index of several captions each and more that is not read."""
+    entries: list[dict[str, object]] = []
+    for number, scene in enumerate(scenes.sample(seed=5, n=3)):
+        file = folder / f"images/{number:012d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = scenes.draw(scene, number)
+        picture.save(file, "JPEG")
+        captions = [f"Drawing {number} of a scene.", scenes.caption(scene)]
+        about = {"width": picture.width, "height": picture.height, "mode": picture.mode}
+        entries.append({"file": f"images/{file.name}", "captions": captions, **about})
+    (folder / "index.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "caption"),
+    [
+        ("made", 3, "Drawing 1 of a scene."),
+        ("shared", 150, "A big burly grizzly bear is show with grass in the background."),
+    ],
+)
+def test_photographs_of_an_index_have_its_first_captions(
+    source: str, count: int, caption: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if source == "made":
+        photos = made_photographs(tmp_path / "photos")
+    else:
+        photos = request.getfixturevalue("shared_dir") / "photos"
+    files = write_photos(tmp_path / "web", "http://127.0.0.1:1", photos)
     captions = pq.read_table(files.teacher)["caption"].to_pylist()
-    assert len(captions) == 150
-    assert "A big burly grizzly bear is show with grass in the background." in captions
+    assert len(captions) == count
+    assert caption in captions
