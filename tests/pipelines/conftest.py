@@ -1,4 +1,4 @@
-"""What the tests of files and of locks share."""
+"""What several packages' tests share: folders on either kind of storage, nasty files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.places import place
+from tests.pipelines.pictures.nasty import make_nasty, real_nasty
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -15,3 +16,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "disk":
         return place(tmp_path / "a" / "b")
     return place(request.getfixturevalue("bucket") + "/a/b")
+
+
+@pytest.fixture(params=["made", "shared"])
+def nasty_files(request: pytest.FixtureRequest, tmp_path: Path) -> dict[Path, str | None]:
+    """{file: "ok" or the class of its failure, None where that is not known beforehand}."""
+    if request.param == "made":
+        return make_nasty(tmp_path / "nasty")
+    return real_nasty(request.getfixturevalue("shared_dir") / "nasty")

@@ -32,6 +32,7 @@ from pipelines.schemas import IMAGE_ROW, url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import Web, serve
+from tests.pipelines.pictures.files import photograph
 from vlv_model.errors import DataError, RunError
 
 REPO = Path(__file__).parents[3]
@@ -205,9 +206,21 @@ def test_a_killed_job_is_continued(tmp_path: Path) -> None:
     assert said[-1] == f"report: {tmp_path}/out/_report.html"
 
 
-def test_photographs_are_cropped_to_the_size(tmp_path: Path, shared_dir: Path) -> None:
-    with serve(shared_dir / "photos/images", port=0) as web:
-        names = sorted(p.name for p in (shared_dir / "photos/images").glob("*.jpg"))[:24]
+@pytest.mark.parametrize("source", ["made", "shared"])
+def test_photographs_are_cropped_to_the_size(
+    source: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if source == "made":
+        folder = tmp_path / "photographs"
+        folder.mkdir()
+        for number in range(24):
+            side = 132 + 9 * number
+            size = (side, 400 - side) if side < 200 else (side, 200)
+            photograph(*size, seed=number).save(folder / f"{number}.jpg")
+    else:
+        folder = request.getfixturevalue("shared_dir") / "photos/images"
+    with serve(folder, port=0) as web:
+        names = sorted(p.name for p in folder.glob("*.jpg"))[:24]
         write_urls(tmp_path, [web.url(name) for name in names])
         download = {"allow_private": True}  # its time-outs, which no photograph may run into
         counts = ingest(config_of(tmp_path, image={"size": 128}, download=download))

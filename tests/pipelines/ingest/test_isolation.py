@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -122,12 +121,11 @@ def test_a_decoder_goes_with_the_process_that_it_served(decoder: Decoder) -> Non
     assert not Path(f"/proc/{child}/cmdline").exists()
 
 
-def test_every_nasty_file_is_a_row(shared_dir: Path) -> None:
+def test_every_nasty_file_is_a_row(nasty_files: dict[Path, str | None]) -> None:
     decoder = Decoder(ImageConfig(size=64, max_pixels=20_000_000), FilterConfig())
-    index = (shared_dir / "nasty" / "index.jsonl").read_text().splitlines()
-    for line in index:
-        file = shared_dir / "nasty" / json.loads(line)["file"]
+    for file, expected in nasty_files.items():
         row = decoder(file.read_bytes())
+        assert expected in (None, row["status"].removeprefix("decode:")), file
         assert row["status"] == "ok" or row["status"].startswith("decode:"), file
         assert row["status"] not in ("decode:crashed", "decode:timeout"), file
         if row["status"] == "ok":

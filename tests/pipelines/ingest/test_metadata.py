@@ -34,6 +34,7 @@ from pipelines.ingest.plan import (
 )
 from pipelines.pictures.encode import ImageConfig
 from pipelines.schemas import METADATA_ROW, PROVENANCE, normalise_url, url_key
+from tests.pipelines.ingest import releases
 from vlv_model.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -99,26 +100,39 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
     assert not rows[2]["alt_text"]
 
 
-def test_published_spellings_are_known(shared_dir: Path) -> None:
-    releases = json.loads((shared_dir / "laion/schemas.json").read_text())
-    assert releases
-    for release, types in releases.items():
-        schema = pa.schema([(name, pa.string()) for name in types])
+@pytest.fixture(params=["made", "shared"])
+def shared_lists(request: pytest.FixtureRequest) -> Path | None:
+    """The folder of real lists, or None where those of `releases` are to be read."""
+    return None if request.param == "made" else request.getfixturevalue("shared_dir") / "laion"
+
+
+def test_published_spellings_are_known(shared_lists: Path | None) -> None:
+    published: dict[str, Any] = releases.SCHEMAS
+    if shared_lists:
+        published = json.loads((shared_lists / "schemas.json").read_text())
+    assert published
+    for release, names in published.items():
+        schema = pa.schema([(name, pa.string()) for name in names])
         found = set(our_columns(schema, {}, release))
         assert found == set(COLUMN_NAMES) - set(PROVENANCE.names), release
 
 
-def test_genuine_rows_are_read(tmp_path: Path, shared_dir: Path) -> None:
-    lines = (shared_dir / "laion/full_schema_rows.jsonl").read_text().splitlines()
-    for i, line in enumerate(lines):
-        genuine = json.loads(line)["row"]
+def test_published_rows_are_read(tmp_path: Path, shared_lists: Path | None) -> None:
+    published = releases.ROWS
+    if shared_lists:
+        lines = (shared_lists / "full_schema_rows.jsonl").read_text().splitlines()
+        published = [json.loads(line)["row"] for line in lines]
+    for i, genuine in enumerate(published):
         (row,) = read_all(write_list(tmp_path / f"{i}.jsonl", [genuine]))
         assert row["url"] in genuine.values()
         if row.get("hash") is not None:
             assert row["hash"] == genuine["hash"]  # 64 bits, exactly
-    files = input_files(str(shared_dir / "laion/img2dataset_test_10000.parquet"))
+    if shared_lists:
+        large = shared_lists / "img2dataset_test_10000.parquet"
+    else:
+        large = releases.write_large_list(tmp_path / "large.parquet")
     (tmp_path / "table").mkdir()
-    plan = plan_of(files, tmp_path, 256)
+    plan = plan_of(input_files(str(large)), tmp_path, 256)
     assert plan.read == 10_000 == plan.fetched + sum(plan.dropped.values())
 
 

@@ -28,6 +28,17 @@ def photo(width: int = 120, height: int = 80) -> Image.Image:
     return Image.fromarray(np.stack([x, y, np.full_like(x, 60)], -1).astype(np.uint8))
 
 
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise of all octaves, the coarser the stronger, as the spectrum of photographs has it."""
+    rng = np.random.default_rng(seed)
+    picture = np.full((height, width, 3), 128.0)
+    for octave in range(1, max(width, height).bit_length()):  # to cells of about a pixel
+        cells = rng.normal(128, 60 / 1.6**octave, (2**octave, 2**octave, 3)).clip(0, 255)
+        plane = Image.fromarray(cells.astype(np.uint8))
+        picture += np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) - 128.0
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
 def store(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> Stored:
     return Opened(data, config.max_pixels, **how).store(config)
 

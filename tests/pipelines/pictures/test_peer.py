@@ -2,7 +2,6 @@
 
 import io
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 
 from pipelines.pictures.decode import Opened
 from pipelines.pictures.encode import ImageConfig, ResizeMode
+from tests.pipelines.pictures.files import encoded, photograph
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 resizer = pytest.importorskip("img2dataset.resizer")
@@ -23,9 +23,7 @@ def smooth_picture(width: int, height: int) -> bytes:
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 23 + y / 41), np.sin(x / 37 - y / 19), np.sin((x + y) / 53)]
     pixels = np.stack([(wave * 100 + 128).astype(np.uint8) for wave in waves], axis=-1)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", quality=95)
 
 
 def both(data: bytes, mode: ResizeMode) -> tuple[np.ndarray, np.ndarray]:
@@ -38,11 +36,11 @@ def both(data: bytes, mode: ResizeMode) -> tuple[np.ndarray, np.ndarray]:
         encode_format="png",
         encode_quality=1,
     )
-    encoded, *_, error = peer(io.BytesIO(data))
+    stored, *_, error = peer(io.BytesIO(data))
     assert error is None
     one, other = (
         np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), np.float64)
-        for b in (ours.data, encoded)
+        for b in (ours.data, stored)
     )
     assert one.shape == other.shape
     return one, other
@@ -60,9 +58,15 @@ def test_pictures_are_the_peers(mode: ResizeMode, shape: tuple[int, int]) -> Non
     assert psnr(one, other) > 35
 
 
-def test_photographs_are_the_peers(shared_dir: Path) -> None:
-    photographs = sorted((shared_dir / "photos/images").glob("*.jpg"))[:20]
+@pytest.mark.parametrize("source", ["made", "shared"])
+def test_photographs_are_the_peers(source: str, request: pytest.FixtureRequest) -> None:
+    if source == "made":
+        sizes = [(640, 480), (427, 640), (500, 333), (612, 612)]
+        photographs = [encoded(photograph(*size), "JPEG", quality=90) for size in sizes]
+    else:
+        folder = request.getfixturevalue("shared_dir") / "photos/images"
+        photographs = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))[:20]]
     assert photographs
-    values = [psnr(*both(photo.read_bytes(), "center_crop")) for photo in photographs]
+    values = [psnr(*both(photo, "center_crop")) for photo in photographs]
     assert np.median(values) > 30
     assert min(values) > 22
