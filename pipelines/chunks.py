@@ -60,7 +60,7 @@ def run_chunks(
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` on the `cluster`, `write` what comes out.
 
-    `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` is told
+    `done` are the rows by status of earlier attempts, which the bar goes on from; `watch` gets
     those of this attempt, after each chunk. `stages` gets a Ray Dataset with one block per chunk (one
     row: `chunk`), which it takes through `map_batches` of WHOLE chunks, and `last`. That has to be
     called once for each chunk, with the rows that go into the table, each with its `chunk` and,

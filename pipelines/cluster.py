@@ -34,7 +34,7 @@ class Cluster(Protocol):
         """Ray Datasets of `chunk`, one block for each, of no more chunks than a driver may hold."""
 
     def actors(self, least: int, most: int | None, **options: Any) -> Any:
-        """How `map_batches` is told of a pool of actors."""
+        """A pool of actors, as the `compute` option of `map_batches`."""
 
 
 class RayCluster:

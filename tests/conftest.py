@@ -48,14 +48,15 @@ GROUPS = {
         "pipelines/ingest/test_duplicates.py", "pipelines/test_pairs.py", "pipelines/test_telemetry.py",
         "pipelines/ingest/test_ingest.py",
     ],
+    "machines": ["pipelines/test_chunks.py", "cluster/test_autoscaler.py"],
     "runtime": ["pipelines/test_runtime.py"],
 }  # fmt: skip
 GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
 
 
-def group_of(file: str) -> str:
-    """The group of a test's file, as pytest names it from the root."""
-    file = file.removeprefix("tests/")
+def group_of(nodeid: str) -> str:
+    """The group of a test, by its file."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
     return GROUP_OF.get(file, file)
 
 
@@ -63,7 +64,7 @@ class GroupScheduling(LoadScopeScheduling):
     """Gives each process a group at a time."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid.partition("::")[0])
+        return group_of(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,9 +73,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the groups of GROUPS run first, in their order."""
+    """Have the groups of GROUPS run first, in their order; what needs a Ray is no fast test."""
     places = {group: number for number, group in enumerate(GROUPS)}
-    items.sort(key=lambda item: places.get(group_of(item.nodeid.partition("::")[0]), len(places)))
+    items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.end_to_end)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +114,7 @@ def bucket(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def forked_python() -> Iterator[Path]:
     """A stand-in for the interpreter whose processes have torch and transformers loaded."""
     with tempfile.TemporaryDirectory(prefix="vlv") as folder, fork_server(Path(folder)) as python:
         yield python

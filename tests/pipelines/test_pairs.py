@@ -66,7 +66,9 @@ def pairs_of(folder: Path) -> dict[str, str]:
     return {row["url"]: row["caption"] for row in found}
 
 
-@pytest.mark.parametrize(("join_on", "on_ray"), [("url", True), ("key", False)])
+@pytest.mark.parametrize(
+    ("join_on", "on_ray"), [pytest.param("url", True, marks=pytest.mark.end_to_end), ("key", False)]
+)
 def test_captions_are_joined_and_counted(
     tmp_path: Path, join_on: Any, on_ray: bool, request: pytest.FixtureRequest
 ) -> None:
