@@ -8,9 +8,11 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -231,15 +233,22 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
     """Whether a signal told this process to end (with its Ray, where all of a group got it).
 
     Python's own handlers wait for the main thread, which Ray may hold; the file that signals are
-    written to as they come does not.
+    written to as they come does not. The process ends by SystemExit, and is not told twice: Ray's
+    core sends a second signal when its raylet is gone, and would abort what is being unwound.
     """
     if threading.current_thread() is not threading.main_thread():  # others may not listen
         yield lambda: False
         return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
     ours, signals = socket.socketpair()
     with ours, signals:
         signals.setblocking(False)
         before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, end)
         try:
             yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
         finally:

@@ -16,6 +16,7 @@ program, which is the leader of a session of its own; it ends when its stand-in 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -30,7 +31,7 @@ import traceback
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 SOCKET = "socket"
 WORKERS = ("/setup_worker.py", "/default_worker.py")  # of Ray
@@ -115,51 +116,83 @@ def serve(folder: Path) -> None:
     with selectors.DefaultSelector() as events:
         events.register(0, selectors.EVENT_READ)
         events.register(listener, selectors.EVENT_READ)
-        running: dict[int, tuple[socket.socket, int]] = {}  # by process: its stand-in, its pidfd
+        running: list[Program] = []
         while True:
             for key, _ in events.select():
-                if key.fd == 0:
-                    end(running)
+                if key.fd == 0:  # closed: the tests are over
+                    for program in running:
+                        program.signal(signal.SIGKILL)
+                    os._exit(0)
                 if key.fileobj is listener:
-                    stand_in, _ = listener.accept()
-                    asked = receive(stand_in)
-                    if asked is None:
-                        continue
-                    words, where, environment, streams = asked
-                    process = os.fork()
-                    if not process:
-                        listener.close()
-                        events.close()
-                        for other, pidfd in running.values():
-                            other.close()
-                            os.close(pidfd)
-                        stand_in.close()
-                        become(words, where, environment, streams, str(folder / "python"))
-                    for stream in streams:
-                        os.close(stream)
-                    pidfd = os.pidfd_open(process)
-                    running[process] = (stand_in, pidfd)
-                    events.register(pidfd, selectors.EVENT_READ, process)
-                    events.register(stand_in, selectors.EVENT_READ, process)
+                    start(listener, events, running, str(folder / "python"))
                 elif key.data in running:
-                    process, (stand_in, pidfd) = key.data, running[key.data]
-                    if key.fd == pidfd:
-                        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-                        with contextlib.suppress(OSError):
-                            stand_in.sendall(str(status).encode())
-                        events.unregister(pidfd)
-                        with contextlib.suppress(KeyError):  # of one that was killed
-                            events.unregister(stand_in)
-                        os.close(pidfd)
-                        stand_in.close()
-                        del running[process]
-                    else:
-                        signals = read(stand_in)
-                        if not signals:
-                            events.unregister(stand_in)
-                        for number in signals or [signal.SIGKILL]:
-                            with contextlib.suppress(ProcessLookupError):
-                                os.kill(process, number)
+                    follow(key.data, key.fd, events, running)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    process: int
+    pidfd: int  # readable once the process has ended
+    stand_in: socket.socket
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process, number)
+
+
+def start(
+    listener: socket.socket,
+    events: selectors.BaseSelector,
+    running: list[Program],
+    executable: str,
+) -> None:
+    """Fork the program that a stand-in asks for. The forked process does not come back from here."""
+    stand_in, _ = listener.accept()
+    asked = receive(stand_in)
+    if asked is None:
+        stand_in.close()
+        return
+    words, where, environment, streams = asked
+    process = os.fork()
+    if not process:
+        listener.close()
+        events.close()
+        for other in running:
+            other.stand_in.close()
+            os.close(other.pidfd)
+        stand_in.close()
+        become(words, where, environment, streams, executable)
+    for stream in streams:
+        os.close(stream)
+    program = Program(process, os.pidfd_open(process), stand_in)
+    running.append(program)
+    events.register(program.pidfd, selectors.EVENT_READ, program)
+    events.register(stand_in, selectors.EVENT_READ, program)
+
+
+def follow(
+    program: Program, readable: int, events: selectors.BaseSelector, running: list[Program]
+) -> None:
+    """Pass on what has come: the end of the program, signals for it, or the end of its stand-in."""
+    stand_in = program.stand_in
+    if readable == program.pidfd:
+        status = os.waitstatus_to_exitcode(os.waitpid(program.process, 0)[1])
+        with contextlib.suppress(OSError):
+            stand_in.sendall(str(status).encode())
+        events.unregister(program.pidfd)
+        with contextlib.suppress(KeyError):  # of one that was killed
+            events.unregister(stand_in)
+        os.close(program.pidfd)
+        stand_in.close()
+        running.remove(program)
+        return
+    signals = b""
+    with contextlib.suppress(OSError):
+        signals = stand_in.recv(16)
+    if not signals:
+        events.unregister(stand_in)
+    for number in signals or [signal.SIGKILL]:
+        program.signal(number)
 
 
 def receive(stand_in: socket.socket) -> tuple[list[str], str, dict[str, str], list[int]] | None:
@@ -175,20 +208,6 @@ def receive(stand_in: socket.socket) -> tuple[list[str], str, dict[str, str], li
         return None
     words, where, environment = json.loads(content)
     return words, where, environment, list(streams)
-
-
-def read(stand_in: socket.socket) -> bytes:
-    try:
-        return stand_in.recv(16)
-    except OSError:
-        return b""
-
-
-def end(running: dict[int, Any]) -> NoReturn:
-    for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    os._exit(0)
 
 
 # ----------------------------------------------------------------------------- a forked process

@@ -87,7 +87,7 @@ if __name__ == "__main__":
                 ray.get(task)
                 task = work.remote()
         finally:
-            time.sleep(1)
+            time.sleep(3)  # Ray's core, whose raylet is gone, sends a second signal meanwhile
             print("unwound", flush=True)
 """
 
@@ -134,5 +134,5 @@ def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: 
     assert job.stdout.readline() == "at work\n"
     os.killpg(job.pid, signal.SIGTERM)
     out, said = job.communicate(timeout=100)
-    assert (out, job.returncode == RAY_LOST) == ("unwound\n", False), said
+    assert (out, job.returncode) == ("unwound\n", 128 + signal.SIGTERM), said
     assert "error: Ray's" not in said
