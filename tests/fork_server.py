@@ -43,7 +43,8 @@ LIBRARIES = [
     "transformers.models.qwen2.modeling_qwen2", "transformers.models.bart.tokenization_bart",
     "transformers.models.clip.tokenization_clip", "transformers.models.auto.tokenization_auto",
     "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition",
-    "diffusers.schedulers.scheduling_ddpm", "diffusers.schedulers.scheduling_ddim", "deepspeed", "peft",
+    "diffusers.schedulers.scheduling_ddpm", "diffusers.schedulers.scheduling_ddim", "peft", "aiohttp",
+    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",  # which takes torch's compiler along
 ]  # fmt: skip
 
 STAND_IN = """\

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -236,10 +235,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.end_to_end
-def test_deepspeed_checkpoints_give_the_float32_weights(tmp_path):
+def test_deepspeed_checkpoints_give_the_float32_weights(forked_python, tmp_path):
     """Two real workers: ZeRO-2 in float32 and bfloat16, ZeRO-3."""
     script = Path(__file__).with_name("deepspeed_checkpoints.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=300)
+    subprocess.run([forked_python, str(script), str(tmp_path)], check=True, timeout=300)
     for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
         expected = torch.load(folder / "masters.pt", weights_only=True)
         found = read_reference(folder)

@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,10 +11,10 @@ from vlv_model.tiny import SCENE_WORDS, write_tiny_models
 PARTS = ("florence", "vae", "unet", "text_encoder", "language_model")
 
 
-def test_the_seed_decides_the_weights_also_in_another_process(tiny, tmp_path):
+def test_the_seed_decides_the_weights_also_in_another_process(tiny, forked_python, tmp_path):
     expected = fingerprint_parts(resolve_model(tiny)[0], PARTS)
     program = f"from vlv_model.tiny import write_tiny_models as w; w({str(tmp_path / 'again')!r})"
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    subprocess.run([forked_python, "-c", program], check=True, capture_output=True)
     again = tmp_path / "again"
     assert fingerprint_parts(resolve_model(again)[0], PARTS) == expected
     for path in tiny.rglob("tokenizer.json"):

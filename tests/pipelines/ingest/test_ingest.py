@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from io import BytesIO
 from pathlib import Path
@@ -177,11 +176,11 @@ def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None
 
 
 @pytest.mark.end_to_end
-def test_a_killed_job_is_continued(tmp_path: Path) -> None:
+def test_a_killed_job_is_continued(forked_python: Path, tmp_path: Path) -> None:
     """SIGKILL of the driver in the middle; the same command then finishes."""
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 300, num_broken=8)
-        command = [sys.executable, "jobs/ingest.py", f"data.input={tmp_path}/metadata.parquet"]
+        command = [forked_python, "jobs/ingest.py", f"data.input={tmp_path}/metadata.parquet"]
         command += [f"data.output={tmp_path}/out", "download.allow_private=true", "image.size=64"]
         command += ["download.read_timeout=1", "download.retries=0", "rows_per_chunk=8"]
         command += ["download.concurrency=2", "ray.num_cpus=2"]
