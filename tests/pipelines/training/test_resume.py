@@ -93,7 +93,9 @@ def runs(
         segment("one", "train.zero_stage=1", *offload, after=begun),
         segment("one-0", "train.zero_stage=0", after=checkpoint("zero-3", BETWEEN)),
         segment("one-3", "train.zero_stage=3", *offload, after=checkpoint("zero-0", BETWEEN)),
-        segment("lora-3", *lora, "train.zero_stage=3", after=checkpoint("lora", BEGUN), parent=stage1),
+        segment(
+            "lora-3", *lora, "train.zero_stage=3", after=checkpoint("lora", BEGUN), parent=stage1
+        ),
     ]
     again = "train.activation_checkpointing=true"  # changes nothing
     back = segment("two-one-two", "train.zero_stage=3", again, after=checkpoint("one", BETWEEN))
@@ -118,7 +120,9 @@ def test_another_zero_stage_and_number_of_workers_goes_on(runs: Runs, name: str)
 
 def test_adapters_go_on_at_another_world_and_alone_were_trained(runs: Runs) -> None:
     assert runs.curve("lora-3") == pytest.approx(runs.curve("lora"), rel=1e-5)
-    begun, ended = (load_file(runs.checkpoint("lora", s) / "model.safetensors") for s in (BEGUN, STEPS))
+    begun, ended = (
+        load_file(runs.checkpoint("lora", s) / "model.safetensors") for s in (BEGUN, STEPS)
+    )
     assert {name.partition(".")[0] for name in ended} == {"language_projector", "language_model"}
     assert all(".lora_" in name for name in ended if name.startswith("language_model."))
     assert all((ended[name] != begun[name]).any() for name in ended)
