@@ -24,6 +24,7 @@ from pipelines.training.optimizer import build_optimizer
 from pipelines.training.stages import Stage, captioning, denoising
 from vlv_model.config import Precision
 from vlv_model.latents import posterior
+from vlv_model.precision import cast
 from vlv_model.preprocessing import vae_pixels
 from vlv_model.tiny import SCENE_WORDS
 
@@ -66,8 +67,7 @@ class OurStep:
     def __init__(self, stage: Stage, train: TrainConfig, device: torch.device) -> None:
         self.stage, self.train, self.device = stage, train, device
         stage.model.train()
-        if train.precision == "bfloat16":
-            stage.model.to(torch.bfloat16)
+        cast(stage.model, train.precision)
         self.optimizer = build_optimizer(stage, train)
         self.masters = Masters(self.optimizer) if train.precision == "bfloat16" else None
         self.trained = [p for p in stage.model.parameters() if p.requires_grad]

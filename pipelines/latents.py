@@ -7,6 +7,7 @@ table's manifest (`_table.json`) names together with the VAE's fingerprint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +25,19 @@ SETTING = "data.latents"
 COLUMNS = ("mean", "deviation")
 
 
-def made_of(model: ModelConfig) -> dict[str, Any]:
-    """All of a model that decides the latents of an image, as the manifest keeps it."""
-    from vlv_model.fingerprint import fingerprint_parts
-    from vlv_model.loading import read_latent_format
+def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All of a model that decides the latents of an image, as the manifest keeps it.
 
-    latents = read_latent_format(model)
+    `there` is what a manifest says already: the same VAE is called what it is called there.
+    """
+    from vlv_model.fingerprint import fingerprint, is_same
+    from vlv_model.loading import read_latent_format
+    from vlv_model.sources import part_source
+
+    latents, vae = read_latent_format(model), part_source(model, "vae")
+    recorded = (there or {}).get("vae")
     return {
-        "vae": fingerprint_parts(model, ["vae"])["vae"],
+        "vae": recorded if recorded and is_same(recorded, vae) else fingerprint(vae),
         "scaling_factor": latents.scaling_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,
@@ -75,13 +81,9 @@ class LatentReader:
 
     def check(self, model: ModelConfig, keys: np.ndarray) -> None:
         """Raise DataError unless these are the latents of `model`'s VAE, for all of `keys`."""
-        from vlv_model.fingerprint import same_fingerprint
-
-        here, there = made_of(model), self.identity
-        differing = [n for n in here if n != "vae" and here[n] != there[n]]
-        if not same_fingerprint(there["vae"], here["vae"]):
-            differing.insert(0, "vae")
-        if differing:
+        there = self.identity
+        here = made_of(model, there)
+        if differing := [name for name in here if here[name] != there[name]]:
             shown = ", ".join(f"{n}: {there[n]} there, {here[n]} here" for n in differing)
             raise DataError(
                 f"{SETTING}={self.path} was not made with this run's VAE and image size ({shown}): "

@@ -27,7 +27,8 @@ from vlv_model.text_encoder import TextEncoder
 class VLVAutoEncoder(nn.Module):
     """Encoder (trainable), text encoder and diffusion decoder (both frozen)."""
 
-    base_parts = ("florence", "text_encoder", "unet", "vae")
+    base_parts = ("florence", "text_encoder", "unet", "vae")  # with weights
+    read_parts = (*base_parts, "tokenizer", "scheduler")  # all that from_pretrained reads
     passed_over = VLVEncoder.passed_over
     new_parts = tuple(f"encoder.{part}" for part in VLVEncoder.new_parts)
     trained_parts = tuple(f"encoder.{part}" for part in VLVEncoder.trained_parts)

@@ -36,7 +36,8 @@ from vlv_model.text_encoder import TextEncoder
 class VLVCaptioner(nn.Module):
     """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
 
-    base_parts = ("florence", "text_encoder", "language_model")
+    base_parts = ("florence", "text_encoder", "language_model")  # with weights
+    read_parts = (*base_parts, "tokenizer")  # all that from_pretrained reads
     passed_over = ()  # it has all that a checkpoint holds
     new_parts = (
         *(f"encoder.{part}" for part in VLVEncoder.new_parts),

@@ -26,9 +26,9 @@ from vlv_model.checkpoint_files import (
 )
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.errors import CheckpointError
-from vlv_model.fingerprint import fingerprint_parts, same_fingerprint
+from vlv_model.fingerprint import fingerprint, fingerprint_parts, is_same, short
 from vlv_model.lora import belongs_in_file, name_in_file
-from vlv_model.sources import resolve_model
+from vlv_model.sources import part_source, resolve_model
 
 __all__ = [
     "CheckpointInfo",
@@ -88,7 +88,7 @@ def load_checkpoint(
     """
     chain = read_chain(folder)
     if model is not None:
-        _check_base_models(chain, fingerprint_parts(model, module.base_parts))
+        _check_base_models(chain, model, module.base_parts)
     weights: dict[str, Tensor] = {}
     for path, info in chain:
         tensors = read_weights(path, info)
@@ -216,12 +216,13 @@ def _in_any(name: str, parts: Sequence[str]) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
-def _check_base_models(chain: Chain, found: dict[str, str]) -> None:
+def _check_base_models(chain: Chain, model: ModelConfig, parts: Sequence[str]) -> None:
     for folder, info in chain:
-        for part in info.base_models.keys() & found.keys():
-            trained, here = info.base_models[part], found[part]
-            if not same_fingerprint(trained, here):
+        for part in info.base_models.keys() & set(parts):
+            trained, source = info.base_models[part], part_source(model, part)
+            if not is_same(trained, source):
                 raise CheckpointError(
-                    f"'{folder}' was trained upon another {part} (fingerprint {trained[:19]}, "
-                    f"here {here[:19]}): use the pretrained part that it was trained upon"
+                    f"'{folder}' was trained upon another {part} than '{source}' (fingerprint "
+                    f"{short(trained)}, here {short(fingerprint(source))}): use the pretrained "
+                    "part that it was trained upon"
                 )

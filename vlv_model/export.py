@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers.utils import cached_file
 
@@ -27,7 +26,8 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint_files import StageName, new_folder, put_checkpoint
 from vlv_model.config import ModelConfig, Precision
 from vlv_model.fingerprint import fingerprint, fingerprint_parts
-from vlv_model.sources import part_source
+from vlv_model.precision import cast
+from vlv_model.sources import Source, part_source
 
 Parts = Literal["needed", "all"]
 
@@ -74,7 +74,7 @@ def export_model(
     `texts` are further files by name (the model card). Raises CheckpointError when `folder`
     exists, ModelError for a part that cannot be read.
     """
-    model.to(getattr(torch, precision))
+    cast(model, precision)
     modules = _modules(model)
     if parts == "all":
         modules |= _other_modules(config, modules)
@@ -101,12 +101,20 @@ def export_model(
     return Path(folder).absolute()
 
 
+def parts_read(stage: StageName, parts: Parts) -> tuple[str, ...]:
+    """The pretrained parts that an export of that stage reads."""
+    kinds = [VLVCaptioner if stage == "stage2" else VLVAutoEncoder]
+    if parts == "all":
+        kinds = [VLVAutoEncoder, VLVCaptioner]
+    return tuple({part: None for kind in kinds for part in kind.read_parts})
+
+
 def sources_of(config: ModelConfig, stage: StageName) -> dict[str, dict[str, str]]:
     """Where each base model came from, by part: its hub id or folder's name, and fingerprint."""
     kind = VLVCaptioner if stage == "stage2" else VLVAutoEncoder
     found = fingerprint_parts(config, kind.base_parts)
     return {
-        part: {"source": _public_name(*part_source(config, part)), "fingerprint": digest}
+        part: {"source": _public_name(part_source(config, part)), "fingerprint": digest}
         for part, digest in found.items()
     }
 
@@ -141,14 +149,14 @@ def _with_published_files(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _copy_files(config: ModelConfig, part: str, target: Path) -> None:
-    source, subfolder = part_source(config, part)
+    source = part_source(config, part)
     names = ("scheduler_config.json",) if part == "scheduler" else _TOKENIZER_FILES
     target.mkdir(exist_ok=True)
     for name in names:
         found = cached_file(
-            source,
+            source.name,
             name,
-            subfolder=subfolder,
+            **source.where,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -171,6 +179,6 @@ def _own_config(config: ModelConfig, work: Path) -> ModelConfig:
     return config.model_copy(update=places)
 
 
-def _public_name(source: str, subfolder: str) -> str:
-    name = Path(source).name if Path(source).is_absolute() else source
-    return f"{name}/{subfolder}" if subfolder else name
+def _public_name(source: Source) -> str:
+    place = Path(source.place.name) if isinstance(source.place, Path) else source.place
+    return str(Source(place, source.subfolder))

@@ -2,22 +2,34 @@
 
 A checkpoint holds trained weights only, and is worth nothing upon other frozen parts. So it keeps
 a fingerprint of each pretrained part: gigabytes are sampled, not read.
+
+An id of the hub, a commit of it and the digest of its files name one thing. Digests decide where
+both are known; an id says nothing of files that are elsewhere.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from vlv_model.config import ModelConfig
-from vlv_model.sources import local_folder, part_source
+from vlv_model.sources import Source, part_source
 
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16
-_DIGEST = "sha256:"
+_DIGEST = "opened-sha256:"
+# Of before: the bytes of config.json, and every safetensors file that lay there, read or not.
+_ALL_FILES = "sha256:"
+
+# What a library notes in a configuration about itself, and not about the model.
+_NOTES = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
+# How weights are called, and whether an index of several files is taken before one of this name.
+_WEIGHTS = (("model", False), ("diffusion_pytorch_model", True))
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -26,39 +38,111 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(source: str | os.PathLike[str], subfolder: str = "") -> str:
-    """`sha256:...` of a pretrained part: a folder, or a hub id that is in the local hub cache.
+def fingerprint(source: Source | str | os.PathLike[str]) -> str:
+    """`opened-sha256:...` of a pretrained part; of one that is not on this machine, its name.
 
-    Taken from config.json and, of every safetensors file, its name, size, header and 64 KiB
-    samples at even distances. A hub id that is not cached is its own fingerprint.
+    Taken from what is opened of it: its configuration, and of each file of its weights name,
+    size, header and 64 KiB samples at even distances. So other variants of the weights that lie
+    beside them do not count. Of a noise schedule it is the configuration, of a tokenizer its files.
     """
-    folder = local_folder(str(source))
-    if folder is None:
-        return f"{source}/{subfolder}" if subfolder else str(source)
-    folder = folder / subfolder
+    source = source if isinstance(source, Source) else Source(Path(source))
+    folder = source.folder()
+    opened = _opened_files(folder) if folder is not None else []
+    if not opened:
+        return str(source)
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-        else:
+    for path in opened:
+        if path.suffix == ".safetensors":
             _update_with_samples(digest, path)
+        else:
+            is_settings = path.name.endswith("config.json")
+            digest.update(_settings(path) if is_settings else path.read_bytes())
     return _DIGEST + digest.hexdigest()
 
 
 def fingerprint_parts(model: ModelConfig, parts: Iterable[str]) -> dict[str, str]:
     """The fingerprints of some parts of a model, such as `florence` and `unet`, by part."""
-    return {part: fingerprint(*part_source(model, part)) for part in parts}
+    return {part: fingerprint(part_source(model, part)) for part in parts}
 
 
-def same_fingerprint(one: str, other: str) -> bool:
-    """False when both are digests and differ: the id of an uncached model says nothing."""
-    both_digests = one.startswith(_DIGEST) and other.startswith(_DIGEST)
-    return one == other or not both_digests
+def is_same(recorded: str, source: Source) -> bool:
+    """False where a fingerprint that was `recorded` is a digest, and the part at hand has another.
+
+    It is compared by the rule that it was taken by. The name of a part that nobody had here, or of
+    one that was recorded before it was downloaded, says nothing.
+    """
+    if recorded.startswith(_ALL_FILES):
+        here = _digest_of_all_files(source.folder())
+    else:
+        here = fingerprint(source)
+        if not (recorded.startswith(_DIGEST) and here.startswith(_DIGEST)):
+            return True
+    return here is None or here == recorded
+
+
+def is_digest(recorded: str) -> bool:
+    """Whether a fingerprint is one of files, and not the name of a part."""
+    return recorded.startswith((_DIGEST, _ALL_FILES))
+
+
+def short(recorded: str) -> str:
+    """A fingerprint for people: twelve of its digits."""
+    rule, colon, digits = recorded.rpartition(":")
+    return f"{rule}:{digits[:12]}" if colon else recorded
+
+
+def _opened_files(folder: Path) -> list[Path]:
+    """The files of a part that `from_pretrained` reads; none where one of them is not there."""
+    if (config := folder / "config.json").is_file():
+        weights = _weight_files(folder)
+        return [config, *weights] if weights and all(file.is_file() for file in weights) else []
+    if (schedule := folder / "scheduler_config.json").is_file():
+        return [schedule]
+    found = ([folder / name for name in names] for names in _TOKENIZERS)
+    return next((files for files in found if all(file.is_file() for file in files)), [])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name, index_first in _WEIGHTS:
+        single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
+        if index.is_file() and (index_first or not single.is_file()):
+            try:
+                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [folder / Path(file).name for file in sorted(files)]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return []  # its load will say it
+        if single.is_file():
+            return [single]
+    return []
+
+
+def _settings(path: Path) -> bytes:
+    """A configuration without a library's notes, in one spelling."""
+    content = path.read_bytes()
+    try:
+        settings = json.loads(content)
+        kept = {name: value for name, value in settings.items() if name not in _NOTES}
+        return json.dumps(kept, sort_keys=True).encode()
+    except (ValueError, AttributeError):
+        return content
+
+
+def _digest_of_all_files(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        if path.suffix == ".json":
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+        else:
+            _update_with_samples(digest, path)
+    return _ALL_FILES + digest.hexdigest()
 
 
 def _update_with_samples(digest: hashlib._Hash, path: Path) -> None:
     size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
     with open(path, "rb") as file:
         prefix = file.read(8)  # safetensors: length of the JSON header, little-endian
         header = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

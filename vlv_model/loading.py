@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ModelError, one_line
 from vlv_model.latents import LatentFormat
-from vlv_model.sources import Model, part_source, resolve_checkpoint, resolve_model
+from vlv_model.sources import Model, Source, part_source, resolve_checkpoint, resolve_model
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -58,21 +58,19 @@ def load_florence(
     config: ModelConfig,
 ) -> tuple[Florence2Model, PreTrainedTokenizerBase]:
     """Florence-2 without its language-modelling head, and its tokenizer."""
-    source, _ = part_source(config, "florence")
+    source = part_source(config, "florence")
     model = _load_transformer(config, "florence", Florence2Model)
-    tokenizer = _load("florence", source, lambda: AutoTokenizer.from_pretrained(source))
+    load = partial(AutoTokenizer.from_pretrained, source.name, **source.where)
+    tokenizer = _load("florence", source, load)
     _check_vocabulary("florence", source, tokenizer, model.config.text_config.vocab_size)
     return model, tokenizer
 
 
 def load_text_encoder(config: ModelConfig) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """The diffusion model's CLIP text encoder and tokenizer."""
-    source, subfolder = part_source(config, "tokenizer")
-    tokenizer = _load(
-        "tokenizer",
-        source,
-        lambda: CLIPTokenizer.from_pretrained(source, subfolder=subfolder),
-    )
+    source = part_source(config, "tokenizer")
+    load = partial(CLIPTokenizer.from_pretrained, source.name, **source.where)
+    tokenizer = _load("tokenizer", source, load)
     model = _load_transformer(config, "text_encoder", CLIPTextModel)
     _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
     return model, tokenizer
@@ -80,13 +78,10 @@ def load_text_encoder(config: ModelConfig) -> tuple[CLIPTextModel, CLIPTokenizer
 
 def text_encoder_width(config: ModelConfig) -> int:
     """Width of the text encoder's embeddings, read from its configuration alone."""
-    source, subfolder = part_source(config, "text_encoder")
-    _check_kind("text_encoder", source, subfolder, "model_type", CLIPTextConfig.model_type)
-    return _load(
-        "text_encoder",
-        source,
-        lambda: CLIPTextConfig.from_pretrained(source, subfolder=subfolder).hidden_size,
-    )
+    source = part_source(config, "text_encoder")
+    _check_kind("text_encoder", source, "model_type", CLIPTextConfig.model_type)
+    load = partial(CLIPTextConfig.from_pretrained, source.name, **source.where)
+    return _load("text_encoder", source, load).hidden_size
 
 
 def load_diffusion(
@@ -107,9 +102,9 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
     """What the VAE's latents look like, from its configuration alone."""
     from diffusers import AutoencoderKL
 
-    source, subfolder = part_source(config, "vae")
-    _check_kind("vae", source, subfolder, "_class_name", AutoencoderKL.__name__)
-    load = partial(AutoencoderKL.load_config, source, subfolder=subfolder)
+    source = part_source(config, "vae")
+    _check_kind("vae", source, "_class_name", AutoencoderKL.__name__)
+    load = partial(AutoencoderKL.load_config, source.name, **source.where)
     return LatentFormat.of(_load("vae", source, load))
 
 
@@ -118,13 +113,9 @@ def load_unet(config: ModelConfig) -> tuple[UNet2DConditionModel, DDPMScheduler]
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     unet = _load_diffuser(config, "unet", UNet2DConditionModel)
-    source, subfolder = part_source(config, "scheduler")
-    scheduler_config = _load(
-        "scheduler",
-        source,
-        lambda: DDPMScheduler.load_config(source, subfolder=subfolder),
-    )
-    return unet, DDPMScheduler.from_config(scheduler_config)
+    source = part_source(config, "scheduler")
+    load = partial(DDPMScheduler.load_config, source.name, **source.where)
+    return unet, DDPMScheduler.from_config(_load("scheduler", source, load))
 
 
 def load_language_model(config: ModelConfig) -> Qwen2ForCausalLM:
@@ -139,12 +130,9 @@ def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     infers from the model's type rebuilds the pipeline, with a normaliser that may not be there.
     """
     config, _ = resolve_model(model)
-    source, _ = part_source(config, "language_model")
-    return _load(
-        "language_model",
-        source,
-        lambda: PreTrainedTokenizerFast.from_pretrained(source),
-    )
+    source = part_source(config, "language_model")
+    load = partial(PreTrainedTokenizerFast.from_pretrained, source.name, **source.where)
+    return _load("language_model", source, load)
 
 
 @contextmanager
@@ -162,28 +150,28 @@ def without_bars() -> Iterator[None]:
 
 
 def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
-    source, subfolder = part_source(config, part)
-    _check_kind(part, source, subfolder, "model_type", kind.config_class.model_type)
-    return _load_weights(part, source, subfolder, kind, dtype=torch.float32)
+    source = part_source(config, part)
+    _check_kind(part, source, "model_type", kind.config_class.model_type)
+    return _load_weights(part, source, kind, dtype=torch.float32)
 
 
 def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
-    source, subfolder = part_source(config, part)
-    _check_kind(part, source, subfolder, "_class_name", kind.__name__)
-    return _load_weights(part, source, subfolder, kind, torch_dtype=torch.float32)
+    source = part_source(config, part)
+    _check_kind(part, source, "_class_name", kind.__name__)
+    return _load_weights(part, source, kind, torch_dtype=torch.float32)
 
 
-def _load_weights(part: str, source: str, subfolder: str, kind: Any, **dtype: torch.dtype) -> Any:
+def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
     """The part with all its weights; the two libraries differ in the name of the data type."""
     with without_bars():
         model, report = _load(
             part,
             source,
             lambda: kind.from_pretrained(
-                source,
-                subfolder=subfolder,
+                source.name,
                 use_safetensors=True,
                 output_loading_info=True,
+                **source.where,
                 **dtype,
             ),
         )
@@ -191,23 +179,23 @@ def _load_weights(part: str, source: str, subfolder: str, kind: Any, **dtype: to
     return model
 
 
-def _check_kind(part: str, source: str, subfolder: str, key: str, expected: str) -> None:
+def _check_kind(part: str, source: Source, key: str, expected: str) -> None:
     # Before the load: a class reads another's configuration without a word, fills what it lacks
     # with defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
     def read() -> Any:
-        path = cached_file(source, "config.json", subfolder=subfolder)
+        path = cached_file(source.name, "config.json", **source.where)
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
     content = _load(part, source, read)
     found = content.get(key) if isinstance(content, dict) else None
     if found != expected:
         raise ModelError(
-            f"{part}: config.json in '{Path(source, subfolder)}' says {key} {found!r}, expected "
+            f"{part}: config.json in '{source}' says {key} {found!r}, expected "
             f"{expected!r}: set the model's '{part}' to a folder of that kind"
         )
 
 
-def _check_complete(part: str, source: str, missing: list[str]) -> None:
+def _check_complete(part: str, source: Source, missing: list[str]) -> None:
     if missing:
         raise ModelError(
             f"{part}: '{source}' lacks {len(missing)} tensors of the model, such as "
@@ -216,7 +204,7 @@ def _check_complete(part: str, source: str, missing: list[str]) -> None:
 
 
 def _check_vocabulary(
-    part: str, source: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    part: str, source: Source, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     # Without its vocabulary files a tokenizer class may come up with a handful of special tokens
     # and no error. All tokenizers here are byte-level: at least one token for each byte.
@@ -227,13 +215,13 @@ def _check_vocabulary(
         )
 
 
-def _load(part: str, source: str, load: Callable[[], Any]) -> Any:
+def _load(part: str, source: Source, load: Callable[[], Any]) -> Any:
     try:
         return load()
     # What the two libraries raise for a missing file, an unreachable hub, a broken configuration,
     # and shapes that do not fit.
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        where = "" if Path(source).is_dir() else ", which is no local folder, from the model hub"
+        where = ", which is no local folder, from the model hub" if source.repo else ""
         raise ModelError(
             f"{part}: cannot load '{source}'{where}; expected a pretrained folder with safetensors "
             f"weights or a reachable hub id: {one_line(problem)}"

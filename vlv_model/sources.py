@@ -1,7 +1,7 @@
 """Which pretrained parts and which checkpoint a model is opened from, without loading any.
 
 A ModelConfig, a model folder or a checkpoint comes in, with single parts named beside it; folders
-come out absolute, hub ids as they are.
+come out absolute, hub ids as they are, or at one commit where `pin` was asked.
 """
 
 from __future__ import annotations
@@ -9,23 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ModelError, one_line
+from vlv_model.hub import HubId
 
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.json"
 DIFFUSION_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Model = ModelConfig | str | os.PathLike[str]
 
@@ -87,40 +84,100 @@ def resolve_checkpoint(
     return _with_parts(config, parts or {}), found if checkpoint is None else Path(checkpoint)
 
 
-def part_source(config: ModelConfig, part: str) -> tuple[str, str]:
-    """Folder or hub id of a part, and the subfolder in it ("" for none).
+@dataclass(frozen=True)
+class Source:
+    """Where a pretrained part is read from: a folder or a repository of the hub, and where in it."""
+
+    place: Path | HubId
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}/{self.subfolder}" if self.subfolder else str(self.place)
+
+    @property
+    def name(self) -> str:
+        """Folder or repository, as `from_pretrained` takes it."""
+        return self.place.repo if isinstance(self.place, HubId) else str(self.place)
+
+    @property
+    def where(self) -> dict[str, str]:
+        """What `from_pretrained` has to be told beside the name."""
+        where = {"subfolder": self.subfolder}
+        if isinstance(self.place, HubId) and self.place.revision:
+            where["revision"] = self.place.revision
+        return where
+
+    @property
+    def repo(self) -> str | None:
+        """The repository of the hub that it is read from."""
+        return self.place.repo if isinstance(self.place, HubId) else None
+
+    def may_be(self, recorded: str) -> bool:
+        """Whether it is what a field of ModelConfig was, as far as names tell."""
+        before = HubId.parse(recorded)
+        if not isinstance(self.place, HubId) or before is None:
+            return str(self.place) == recorded
+        revisions = {before.revision, self.place.revision} - {None}
+        return before.repo == self.place.repo and len(revisions) < 2
+
+    def folder(self) -> Path | None:
+        """Its files on this machine, which may not be all; None of what was never downloaded."""
+        base = self.place.snapshot() if isinstance(self.place, HubId) else self.place
+        return None if base is None else base / self.subfolder
+
+
+def field_of(config: ModelConfig, part: str) -> str:
+    """The field of ModelConfig that says where a part is: its own, or `diffusion`."""
+    return part if getattr(config, part) is not None else "diffusion"
+
+
+def part_source(config: ModelConfig, part: str) -> Source:
+    """Where a part is read from.
 
     `part` is `florence`, `language_model`, `vae`, `unet`, `text_encoder`, `tokenizer` or
     `scheduler`. Raises ModelError when a local folder does not exist.
     """
-    own: str | None = getattr(config, part)
-    if own is not None:
-        source, subfolder = own, ""
-    else:
-        source, subfolder = config.diffusion, part
-    path = Path(source, subfolder)
-    if not path.is_dir() and (Path(source).is_dir() or not _HUB_ID.fullmatch(source)):
+    field = field_of(config, part)
+    place, subfolder = getattr(config, field), "" if field == part else part
+    path, hub_id = Path(place, subfolder), HubId.parse(place)
+    if path.is_dir():
+        return Source(Path(place), subfolder)
+    if Path(place).is_dir() or hub_id is None:
         raise ModelError(
-            f"{part}: there is no folder '{path}', and '{source}' is no hub id (owner/name): "
-            f"set the model's '{part if own else 'diffusion'}' to a pretrained folder or hub id"
+            f"{part}: there is no folder '{path}', and '{place}' is no hub id (owner/name or "
+            f"owner/name@revision): set the model's '{field}' to a pretrained folder or hub id"
         )
-    return source, subfolder
+    return Source(hub_id, subfolder)
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder of a local or cached pretrained part; None for a hub id that is not cached."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+def pin(
+    config: ModelConfig, parts: Iterable[str], known: Mapping[str, str] | None = None
+) -> ModelConfig:
+    """`config` with the hub ids that `parts` are read from at one commit each: `owner/name@commit`.
+
+    All processes of a job, and all jobs upon its result, then read the same files, whatever is
+    pushed to the repository. `known` are such ids of before by field: an id without a revision
+    stays what it was. Raises ModelError where neither the hub nor its cache knows an id.
+    """
+    pinned = {}
+    for field in {field_of(config, part) for part in parts}:
+        hub_id = HubId.parse(getattr(config, field))
+        if hub_id is None or Path(getattr(config, field)).is_dir():
+            continue
+        before = HubId.parse((known or {}).get(field) or "")
+        if before and before.commit and before.repo == hub_id.repo and not hub_id.revision:
+            hub_id = before
+        try:
+            pinned[field] = str(hub_id.pinned())
+        except ModelError as problem:
+            raise ModelError(f"{field}: {problem}") from problem
+    return config.model_copy(update=pinned)
 
 
 def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:
     def absolute(value: str) -> str:
         path = Path(base, value).expanduser()
-        return str(path.resolve()) if path.exists() or not _HUB_ID.fullmatch(value) else value
+        return str(path.resolve()) if path.exists() or not HubId.parse(value) else value
 
     named = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
     values = {name: getattr(config, name) for name in named}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipelines.markdown import card, table
 from vlv_model.config import ModelConfig
+from vlv_model.fingerprint import short
 from vlv_model.sources import part_source
 
 _USE = {
@@ -42,13 +42,13 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
     `about` as `export_model` takes it, with its `origin`.
     """
     stage, origin = about["stage"], about["origin"]
-    # The hub links ids (owner/name) only; folders of a machine are named in the table below.
-    sources = {part_source(model, part)[0] for part in origin["base_models"]}
+    # The hub links repositories only; folders of a machine are named in the table below.
+    sources = {part_source(model, part).repo for part in origin["base_models"]}
     header = {
         "license": licence,
         "pipeline_tag": "image-to-text" if stage == "stage2" else "image-to-image",
         "tags": ["vlv", "arxiv:2507.07104"],
-        "base_model": sorted(source for source in sources if not Path(source).is_absolute()),
+        "base_model": sorted(repo for repo in sources if repo),
     }
     blocks = [
         f"# {name}",
@@ -62,7 +62,7 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
         "Their licences apply besides this model's own.",
         table(
             ("part", "from", "fingerprint before"),
-            [(p, e["source"], e["fingerprint"][:19]) for p, e in origin["base_models"].items()],
+            [(p, e["source"], short(e["fingerprint"])) for p, e in origin["base_models"].items()],
         ),
         "## Training",
         *_training(origin),

@@ -42,7 +42,8 @@ def export(config: ExportConfig) -> str:
 
 def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
     from vlv_model.checkpoint import stages_of
-    from vlv_model.export import open_model, sources_of
+    from vlv_model.export import open_model, parts_read, sources_of
+    from vlv_model.sources import pin
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is None:
@@ -56,6 +57,7 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         return "exported already: nothing to do"
     stages = stages_of(checkpoint)  # reads every file of the chain before any model is loaded
     last = chain[-1][1]
+    model_config = pin(model_config, parts_read(last.stage, config.parts))
     base_models: dict[str, str] = {}
     for _, info in chain:
         base_models |= info.base_models
@@ -88,10 +90,10 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
 
 
 def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
-    from vlv_model.export import open_model, sources_of
+    from vlv_model.export import open_model, parts_read, sources_of
     from vlv_model.reference_files import read_reference
     from vlv_model.reference_import import fill, stage_of
-    from vlv_model.sources import resolve_model
+    from vlv_model.sources import pin
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is not None:
@@ -99,12 +101,12 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
             f"model.path={config.model.path} has trained weights of its own: with --from-reference "
             "name base models alone"
         )
-    model_config, _ = resolve_model(model_config)
     reference = read_reference(source)
     made_of = {**made_with, "weights": [*reference.digests.values()]}
     if _is_there(config.output, made_of):
         return "imported already: nothing to do"
     stage = stage_of(reference)
+    model_config = pin(model_config, parts_read(stage, config.parts))
     model = open_model(model_config, None, stage)
     report = fill(model, reference)
     about = {

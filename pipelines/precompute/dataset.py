@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipelines.latents import KIND, made_of
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.selection import open_table, run_actors
-from pipelines.storage import IMAGE_ROW_GROUP
+from pipelines.storage import IMAGE_ROW_GROUP, Table
 
 
 def precompute(config: PrecomputeConfig) -> dict[str, int]:
@@ -16,11 +16,12 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.precompute.predictor import EncodeImages
     from vlv_model.loading import load_vae
-    from vlv_model.sources import resolve_model
 
-    model, _ = resolve_model(config.model.resolve()[0])
+    model, _ = config.model.resolve(["vae"])
     load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint
-    identity = {**made_of(model), "precision": config.encode.precision}
+    output = Table(config.data.output)
+    there = output.describe()["identity"] if output.exists else None
+    identity = {**made_of(model, there), "precision": config.encode.precision}
     table = open_table(KIND, config.data, identity)
     run_actors(
         table,

@@ -20,6 +20,7 @@ from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
 from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
+from vlv_model.fingerprint import short
 from vlv_model.sources import part_source
 
 FILE = "README.md"
@@ -55,15 +56,13 @@ def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[
     info = read_checkpoint(checkpoint)
     # An export names VAE and UNet, too, upon which its encoder was trained, and has no folder of theirs.
     parts = [part for part in info.base_models if part in VLVCaptioner.base_parts]
-    sources = {part: part_source(model, part)[0] for part in parts}
     return {
         "fingerprint": fingerprint,
         "weights": info.sha256,
         "step": info.step,
         "image_size": model.image_size,
         "base_models": {
-            part: [None if Path(source).is_absolute() else source, info.base_models[part]]
-            for part, source in sources.items()
+            part: [part_source(model, part).repo, info.base_models[part]] for part in parts
         },
     }
 
@@ -126,7 +125,7 @@ captions = pd.read_parquet("{path}/data")
             ("part", "from", "fingerprint"),
             [
                 ("captioner", f"step {model['step']:,}", f"sha256:{model['weights'][:12]}"),
-                *((p, s or "a folder", f[:19]) for p, (s, f) in model["base_models"].items()),
+                *((p, s or "a folder", short(f)) for p, (s, f) in model["base_models"].items()),
             ],
         ),
         f"`model` in every row is `{model['fingerprint']}`.",

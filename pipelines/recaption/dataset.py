@@ -29,8 +29,9 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.recaption.predictor import CaptionImages, model_fingerprint
+    from vlv_model.captioner import VLVCaptioner
 
-    model, checkpoint = config.model.resolve()
+    model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
     fingerprint = model_fingerprint(model, checkpoint, config.generate)
     earlier = config.earlier
     identity = {"model": fingerprint, "join": config.join or None}

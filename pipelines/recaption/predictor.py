@@ -27,6 +27,7 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError
+from vlv_model.precision import cast
 
 _HEALTH = [field.name for field in fields(Health)]
 
@@ -54,8 +55,7 @@ def open_captioner(
     model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
 ) -> VLVCaptioner:
     """The trained captioner on `device`, in the arithmetic of the settings."""
-    dtype = torch.bfloat16 if generate.precision == "bfloat16" else torch.float32
-    return VLVCaptioner.from_pretrained(model, checkpoint).to(device, dtype)
+    return cast(VLVCaptioner.from_pretrained(model, checkpoint), generate.precision).to(device)
 
 
 def open_engine(

@@ -20,9 +20,10 @@ def caption_file(config: CaptionConfig) -> str:
 
     from pipelines.pictures.decode import DecodeError, Opened
     from pipelines.recaption.predictor import model_fingerprint, open_engine
+    from vlv_model.captioner import VLVCaptioner
     from vlv_model.preprocessing import square_image
 
-    model, checkpoint = config.model.resolve()
+    model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
     try:
         picture = Opened(Path(config.image).read_bytes()).picture()
     except (OSError, DecodeError) as error:

@@ -16,8 +16,9 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.reconstruct.predictor import ReconstructImages
+    from vlv_model.autoencoder import VLVAutoEncoder
 
-    model, checkpoint = config.model.resolve()
+    model, checkpoint = config.model.resolve(VLVAutoEncoder.read_parts)
     if checkpoint is None:
         raise CheckpointError(
             "model.path has to name a run or a checkpoint: its encoder is what is looked at"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from pipelines.storage import read_json_object, refuse_difference, refuse_strang
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses
+from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
+from vlv_model.sources import DIFFUSION_PARTS
 
 RESULT = "result.json"
 
@@ -79,9 +81,13 @@ def identity(
     checkpoint: Path | None,
     files: list[Path],
     rows: tuple[RowIndex, RowIndex],
+    there: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that decides what the run computes, flat, so that a difference can be named."""
-    from vlv_model import VLVAutoEncoder, VLVCaptioner
+    """All that decides what the run computes, flat, so that a difference can be named.
+
+    `there` is what is `recorded` of the run: a base model that is the same one is called what it
+    is called there.
+    """
     from vlv_model.fingerprint import fingerprint_parts
 
     values = {**dump(config), "model": model.model_dump()}
@@ -91,12 +97,72 @@ def identity(
     # Stored latents are rounded ones, wherever they lie.
     flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
     flat["bytes"] = sum(file.stat().st_size for file in files)
-    parts = (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).base_parts
+    parts = parts_read(config)
     flat |= {f"model.{k} digest": v for k, v in fingerprint_parts(model, parts).items()}
+    flat |= _recorded_names(model, parts, there)
     if checkpoint is not None:
         digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
         flat["parent"] = digest[:16]
     return flat
+
+
+def parts_read(config: Stage1Config | Stage2Config) -> tuple[str, ...]:
+    """The pretrained parts that a run is built from."""
+    from vlv_model import VLVAutoEncoder, VLVCaptioner
+
+    return (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).read_parts
+
+
+def recorded(run_dir: Path) -> dict[str, Any]:
+    """The identity of the run that a folder holds, from run.json; nothing of a folder without one.
+
+    A base model that was not on the driver's machine yet when the run began has its digest from
+    the run's newest checkpoint.
+    """
+    from vlv_model.fingerprint import is_digest
+
+    if not os.path.isfile(run_dir / "run.json"):
+        return {}
+    there = read_json_object(run_dir / "run.json")
+    last = checkpointing.latest_checkpoint(run_dir)
+    for part, digest in (read_checkpoint(last).base_models if last else {}).items():
+        if not is_digest(there.get(f"model.{part} digest") or ""):
+            there[f"model.{part} digest"] = digest
+    return there
+
+
+def base_models(there: Mapping[str, Any]) -> dict[str, str]:
+    """Where a run that is `recorded` has its base models from, by field of ModelConfig."""
+    fields = {name.removeprefix("model."): value for name, value in there.items()}
+    return {name: fields[name] for name in ModelConfig.model_fields if fields.get(name)}
+
+
+def _recorded_names(
+    model: ModelConfig, parts: Sequence[str], there: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entries of `there` on base models that are the same here, by whatever name.
+
+    Digests of the files decide; where one is not known, the ids of the hub or the folders do.
+    """
+    from vlv_model.fingerprint import fingerprint, is_digest, is_same
+    from vlv_model.sources import field_of, part_source
+
+    differing, names = set(), {}
+    for part in parts:
+        source, digest = part_source(model, part), f"model.{part} digest"
+        known = there.get(digest) or ""
+        if is_digest(known) and is_digest(fingerprint(source)):
+            same = is_same(known, source)
+        else:
+            same = source.may_be(there.get(f"model.{part}") or there.get("model.diffusion") or "")
+        if same:
+            names[digest] = there.get(digest)
+        else:
+            differing.add(field_of(model, part))
+    for field in {"florence", "diffusion", *DIFFUSION_PARTS, "language_model"} - differing:
+        if f"model.{field}" in there:
+            names[f"model.{field}"] = there[f"model.{field}"]
+    return names
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,42 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
             "ray.address=in-process: workers of a training are started by Ray: leave ray.address out for a "
             "Ray of the job's own, or give a running cluster"
         )
+    run = open_run(config)
+    config, run_dir = run.config, Path(run.config.run_dir)
+    with exclusive(run_dir, "run_dir"):
+        run_folder.claim(run_dir, run.identity)
+        if (run_dir / run_folder.RESULT).is_file():
+            print(f"{run_dir} is finished: nothing to train")
+            return read_json_object(run_dir / run_folder.RESULT)
+        rows, held_out = run.rows
+        print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
+        parent = run_folder.keep_parent(run_dir, run.checkpoint)
+        with ray_session(config.ray) as cluster:
+            sampler = _sampler(config, run_dir, run.model, held_out)
+            files = [str(file) for file in run.files]
+            _fit(cluster, config, run_dir, run.model, parent, files, sampler)
+        return run_folder.write_result(config, run_dir)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A training as it stands before any model is loaded."""
+
+    config: Stage1Config | Stage2Config
+    model: ModelConfig
+    checkpoint: Path | None  # what it starts from
+    files: list[Path]
+    rows: tuple[RowIndex, RowIndex]  # trained on, held out
+    identity: dict[str, Any]
+
+
+def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
+    """Look at data, models and run folder; nothing is written. Raises what `train` does."""
     run_dir = Path(config.run_dir)
     config = run_folder.settle(config, run_dir)
-    model, checkpoint = config.model.resolve()
+    there = run_folder.recorded(run_dir)
+    parts = run_folder.parts_read(config)
+    model, checkpoint = config.model.resolve(parts, run_folder.base_models(there))
     run_folder.check_start(config, checkpoint)
     files = parquet_files(config.data.input)
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
@@ -49,19 +83,9 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     if isinstance(config, Stage1Config) and config.data.latents:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
-    identity = run_folder.identity(config, model, checkpoint, files, rows)
+    identity = run_folder.identity(config, model, checkpoint, files, rows, there)
     run_folder.check_free(run_dir, identity)  # before a stranger's folder gets a lock file
-    with exclusive(run_dir, "run_dir"):
-        run_folder.claim(run_dir, identity)
-        if (run_dir / run_folder.RESULT).is_file():
-            print(f"{run_dir} is finished: nothing to train")
-            return read_json_object(run_dir / run_folder.RESULT)
-        print(f"{len(rows[0]):,} rows to train on, {len(rows[1]):,} held out", file=sys.stderr)
-        parent = run_folder.keep_parent(run_dir, checkpoint)
-        with ray_session(config.ray) as cluster:
-            sampler = _sampler(config, run_dir, model, rows[1])
-            _fit(cluster, config, run_dir, model, parent, [str(file) for file in files], sampler)
-        return run_folder.write_result(config, run_dir)
+    return OpenedRun(config, model, checkpoint, files, rows, identity)
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:

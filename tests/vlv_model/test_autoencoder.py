@@ -4,11 +4,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, Florence2ForConditionalGeneration
 
 from tests.vlv_model import reference
-from tests.vlv_model.deepspeed_cast import cast_parameters
 from tests.vlv_model.drawings import scenes
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import MORE_DETAILED_CAPTION
 from vlv_model.errors import ModelError
+from vlv_model.precision import cast
 from vlv_model.preprocessing import encoder_pixels, vae_pixels
 from vlv_model.tiny import LATENT_CHANNELS
 
@@ -157,7 +157,7 @@ def test_guidance_of_one_is_the_conditional_model_alone(autoencoder, squares):
 def test_bfloat16_weights_give_a_float32_loss(autoencoder, squares):
     with torch.no_grad():
         expected = autoencoder.loss(squares, **draws(4))
-        loss = autoencoder.to(torch.bfloat16).loss(squares, **draws(4))
+        loss = cast(autoencoder, "bfloat16").loss(squares, **draws(4))
     assert loss.dtype == torch.float32
     assert abs(loss - expected) < 0.05
 
@@ -166,7 +166,7 @@ def test_parameters_cast_without_buffers_train_as_in_float32(autoencoder, square
     """DeepSpeed's bfloat16: each parameter is cast, each buffer left in float32."""
     with torch.no_grad():
         expected = autoencoder.loss(squares, **draws(4))
-    cast_parameters(autoencoder)
+    cast(autoencoder, "bfloat16")
     loss = autoencoder.loss(squares, **draws(4))
     loss.backward()
     assert abs(loss - expected) < 0.05

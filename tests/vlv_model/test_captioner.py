@@ -3,10 +3,10 @@ import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from tests.vlv_model import reference
-from tests.vlv_model.deepspeed_cast import cast_parameters
 from vlv_model.caption_tokens import GeneratedCaption, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ModelError
+from vlv_model.precision import cast
 from vlv_model.preprocessing import encoder_pixels
 
 CAPTIONS = [
@@ -178,7 +178,7 @@ def test_bfloat16_weights_give_a_float32_loss(captioner, squares):
     batch = batch_of(captioner)
     with torch.no_grad():
         expected = captioner.loss(squares, **batch)
-        captioner.to(torch.bfloat16)
+        cast(captioner, "bfloat16")
         loss = captioner.loss(squares, **batch)
     assert loss.dtype == torch.float32
     assert abs(loss - expected) < 0.05
@@ -190,7 +190,7 @@ def test_parameters_cast_without_buffers_train_as_in_float32(captioner, squares)
     batch = batch_of(captioner)
     with torch.no_grad():
         expected = captioner.loss(squares, **batch)
-    cast_parameters(captioner)
+    cast(captioner, "bfloat16")
     assert captioner.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     loss = captioner.loss(squares, **batch)
     loss.backward()

@@ -184,7 +184,7 @@ def test_a_model_and_another_checkpoint_are_refused(models, tmp_path):
         ({"florence": "./a/b"}, load_florence, "florence: there is no folder"),
         ({"language_model": "nobody/nothing"}, load_language_model, "language_model: cannot load"),
         ({"language_model": "nobody/nothing"}, load_caption_tokenizer, "from the model hub"),
-        ({"diffusion": "nobody/nothing"}, load_diffusion, "vae: cannot load 'nobody/nothing'"),
+        ({"diffusion": "nobody/nothing"}, load_diffusion, "vae: cannot load 'nobody/nothing/vae'"),
         ({"diffusion": "nobody/nothing"}, load_text_encoder, "text_encoder: cannot load"),
         ({"diffusion": "nobody/nothing"}, text_encoder_width, "text_encoder: cannot load"),
     ],

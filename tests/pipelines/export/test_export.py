@@ -30,6 +30,7 @@ from vlv_model.checkpoint import read_checkpoint, stages_of
 from vlv_model.config import ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError, ConfigError, ModelError, RunError
+from vlv_model.precision import cast
 
 SQUARES = drawn(3, seed=1)  # uint8 [3 3 64 64]
 
@@ -183,8 +184,8 @@ def test_bfloat16_halves_it_and_changes_no_caption_of_that_precision(
 ) -> None:
     output = tmp_path / "half"
     export(config(output, trained.run, "precision=bfloat16"))
-    whole = VLVCaptioner.from_pretrained(exported).to(torch.bfloat16)
-    half = VLVCaptioner.from_pretrained(output).to(torch.bfloat16)
+    whole = cast(VLVCaptioner.from_pretrained(exported), "bfloat16")
+    half = cast(VLVCaptioner.from_pretrained(output), "bfloat16")
     assert same_weights(whole, half)
     assert whole.generate(SQUARES, 1, 8) == half.generate(SQUARES, 1, 8)
     sizes = [sum(p.stat().st_size for p in f.rglob("*.safetensors")) for f in (output, exported)]

@@ -1,14 +1,22 @@
 """What a run folder settles before a training begins or goes on."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipelines.config import load
 from pipelines.training.config import Stage1Config
 from pipelines.training.run_folder import check_free, settle
+from tests.hub import hub
 from vlv_model.errors import ConfigError, RunError
+from vlv_model.fingerprint import fingerprint
 
 
 def config(run_dir: Path, *settings: str) -> Stage1Config:
@@ -38,3 +46,64 @@ def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path: P
     (tmp_path / "run.json").write_text(json.dumps({"train.lora.rank": 0}))
     with pytest.raises(RunError, match=r"train\.steps"):
         check_free(tmp_path, now)
+
+
+FIRST, SECOND = "1" * 40, "2" * 40  # commits
+
+
+def machine(name: Path, endpoint: str, words: list[str], settings: list[str]) -> list[str]:
+    """What a machine with the hub's cache in the folder `name` says to each word (hub_machine)."""
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HOME": str(name), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "tests.pipelines.training.hub_machine", *words, *settings]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_an_id_its_commit_and_its_digest_are_one_model(
+    tiny_models: Path, pair_table: Path, tmp_path: Path
+) -> None:
+    """A run on ids of the hub goes on after their download, after a push, and on another machine."""
+    repositories, run_dir = tmp_path / "hub", tmp_path / "run"
+    for repo in ("florence", "diffusion"):
+        shutil.copytree(tiny_models / repo, repositories / "some" / repo / FIRST)
+    settings = [f"data.input={pair_table}", f"run_dir={run_dir}", "data.holdout=0.2",
+                "model.florence=some/florence", "model.diffusion=some/diffusion",
+                "model.num_queries=16", "model.image_size=64", "model.encoder_image_size=128",
+                "train.global_batch_size=8"]  # fmt: skip
+    pushed = repositories / "some/florence" / SECOND
+    shutil.copytree(tiny_models / "florence", pushed)
+    tensors = load_file(pushed / "model.safetensors")
+    save_file({n: tensor + 1 for n, tensor in tensors.items()}, pushed / "model.safetensors")
+    os.utime(pushed, (0, 0))  # not yet
+    first = f"some/florence@{FIRST}"
+    with hub(repositories) as endpoint:
+        # The second time there are digests where only ids were known.
+        words = ["open", "load", "open", f"push={pushed}", "other=some/florence@main"]
+        said = machine(tmp_path / "one", endpoint, [*words, "other=some/florence@v9"], settings)
+    assert said[:3] == [f"open: {first}", f"load: {first}", f"open: {first}"]
+    assert said[3] == f"push={pushed}: {first}"
+    assert f"model.florence: {first} there, some/florence@{SECOND} here" in said[4]
+    assert "'some/florence@v9' is no local folder, and the model hub does not give it" in said[5]
+
+    # Another machine, which has no hub, and downloaded more files than the first one before.
+    here = tmp_path / "two/hub/models--some--florence/snapshots" / FIRST
+    shutil.copytree(tiny_models / "florence", here)
+    save_file(tensors, here / "model.fp16.safetensors")
+    (run_dir / "run.json").write_text(json.dumps(with_digests(run_dir, tiny_models)))
+    copy, other = tiny_models / "florence", pushed
+    words = ["open", f"other={first}", f"other={copy}", f"other={other}", "other=nobody/nothing"]
+    said = machine(tmp_path / "two", "http://127.0.0.1:9", words, settings)
+    assert said[0] == f"open: {first}"
+    assert said[1].endswith(f": {first}")
+    assert said[2].endswith(f": {copy}")  # a folder of the same files
+    assert f"{first} there, {other} here" in said[3]
+    assert "'nobody/nothing' is no local folder, and the model hub does not give it" in said[4]
+
+
+def with_digests(run_dir: Path, models: Path) -> dict[str, Any]:
+    """run.json as it is of a run whose driver had downloaded florence before."""
+    told = json.loads((run_dir / "run.json").read_text())
+    assert told["model.florence digest"] == f"some/florence@{FIRST}"
+    return told | {"model.florence digest": fingerprint(models / "florence")}

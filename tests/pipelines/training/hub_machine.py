@@ -1,0 +1,46 @@
+"""A machine that opens a training on ids of the hub, loads its models, and opens it again.
+
+    python -m tests.pipelines.training.hub_machine WORD … SETTING …
+
+Words are done in their order: `open` looks at the run and claims its folder, `load` loads its models,
+too, `other=FLORENCE` opens it with that one, and `push=FOLDER` makes a commit of the hub its repository's
+newest. A line is printed for each: what florence is, or the error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pipelines.config import load
+from pipelines.training import run_folder
+from pipelines.training.config import Stage1Config
+from pipelines.training.trainer import open_run
+from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.errors import VLVError
+
+
+def main(words: list[str], settings: list[str]) -> None:
+    for word in words:
+        config = load(Stage1Config, None, settings)
+        try:
+            if word.startswith("push="):
+                os.utime(word[5:])
+            if word.startswith("other="):
+                config = load(Stage1Config, None, [*settings, f"model.florence={word[6:]}"])
+            run = open_run(config)
+            run_folder.claim(Path(config.run_dir), run.identity)
+            if word == "load":
+                VLVAutoEncoder.from_pretrained(run.model)
+            print(f"{word}: {run.model.florence}", flush=True)
+        except VLVError as error:
+            print(f"{word}: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    settings = [
+        word for word in given if "." in word.partition("=")[0] or word.startswith("run_dir")
+    ]
+    main([word for word in given if word not in settings], settings)
