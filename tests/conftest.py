@@ -34,8 +34,8 @@ for variable in ("RAY_ADDRESS", "WANDB_API_KEY"):
 
 
 # Groups of tests that share what takes long to start, those that take longest first. A file is a group
-# of its own where it is not named here. What shares the Ray of a process is in two groups, as there
-# are two processes.
+# of its own where it is not named here. What shares the Ray of a process is in two groups, or each of the
+# processes would start one.
 GROUPS = {
     "training": ["pipelines/training/test_train.py", "compatibility/test_made.py"],
     "demo": ["jobs/test_demo.py"],

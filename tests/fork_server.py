@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-SOCKET = "socket"
+SOCKET, LOG = "socket", "log"
 WORKERS = ("/setup_worker.py", "/default_worker.py")  # of Ray
 
 # Those of models, training and recaptioning that are slow to import, as far down as they are used.
@@ -48,12 +48,17 @@ LIBRARIES = [
 ]  # fmt: skip
 
 STAND_IN = """\
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, time
 real, here = {real!r}, {socket!r}
 words = sys.argv[1:]
 script = next((word for word in words if not word.startswith("-")), "")
 if "/ray/" in script and not script.endswith({workers!r}):
     os.execv(real, [real, *words])
+limit = time.monotonic() + 200
+while not os.path.exists(here):  # it is still importing
+    time.sleep(0.05)
+    if time.monotonic() > limit:
+        sys.exit(open({log!r}).read() or "the server of forked processes does not start")
 server = socket.socket(socket.AF_UNIX)
 server.connect(here)
 asked = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
@@ -71,27 +76,26 @@ os._exit(status)
 
 @contextlib.contextmanager
 def fork_server(folder: Path) -> Iterator[Path]:
-    """The stand-in for the interpreter, `folder`/python, for as long as the block lasts."""
+    """The stand-in for the interpreter, `folder`/python, for as long as the block lasts.
+
+    It is there at once, and waits itself until the server has imported all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stand_in, code = folder / "python", folder / "stand_in.py"
-    code.write_text(
-        STAND_IN.format(real=sys.executable, socket=str(folder / SOCKET), workers=WORKERS)
-    )
+    places = {"socket": str(folder / SOCKET), "log": str(folder / LOG)}
+    code.write_text(STAND_IN.format(real=sys.executable, workers=WORKERS, **places))
     stand_in.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(code))} "$@"\n'
     )
     stand_in.chmod(0o755)
     command = [sys.executable, __file__, str(folder)]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with open(folder / "log", "wb") as log:
+    with open(folder / LOG, "wb") as log:
         server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            env=os.environ | settings,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | settings
+        )
     assert server.stdin is not None
-    assert server.stdout is not None
     try:
-        assert server.stdout.readline(), (folder / "log").read_text()  # says that it is ready
         yield stand_in
     finally:
         server.stdin.close()
@@ -106,14 +110,9 @@ def serve(folder: Path) -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / SOCKET))
+    listener.bind(str(folder / f".{SOCKET}"))
     listener.listen(64)
-    # Streams of its own, as those of the programs are theirs.
-    ready = os.fdopen(os.dup(1), "w")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    print("ready", file=ready, flush=True)
-    ready.close()
+    (folder / f".{SOCKET}").rename(folder / SOCKET)  # there, and ready
     with selectors.DefaultSelector() as events:
         events.register(0, selectors.EVENT_READ)
         events.register(listener, selectors.EVENT_READ)

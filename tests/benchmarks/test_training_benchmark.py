@@ -26,14 +26,14 @@ def _one_thread():
 
 
 def test_the_last_line_tells_ratios_and_parity(capsys):
-    assert training.main(["--size", "tiny", "--device", "cpu", "--quick"]) == 0
+    assert (
+        training.main(["--size", "tiny", "--device", "cpu", "--quick", "--stages", "stage1"]) == 0
+    )
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["benchmark"], told["size"], told["device"]) == ("training", "tiny", "cpu")
     assert told["stage1_ratio"] > 0
-    assert told["stage2_ratio"] > 0
     assert told["mfu"] is None  # there is no rate of a CPU to hold it against
     assert told["stage1_loss_difference"] <= 1e-4
-    assert told["stage2_loss_difference"] <= 1e-4
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

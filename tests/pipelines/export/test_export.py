@@ -122,7 +122,7 @@ def test_the_card_says_what_the_run_recorded_and_no_path(trained: Trained, expor
     assert not any(str(trained.home) in text or "/secret" in text for text in texts)
     origin = read_checkpoint(exported).origin
     assert [training["stage"] for training in origin["trainings"]] == ["stage1", "stage2"]
-    assert origin["base_models"]["florence"]["fingerprint"].startswith("sha256:")
+    assert origin["base_models"]["florence"]["fingerprint"].startswith("opened-sha256:")
 
 
 def test_the_card_links_base_models_of_the_hub(exported: Path) -> None:

@@ -128,7 +128,9 @@ def test_another_vae_is_refused(
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.raises(DataError, match=r"VAE and image size \(vae: sha256:.* precompute it"):
+    with pytest.raises(
+        DataError, match=r"VAE and image size \(vae: opened-sha256:.* precompute it"
+    ):
         LatentReader(str(latents)).check(resolve_model(models)[0], keys_of(pair_table))
 
 

@@ -1,12 +1,12 @@
 """Training for real: Ray Train, DeepSpeed over gloo with two workers, W&B offline."""
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -40,13 +40,13 @@ COMMON = [
     "data.holdout=0.2", "train.use_gpu=false", "train.global_batch_size=8", "train.eval_rows=16",
     "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01", "train.samples=0",
 ]  # fmt: skip
-STEPS = 12
+STEPS = 8
 
 
 def stage1_config(table: Path, models: Path, run_dir: Path, *more: str) -> Stage1Config:
     paths = [f"data.input={table}", f"model.path={models}", f"run_dir={run_dir}"]
-    run = [f"train.steps={STEPS}", "train.num_workers=2", "train.checkpoint_every=4"]
-    return load(Stage1Config, None, [*paths, *COMMON, *run, "train.eval_every=6", *more])
+    run = [f"train.steps={STEPS}", "train.num_workers=2", "train.checkpoint_every=3"]
+    return load(Stage1Config, None, [*paths, *COMMON, *run, "train.eval_every=4", *more])
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +72,19 @@ def test_heldout_loss_falls_and_every_step_is_told_once(unbroken: Path) -> None:
     assert result["loss_after"] < result["loss_before"]
     assert result["rows_seen"] == STEPS * 8
     assert steps_of(unbroken, "step") == list(range(1, STEPS + 1))
-    assert list(heldout_losses(unbroken)) == [0, 6, 12]
+    assert list(heldout_losses(unbroken)) == [0, 4, 8]
 
 
 def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) -> None:
     kept = list(finished_checkpoints(unbroken))
-    assert [folder.name for folder in kept] == ["step-00000012", "step-00000008"]
+    assert [folder.name for folder in kept] == ["step-00000008", "step-00000006"]
     with safe_open(kept[0] / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
     frozen = ("vision_tower", "shared", "embed_tokens", "text_encoder", "unet", "vae")
     assert "encoder.learnable_queries" in names
     assert not [name for name in names if any(part in name for part in frozen)]
     told = json.loads((kept[0] / "checkpoint.json").read_text())
-    assert (told["stage"], told["step"], told["rows_seen"]) == ("stage1", 12, 96)
+    assert (told["stage"], told["step"], told["rows_seen"]) == ("stage1", STEPS, 64)
     assert told["config"]["train"]["steps"] == STEPS
     weights_size = (kept[0] / "model.safetensors").stat().st_size
     whole = sum(file.stat().st_size for file in kept[0].iterdir())
@@ -146,7 +146,7 @@ def test_samples_show_held_out_images_as_checkpoints_see_them(
 ) -> None:
     index = RowIndex.open(sorted(pair_table.glob("*.parquet")), ["caption"])
     reader = RowReader(split(index, 0.2)[1], ["caption"])
-    last = unbroken / "samples" / "step-00000012.html"
+    last = unbroken / "samples" / "step-00000008.html"
     assert (
         last in (unbroken / "samples").iterdir()
     )  # others where a CPU was free beside the workers
@@ -195,10 +195,11 @@ def kill_a_worker_after(run_dir: Path, step: int, killed: list[int]) -> None:
     while time.monotonic() < deadline:
         if any(e["event"] == "checkpoint" and e["step"] >= step for e in read_metrics(run_dir)):
             for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+                with contextlib.suppress(psutil.NoSuchProcess):  # those of samples come and go
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
         time.sleep(0.02)
 
 
@@ -207,7 +208,7 @@ def test_a_killed_worker_changes_no_loss(
 ) -> None:
     run_dir = tmp_path / "killed"
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker_after, args=(run_dir, 4, killed))
+    killer = threading.Thread(target=kill_a_worker_after, args=(run_dir, 3, killed))
     killer.start()
     train(stage1_config(pair_table, tiny_models, run_dir))
     killer.join()
@@ -226,7 +227,7 @@ def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
     run_dir = tmp_path / "called-back"
     config = ["data.input", pair_table, "model.path", tiny_models, "run_dir", run_dir]
     given = [f"{name}={value}" for name, value in zip(config[::2], config[1::2], strict=True)]
-    given += [*COMMON, f"train.steps={STEPS}", "train.num_workers=[1,2]", "train.eval_every=6"]
+    given += [*COMMON, f"train.steps={STEPS}", "train.num_workers=[1,2]", "train.eval_every=4"]
     command = [sys.executable, "-m", "tests.pipelines.training.lost_node", *given]
     environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
