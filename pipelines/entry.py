@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 # Ray Data adds to the message of an error in a step where that step stood.
 _RAYS_POSTSCRIPT = " Failed to apply UDF transform"
+
+# Where, and how full.
+_FULL_MEMORY = re.compile(r"Memory on the node \(IP: ([^,]+),[^)]*\) was (.+? used / .+?) limit")
 
 # What a user's paths can run into anywhere: full, read-only, not permitted, names that are too long.
 _REFUSED_BY_SYSTEM = {
@@ -62,8 +66,24 @@ def main(
                 where = cause.filename or "writing"
                 print(f"error: {os.strerror(cause.errno)}: {where}", file=sys.stderr)
                 return BAD_INPUT
+            if _is_full_memory(cause):
+                found = _FULL_MEMORY.search(str(cause))
+                where = f" ({found[1]}: {found[2]})" if found else ""
+                print(
+                    f"error: the memory of a machine is full{where}, so Ray ended a process of this job: "
+                    "have fewer or smaller processes on a machine (workers, readers, actors, "
+                    "batches), or machines with more; the same command then continues",
+                    file=sys.stderr,
+                )
+                return BAD_INPUT
         raise
     return 0
+
+
+def _is_full_memory(error: BaseException) -> bool:
+    """Whether it is Ray's word for it, told without an import of Ray."""
+    kind = type(error)
+    return kind.__module__.partition(".")[0] == "ray" and kind.__name__ == "OutOfMemoryError"
 
 
 def causes_of(error: BaseException, handled: bool = True) -> Iterator[BaseException]:

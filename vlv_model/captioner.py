@@ -225,8 +225,13 @@ class VLVCaptioner(nn.Module):
         text = caption_text(self.tokenizer, finished.ids)
         return GeneratedCaption(text, len(finished.ids), finished.finish_reason)
 
-    def search(self, prefix: Tensor, num_beams: int, max_new_tokens: int) -> list[GeneratedCaption]:
-        """Captions of prefixes `[b q h]` by transformers' beam search, all of them at once."""
+    def search(
+        self, prefix: Tensor, num_beams: int, max_new_tokens: int, early_stopping: bool = False
+    ) -> list[GeneratedCaption]:
+        """Captions of prefixes `[b q h]` by transformers' beam search, all of them at once.
+
+        `early_stopping` ends a search when `num_beams` captions have ended.
+        """
         end_of_text = end_of_text_id(self.tokenizer)
         with torch.no_grad():
             new_ids = self.language_model.generate(
@@ -234,6 +239,7 @@ class VLVCaptioner(nn.Module):
                 attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.int64),
                 do_sample=False,
                 num_beams=num_beams,
+                early_stopping=early_stopping,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end_of_text,
                 pad_token_id=end_of_text,

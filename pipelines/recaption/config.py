@@ -12,7 +12,7 @@ from pipelines.config import InputPath, InputPlace
 from pipelines.places import open_parquet
 from pipelines.predicate import Where, small_columns
 from pipelines.recaption.gate import GateConfig
-from pipelines.recaption.postprocess import reference
+from pipelines.recaption.postprocess import RULES, reference
 from pipelines.runtime import RayConfig
 from pipelines.schemas import require_columns
 from pipelines.selection import ActorConfig, Selection
@@ -29,6 +29,11 @@ class GenerateConfig(Config):
         description="what decodes: this package upon transformers, or vLLM (CUDA; not yet run on a GPU)",
     )
     num_beams: int = Field(4, ge=1, description="beams of the search; 1 is greedy")
+    early_stopping: bool = Field(
+        False,
+        description="the search ends when num_beams captions have ended, as the published "
+        "implementation's does; false: when no better one can come",
+    )
     max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
     batch_size: int = Field(64, ge=1, description="images that are captioned at once")
     precision: Precision = Field("float32", description="arithmetic")
@@ -61,6 +66,10 @@ class GenerateConfig(Config):
                 f"engine=vllm has no beam search over embeddings, num_beams={self.num_beams}: set "
                 "num_beams=1"
             )
+        if self.early_stopping and self.num_beams == 1:
+            raise ValueError(
+                "early_stopping needs num_beams of at least 2: one beam does not search"
+            )
         if self.temperature is None and (self.top_p < 1 or self.seed):
             raise ValueError("top_p and seed need a temperature")
         return self
@@ -85,9 +94,13 @@ class GenerateConfig(Config):
         """
         decisive = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
         decisive |= self.draws or {}
+        if self.early_stopping:
+            decisive["early_stopping"] = True
+        if self.postprocess != "none":
+            decisive["postprocess"] = f"{self.postprocess} {RULES}"
         if self.engine != "transformers":  # which rounds, and draws, in ways of its own
             decisive["engine"] = self.engine
-        return decisive | ({} if self.postprocess == "none" else {"postprocess": self.postprocess})
+        return decisive
 
 
 class EarlierConfig(Config):

@@ -83,7 +83,10 @@ class Engine:
         for first in range(0, len(images), size):
             prefix = self.captioner.prefix(images[first : first + size].to(self.device))
             found = self.captioner.search(
-                prefix, self.generate.num_beams, self.generate.max_new_tokens
+                prefix,
+                self.generate.num_beams,
+                self.generate.max_new_tokens,
+                self.generate.early_stopping,
             )
             yield from (Outcome(first + i, caption) for i, caption in enumerate(found))
 

@@ -5,8 +5,8 @@ again. Two rules, in this order, as the published implementation of the method h
 
 1. The caption is cut after its last full stop (one that white space, a closing quotation mark or
    bracket, or the end follows; not that of 3.5). Without a full stop it stays whole.
-2. A sentence that was said before is dropped. Sentences are compared by their words: case,
-   punctuation and white space do not count.
+2. A sentence that was said before is dropped; it ends in a full stop, `!` or `?`. Sentences are
+   compared by their words: case, punctuation and white space do not count.
 
 What decoding did is told of the raw caption: `num_tokens`, `finish_reason`, `truncated`.
 """
@@ -17,9 +17,11 @@ import re
 
 from pipelines.recaption.health import words
 
-_STOP = r"[.。][\"'”’)\]]*"
+RULES = 2  # raised when they change, as captions then do
+
+_STOP = r"[.!?][\"'”’)\]]*"
 _LAST = re.compile(r"^.*(?:\.[\"'”’)\]]*(?=\s|$)|。[\"'”’)\]]*)", re.DOTALL)
-_SENTENCE = re.compile(rf"\s*(.+?(?:{_STOP}(?=\s|$)|。|$))", re.DOTALL)
+_SENTENCE = re.compile(rf"\s*(.+?(?:{_STOP}(?=\s|$)|[。！？]|$))", re.DOTALL)
 
 
 def reference(caption: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,13 +171,14 @@ class Trainer:
         passes += [(*batches[-1], 0.0)] * (rounds - len(batches))
         # DeepSpeed takes the mean over workers and accumulated micro-batches: undo that mean.
         parts = self.worker.world_size * rounds
-        losses = []
+        losses: list[Tensor] = []
         for turn, (number, batch, share) in enumerate(passes):
             # Dropout belongs to the micro-batch, so another number of workers repeats it.
             torch.manual_seed(mix(train.seed, step, number) >> 1)
             mean = self.engine(**self._to_device(batch))
             self.engine.backward(mean * (share * parts))
-            losses.append(mean.item() * share)
+            # Nothing waits for the device before the last pass.
+            losses.append(mean.detach().double() * share)
             if turn == rounds - 1:
                 loss = self._sum_over_workers(sum(losses))
                 self._refuse_non_finite(loss, step, batches, losses)
@@ -251,25 +252,32 @@ class Trainer:
 
     def _begin(self, reading: Reading, rows: Sequence[tuple[int, int]]) -> Callable[[], Prepared]:
         finish = reading.begin(rows)
-        return lambda: self.stage.prepare(finish())
+        return lambda: self._pinned(self.stage.prepare(finish()))
 
-    def _to_device(self, batch: Prepared) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.worker.device) for name, value in batch.inputs.items()}
+    def _pinned(self, batch: Prepared) -> Prepared:
+        """In memory that a GPU copies from by itself; made so in the thread that reads ahead."""
+        if self.worker.device.type != "cuda":
+            return batch
+        return replace(batch, inputs={n: value.pin_memory() for n, value in batch.inputs.items()})
 
-    def _sum_over_workers(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.worker.device)
+    def _to_device(self, batch: Prepared) -> dict[str, Tensor]:
+        device = self.worker.device
+        return {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+
+    def _sum_over_workers(self, value: float | Tensor) -> float:
+        total = torch.as_tensor(value, dtype=torch.float64, device=self.worker.device)
         if self.worker.world_size > 1:
             dist.all_reduce(total)
         return total.item()
 
     def _refuse_non_finite(
-        self, loss: float, step: int, batches: list[tuple[int, Prepared]], losses: list[float]
+        self, loss: float, step: int, batches: list[tuple[int, Prepared]], losses: list[Tensor]
     ) -> None:
         """Stop all workers, naming the rows of the micro-batches that are to blame, on any of them."""
         if math.isfinite(loss):
             return
         pairs = zip(batches, losses, strict=False)  # without an empty last one
-        mine = [key for (_, batch), part in pairs if not math.isfinite(part) for key in batch.keys]
+        mine = [key for (_, batch), part in pairs if not part.isfinite() for key in batch.keys]
         found: list[list[int]] = [[]] * self.worker.world_size
         if self.worker.world_size > 1:
             dist.all_gather_object(found, mine)

@@ -23,7 +23,7 @@ from pipelines.training import checkpointing, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
-from vlv_model.errors import DataError, RunError, VLVError
+from vlv_model.errors import DataError, RunError, VLVError, one_line
 
 if TYPE_CHECKING:
     from pipelines.training.loop import Worker
@@ -197,19 +197,35 @@ def _sampler(
 def _worker(loop: dict[str, Any]) -> None:
     """What each worker of Ray Train runs: the training, unless its input was refused before.
 
-    A lost machine is worth another attempt, a bad row or a bad setting is not: Ray Train restarts
-    after both, so the second time says at once what the first one found.
+    A lost machine is worth another attempt, a bad row, a bad setting or a full GPU is not: Ray Train
+    restarts after each, so the second time says at once what the first one found.
     """
+    train_or_refuse(loop, _train_on_worker)
+
+
+def train_or_refuse(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
+    """Have `work` done, unless it was refused before; `loop["refusals"]` is a queue of all workers."""
+    import torch
+
     refusals = loop["refusals"]
     if not refusals.empty():
         refused = refusals.get()
         refusals.put(refused)  # for the other workers
         raise refused
     try:
-        _train_on_worker(loop)
+        work(loop)
     except VLVError as error:
         refusals.put(type(error)(str(error)))
         raise
+    except torch.OutOfMemoryError as error:
+        size = loop["config"]["train"]["micro_batch_size"]
+        refused = RunError(
+            f"a GPU's memory is full ({one_line(error)}): set train.activation_checkpointing=true or "
+            "train.offload_optimizer=true, which a run that has begun may change too, or begin one "
+            f"with train.micro_batch_size below {size}"
+        )
+        refusals.put(refused)
+        raise refused from error
 
 
 def _train_on_worker(loop: dict[str, Any]) -> None:

@@ -50,6 +50,22 @@ def test_a_line_of_ours_wins_over_what_it_was_made_of(monkeypatch, capsys) -> No
     assert capsys.readouterr().err == "error: data.input=/x cannot be read: mend it\n"
 
 
+@pytest.mark.parametrize("wrap", [lambda e: e, wrapped])
+def test_a_machine_without_memory_is_one_line(wrap, monkeypatch, capsys) -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    said = (
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: "
+        "192.0.2.2, ID: 84939d3617d3) was 9.52GB used / 9.59GB limit (0.993)\nOOM kill reason: …"
+    )
+    assert ended(wrap(OutOfMemoryError(said)), monkeypatch) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: the memory of a machine is full (192.0.2.2: 9.52GB used / 9.59GB)"
+    )
+    assert line.endswith("the same command then continues")
+
+
 def test_a_fault_while_a_refusal_was_handled_keeps_its_traceback(monkeypatch) -> None:
     refused = OSError(errno.EACCES, "Permission denied", "/x")
     fault = TypeError("of the program")

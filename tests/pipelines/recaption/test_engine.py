@@ -1,5 +1,6 @@
 """The engine: the captions of the plain model, and errors that stay with their image."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError
 from pipelines.recaption.predictor import CaptionImages
 from tests.vlv_model.drawings import scenes
+from vlv_model.caption_tokens import decode_captions, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ConfigError
+from vlv_model.freezing import evaluating
 
 GENERATE = GenerateConfig(num_beams=1, max_new_tokens=6, batch_size=3)
 
@@ -39,6 +42,25 @@ def break_model(
         return prefix(pixels)
 
     monkeypatch.setattr(captioner, "prefix", failing)
+
+
+def test_a_search_ends_as_the_settings_say(captioner, images):
+    """As transformers' own of one image after the other, of a model that ends now and then."""
+    captioner, end = copy.deepcopy(captioner), end_of_text_id(captioner.tokenizer)
+    captioner.language_model.get_input_embeddings().weight.data[end] *= 4  # which predicts, too
+    found = {}
+    for early in (False, True):
+        update = {"num_beams": 3, "early_stopping": early, "max_new_tokens": 12}
+        engine = Engine(captioner, GENERATE.model_copy(update=update))
+        found[early] = {o.position: o.caption for o in engine.captions(range(8), images)}
+        for i, image in enumerate(images):
+            with evaluating(captioner):
+                ids = captioner.language_model.generate(
+                    inputs_embeds=captioner.prefix(image[None]), num_beams=3, early_stopping=early,
+                    max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=end,
+                )  # fmt: skip
+            assert found[early][i] == decode_captions(captioner.tokenizer, ids)[0]
+    assert found[True] != found[False]
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -120,6 +142,7 @@ def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):
         ({"temperature": 1.0}, "set num_beams=1"),
         ({"top_p": 0.5, "num_beams": 1}, "need a temperature"),
         ({"temperature": 0.0, "num_beams": 1}, "temperature"),
+        ({"early_stopping": True, "num_beams": 1}, "one beam does not search"),
     ],
 )
 def test_settings_of_drawing_that_say_two_things(given, said):
@@ -133,6 +156,7 @@ def test_how_captions_are_drawn_is_part_of_their_fingerprint():
         GenerateConfig(num_beams=1, temperature=t, top_p=p, seed=s)
         for t, p, s in ((1, 1, 0), (1, 1, 1), (1, 0.9, 0), (0.5, 1, 0))
     ]
-    told = [str(config.decides()) for config in (greedy, *drawn)]
-    assert len(set(told)) == 5
+    searched = [GenerateConfig(early_stopping=early) for early in (False, True)]
+    told = [str(config.decides()) for config in (greedy, *drawn, *searched)]
+    assert len(set(told)) == 7
     assert greedy.decides() == {"num_beams": 1, "max_new_tokens": 300, "precision": "float32"}

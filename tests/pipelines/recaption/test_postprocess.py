@@ -18,6 +18,9 @@ from pipelines.storage import parquet_files, read_rows
         ("A cat. A dog. a  CAT. A dog. A bird.", "A cat. A dog. A bird."),
         ("It is 3.5 metres long. It has 2.5", "It is 3.5 metres long."),
         ('A sign says "Stop." Nobody stops.\nNobody stops', 'A sign says "Stop." Nobody stops.'),
+        ("A dog! A cat? a dog! A cat? A bird.", "A dog! A cat? A bird."),
+        ("Is it a dog? It is. And it", "Is it a dog? It is."),
+        ("It is red!", "It is red!"),
         ("猫がいる。犬がいる。猫がいる。鳥が", "猫がいる。 犬がいる。"),
     ],
 )
