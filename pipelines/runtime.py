@@ -240,9 +240,17 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
 
+    from ray.exceptions import RayError
+
+    asked = False
+
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         signal.signal(number, signal.SIG_IGN)
-        sys.exit(128 + number)
+        # An error of the Ray that is gone, which came first, is unwinding already.
+        if not isinstance(sys.exc_info()[1], RayError):
+            sys.exit(128 + number)
 
     ours, signals = socket.socketpair()
     with ours, signals:
@@ -251,6 +259,10 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, end)
         try:
             yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
+        except RayError:
+            if asked:
+                sys.exit(128 + signal.SIGTERM)
+            raise
         finally:
             signal.set_wakeup_fd(before)
 
