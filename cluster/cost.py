@@ -4,6 +4,9 @@
     python cluster/cost.py cloud=gcp recaption.images=3e8 recaption.machines=40
     python cluster/cost.py machine.gpu='RTX 6000 Ada' machine.gpus=8 machine.price=8
 
+Counted are bfloat16 arithmetic and greedy captions, and no communication: what the machines could do,
+not what a recipe in float32, with beams, or over slow links will take.
+
 Machines and prices are those of cluster/sizes.yaml; `machine.*` puts another one in the place of the
 training group. Every rate is a setting, and says where its default comes from.
 """
