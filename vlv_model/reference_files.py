@@ -62,6 +62,19 @@ class Reference:
 
 def read_reference(path: Path) -> Reference:
     """Open a file or folder. Raises CheckpointError, one line, for what is no state dict of tensors."""
+    try:
+        return _read(path)
+    except CheckpointError:
+        raise
+    except Exception as problem:
+        # A malformed pickle, zip, index or partition brings about whatever its reader did not expect.
+        raise CheckpointError(
+            f"'{path}' is no checkpoint of the published implementation, or is damaged "
+            f"({type(problem).__name__}: {one_line(problem)}): copy it again"
+        ) from problem
+
+
+def _read(path: Path) -> Reference:
     files = _files(path)
     if any(file.name.endswith("_model_states.pt") for file in files):
         tensors = _deepspeed(files)
@@ -69,6 +82,8 @@ def read_reference(path: Path) -> Reference:
         tensors = {}
         for file in files:
             tensors |= _state_dict(file)
+    # What torch.compile and data-parallel wrappers put before names.
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return Reference(
@@ -99,9 +114,8 @@ def _files(path: Path) -> list[Path]:
     if states:
         optimizers = _by_rank(path.glob(_OPTIMIZER_STATES))
         return [*states, *optimizers]
-    checkpoints = [*path.glob("checkpoint_*.pt")]
-    if len(checkpoints) == 1:
-        return checkpoints
+    if checkpoints := [*path.glob("checkpoint_*.pt")]:
+        return [max(checkpoints, key=lambda file: (_step_of(file, file) or 0, file.name))]
     raise CheckpointError(
         f"'{path}' holds no checkpoint of the published implementation: expected model.pt, "
         "pytorch_model.bin, model.safetensors, or a DeepSpeed checkpoint "
@@ -133,8 +147,16 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 
 def _tensors(file: Path, content: Any) -> dict[str, Tensor]:
     named = isinstance(content, dict) and bool(content)
-    if not named or not all(isinstance(v, Tensor) for v in content.values()):
+    if not named or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(f"'{file}' is no state dict: expected tensors by name")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "without values" if value.is_meta else "sparse or quantised"
+            raise CheckpointError(
+                f"'{file}' holds {name} as a tensor that is {kind}: expected plain numbers"
+            )
     return dict(content)
 
 
@@ -147,7 +169,7 @@ def _open(file: Path) -> Any:
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )
     except pickle.UnpicklingError as problem:
-        asked = re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(problem))
+        asked = re.search(r"(?:GLOBAL|global:) (?:GLOBAL )?([\w.]+)", str(problem))
         what = f" ('{asked[1]}')" if asked else ""
         raise CheckpointError(
             f"'{file}' is refused: beside tensors it holds something that could run code{what}, or "

@@ -41,7 +41,8 @@ _PARTS = {
     "diffusion_decoder.vae": "VAE",
     "diffusion_decoder.unet": "UNet",
 }
-FROZEN = ("vision tower", "vision tower's projector", "token embeddings", "text encoder", "VAE", "UNet")  # fmt: skip
+# Token embeddings are not among them: nothing ties them in the published code, so it trained them.
+FROZEN = ("vision tower", "vision tower's projector", "text encoder", "VAE", "UNet")
 _OPTIONAL = {"VAE": "vae.", "UNet": "unet."}
 
 
@@ -107,7 +108,7 @@ def fill(model: nn.Module, reference: Reference) -> ImportReport:
             f"this is no {stage} checkpoint of these base models: {'; '.join(misfits)}: name the "
             "base models (model.*) and sizes (model.num_queries) that it was trained with"
         )
-    _check_values(given, shared)
+    _check_values(given, shared, report)
     for name in sorted(given.keys() - expected.keys()):
         report.notes.append(f"{name}: dropped, {_about_unused(name, given)}")
     copies = {name for _, *others in shared for name in others}
@@ -142,7 +143,13 @@ def _shared_tensors(
     for name, one in expected.items():
         tensor = weights[one.ours]
         groups[(tensor.data_ptr(), tuple(tensor.shape))].append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    # Of the token embeddings that which the prompt is read from comes first.
+    first = [prefix + PADDED[0] for prefix in ("", "VLV_model.")]
+    return [
+        sorted(names, key=lambda name: name not in first)
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _restore_copies(given: dict[str, Tensor], shared: list[list[str]]) -> None:
@@ -180,22 +187,32 @@ def _about_unused(name: str, given: Mapping[str, Tensor]) -> str:
 
 def _shape_for(one: Expected, tensor: Tensor | None) -> list[int]:
     """The expected shape; of a padded table, with the rows that the checkpoint has, if fewer."""
-    if one.padded and tensor is not None and 0 < tensor.shape[0] < one.shape[0]:
+    if one.padded and tensor is not None and tensor.dim() and 0 < tensor.shape[0] < one.shape[0]:
         return [tensor.shape[0], *one.shape[1:]]
     return one.shape
 
 
-def _check_values(given: Mapping[str, Tensor], shared: list[list[str]]) -> None:
+def _check_values(
+    given: Mapping[str, Tensor], shared: list[list[str]], report: ImportReport
+) -> None:
     for name, tensor in given.items():
+        if not (tensor.is_floating_point() or name.endswith(POSITION_IDS)):
+            raise CheckpointError(f"{name} holds {tensor.dtype}, expected floating-point numbers")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} holds values that are not finite")
     for first, *others in shared:
         for name in others:
-            if not torch.equal(given[first], given[name]):
+            if torch.equal(given[first], given[name]):
+                continue
+            if not first.removeprefix("VLV_model.") == PADDED[0]:
                 raise CheckpointError(
                     f"{first} and {name} differ, and are one tensor here: this checkpoint was "
                     "trained with them untied"
                 )
+            report.notes.append(
+                f"{name}: dropped, other than {first}, from which the prompt is read: the published "
+                "code trained them apart"
+            )
 
 
 def _copy(theirs: Tensor, ours: Tensor, name: str, one: Expected, report: ImportReport) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints of the published implementation, written in its layout and imported."""
 
+import contextlib
 import copy
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -246,3 +248,123 @@ def test_deepspeed_checkpoints_give_the_float32_weights(forked_python, tmp_path)
         assert found.tensors.keys() == expected.keys(), folder.name
         for name, tensor in expected.items():
             assert torch.equal(found.tensors[name].float(), tensor.float()), (folder.name, name)
+
+
+# ----------------------------------------------------------------------- odd and malformed files
+
+
+def test_token_embeddings_that_were_trained_apart_are_taken_where_the_prompt_is_read(
+    published, captioner
+):
+    shared = "VLV_model.model.language_model.model.shared.weight"
+    other = "VLV_model.model.language_model.model.decoder.embed_tokens.weight"
+    trained = {shared: published[1][shared] + 1, other: published[1][other] + 2}
+    report = fill(captioner, as_reference(published[1] | trained))
+    table = captioner.encoder.florence.language_model.shared.weight
+    assert torch.equal(table[: len(trained[shared])], trained[shared])
+    assert any(note.startswith(f"{other}: dropped, other than {shared}") for note in report.notes)
+    assert not any("token embeddings: frozen" in note for note in report.notes)
+    assert not report.to_json()["parts"]["token embeddings"]["frozen"]
+
+
+def test_names_of_compiled_models_are_read(published, captioner, tmp_path):
+    model, tensors = published
+    torch.save({f"module._orig_mod.{n}": t for n, t in tensors.items()}, tmp_path / "model.pt")
+    fill(captioner, read_reference(tmp_path))
+    assert same(captioner, model)
+
+
+def test_of_several_steps_the_last_is_taken(tmp_path):
+    for step in (900, 1000, 80):
+        torch.save({"query_embed": torch.full((1,), step)}, tmp_path / f"checkpoint_{step}.pt")
+    found = read_reference(tmp_path)
+    assert (found.step, found.tensors["query_embed"].item()) == (1000, 1000)
+
+
+class Settings:
+    """Something beside the tensors."""
+
+
+def test_a_refused_class_is_named(tmp_path):
+    torch.save({"model_state_dict": {}, "args": Settings()}, tmp_path / "model.pt")
+    refused(tmp_path, rf"could run code \('{__name__}\.Settings'\)")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({1: torch.zeros(1)}, "is no state dict"),
+        ({"a": torch.zeros(1, device="meta")}, "holds a as a tensor that is without values"),
+        ({"a": torch.eye(3).to_sparse()}, "holds a as a tensor that is sparse"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused(tmp_path, content, said):
+    torch.save(content, tmp_path / "model.pt")
+    refused(tmp_path, said)
+
+
+def test_numbers_of_another_kind_are_refused(published, captioner):
+    name = "mlp.layers.0.weight"
+    with pytest.raises(CheckpointError, match=rf"{name} holds torch.int64, expected floating"):
+        fill(captioner, as_reference(published[1] | {name: published[1][name].long()}))
+    shared = "VLV_model.model.language_model.model.shared.weight"
+    with pytest.raises(CheckpointError, match=f"of another shape .*{shared}"):
+        fill(captioner, as_reference(published[1] | {shared: torch.tensor(1.0)}))
+
+
+def malformed(folder: Path, draw: random.Random) -> Path:
+    """A checkpoint of one kind, with some of its bytes changed, lost, doubled or put elsewhere."""
+    kind = draw.choice(["zip", "legacy", "safetensors", "index", "latest", "deepspeed"])
+    tensors = {name: torch.randn(3, 4) for name in ("query_embed", "mlp.layers.0.weight")}
+    if kind == "safetensors":
+        save_file(tensors, folder / "model.safetensors")
+    elif kind == "index":
+        save_file(tensors, folder / "a.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "deepspeed":
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()}]
+        low = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        states = folder / "mp_rank_00_model_states.pt"
+        torch.save({"module": low, "param_shapes": shapes}, states)
+        flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+        part = {"partition_count": 1, "single_partition_of_fp32_groups": [flat]}
+        file = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": part}, file)
+    else:
+        inside = folder / "step_7" if kind == "latest" else folder
+        inside.mkdir(exist_ok=True)
+        torch.save(tensors, inside / "model.pt", _use_new_zipfile_serialization=kind != "legacy")
+        if kind == "latest":
+            (folder / "latest").write_text("step_7")
+    file = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    for _ in range(draw.randint(1, 8)):
+        if not content:
+            break
+        at, length = draw.randrange(len(content)), draw.randint(1, 64)
+        match draw.choice(["flip", "cut", "lose", "double", "text"]):
+            case "flip":
+                content[at] ^= 1 << draw.randrange(8)
+            case "cut":
+                del content[at:]
+            case "lose":
+                del content[at : at + length]
+            case "double":
+                content[at:at] = content[at : at + length]
+            case "text":
+                content[at : at + 4] = draw.choice([b"null", b"[1]}", b"\xff\xfe", b"-1e9", b"{}"])
+    file.write_bytes(content)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(10))
+def test_malformed_files_give_one_line_each(tmp_path, seed):
+    draw = random.Random(seed)
+    for number in range(30):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with contextlib.suppress(CheckpointError):  # whose message is one line
+            found = read_reference(malformed(folder, draw))
+            assert all(isinstance(tensor, torch.Tensor) for tensor in found.tensors.values())
