@@ -30,14 +30,15 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
 
     `there` is what a manifest says already: the same VAE is called what it is called there.
     """
-    from vlv_model.fingerprint import fingerprint, is_same
+    from vlv_model.fingerprint import fingerprint_like, is_same
     from vlv_model.loading import read_latent_format
     from vlv_model.sources import part_source
 
     latents, vae = read_latent_format(model), part_source(model, "vae")
-    recorded = (there or {}).get("vae")
+    recorded = (there or {}).get("vae") or ""
+    same = recorded and is_same(recorded, vae)
     return {
-        "vae": recorded if recorded and is_same(recorded, vae) else fingerprint(vae),
+        "vae": recorded if same else fingerprint_like(recorded, vae),
         "scaling_factor": latents.scaling_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,

@@ -240,17 +240,19 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
 
-    from ray.exceptions import RayError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    asked = False
+    asked, status = False, 128 + signal.SIGTERM
+    others = signal.getsignal(signal.SIGTERM)
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
         signal.signal(number, signal.SIG_IGN)
         # An error of the Ray that is gone, which came first, is unwinding already.
-        if not isinstance(sys.exc_info()[1], RayError):
-            sys.exit(128 + number)
+        error = sys.exc_info()[1]
+        if not isinstance(error, RayError) or isinstance(error, GetTimeoutError | RayTaskError):
+            sys.exit(status)
 
     ours, signals = socket.socketpair()
     with ours, signals:
@@ -259,12 +261,16 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, end)
         try:
             yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
-        except RayError:
+        except Exception:
             if asked:
-                sys.exit(128 + signal.SIGTERM)
+                sys.exit(status)
             raise
         finally:
             signal.set_wakeup_fd(before)
+            if not asked:
+                signal.signal(signal.SIGTERM, others)
+        if asked:  # and what it raised was swallowed
+            sys.exit(status)
 
 
 def check_resources(

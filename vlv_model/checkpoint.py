@@ -26,7 +26,7 @@ from vlv_model.checkpoint_files import (
 )
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.errors import CheckpointError
-from vlv_model.fingerprint import fingerprint, fingerprint_parts, is_same, short
+from vlv_model.fingerprint import fingerprint_like, fingerprint_parts, is_same, short
 from vlv_model.lora import belongs_in_file, name_in_file
 from vlv_model.sources import part_source, resolve_model
 
@@ -223,6 +223,6 @@ def _check_base_models(chain: Chain, model: ModelConfig, parts: Sequence[str]) -
             if not is_same(trained, source):
                 raise CheckpointError(
                     f"'{folder}' was trained upon another {part} than '{source}' (fingerprint "
-                    f"{short(trained)}, here {short(fingerprint(source))}): use the pretrained "
+                    f"{short(trained)}, here {short(fingerprint_like(trained, source))}): use the pretrained "
                     "part that it was trained upon"
                 )

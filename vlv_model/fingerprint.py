@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vlv_model.config import ModelConfig
 from vlv_model.sources import Source, part_source
@@ -27,8 +29,7 @@ _ALL_FILES = "sha256:"
 
 # What a library notes in a configuration about itself, and not about the model.
 _NOTES = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
-# How weights are called, and whether an index of several files is taken before one of this name.
-_WEIGHTS = (("model", False), ("diffusion_pytorch_model", True))
+_COMMIT = re.compile(r"@[0-9a-f]{40}")  # in the name of a part
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -43,7 +44,8 @@ def fingerprint(source: Source | str | os.PathLike[str]) -> str:
 
     Taken from what is opened of it: its configuration, and of each file of its weights name,
     size, header and 64 KiB samples at even distances. So other variants of the weights that lie
-    beside them do not count. Of a noise schedule it is the configuration, of a tokenizer its files.
+    beside them do not count. Of a noise schedule it is the configuration, of a tokenizer
+    tokenizer.json, or vocabulary and merges.
     """
     source = source if isinstance(source, Source) else Source(Path(source))
     folder = source.folder()
@@ -65,19 +67,28 @@ def fingerprint_parts(model: ModelConfig, parts: Iterable[str]) -> dict[str, str
     return {part: fingerprint(part_source(model, part)) for part in parts}
 
 
-def is_same(recorded: str, source: Source) -> bool:
-    """False where a fingerprint that was `recorded` is a digest, and the part at hand has another.
+def fingerprint_like(recorded: str, source: Source) -> str:
+    """The fingerprint of a part by the rule that `recorded` was taken by."""
+    here = fingerprint(source)
+    folder = source.folder()
+    if recorded.startswith(_ALL_FILES) and here.startswith(_DIGEST) and folder is not None:
+        return _digest_of_all_files(folder)
+    return here
 
-    It is compared by the rule that it was taken by. The name of a part that nobody had here, or of
-    one that was recorded before it was downloaded, says nothing.
+
+def is_same(recorded: str, source: Source) -> bool:
+    """Whether a part is the one whose fingerprint was `recorded`, as far as can be told.
+
+    Digests decide, by the rule of the recorded one. Of two names without a digest repository,
+    commit and subfolder do. Where there is a digest on one side alone, nothing speaks against it.
     """
-    if recorded.startswith(_ALL_FILES):
-        here = _digest_of_all_files(source.folder())
-    else:
-        here = fingerprint(source)
-        if not (recorded.startswith(_DIGEST) and here.startswith(_DIGEST)):
-            return True
-    return here is None or here == recorded
+    here = fingerprint_like(recorded, source)
+    if is_digest(recorded) != is_digest(here):
+        return True
+    if is_digest(recorded):
+        return recorded == here
+    names = [_COMMIT.sub("", name) for name in (recorded, here)]
+    return recorded == here or (names[0] == names[1] and names[0] in (recorded, here))
 
 
 def is_digest(recorded: str) -> bool:
@@ -94,42 +105,52 @@ def short(recorded: str) -> str:
 def _opened_files(folder: Path) -> list[Path]:
     """The files of a part that `from_pretrained` reads; none where one of them is not there."""
     if (config := folder / "config.json").is_file():
-        weights = _weight_files(folder)
-        return [config, *weights] if weights and all(file.is_file() for file in weights) else []
+        weights = _weight_files(config)
+        there = weights and all(file.is_file() for file in weights)
+        return [config, *weights] if there else []
     if (schedule := folder / "scheduler_config.json").is_file():
         return [schedule]
     found = ([folder / name for name in names] for names in _TOKENIZERS)
     return next((files for files in found if all(file.is_file() for file in files)), [])
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for name, index_first in _WEIGHTS:
-        single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
-        if index.is_file() and (index_first or not single.is_file()):
-            try:
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return [folder / Path(file).name for file in sorted(files)]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return []  # its load will say it
-        if single.is_file():
-            return [single]
-    return []
+def _weight_files(config: Path) -> list[Path]:
+    """The files of weights beside a configuration; of one library an index goes before a file."""
+    diffusers = "_class_name" in _parsed(config)
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    single = config.with_name(f"{stem}.safetensors")
+    index = config.with_name(f"{stem}.safetensors.index.json")
+    if index.is_file() and (diffusers or not single.is_file()):
+        files = _parsed(index).get("weight_map")
+        names = {str(name) for name in files.values()} if isinstance(files, dict) else set()
+        return [config.with_name(Path(name).name) for name in sorted(names)]
+    return [single]
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one of a file that holds none, whose load will say it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _without_notes(settings: Any) -> Any:
+    if isinstance(settings, list):
+        return [_without_notes(value) for value in settings]
+    if isinstance(settings, dict):
+        return {n: _without_notes(value) for n, value in settings.items() if n not in _NOTES}
+    return settings
 
 
 def _settings(path: Path) -> bytes:
-    """A configuration without a library's notes, in one spelling."""
-    content = path.read_bytes()
-    try:
-        settings = json.loads(content)
-        kept = {name: value for name, value in settings.items() if name not in _NOTES}
-        return json.dumps(kept, sort_keys=True).encode()
-    except (ValueError, AttributeError):
-        return content
+    """A configuration without libraries' notes, in one spelling; its bytes where it is none."""
+    settings = _without_notes(_parsed(path))
+    return json.dumps(settings, sort_keys=True).encode() if settings else path.read_bytes()
 
 
-def _digest_of_all_files(folder: Path | None) -> str | None:
-    if folder is None:
-        return None
+def _digest_of_all_files(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         if path.suffix == ".json":

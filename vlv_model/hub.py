@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
 )
 
@@ -70,7 +69,8 @@ class HubId:
         try:
             found = snapshot_download(self.repo, revision=self.revision, local_files_only=True)
             return Path(found)
-        except IncompleteSnapshotError as known:
-            return Path(known.snapshot_path)
-        except (LocalEntryNotFoundError, HFValidationError):
+        except LocalEntryNotFoundError as known:
+            incomplete = getattr(known, "snapshot_path", None)  # told by newer versions
+            return Path(incomplete) if incomplete else None
+        except HFValidationError:
             return None

@@ -115,8 +115,11 @@ class Source:
     def may_be(self, recorded: str) -> bool:
         """Whether it is what a field of ModelConfig was, as far as names tell."""
         before = HubId.parse(recorded)
-        if not isinstance(self.place, HubId) or before is None:
-            return str(self.place) == recorded
+        if not isinstance(self.place, HubId):
+            # Folders were recorded as they were given once.
+            return Path(recorded).absolute() == self.place.absolute()
+        if before is None:
+            return False
         revisions = {before.revision, self.place.revision} - {None}
         return before.repo == self.place.repo and len(revisions) < 2
 

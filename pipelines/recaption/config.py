@@ -93,6 +93,8 @@ class GenerateConfig(Config):
         no caption depends on what else is decoded beside it.
         """
         decisive = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
+        if self.precision == "bfloat16":  # whose angles were rounded, too, before
+            decisive["precision"] = "bfloat16 2"
         decisive |= self.draws or {}
         if self.early_stopping:
             decisive["early_stopping"] = True

@@ -21,7 +21,7 @@ RULES = 2  # raised when they change, as captions then do
 
 _STOP = r"[.!?][\"'”’)\]]*"
 _LAST = re.compile(r"^.*(?:\.[\"'”’)\]]*(?=\s|$)|。[\"'”’)\]]*)", re.DOTALL)
-_SENTENCE = re.compile(rf"\s*(.+?(?:{_STOP}(?=\s|$)|[。！？]|$))", re.DOTALL)
+_SENTENCE = re.compile(rf"\s*(.+?(?:{_STOP}(?=\s|$)|[。！？][\"'”’)\]]*|$))", re.DOTALL)
 
 
 def reference(caption: str) -> str:

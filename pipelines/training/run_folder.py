@@ -154,7 +154,10 @@ def _recorded_names(
         if is_digest(known) and is_digest(fingerprint(source)):
             same = is_same(known, source)
         else:
-            same = source.may_be(there.get(f"model.{part}") or there.get("model.diffusion") or "")
+            own = there.get(f"model.{part}")
+            same = bool(own) == (not source.subfolder) and source.may_be(
+                own or there.get("model.diffusion") or ""
+            )
         if same:
             names[digest] = there.get(digest)
         else:
@@ -182,7 +185,7 @@ def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
         # does. What only stage 2 has is not in the identity of a stage 1.
         newer = _flatten({"train": dump(Stage2TrainConfig())})
         there = {name: value for name, value in newer if name in identity}
-        there |= read_json_object(run_dir / "run.json")
+        there |= recorded(run_dir)
         refuse_difference(run_dir, there, identity, "run_dir")
     else:
         refuse_strangers(run_dir, ("pairs",), "run", "run_dir")

@@ -218,14 +218,23 @@ def train_or_refuse(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]
         refusals.put(type(error)(str(error)))
         raise
     except torch.OutOfMemoryError as error:
-        size = loop["config"]["train"]["micro_batch_size"]
-        refused = RunError(
-            f"a GPU's memory is full ({one_line(error)}): set train.activation_checkpointing=true or "
-            "train.offload_optimizer=true, which a run that has begun may change too, or begin one "
-            f"with train.micro_batch_size below {size}"
-        )
+        refused = RunError(f"a GPU's memory is full ({one_line(error)}): {_relief(loop)}")
         refusals.put(refused)
         raise refused from error
+
+
+def _relief(loop: dict[str, Any]) -> str:
+    """What takes less of a GPU's memory than the settings of a run, of what is not set yet."""
+    train = loop["config"]["train"]
+    switches = ("activation_checkpointing", "offload_optimizer")
+    ways = [
+        f"set train.{name}=true (also in a run that has begun)"
+        for name in switches
+        if not train[name]
+    ]
+    if (size := train["micro_batch_size"]) > 1:
+        ways.append(f"begin a run with train.micro_batch_size below {size}")
+    return ", or ".join([*ways, "take larger GPUs"])
 
 
 def _train_on_worker(loop: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def lose():
     cluster.remove_node(there, allow_graceful=False)
 
 if __name__ == "__main__":
-    health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 3}
+    health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 12}
     health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 500}
     head = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})

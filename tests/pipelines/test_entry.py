@@ -50,7 +50,15 @@ def test_a_line_of_ours_wins_over_what_it_was_made_of(monkeypatch, capsys) -> No
     assert capsys.readouterr().err == "error: data.input=/x cannot be read: mend it\n"
 
 
-@pytest.mark.parametrize("wrap", [lambda e: e, wrapped])
+def of_a_rank(cause: Exception) -> Exception:
+    """As Ray Train hands on what became of a rank that it no longer reaches."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    return WorkerGroupError("ranks failed", {0: WorkerHealthCheckFailedError("gone", cause)})
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, wrapped, of_a_rank])
 def test_a_machine_without_memory_is_one_line(wrap, monkeypatch, capsys) -> None:
     from ray.exceptions import OutOfMemoryError
 

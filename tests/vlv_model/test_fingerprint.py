@@ -122,8 +122,28 @@ def test_a_digest_of_before_is_compared_by_its_own_rule(unet):
     assert is_digest(before)
     assert is_same(before, Source(unet))
     assert is_same(before, NOWHERE)
-    (unet / "config.json").write_text("{}")
+    settings = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps({**settings, "another": 1}))
     assert not is_same(before, Source(unet))
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    assert is_same(before, Source(unet))  # half downloaded: that says nothing
+
+
+def test_of_two_names_repository_and_commit_decide():
+    one, other = (Source(HubId("some/model", commit * 40), "vae") for commit in "12")
+    assert is_same(str(one), one)
+    assert is_same("some/model/vae", one)
+    assert not is_same(str(one), other)
+    assert not is_same("another/model/vae", one)
+
+
+def test_diffusers_reads_its_own_name_of_weights(unet):
+    own = unet / "diffusion_pytorch_model.safetensors"
+    shutil.copy(own, unet / "model.safetensors")
+    before = fingerprint(unet)
+    tensors = load_file(own)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, own)
+    assert fingerprint(unet) != before
 
 
 def test_shown_short(unet):

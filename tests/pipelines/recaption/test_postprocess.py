@@ -21,6 +21,8 @@ from pipelines.storage import parquet_files, read_rows
         ("A dog! A cat? a dog! A cat? A bird.", "A dog! A cat? A bird."),
         ("Is it a dog? It is. And it", "Is it a dog? It is."),
         ("It is red!", "It is red!"),
+        ('She said "猫。" A dog.', 'She said "猫。" A dog.'),
+        ("(猫。) A dog. (猫。)", "(猫。) A dog."),
         ("猫がいる。犬がいる。猫がいる。鳥が", "猫がいる。 犬がいる。"),
     ],
 )

@@ -3,7 +3,7 @@
     python -m tests.pipelines.training.hub_machine WORD … SETTING …
 
 Words are done in their order: `open` looks at the run and claims its folder, `load` loads its models,
-too, `other=FLORENCE` opens it with that one, and `push=FOLDER` makes a commit of the hub its repository's
+too, `save` writes its first checkpoint, `other=FLORENCE` opens it with that one, and `push=FOLDER` makes a commit of the hub its repository's
 newest. A line is printed for each: what florence is, or the error.
 """
 
@@ -18,6 +18,7 @@ from pipelines.training import run_folder
 from pipelines.training.config import Stage1Config
 from pipelines.training.trainer import open_run
 from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
 from vlv_model.errors import VLVError
 
 
@@ -31,8 +32,14 @@ def main(words: list[str], settings: list[str]) -> None:
                 config = load(Stage1Config, None, [*settings, f"model.florence={word[6:]}"])
             run = open_run(config)
             run_folder.claim(Path(config.run_dir), run.identity)
-            if word == "load":
-                VLVAutoEncoder.from_pretrained(run.model)
+            if word in ("load", "save"):
+                autoencoder = VLVAutoEncoder.from_pretrained(run.model)
+            if word == "save":
+                about = CheckpointMetadata(
+                    stage="stage1", step=1, rows_seen=8, config={}, model=run.model
+                )
+                folder = Path(config.run_dir) / "checkpoints/step-00000001"
+                save_checkpoint(folder, autoencoder, about)
             print(f"{word}: {run.model.florence}", flush=True)
         except VLVError as error:
             print(f"{word}: {error}", flush=True)

@@ -6,17 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from pipelines.config import load
 from pipelines.training.config import Stage1Config
-from pipelines.training.run_folder import check_free, settle
+from pipelines.training.run_folder import check_free, claim, settle
+from pipelines.training.trainer import open_run
 from tests.hub import hub
 from vlv_model.errors import ConfigError, RunError
-from vlv_model.fingerprint import fingerprint
 
 
 def config(run_dir: Path, *settings: str) -> Stage1Config:
@@ -80,9 +79,9 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     first = f"some/florence@{FIRST}"
     with hub(repositories) as endpoint:
         # The second time there are digests where only ids were known.
-        words = ["open", "load", "open", f"push={pushed}", "other=some/florence@main"]
+        words = ["open", "load", "save", f"push={pushed}", "other=some/florence@main"]
         said = machine(tmp_path / "one", endpoint, [*words, "other=some/florence@v9"], settings)
-    assert said[:3] == [f"open: {first}", f"load: {first}", f"open: {first}"]
+    assert said[:3] == [f"open: {first}", f"load: {first}", f"save: {first}"]
     assert said[3] == f"push={pushed}: {first}"
     assert f"model.florence: {first} there, some/florence@{SECOND} here" in said[4]
     assert "'some/florence@v9' is no local folder, and the model hub does not give it" in said[5]
@@ -91,7 +90,8 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     here = tmp_path / "two/hub/models--some--florence/snapshots" / FIRST
     shutil.copytree(tiny_models / "florence", here)
     save_file(tensors, here / "model.fp16.safetensors")
-    (run_dir / "run.json").write_text(json.dumps(with_digests(run_dir, tiny_models)))
+    told = json.loads((run_dir / "run.json").read_text())
+    assert told["model.florence digest"] == first  # its digest is the checkpoint's alone
     copy, other = tiny_models / "florence", pushed
     words = ["open", f"other={first}", f"other={copy}", f"other={other}", "other=nobody/nothing"]
     said = machine(tmp_path / "two", "http://127.0.0.1:9", words, settings)
@@ -102,8 +102,26 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     assert "'nobody/nothing' is no local folder, and the model hub does not give it" in said[4]
 
 
-def with_digests(run_dir: Path, models: Path) -> dict[str, Any]:
-    """run.json as it is of a run whose driver had downloaded florence before."""
+def test_a_run_of_before_on_relative_folders_goes_on(
+    tiny_models: Path, pair_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders were recorded as they were given, and of tokenizer and scheduler nothing was."""
+    shutil.copytree(tiny_models, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "run"
+    given = [f"data.input={pair_table}", "data.holdout=0.2", "model.florence=models/florence"]
+    given += ["model.diffusion=models/diffusion", "model.num_queries=16", "model.image_size=64"]
+    run = open_run(config(run_dir, *given))
+    claim(run_dir, run.identity)
     told = json.loads((run_dir / "run.json").read_text())
-    assert told["model.florence digest"] == f"some/florence@{FIRST}"
-    return told | {"model.florence digest": fingerprint(models / "florence")}
+    told |= {f"model.{part}": f"models/{part}" for part in ("florence", "diffusion")}
+    for part in ("tokenizer", "scheduler"):
+        del told[f"model.{part} digest"]
+    (run_dir / "run.json").write_text(json.dumps(told))
+    claim(run_dir, open_run(config(run_dir, *given)).identity)
+    shutil.copytree(tiny_models / "diffusion", tmp_path / "elsewhere")
+    elsewhere = [*given, "model.diffusion=elsewhere"]
+    with pytest.raises(
+        RunError, match=r"model\.diffusion: models/diffusion there, .*elsewhere here"
+    ):
+        open_run(config(run_dir, *elsewhere))
