@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.chunks import map_chunks
+from pipelines.chunks import map_chunks, run_chunks
 from pipelines.cluster import InProcess
 from pipelines.storage import Table, parquet_files, read_rows
 
@@ -37,6 +37,47 @@ def test_chunks_are_mapped_here_first_and_each_once(seconds: float, there: list[
 
 def unchanged(chunks: pa.Table) -> pa.Table:
     return chunks
+
+
+def statuses_of(chunk: int) -> list[str]:
+    return ["ok"] * chunk + ["download:timeout"]
+
+
+def with_statuses(chunks: pa.Table) -> pa.Table:
+    (chunk,) = chunks["chunk"].to_pylist()
+    states = statuses_of(chunk)
+    return pa.table(
+        {"chunk": [chunk] * len(states), "status": states, "tokens": range(len(states))}
+    )
+
+
+written: dict[int, pa.Table] = {}  # a step is sent as on a cluster, and finds this by its name
+
+
+def write(chunk: int, rows: pa.Table) -> None:
+    written[chunk] = rows
+
+
+def test_what_is_written_is_told_by_status_after_each_chunk(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written.clear()
+    told: list[dict[str, int]] = []
+
+    def stages(chunks: Any, last: Any) -> Any:
+        return chunks.map_batches(with_statuses).map_batches(last)
+
+    run_chunks(
+        InProcess(), [2, 3], stages, write, "job", 9, {"ok": 2},
+        watch=lambda ours: told.append(dict(ours)), sums={"tokens": "tokens"},
+    )  # fmt: skip
+    assert {chunk: rows["status"].to_pylist() for chunk, rows in written.items()} == {
+        chunk: statuses_of(chunk) for chunk in (2, 3)
+    }
+    assert told == [{"ok": 2, "download:timeout": 1}, {"ok": 5, "download:timeout": 2}]
+    bar = capsys.readouterr().err
+    assert "9/9" in bar  # with the two of an earlier attempt
+    assert "ok 78%" in bar
 
 
 # A process of its own, since it needs another Ray than the other tests.

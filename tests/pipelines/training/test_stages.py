@@ -10,7 +10,7 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionBloc
 
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
-from pipelines.training.stages import BLOCKS, Prepared, Stage, stage1, stage2
+from pipelines.training.stages import BLOCKS, Prepared, Stage, draws, stage1, stage2
 from pipelines.training.usage import Utilisation
 from vlv_model.errors import ConfigError
 from vlv_model.sources import resolve_model
@@ -80,6 +80,25 @@ def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch
     gradients = {n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None}
     stage.model.zero_grad()
     return kept, loss.item(), gradients
+
+
+def test_noise_follows_from_seed_epoch_and_key_alone() -> None:
+    """So that a row draws anew in each epoch, and the same whatever batch it falls into."""
+
+    def drawn(seed: int, rows: list[tuple[int, int]]) -> dict[tuple[int, int], list[torch.Tensor]]:
+        epochs, keys = ([row[i] for row in rows] for i in (0, 1))
+        pixels = torch.zeros(len(rows), 3, 8, 8, dtype=torch.uint8)
+        made = draws(seed, Batch(keys, epochs, pixels, {}), (4, 2, 2), 1000)
+        return {row: [made[name][i] for name in sorted(made)] for i, row in enumerate(rows)}
+
+    rows = [(epoch, key) for epoch in (0, 1, 7) for key in (-5, 3, 2**62)]
+    first, again = drawn(42, rows), drawn(42, rows[::-1]) | drawn(42, rows[4:5])
+    other = drawn(43, rows)
+    for row in rows:
+        assert all(map(torch.equal, first[row], again[row]))
+        for found in (*(first[another] for another in rows if another != row), other[row]):
+            assert not torch.equal(first[row][0], found[0])  # noise
+            assert not torch.equal(first[row][1], found[1])  # of the posterior
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
