@@ -61,29 +61,28 @@ def main(
                 return BAD_INPUT
         # Not what was being handled when a fault of the program came in between.
         for cause in causes_of(error, handled=False):
-            # Of a worker, too: Arrow's and fsspec's words for it are as many as their layers.
-            if isinstance(cause, OSError) and cause.errno in _REFUSED_BY_SYSTEM:
-                where = cause.filename or "writing"
-                print(f"error: {os.strerror(cause.errno)}: {where}", file=sys.stderr)
-                return BAD_INPUT
-            if _is_full_memory(cause):
-                found = _FULL_MEMORY.search(str(cause))
-                where = f" ({found[1]}: {found[2]})" if found else ""
-                print(
-                    f"error: the memory of a machine is full{where}, so Ray ended a process of this job: "
-                    "have fewer or smaller processes on a machine (workers, readers, actors, "
-                    "batches), or machines with more; the same command then continues",
-                    file=sys.stderr,
-                )
+            if refusal := _refusal_by_system(cause):
+                print(f"error: {refusal}", file=sys.stderr)
                 return BAD_INPUT
         raise
     return 0
 
 
-def _is_full_memory(error: BaseException) -> bool:
-    """Whether it is Ray's word for it, told without an import of Ray."""
-    kind = type(error)
-    return kind.__module__.partition(".")[0] == "ray" and kind.__name__ == "OutOfMemoryError"
+def _refusal_by_system(error: BaseException) -> str | None:
+    """The line for an error that a disk or a machine's memory brought about, on a worker or here."""
+    # Arrow's and fsspec's words for it are as many as their layers.
+    if isinstance(error, OSError) and error.errno in _REFUSED_BY_SYSTEM:
+        return f"{os.strerror(error.errno)}: {error.filename or 'writing'}"
+    kind = type(error)  # by its name, as Ray need not be imported
+    if kind.__module__.partition(".")[0] == "ray" and kind.__name__ == "OutOfMemoryError":
+        found = _FULL_MEMORY.search(str(error))
+        where = f" ({found[1]}: {found[2]})" if found else ""
+        return (
+            f"the memory of a machine is full{where}, so Ray ended a process of this job: have fewer "
+            "or smaller processes on a machine (workers, readers, actors, batches), or machines "
+            "with more; the same command then continues"
+        )
+    return None
 
 
 def causes_of(error: BaseException, handled: bool = True) -> Iterator[BaseException]:

@@ -217,12 +217,18 @@ def _in_any(name: str, parts: Sequence[str]) -> bool:
 
 
 def _check_base_models(chain: Chain, model: ModelConfig, parts: Sequence[str]) -> None:
-    for folder, info in chain:
-        for part in info.base_models.keys() & set(parts):
-            trained, source = info.base_models[part], part_source(model, part)
-            if not is_same(trained, source):
-                raise CheckpointError(
-                    f"'{folder}' was trained upon another {part} than '{source}' (fingerprint "
-                    f"{short(trained)}, here {short(fingerprint_like(trained, source))}): use the pretrained "
-                    "part that it was trained upon"
-                )
+    # Most parts are recorded by each checkpoint of the chain, and looked at once.
+    recorded = {
+        (part, info.base_models[part]): folder
+        for folder, info in chain
+        for part in parts
+        if part in info.base_models
+    }
+    for (part, trained), folder in recorded.items():
+        source = part_source(model, part)
+        if not is_same(trained, source):
+            here = short(fingerprint_like(trained, source))
+            raise CheckpointError(
+                f"'{folder}' was trained upon another {part}: its fingerprint was {short(trained)}, "
+                f"that of '{source}' is {here}: set the model's {part} to the one of that training"
+            )

@@ -32,6 +32,10 @@ from vlv_model.sources import Source, part_source
 Parts = Literal["needed", "all"]
 
 MAX_SHARD_SIZE = "5GB"
+_KINDS: dict[StageName, type[VLVAutoEncoder | VLVCaptioner]] = {
+    "stage1": VLVAutoEncoder,
+    "stage2": VLVCaptioner,
+}
 # Beside weights and configuration; a repository has some of them. Copied as they were published.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -103,16 +107,14 @@ def export_model(
 
 def parts_read(stage: StageName, parts: Parts) -> tuple[str, ...]:
     """The pretrained parts that an export of that stage reads."""
-    kinds = [VLVCaptioner if stage == "stage2" else VLVAutoEncoder]
     if parts == "all":
-        kinds = [VLVAutoEncoder, VLVCaptioner]
-    return tuple({part: None for kind in kinds for part in kind.read_parts})
+        return (*VLVAutoEncoder.read_parts, "language_model")
+    return _KINDS[stage].read_parts
 
 
 def sources_of(config: ModelConfig, stage: StageName) -> dict[str, dict[str, str]]:
     """Where each base model came from, by part: its hub id or folder's name, and fingerprint."""
-    kind = VLVCaptioner if stage == "stage2" else VLVAutoEncoder
-    found = fingerprint_parts(config, kind.base_parts)
+    found = fingerprint_parts(config, _KINDS[stage].base_parts)
     return {
         part: {"source": _public_name(part_source(config, part)), "fingerprint": digest}
         for part, digest in found.items()

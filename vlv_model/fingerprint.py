@@ -47,11 +47,19 @@ def fingerprint(source: Source | str | os.PathLike[str]) -> str:
     beside them do not count. Of a noise schedule it is the configuration, of a tokenizer
     tokenizer.json, or vocabulary and merges.
     """
-    source = source if isinstance(source, Source) else Source(Path(source))
+    return fingerprint_like("", source if isinstance(source, Source) else Source(Path(source)))
+
+
+def fingerprint_like(recorded: str, source: Source) -> str:
+    """The fingerprint of a part by the rule that `recorded` was taken by; by today's of none."""
     folder = source.folder()
     opened = _opened_files(folder) if folder is not None else []
-    if not opened:
+    if folder is None or not opened:
         return str(source)
+    return _digest_of_all_files(folder) if recorded.startswith(_ALL_FILES) else _digest(opened)
+
+
+def _digest(opened: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in opened:
         if path.suffix == ".safetensors":
@@ -65,15 +73,6 @@ def fingerprint(source: Source | str | os.PathLike[str]) -> str:
 def fingerprint_parts(model: ModelConfig, parts: Iterable[str]) -> dict[str, str]:
     """The fingerprints of some parts of a model, such as `florence` and `unet`, by part."""
     return {part: fingerprint(part_source(model, part)) for part in parts}
-
-
-def fingerprint_like(recorded: str, source: Source) -> str:
-    """The fingerprint of a part by the rule that `recorded` was taken by."""
-    here = fingerprint(source)
-    folder = source.folder()
-    if recorded.startswith(_ALL_FILES) and here.startswith(_DIGEST) and folder is not None:
-        return _digest_of_all_files(folder)
-    return here
 
 
 def is_same(recorded: str, source: Source) -> bool:

@@ -69,8 +69,8 @@ def read_reference(path: Path) -> Reference:
     except Exception as problem:
         # A malformed pickle, zip, index or partition brings about whatever its reader did not expect.
         raise CheckpointError(
-            f"'{path}' is no checkpoint of the published implementation, or is damaged "
-            f"({type(problem).__name__}: {one_line(problem)}): copy it again"
+            f"'{path}' cannot be read as a checkpoint of the published implementation "
+            f"({type(problem).__name__}: {one_line(problem)}): if it is one, copy it again"
         ) from problem
 
 

@@ -23,6 +23,8 @@ from vlv_model.hub import HubId
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.json"
 DIFFUSION_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+# The fields of ModelConfig that say where something is read from.
+PLACES = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
 
 Model = ModelConfig | str | os.PathLike[str]
 
@@ -142,10 +144,10 @@ def part_source(config: ModelConfig, part: str) -> Source:
     """
     field = field_of(config, part)
     place, subfolder = getattr(config, field), "" if field == part else part
-    path, hub_id = Path(place, subfolder), HubId.parse(place)
+    path = Path(place, subfolder)
     if path.is_dir():
         return Source(Path(place), subfolder)
-    if Path(place).is_dir() or hub_id is None:
+    if (hub_id := _hub_id(place)) is None:
         raise ModelError(
             f"{part}: there is no folder '{path}', and '{place}' is no hub id (owner/name or "
             f"owner/name@revision): set the model's '{field}' to a pretrained folder or hub id"
@@ -153,19 +155,23 @@ def part_source(config: ModelConfig, part: str) -> Source:
     return Source(hub_id, subfolder)
 
 
+def _hub_id(place: str) -> HubId | None:
+    """None for a folder that is there, and for what is no hub id."""
+    return None if Path(place).is_dir() else HubId.parse(place)
+
+
 def pin(
     config: ModelConfig, parts: Iterable[str], known: Mapping[str, str] | None = None
 ) -> ModelConfig:
-    """`config` with the hub ids that `parts` are read from at one commit each: `owner/name@commit`.
+    """`config` with a commit in each hub id that `parts` are read from: `owner/name@commit`.
 
-    All processes of a job, and all jobs upon its result, then read the same files, whatever is
-    pushed to the repository. `known` are such ids of before by field: an id without a revision
-    stays what it was. Raises ModelError where neither the hub nor its cache knows an id.
+    So all processes of a job read the same files, also after somebody has pushed to the repository.
+    `known` are the ids that an earlier attempt got, by field: an id without a revision gets the
+    same commit again. Raises ModelError where neither the hub nor its cache knows an id.
     """
     pinned = {}
     for field in {field_of(config, part) for part in parts}:
-        hub_id = HubId.parse(getattr(config, field))
-        if hub_id is None or Path(getattr(config, field)).is_dir():
+        if (hub_id := _hub_id(getattr(config, field))) is None:
             continue
         before = HubId.parse((known or {}).get(field) or "")
         if before and before.commit and before.repo == hub_id.repo and not hub_id.revision:
@@ -182,8 +188,7 @@ def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:
         path = Path(base, value).expanduser()
         return str(path.resolve()) if path.exists() or not HubId.parse(value) else value
 
-    named = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
-    values = {name: getattr(config, name) for name in named}
+    values = {name: getattr(config, name) for name in PLACES}
     return config.model_copy(
         update={name: absolute(value) for name, value in values.items() if value is not None}
     )

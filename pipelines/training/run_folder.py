@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipelines.training.metrics import columns_read, heldout_losses
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
-from vlv_model.sources import DIFFUSION_PARTS
+from vlv_model.sources import PLACES
 
 RESULT = "result.json"
 
@@ -98,8 +98,9 @@ def identity(
     flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
     flat["bytes"] = sum(file.stat().st_size for file in files)
     parts = parts_read(config)
-    flat |= {f"model.{k} digest": v for k, v in fingerprint_parts(model, parts).items()}
-    flat |= _recorded_names(model, parts, there)
+    digests = fingerprint_parts(model, parts)
+    flat |= {f"model.{part} digest": digest for part, digest in digests.items()}
+    flat |= _recorded_names(model, digests, there)
     if checkpoint is not None:
         digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
         flat["parent"] = digest[:16]
@@ -138,21 +139,22 @@ def base_models(there: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _recorded_names(
-    model: ModelConfig, parts: Sequence[str], there: Mapping[str, Any]
+    model: ModelConfig, digests: Mapping[str, str], there: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entries of `there` on base models that are the same here, by whatever name.
 
-    Digests of the files decide; where one is not known, the ids of the hub or the folders do.
+    Digests of the files (`digests` are today's, by part) decide; where one is not known, the ids of
+    the hub or the folders do.
     """
-    from vlv_model.fingerprint import fingerprint, is_digest, is_same
+    from vlv_model.fingerprint import is_digest, is_same
     from vlv_model.sources import field_of, part_source
 
     differing, names = set(), {}
-    for part in parts:
+    for part, here in digests.items():
         source, digest = part_source(model, part), f"model.{part} digest"
         known = there.get(digest) or ""
-        if is_digest(known) and is_digest(fingerprint(source)):
-            same = is_same(known, source)
+        if is_digest(known) and is_digest(here):
+            same = known == here or is_same(known, source)
         else:
             own = there.get(f"model.{part}")
             same = bool(own) == (not source.subfolder) and source.may_be(
@@ -162,7 +164,7 @@ def _recorded_names(
             names[digest] = there.get(digest)
         else:
             differing.add(field_of(model, part))
-    for field in {"florence", "diffusion", *DIFFUSION_PARTS, "language_model"} - differing:
+    for field in set(PLACES) - differing:
         if f"model.{field}" in there:
             names[f"model.{field}"] = there[f"model.{field}"]
     return names

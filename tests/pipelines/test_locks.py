@@ -69,7 +69,7 @@ def test_a_lease_whose_answer_was_lost_is_ours(
     """The lock is there, but the line broke before the store could say so."""
     folder = place(f"{bucket}/t")
     remote: Any = folder
-    # Patched on the instance: an asynchronous store makes this method anew for each.
+    # The instance is patched, not the class: s3fs gives each instance its own `pipe_file`.
     store, puts = remote.fs, []
     put = store.pipe_file
 

@@ -83,7 +83,7 @@ def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch
 
 
 def test_noise_follows_from_seed_epoch_and_key_alone() -> None:
-    """So that a row draws anew in each epoch, and the same whatever batch it falls into."""
+    """A row gets other noise in each epoch, and the same noise in whatever batch it is."""
 
     def drawn(seed: int, rows: list[tuple[int, int]]) -> dict[tuple[int, int], list[torch.Tensor]]:
         epochs, keys = ([row[i] for row in rows] for i in (0, 1))
