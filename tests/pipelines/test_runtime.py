@@ -134,7 +134,8 @@ def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: 
     assert job.stdout.readline() == "at work\n"
     os.killpg(job.pid, signal.SIGTERM)
     out, said = job.communicate(timeout=100)
-    assert "unwound\n" in out, said
-    assert job.returncode in (128 + signal.SIGTERM, 1), said  # 1: Ray's core ended it then
+    # 1: Ray's core, whose raylet got the signal too, was faster and ended the process.
+    assert job.returncode in (128 + signal.SIGTERM, 1), said
+    assert "unwound\n" in out or job.returncode == 1, said
     assert "Traceback" not in said
     assert "error: Ray's" not in said
