@@ -20,6 +20,7 @@ from pipelines.places import open_parquet
 from pipelines.schemas import OK, has_text, require_columns
 from pipelines.storage import read_schema
 from vlv_model.errors import DataError
+from vlv_model.squares import Square
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -170,7 +171,7 @@ class RowReader:
         *,
         image: bool = True,
         named: bool = False,
-        decode: Callable[[bytes, int], np.ndarray] | None = None,
+        decode: Callable[[bytes, Square], np.ndarray] | None = None,
         cache_bytes: int = _CACHE_BYTES,
         footer_bytes: int = _FOOTER_BYTES,
     ) -> None:
@@ -217,8 +218,8 @@ class RowReader:
             found.append(str(group[column][int(self.index.row[position])].as_py()))
         return found
 
-    def square(self, position: int, image_size: int, content: bytes | None = None) -> np.ndarray:
-        """The row's image, upright and in sRGB, as uint8 `[3 image_size image_size]`.
+    def square(self, position: int, square: Square, content: bytes | None = None) -> np.ndarray:
+        """The square of the row's image, uint8 `[3 s s]`.
 
         `content` are its bytes, where they were read already. Raises UndecodableImage if it is none.
         """
@@ -230,7 +231,7 @@ class RowReader:
         if not content:
             raise UndecodableImage(f"the row of key {key} has no image", "no_image")
         try:
-            return (self.decode or square_of)(content, image_size)
+            return (self.decode or square_of)(content, square)
         except DecodeError as error:
             reason = f"the image of key {key} cannot be decoded: {error}"
             raise UndecodableImage(reason, error.kind) from None

@@ -42,6 +42,8 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
         "scaling_factor": latents.scaling_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,
+        # Said where it is not the usual one, so that a table of before remains what it is.
+        **({"preprocess": model.preprocess} if model.preprocess != "default" else {}),
     }
 
 
@@ -84,8 +86,9 @@ class LatentReader:
         """Raise DataError unless these are the latents of `model`'s VAE, for all of `keys`."""
         there = self.identity
         here = made_of(model, there)
-        if differing := [name for name in here if here[name] != there[name]]:
-            shown = ", ".join(f"{n}: {there[n]} there, {here[n]} here" for n in differing)
+        names = [*here, *({"preprocess"} & there.keys() - here.keys())]
+        if differing := [name for name in names if here.get(name) != there.get(name)]:
+            shown = ", ".join(f"{n}: {there.get(n)} there, {here.get(n)} here" for n in differing)
             raise DataError(
                 f"{SETTING}={self.path} was not made with this run's VAE and image size ({shown}): "
                 "precompute it with this run's model.*, or leave it out"

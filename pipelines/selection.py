@@ -34,6 +34,7 @@ from pipelines.schemas import OK, status
 from pipelines.storage import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
+from vlv_model.squares import Square
 
 ROW_GROUP = 256  # rows, of tables without photographs
 # What Ray counts for an actor on a CPU, and for a task that decodes or writes beside it.
@@ -226,9 +227,9 @@ class ReadImages:
     def __init__(
         self,
         table: Table,
-        image_size: int,
+        square: Square,
         keep_images: bool = False,
-        decode: Callable[[bytes, int], np.ndarray] | None = None,
+        decode: Callable[[bytes, Square], np.ndarray] | None = None,
     ) -> None:
         """`decode` in place of the decoder that this process has in a child."""
         self.keep_images, self.decode = keep_images, decode
@@ -236,7 +237,7 @@ class ReadImages:
         about = table.describe()
         self.files = [place(file) for file in about["files"]]
         self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
-        self.image_size = image_size
+        self.square = square
 
     def __call__(self, block: pa.Table) -> pa.Table:
         from pipelines.pictures.squares import isolated_squares
@@ -245,7 +246,7 @@ class ReadImages:
         plan = read_plan(self.folder, chunk)
         decode = None
         if self.isolated:
-            decode = self.decode or isolated_squares(self.image_size)
+            decode = self.decode or isolated_squares(self.square)
         reader = RowReader(planned(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}
@@ -275,10 +276,10 @@ class ReadImages:
     def _read(self, reader: RowReader, position: int) -> _Read:
         try:
             content = reader.row(position)["image"]
-            square = reader.square(position, self.image_size, content)
+            pixels = reader.square(position, self.square, content)
         except UndecodableImage as error:
             return _Read(status("decode", error.kind), str(error)[:200])
-        return _Read(OK, None, square.tobytes(), content if self.keep_images else None)
+        return _Read(OK, None, pixels.tobytes(), content if self.keep_images else None)
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def squares(pixels: pa.ChunkedArray, image_size: int) -> np.ndarray:
 
 def run_actors(
     table: Table,
-    image_size: int,
+    square: Square,
     step: type,
     arguments: tuple[Any, ...],
     actors: ActorConfig,
@@ -328,7 +329,7 @@ def run_actors(
         check_resources(config, cluster, needed, f"actors.num_actors={actors.num_actors or least}")
 
         def stages(chunks: Any, last: Step) -> Any:
-            read = ReadImages(table, image_size, keep_images)
+            read = ReadImages(table, square, keep_images)
             decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **WHOLE)
             pool = cluster.actors(least, most)
             held = (step, arguments, table.folder)

@@ -17,6 +17,7 @@ from pipelines.ingest.report import remove_report, write_report
 from pipelines.locks import exclusive
 from pipelines.places import open_parquet
 from pipelines.recaption.report import forget
+from pipelines.reconstruct.side_by_side import remove_files
 from pipelines.schemas import url_key
 from pipelines.storage import Table
 from vlv_model.config import Config
@@ -61,6 +62,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
             removed[str(table.folder)] = _remove(table, blocked.keys)
             if removed[str(table.folder)]:
                 forget(table)  # and its report, which shows pictures
+            remove_files(table, blocked.keys)
     with exclusive(images.folder, "table"):
         write_report(images, hides=blocked.is_domain)
     return removed

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from vlv_model import loading
 from vlv_model.checkpoint import load_checkpoint
+from vlv_model.config import Precision
 from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating
 from vlv_model.latents import LatentFormat
+from vlv_model.precision import cast
 from vlv_model.preprocessing import pixels_from_vae
 from vlv_model.text_encoder import TextEncoder
 
@@ -58,23 +60,30 @@ class VLVAutoEncoder(nn.Module):
         checkpoint: str | os.PathLike[str] | None = None,
         *,
         with_vae: bool = True,
+        precision: Precision = "float32",
+        verify: bool = True,
         **parts: Any,
     ) -> VLVAutoEncoder:
         """Build from pretrained parts, then load the trained weights, if any, strictly.
 
         `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
         too: its encoder is opened); `parts` are fields of ModelConfig that win over it. Without
-        its VAE it takes `latents` and makes no pictures. Float32, on the CPU, in eval mode. Raises
-        ModelError or CheckpointError.
+        its VAE it takes `latents` and makes no pictures. In `precision`, on the CPU, in eval mode.
+        Without `verify` digests are not looked at. Raises ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
-        encoder = VLVEncoder.from_pretrained(config)
-        text_encoder = TextEncoder(*loading.load_text_encoder(config), bottleneck=config.bottleneck)
-        vae = loading.load_vae(config) if with_vae else loading.read_latent_format(config)
-        decoder = DiffusionDecoder(vae, *loading.load_unet(config), image_size=config.image_size)
-        autoencoder = cls(encoder, text_encoder, decoder).eval()
+        encoder = VLVEncoder.from_pretrained(config, precision=precision)
+        text_encoder = TextEncoder(
+            *loading.load_text_encoder(config, precision), bottleneck=config.bottleneck
+        )
+        vae = (
+            loading.load_vae(config, precision) if with_vae else loading.read_latent_format(config)
+        )
+        unet = loading.load_unet(config, precision)
+        decoder = DiffusionDecoder(vae, *unet, image_size=config.image_size)
+        autoencoder = cast(cls(encoder, text_encoder, decoder), precision).eval()
         if checkpoint is not None:
-            load_checkpoint(checkpoint, autoencoder, model=config)
+            load_checkpoint(checkpoint, autoencoder, model=config, verify=verify)
         return autoencoder
 
     @property

@@ -24,12 +24,13 @@ from vlv_model.caption_tokens import (
     tokenize_captions,
 )
 from vlv_model.checkpoint import load_checkpoint, read_checkpoint
-from vlv_model.config import Lora, Trainable
+from vlv_model.config import Lora, Precision, Trainable
 from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating, freeze, thaw
 from vlv_model.lora import add_adapters, merge_adapters, train_adapters_alone
+from vlv_model.precision import cast
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -84,6 +85,8 @@ class VLVCaptioner(nn.Module):
         *,
         for_training: bool = False,
         lora: Lora | None = None,
+        precision: Precision = "float32",
+        verify: bool = True,
         **parts: Any,
     ) -> VLVCaptioner:
         """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
@@ -92,27 +95,33 @@ class VLVCaptioner(nn.Module):
         fields of ModelConfig that win over it. A stage-2 checkpoint brings its stage-1 parent
         along. A stage-1 checkpoint leaves the language projector random, which is refused unless
         `for_training`; so are adapters merged unless they are to be trained on. `lora` gives new
-        ones to a language model without any. Float32, on the CPU, in eval mode. Raises ModelError
-        or CheckpointError.
+        ones to a language model without any. In `precision`, on the CPU, in eval mode. Without
+        `verify` digests are not looked at. Raises ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
-        encoder = VLVEncoder.from_pretrained(config)
-        text_encoder = TextEncoder(*loading.load_text_encoder(config), bottleneck=config.bottleneck)
-        language_model = loading.load_language_model(config)
+        saved = Lora() if checkpoint is None else read_checkpoint(checkpoint).lora
+        merges = bool(saved.rank) and not for_training
+        at_first: Precision = "float32" if merges else precision  # adapters are added up unrounded
+        encoder = VLVEncoder.from_pretrained(config, precision=at_first)
+        text_encoder = TextEncoder(
+            *loading.load_text_encoder(config, at_first), bottleneck=config.bottleneck
+        )
+        language_model = loading.load_language_model(config, at_first)
         language_projector = build_language_projector(
             text_encoder.width, language_model.config.hidden_size, config.projector_seed
         )
         tokenizer = loading.load_caption_tokenizer(config)
         captioner = cls(encoder, text_encoder, language_projector, language_model, tokenizer)
-        saved = Lora() if checkpoint is None else read_checkpoint(checkpoint).lora
         if saved.rank or (lora and lora.rank):
             captioner.add_adapters(saved if saved.rank or not lora else lora, config.projector_seed)
         if checkpoint is not None:
             untrained = ("language_projector",) if for_training else ()
-            load_checkpoint(checkpoint, captioner, model=config, may_be_untrained=untrained)
-        if saved.rank and not for_training:
+            load_checkpoint(
+                checkpoint, captioner, model=config, may_be_untrained=untrained, verify=verify
+            )
+        if merges:
             captioner.merge_adapters()
-        return captioner.eval()
+        return cast(captioner, precision).eval()
 
     def set_trainable(self, trainable: Trainable) -> None:
         """Choose what stage 2 trains; `encoder` means Florence-2's language model.

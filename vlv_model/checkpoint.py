@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlv_model.checkpoint_files import (
+    WEIGHTS_FILE,
     Chain,
     CheckpointInfo,
     CheckpointMetadata,
     Parent,
     check_weights,
+    open_tensors,
     read_chain,
     read_checkpoint,
     read_weights,
+    shapes_in,
     write_checkpoint,
 )
 from vlv_model.config import Lora, ModelConfig
@@ -76,6 +81,7 @@ def load_checkpoint(
     model: ModelConfig | None = None,
     prefix: str = "",
     may_be_untrained: tuple[str, ...] = (),
+    verify: bool = True,
 ) -> CheckpointInfo:
     """Load a checkpoint into `module`, its parents first, strictly. Returns its checkpoint.json.
 
@@ -84,29 +90,33 @@ def load_checkpoint(
     in `may_be_untrained`. Only `module.passed_over`, parts of a stage-2 checkpoint that the module
     does not have, are left in the file. `model` is what the module was built from: its parts must
     have the fingerprints of those trained upon. `prefix` stands before the module's names in the
-    file. Raises CheckpointError, before anything was changed.
+    file. Weights take the type of the module's. Without `verify` the digests of the files are not
+    looked at: `verify_checkpoint` was called on this machine. Raises CheckpointError, before anything was changed.
     """
     chain = read_chain(folder)
     if model is not None:
         _check_base_models(chain, model, module.base_parts)
-    weights: dict[str, Tensor] = {}
-    for path, info in chain:
-        tensors = read_weights(path, info)
-        if info.stage == "stage2":
-            tensors = {n: t for n, t in tensors.items() if not _in_any(n, module.passed_over)}
-        _check_names(path, tensors, module, prefix, info.lora)
-        weights |= tensors
-    filled = {name.removeprefix(prefix) for name in weights}
-    for part in module.new_parts:
-        if part not in may_be_untrained and not any(_in_any(name, [part]) for name in filled):
-            raise CheckpointError(
-                f"'{folder}' leaves {prefix}{part} untrained: give a checkpoint of the stage that "
-                "trains it"
-            )
-    parameters = {name_in_file(name): p for name, p in module.named_parameters()}
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name.removeprefix(prefix)].copy_(tensor)
+    found: dict[str, Any] = {}  # by name, the file of which a tensor is taken
+    with ExitStack() as files:
+        for path, info in chain:
+            weights = check_weights(path, info) if verify else path / WEIGHTS_FILE
+            file = files.enter_context(open_tensors(weights))
+            shapes = shapes_in(file)
+            if info.stage == "stage2":
+                shapes = {n: s for n, s in shapes.items() if not _in_any(n, module.passed_over)}
+            _check_names(path, shapes, module, prefix, info.lora)
+            found |= dict.fromkeys(shapes, file)
+        filled = {name.removeprefix(prefix) for name in found}
+        for part in module.new_parts:
+            if part not in may_be_untrained and not any(_in_any(name, [part]) for name in filled):
+                raise CheckpointError(
+                    f"'{folder}' leaves {prefix}{part} untrained: give a checkpoint of the stage "
+                    "that trains it"
+                )
+        parameters = {name_in_file(name): p for name, p in module.named_parameters()}
+        with torch.no_grad():
+            for name, file in found.items():
+                parameters[name.removeprefix(prefix)].copy_(file.get_tensor(name))
     return chain[-1][1]
 
 
@@ -155,7 +165,7 @@ def _trainable_weights(module: nn.Module, given: Mapping[str, Tensor] | None) ->
     weights = trainable if given is None else given
     # ZeRO-3 leaves an empty shell in a parameter's place, which still knows the whole shape.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trainable.items()}
-    misfits = describe_misfits(weights, shapes)
+    misfits = describe_misfits(shapes_of(weights), shapes)
     empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
     if empty:
         misfits = [*misfits, f"{len(empty)} tensors empty ({_listed(empty)})"]
@@ -175,32 +185,40 @@ def _parent_of(folder: Path, parent: str | None) -> Parent | None:
 
 
 def _check_names(
-    folder: Path, tensors: dict[str, Tensor], module: nn.Module, prefix: str, lora: Lora
+    folder: Path,
+    found: Mapping[str, Sequence[int]],
+    module: nn.Module,
+    prefix: str,
+    lora: Lora,
 ) -> None:
     """Unexpected, missing and misshapen tensors of one checkpoint, named."""
     shapes = {prefix + name_in_file(name): p.shape for name, p in module.named_parameters()}
     shapes = {name: shape for name, shape in shapes.items() if belongs_in_file(name, lora)}
     parts = [prefix + part for part in module.trained_parts]
-    present = [part for part in parts if any(_in_any(name, [part]) for name in tensors)]
+    present = [part for part in parts if any(_in_any(name, [part]) for name in found)]
     expected = {name: shape for name, shape in shapes.items() if _in_any(name, present)}
-    if misfits := describe_misfits(tensors, expected):
+    if misfits := describe_misfits(found, expected):
         raise CheckpointError(
             f"'{folder}' does not fit {type(module).__name__}: {'; '.join(misfits)}: "
             "give a checkpoint of this model and stage"
         )
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def describe_misfits(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """How `tensors` differ from the names and shapes expected, a phrase for each way."""
+    """How names and shapes of tensors differ from those expected, a phrase for each way."""
     ways = {
-        "unexpected": sorted(tensors.keys() - shapes.keys()),
-        "missing": sorted(shapes.keys() - tensors.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - found.keys()),
         "of another shape": [
-            f"{name} {list(tensors[name].shape)} for {list(shapes[name])}"
-            for name in sorted(tensors.keys() & shapes.keys())
-            if list(tensors[name].shape) != list(shapes[name])
+            f"{name} {list(found[name])} for {list(expected[name])}"
+            for name in sorted(found.keys() & expected.keys())
+            if list(found[name]) != list(expected[name])
         ],
     }
     return [

@@ -200,6 +200,19 @@ def read_chain(folder: str | os.PathLike[str]) -> Chain:
     return chain
 
 
+def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Hold every file of a checkpoint, and its parents' weights, against its digest.
+
+    Raises CheckpointError where one is missing or damaged.
+    """
+    chain = read_chain(folder)
+    for path, info in chain:
+        check_weights(path, info)
+    last, about = chain[-1]
+    for name, sha256 in about.more_files.items():
+        check_file(last, name, sha256)
+
+
 def check_weights(folder: Path, info: CheckpointInfo) -> Path:
     """The weights file of a checkpoint; CheckpointError unless it has the manifest's digest."""
     return check_file(folder, WEIGHTS_FILE, info.sha256)
@@ -219,12 +232,28 @@ def check_file(folder: Path, name: str, sha256: str) -> Path:
     return path
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors are read one by one (`safe_open`).
+
+    Processes of one machine that read the same file share what the system keeps of it in memory.
+    Raises CheckpointError where it is none.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
+
+
+def shapes_in(file: Any) -> dict[str, list[int]]:
+    """The shape of each tensor in an open file, by name."""
+    return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
 def read_weights(folder: Path, info: CheckpointInfo) -> dict[str, Tensor]:
     """The tensors of one checkpoint, without its parents', on the CPU."""
-    from safetensors.torch import load_file
-
-    path = check_weights(folder, info)
-    try:
-        return load_file(path)
-    except SafetensorError as problem:
-        raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
+    with open_tensors(check_weights(folder, info)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

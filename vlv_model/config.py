@@ -16,6 +16,9 @@ Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
 Precision = Literal["float32", "bfloat16"]
 """In what numbers one calculates, or weights are stored."""
 
+Preprocess = Literal["default", "reference"]
+"""How the square is made of an image file: as we do, or as the published implementation does."""
+
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers of a Qwen2.5 block: attention's four, the MLP's three."""
 
@@ -58,6 +61,16 @@ class Lora(Config):
     )
 
 
+_DECISIVE = (
+    "num_queries",
+    "bottleneck",
+    "image_size",
+    "preprocess",
+    "encoder_image_size",
+    "prompt",
+)
+
+
 class ModelConfig(Config):
     """The pretrained parts of a VLV auto-encoder and the sizes of what is trained between them.
 
@@ -96,6 +109,12 @@ class ModelConfig(Config):
     image_size: int = Field(
         384, ge=8, description="side of the square that the VAE sees, in pixels"
     )
+    preprocess: Preprocess = Field(
+        "default",
+        description="how an image becomes that square. default: upright, in sRGB, alpha on white, "
+        "bicubic; reference: as the published implementation does, bilinear, without regard to EXIF, "
+        "colour profile and alpha; what its weights expect, and what their import notes down",
+    )
     encoder_image_size: int = Field(
         768,
         ge=8,
@@ -113,3 +132,8 @@ class ModelConfig(Config):
     projector_seed: int = Field(
         0, ge=0, lt=2**63, description="seed of the queries and projectors before any training"
     )
+
+    def apart_from(self, other: ModelConfig) -> dict[str, Any]:
+        """The settings that decide what a trained encoder says, where they are not `other`'s."""
+        decisive = {name: getattr(self, name) for name in _DECISIVE}
+        return {name: value for name, value in decisive.items() if value != getattr(other, name)}

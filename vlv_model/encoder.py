@@ -15,8 +15,10 @@ from transformers import Florence2Model, PreTrainedTokenizerBase
 
 from vlv_model import loading
 from vlv_model.checkpoint import load_checkpoint
+from vlv_model.config import Precision
 from vlv_model.errors import ModelError
 from vlv_model.freezing import freeze, thaw
+from vlv_model.precision import cast
 from vlv_model.preprocessing import encoder_pixels
 
 
@@ -77,17 +79,19 @@ class VLVEncoder(nn.Module):
         cls,
         model: loading.Model | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        precision: Precision = "float32",
         **parts: Any,
     ) -> VLVEncoder:
         """Build from pretrained Florence-2, then load the trained weights, if any, strictly.
 
         `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
         too: its language model is passed over); `parts` are fields of ModelConfig that win over
-        it, such as `florence="folder or hub id"`. Float32, on the CPU, in eval mode. Raises
+        it, such as `florence="folder or hub id"`. In `precision`, on the CPU, in eval mode. Raises
         ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
-        florence, tokenizer = loading.load_florence(config)
+        florence, tokenizer = loading.load_florence(config, precision)
         encoder = cls(
             florence,
             tokenizer,
@@ -98,6 +102,7 @@ class VLVEncoder(nn.Module):
             projector_scale=config.projector_scale,
             seed=config.projector_seed,
         ).eval()
+        cast(encoder, precision)
         if checkpoint is not None:
             load_checkpoint(checkpoint, encoder, model=config, prefix="encoder.")
         return encoder

@@ -1,7 +1,9 @@
-"""Loads of pretrained parts: strict, safetensors only, float32.
+"""Loads of pretrained parts: strict, safetensors only, in the precision that is asked for.
 
 A pickle can run code; Qwen2.5 is published in bfloat16, in which updates of 1e-5 round away; a
 tensor that the file lacks would silently stay random. So each of them is an error or converted.
+Large parts come in their precision at once: eight ranks that each held a model of 3B in float32
+first would need more memory than their machine has.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from vlv_model.config import ModelConfig
+from vlv_model.config import ModelConfig, Precision
 from vlv_model.errors import ModelError, one_line
 from vlv_model.latents import LatentFormat
+from vlv_model.precision import cast, dtype_of
 from vlv_model.sources import Model, Source, part_source, resolve_checkpoint, resolve_model
 
 if TYPE_CHECKING:
@@ -54,24 +57,30 @@ __all__ = [
 ]
 
 
+_CONVERTER = "src/transformers/models/florence2/convert_florence2_original_pytorch_to_hf.py"
+
+
 def load_florence(
-    config: ModelConfig,
+    config: ModelConfig, precision: Precision = "float32"
 ) -> tuple[Florence2Model, PreTrainedTokenizerBase]:
     """Florence-2 without its language-modelling head, and its tokenizer."""
     source = part_source(config, "florence")
-    model = _load_transformer(config, "florence", Florence2Model)
+    # Not at once: the library would round the table of positions in it, too.
+    model = cast(_load_transformer(config, "florence", Florence2Model), precision)
     load = partial(AutoTokenizer.from_pretrained, source.name, **source.where)
     tokenizer = _load("florence", source, load)
     _check_vocabulary("florence", source, tokenizer, model.config.text_config.vocab_size)
     return model, tokenizer
 
 
-def load_text_encoder(config: ModelConfig) -> tuple[CLIPTextModel, CLIPTokenizer]:
+def load_text_encoder(
+    config: ModelConfig, precision: Precision = "float32"
+) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """The diffusion model's CLIP text encoder and tokenizer."""
     source = part_source(config, "tokenizer")
     load = partial(CLIPTokenizer.from_pretrained, source.name, **source.where)
     tokenizer = _load("tokenizer", source, load)
-    model = _load_transformer(config, "text_encoder", CLIPTextModel)
+    model = _load_transformer(config, "text_encoder", CLIPTextModel, precision)
     _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
     return model, tokenizer
 
@@ -91,11 +100,11 @@ def load_diffusion(
     return load_vae(config), *load_unet(config)
 
 
-def load_vae(config: ModelConfig) -> AutoencoderKL:
+def load_vae(config: ModelConfig, precision: Precision = "float32") -> AutoencoderKL:
     """The VAE alone."""
     from diffusers import AutoencoderKL  # here: a captioner need not wait for it
 
-    return _load_diffuser(config, "vae", AutoencoderKL)
+    return _load_diffuser(config, "vae", AutoencoderKL, precision)
 
 
 def read_latent_format(config: ModelConfig) -> LatentFormat:
@@ -108,19 +117,21 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
     return LatentFormat.of(_load("vae", source, load))
 
 
-def load_unet(config: ModelConfig) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+def load_unet(
+    config: ModelConfig, precision: Precision = "float32"
+) -> tuple[UNet2DConditionModel, DDPMScheduler]:
     """UNet and the noise schedule."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    unet = _load_diffuser(config, "unet", UNet2DConditionModel)
+    unet = _load_diffuser(config, "unet", UNet2DConditionModel, precision)
     source = part_source(config, "scheduler")
     load = partial(DDPMScheduler.load_config, source.name, **source.where)
     return unet, DDPMScheduler.from_config(_load("scheduler", source, load))
 
 
-def load_language_model(config: ModelConfig) -> Qwen2ForCausalLM:
+def load_language_model(config: ModelConfig, precision: Precision = "float32") -> Qwen2ForCausalLM:
     """The caption decoder."""
-    return _load_transformer(config, "language_model", Qwen2ForCausalLM)
+    return _load_transformer(config, "language_model", Qwen2ForCausalLM, precision)
 
 
 def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -137,28 +148,35 @@ def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Silence transformers' bars over tensors; those of downloads from the hub stay."""
+    """Silence transformers' bars over tensors and its lists of their names, which are looked at here;
+    bars of downloads from the hub stay.
+    """
     were_shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     if were_shown:
         enable_progress_bars()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if were_shown:
             transformers_logging.enable_progress_bar()
 
 
-def _load_transformer(config: ModelConfig, part: str, kind: Any) -> Any:
+def _load_transformer(
+    config: ModelConfig, part: str, kind: Any, precision: Precision = "float32"
+) -> Any:
     source = part_source(config, part)
     _check_kind(part, source, "model_type", kind.config_class.model_type)
-    return _load_weights(part, source, kind, dtype=torch.float32)
+    return _load_weights(part, source, kind, dtype=dtype_of(precision))
 
 
-def _load_diffuser(config: ModelConfig, part: str, kind: Any) -> Any:
+def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precision) -> Any:
     source = part_source(config, part)
     _check_kind(part, source, "_class_name", kind.__name__)
-    return _load_weights(part, source, kind, torch_dtype=torch.float32)
+    return _load_weights(part, source, kind, torch_dtype=dtype_of(precision))
 
 
 def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
@@ -187,11 +205,25 @@ def _check_kind(part: str, source: Source, key: str, expected: str) -> None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
     content = _load(part, source, read)
+    if part == "florence":
+        _refuse_microsofts_layout(source, content)
     found = content.get(key) if isinstance(content, dict) else None
     if found != expected:
         raise ModelError(
             f"{part}: config.json in '{source}' says {key} {found!r}, expected "
             f"{expected!r}: set the model's '{part}' to a folder of that kind"
+        )
+
+
+def _refuse_microsofts_layout(source: Source, content: Any) -> None:
+    """Florence-2 with code of its own in the repository; transformers' classes have other names."""
+    vision = content.get("vision_config") if isinstance(content, dict) else None
+    if isinstance(vision, dict) and "dim_embed" in vision and "embed_dim" not in vision:
+        raise ModelError(
+            f"florence: '{source}' is in Microsoft's own layout, expected that of transformers: set "
+            "the model's florence to florence-community/Florence-2-large or -base, or convert it in "
+            f"a clone of transformers: python {_CONVERTER} --hf_model_id {source.name} "
+            "--pytorch_dump_folder_path FOLDER"
         )
 
 

@@ -12,6 +12,10 @@ from vlv_model.config import Precision
 M = TypeVar("M", bound=nn.Module)
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def cast(module: M, precision: Precision) -> M:
     """Have the floating-point parameters of `module` in `precision`, in place. Returns `module`.
 
@@ -20,7 +24,7 @@ def cast(module: M, precision: Precision) -> M:
     Qwen2.5's rotary embedding are off by up to 1/512, so an angle at position 376 by 0.4 rad.
     DeepSpeed keeps them so in training.
     """
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = dtype_of(precision)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():

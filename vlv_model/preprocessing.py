@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vlv_model.config import Preprocess
 from vlv_model.errors import ModelError
-from vlv_model.squares import square
+from vlv_model.squares import Square
 
 # ImageNet statistics, as in Florence-2's published preprocessor configuration. (transformers'
 # CLIP image processor, which that configuration names, would fall back on CLIP's own statistics.)
@@ -21,13 +22,14 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def square_image(image: Image.Image, image_size: int) -> Tensor:
-    """Resize the shorter side to `image_size` (Pillow bicubic) and crop the centre square.
+def square_image(image: Image.Image, image_size: int, preprocess: Preprocess = "default") -> Tensor:
+    """Resize the shorter side to `image_size` and crop the centre square (`Square.cut`).
 
     Returns uint8 `[3 image_size image_size]`. An image that is not RGB is converted; flattening
-    transparency and applying EXIF orientation are the decoder's business, before this.
+    transparency and applying EXIF orientation are the decoder's business, before this, and nobody's
+    where `preprocess` is reference.
     """
-    return torch.from_numpy(square(image, image_size))
+    return torch.from_numpy(Square(image_size, preprocess).cut(image))
 
 
 def check_squares(pixel_values: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlv_model.checkpoint import describe_misfits
+from vlv_model.checkpoint import describe_misfits, shapes_of
 from vlv_model.checkpoint_files import StageName
 from vlv_model.errors import CheckpointError
 from vlv_model.reference_files import Reference
@@ -103,7 +103,7 @@ def fill(model: nn.Module, reference: Reference) -> ImportReport:
         _restore_copies(given, shared)
     shapes = {name: _shape_for(one, given.get(name)) for name, one in expected.items()}
     shapes |= _unused_shapes("VLV_model." if stage == "stage2" else "", shapes, given, reference)
-    if misfits := describe_misfits(given, shapes):
+    if misfits := describe_misfits(shapes_of(given), shapes):
         raise CheckpointError(
             f"this is no {stage} checkpoint of these base models: {'; '.join(misfits)}: name the "
             "base models (model.*) and sizes (model.num_queries) that it was trained with"

@@ -23,6 +23,7 @@ from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
 from vlv_model.freezing import evaluating
 from vlv_model.sources import resolve_model
+from vlv_model.squares import Square
 
 FROM_CAPTION = "from_caption.parquet"
 DENOISED = 256  # test scenes whose denoising loss is taken, each at eight timesteps
@@ -173,6 +174,6 @@ def _squares(table: Path) -> dict[int, Tensor]:
     index = RowIndex.open(parquet_files(str(table)))
     reader = RowReader(index)
     return {
-        int(key): torch.from_numpy(reader.square(i, scenes.SIDE))
+        int(key): torch.from_numpy(reader.square(i, Square(scenes.SIDE)))
         for i, key in enumerate(index.keys)
     }

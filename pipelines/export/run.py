@@ -101,6 +101,8 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
             f"model.path={config.model.path} has trained weights of its own: with --from-reference "
             "name base models alone"
         )
+    if "preprocess" not in config.model.model_fields_set:
+        model_config = model_config.model_copy(update={"preprocess": "reference"})
     reference = read_reference(source)
     made_of = {**made_with, "weights": [*reference.digests.values()]}
     if _is_there(config.output, made_of):
@@ -109,6 +111,10 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     model_config = pin(model_config, parts_read(stage, config.parts))
     model = open_model(model_config, None, stage)
     report = fill(model, reference)
+    if model_config.preprocess == "reference":
+        report.notes.append(
+            "model.preprocess=reference: squares are cut as the published code does"
+        )
     about = {
         "stage": stage,
         "step": reference.step or 0,

@@ -147,6 +147,15 @@ class Opened:
         with _failures():
             return self._made(_AS_IT_IS)[0]
 
+    def raw(self) -> np.ndarray:
+        """The whole picture as Pillow's `convert("RGB")` makes it: [h w 3], not upright, its colours
+        the file's own numbers, alpha dropped. Raises DecodeError for a damaged file.
+        """
+        with _failures():
+            if self.kind == "JPEG":
+                self._jpeg(_AS_IT_IS)  # whether it is whole, which Pillow does not ask
+            return np.asarray(self.image.convert("RGB"))
+
     def _open(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self.data), formats=[self.kind])

@@ -6,6 +6,7 @@ from pipelines.latents import KIND, made_of
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.selection import open_table, run_actors
 from pipelines.storage import IMAGE_ROW_GROUP, Table
+from vlv_model.squares import Square
 
 
 def precompute(config: PrecomputeConfig) -> dict[str, int]:
@@ -25,7 +26,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     table = open_table(KIND, config.data, identity)
     run_actors(
         table,
-        model.image_size,
+        Square.of(model),
         EncodeImages,
         (model, config.encode, config.actors.use_gpu),
         config.actors,

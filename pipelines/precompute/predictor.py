@@ -13,7 +13,6 @@ from vlv_model.config import ModelConfig
 from vlv_model.freezing import freeze
 from vlv_model.latents import posterior
 from vlv_model.loading import load_vae
-from vlv_model.precision import cast
 
 
 class EncodeImages:
@@ -23,7 +22,7 @@ class EncodeImages:
 
     def __init__(self, model: ModelConfig, encode: EncodeConfig, use_gpu: bool) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.vae = cast(freeze(load_vae(model)), encode.precision).to(self.device)
+        self.vae = freeze(load_vae(model, encode.precision)).to(self.device)
         self.image_size = model.image_size
         self.batch_size = encode.batch_size
 

@@ -61,6 +61,7 @@ def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[
         "weights": info.sha256,
         "step": info.step,
         "image_size": model.image_size,
+        **({"preprocess": model.preprocess} if model.preprocess != "default" else {}),
         "base_models": {
             part: [part_source(model, part).repo, info.base_models[part]] for part in parts
         },
@@ -130,7 +131,7 @@ captions = pd.read_parquet("{path}/data")
         ),
         f"`model` in every row is `{model['fingerprint']}`.",
         "## Settings",
-        table(("setting", "value"), [("image_size", model["image_size"]), *settings_told(about)]),
+        table(("setting", "value"), [*_cut(model), *settings_told(about)]),
         "## Columns",
         table(("column", "type", "meaning"), _columns(about["join"])),
         "## Samples",
@@ -171,6 +172,11 @@ select name, caption from '{path}/data/*.parquet' where status = 'ok';{similar *
 select c.key, c.caption, i.image
 from '{path}/data/*.parquet' c join 'path/to/images/*.parquet' i using (key);
 ```"""
+
+
+def _cut(model: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How images became the squares that the captioner saw."""
+    return [(name, model[name]) for name in ("image_size", "preprocess") if name in model]
 
 
 def _health(found: Survey | None) -> Iterator[str]:

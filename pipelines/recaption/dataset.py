@@ -19,6 +19,7 @@ from pipelines.runtime import ray_session
 from pipelines.schemas import CAPTION_ROW, JOINED_ROW
 from pipelines.selection import ROW_GROUP, open_table, run_actors
 from pipelines.storage import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table, read_json_object
+from vlv_model.squares import Square
 
 
 def recaption(config: RecaptionConfig) -> dict[str, int]:
@@ -46,7 +47,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
         with ray_session(config.ray) as cluster:  # one for both
             run_actors(
-                table, model.image_size, CaptionImages, arguments, config.actors, config.ray,
+                table, Square.of(model), CaptionImages, arguments, config.actors, config.ray,
                 "recaption", IMAGE_ROW_GROUP if config.join else ROW_GROUP, config.join,
                 {"tokens": "num_tokens"},
             )  # fmt: skip

@@ -27,7 +27,6 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError
-from vlv_model.precision import cast
 
 _HEALTH = [field.name for field in fields(Health)]
 
@@ -48,6 +47,9 @@ def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: Gen
         "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
         "generate": generate.decides(),
     }
+    # Unsaid where it is the usual: captions of before keep their fingerprint.
+    unusual = model.apart_from(ModelConfig())
+    decides |= {name: unusual[name] for name in ("bottleneck", "preprocess") if name in unusual}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -55,7 +57,8 @@ def open_captioner(
     model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
 ) -> VLVCaptioner:
     """The trained captioner on `device`, in the arithmetic of the settings."""
-    return cast(VLVCaptioner.from_pretrained(model, checkpoint), generate.precision).to(device)
+    precision = generate.precision
+    return VLVCaptioner.from_pretrained(model, checkpoint, precision=precision).to(device)
 
 
 def open_engine(

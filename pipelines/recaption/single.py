@@ -16,27 +16,26 @@ def caption_file(config: CaptionConfig) -> str:
     """
     quiet_libraries()
     import torch
-    from PIL import Image
 
-    from pipelines.pictures.decode import DecodeError, Opened
+    from pipelines.pictures.decode import DecodeError
+    from pipelines.pictures.squares import square_of
     from pipelines.recaption.predictor import model_fingerprint, open_engine
     from vlv_model.captioner import VLVCaptioner
-    from vlv_model.preprocessing import square_image
+    from vlv_model.squares import Square
 
     model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
     try:
-        picture = Opened(Path(config.image).read_bytes()).picture()
+        square = square_of(Path(config.image).read_bytes(), Square.of(model))
     except (OSError, DecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{config.image} cannot be read as an image: {reason}") from None
-    square = square_image(Image.fromarray(picture), model.image_size)
     model_fingerprint(model, checkpoint, config.generate)  # refuses an untrained captioner
     if config.use_gpu and not torch.cuda.is_available():
         raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
     engine = open_engine(model, checkpoint, config.generate, device)
-    (outcome,) = engine.captions([0], square[None])  # uint8 [1 3 s s]
+    (outcome,) = engine.captions([0], torch.from_numpy(square[None]))  # uint8 [1 3 s s]
     if outcome.caption is None:
         raise DataError(f"{config.image} cannot be captioned: {outcome.error}")
     return config.generate.finished(outcome.caption.text)

@@ -30,5 +30,10 @@ class ReconstructConfig(Config):
     data: Selection
     model: ModelSettings = ModelSettings()
     diffusion: DiffusionConfig = DiffusionConfig()
+    side_by_side: bool = Field(
+        False,
+        description="write image files, too: <data.output>/_side_by_side/<key>.png, the original "
+        "left and its picture right; also of a table that is finished",
+    )
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()

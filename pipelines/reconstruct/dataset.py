@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pipelines.locks import exclusive
 from pipelines.reconstruct.config import ReconstructConfig
+from pipelines.reconstruct.side_by_side import write_files
 from pipelines.selection import open_table, run_actors
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.errors import CheckpointError
+from vlv_model.squares import Square
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, int]:
@@ -28,17 +31,22 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
         "weights": info.sha256,
         "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
+        # What the checkpoint says of itself goes without saying.
+        **{f"model.{name}": value for name, value in model.apart_from(info.model).items()},
         **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
     }
     table = open_table("reconstruction", config.data, identity)
     arguments = (model, checkpoint, config.diffusion, config.actors.use_gpu)
     run_actors(
         table,
-        model.image_size,
+        Square.of(model),
         ReconstructImages,
         arguments,
         config.actors,
         config.ray,
         "reconstruct",
     )
+    if config.side_by_side:
+        with exclusive(table.folder, "data.output"):
+            write_files(table, Square.of(model))
     return table.counts()

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from vlv_model.checkpoint_files import (
     WEIGHTS_FILE,
     CheckpointMetadata,
-    check_file,
+    open_tensors,
     read_checkpoint,
+    shapes_in,
 )
 from vlv_model.errors import CheckpointError
 
@@ -108,12 +109,10 @@ def drop_unwritten(run_dir: Path) -> None:
 def load_optimizer(engine: Any, folder: Path) -> None:
     """Restore the optimiser of a fresh engine from a checkpoint, at any world size and ZeRO stage.
 
-    The module's weights were loaded before, strictly. Raises CheckpointError where the optimiser's
-    file is missing, damaged, or not of the parameters that are trained here.
+    The module's weights were loaded before, strictly, and the files held against their digests
+    (`verify_checkpoint`). Raises CheckpointError where the optimiser's file is missing or not of
+    the parameters that are trained here.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     from pipelines.training import optimizer_state
     from vlv_model.checkpoint import describe_misfits
 
@@ -123,20 +122,13 @@ def load_optimizer(engine: Any, folder: Path) -> None:
             f"'{folder}' has no {OPTIMIZER_FILE}: a run cannot be continued from it; start a new "
             f"one with model.path={folder}"
         )
-    file = check_file(folder, OPTIMIZER_FILE, info.more_files[OPTIMIZER_FILE])
-    try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as weights, safe_open(file, "pt") as states:
-            found = {
-                name: torch.empty(states.get_slice(name).get_shape(), device="meta")
-                for name in states.keys()  # noqa: SIM118
-            }
-            expected = {
-                optimizer_state.state_name(name, moment): optimizer_state.whole_shape(parameter)
-                for name, parameter in optimizer_state.trainable(engine.module)
-                for moment in optimizer_state.MOMENTS
-            }
-            if misfits := describe_misfits(found, expected):
-                raise CheckpointError(f"'{file}' does not fit the model: {'; '.join(misfits)}")
-            optimizer_state.restore(engine, info.step, weights.get_tensor, states.get_tensor)
-    except SafetensorError as problem:
-        raise CheckpointError(f"'{file}' is no safetensors file: {problem}") from problem
+    file = folder / OPTIMIZER_FILE
+    with open_tensors(folder / WEIGHTS_FILE) as weights, open_tensors(file) as states:
+        expected = {
+            optimizer_state.state_name(name, moment): optimizer_state.whole_shape(parameter)
+            for name, parameter in optimizer_state.trainable(engine.module)
+            for moment in optimizer_state.MOMENTS
+        }
+        if misfits := describe_misfits(shapes_in(states), expected):
+            raise CheckpointError(f"'{file}' does not fit the model: {'; '.join(misfits)}")
+        optimizer_state.restore(engine, info.step, weights.get_tensor, states.get_tensor)

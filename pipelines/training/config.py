@@ -25,6 +25,11 @@ class ImageData(Config):
         description="share of the images that is never trained on but evaluated; chosen by a hash "
         "of `key`, so it stays the same in every job and rerun",
     )
+    validation: InputPlace | None = Field(
+        None,
+        description="images to make samples of, in any layout that recaption reads (a folder of "
+        "files); default: held-out ones of data.input",
+    )
 
 
 class Stage1Data(ImageData):
@@ -99,6 +104,10 @@ class TrainConfig(Config):
     precision: Precision = Field(
         "float32", description="arithmetic; bfloat16 keeps float32 master weights"
     )
+    tf32: bool = Field(
+        False,
+        description="on CUDA, products of what stays float32 in TF32, with 10 bits of mantissa",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(
         False,
@@ -124,9 +133,9 @@ class TrainConfig(Config):
     samples: int = Field(
         4,
         ge=0,
-        description="held-out images that the first checkpoint after an evaluation reconstructs "
-        "(stage 1) or captions (stage 2), for W&B and <run_dir>/samples, in a task of one CPU "
-        "beside the training; 0: none",
+        description="images (data.validation) that the first checkpoint after an evaluation "
+        "reconstructs (stage 1) or captions (stage 2), for W&B and <run_dir>/samples, in a task of "
+        "one CPU beside the training; 0: none",
     )
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
@@ -139,6 +148,10 @@ class TrainConfig(Config):
     prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
+    )
+    wandb_project: str = Field("vlv", min_length=1, description="its project")
+    wandb_name: str | None = Field(
+        None, min_length=1, description="name of the run there; default: stage and folder's name"
     )
 
     @field_validator("betas")

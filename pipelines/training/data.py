@@ -22,6 +22,7 @@ import torch
 
 from pipelines.images import RowReader
 from pipelines.training.config import TrainConfig
+from vlv_model.squares import Square
 
 
 def mix(*values: int) -> int:
@@ -78,7 +79,7 @@ class Batch:
     columns: dict[str, list[Any]]
 
     @classmethod
-    def read(cls, reader: RowReader, rows: Sequence[tuple[int, int]], image_size: int) -> Batch:
+    def read(cls, reader: RowReader, rows: Sequence[tuple[int, int]], square: Square) -> Batch:
         """The rows, each (epoch, position), in the order given."""
         columns: dict[str, list[Any]] = {name: [] for name in reader.columns}
         for _, position in rows:
@@ -88,9 +89,7 @@ class Batch:
         return cls(
             keys=[int(reader.index.keys[position]) for _, position in rows],
             epochs=[epoch for epoch, _ in rows],
-            pixel_values=torch.from_numpy(
-                np.stack([reader.square(p, image_size) for _, p in rows])
-            ),
+            pixel_values=torch.from_numpy(np.stack([reader.square(p, square) for _, p in rows])),
             columns=columns,
         )
 

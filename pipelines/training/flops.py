@@ -56,7 +56,9 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> Flops:
 
     Runs it once, in stage 2 twice: with the whole caption and with its first token. The model has to
     be a plain one, without activation checkpointing, an engine's hooks or compiled parts; its
-    gradients are empty afterwards and its mode is what it was.
+    gradients are empty afterwards and its mode is what it was. No two gradients of weights are
+    there at a time: all together they would be as large as the weights, where later DeepSpeed
+    shares them out.
     """
     row = {name: value[:1] for name, value in inputs.items()}
     if "labels" not in row:
@@ -107,8 +109,20 @@ def _cut(row: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
 def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     was_training = model.training
     model.eval()
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        model(**inputs).backward()
-    model.zero_grad(set_to_none=True)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            model(**inputs).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     model.train(was_training)
     return float(counter.get_total_flops())
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

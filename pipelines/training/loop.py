@@ -29,6 +29,7 @@ from pipelines.training.stages import Prepared, Stage
 from pipelines.training.usage import Utilisation, memory_gb
 from vlv_model.checkpoint import CheckpointMetadata
 from vlv_model.errors import VLVError
+from vlv_model.squares import Square
 
 LISTED = 64  # rows in an error message
 
@@ -44,6 +45,7 @@ class Worker:
     world_rank: int
     world_size: int
     device: torch.device
+    is_first_of_machine: bool
 
 
 class Trainer:
@@ -58,7 +60,7 @@ class Trainer:
         self,
         stage: Stage,
         train: TrainConfig,
-        image_size: int,
+        square: Square,
         rows: RowIndex,
         holdout: RowIndex,
         worker: Worker,
@@ -83,11 +85,11 @@ class Trainer:
         readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
         self.heldout_rows = len(holdout)
-        threads = [Threads(reader, image_size, train.cpus_per_worker) for reader in readers]
+        threads = [Threads(reader, square, train.cpus_per_worker) for reader in readers]
         self.heldout: Reading = threads[1]
         self.rows: Reading = threads[0]
         if train.readers:
-            self.rows = Actors(rows, stage.columns, image_size, train.readers)
+            self.rows = Actors(rows, stage.columns, square, train.readers)
         begin = partial(self._begin, self.rows)
         self.reader = StepReader(order, begin, train, worker.world_rank, worker.world_size)
 
@@ -96,6 +98,7 @@ class Trainer:
 
         The model was opened from `checkpoint` already.
         """
+        parameters = sum(parameter.numel() for parameter in self.stage.model.parameters())
         self.stage.model.to(self.worker.device)
         if self.worker.world_rank == 0 and self.worker.device.type == "cuda":  # a guess on CPUs
             batch = self.reader.read(self.step)[0][1]
@@ -110,7 +113,7 @@ class Trainer:
             checkpointing.load_optimizer(self.engine, checkpoint)
         if self.worker.world_rank == 0:
             self.log.begin(self.step)
-            self.emit({"event": "start", "step": self.step})
+            self.emit({"event": "start", "step": self.step, "parameters": parameters})
 
     def run(self) -> None:
         """All updates that are left, with an evaluation before the first and after the last."""

@@ -110,7 +110,7 @@ class MetricsSink:
         self.stage = stage
         self._tags = {"stage": stage, "run": run_dir.name}
         self.steps = train["steps"]
-        self.run = _start_wandb(run_dir, stage, config, train["wandb"])
+        self.run = _start_wandb(run_dir, stage, config)
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
         self._ended = threading.Event()
 
@@ -185,15 +185,17 @@ class MetricsSink:
         self.run.log({"step": step, f"{self.stage}/samples": images})
 
 
-def _start_wandb(run_dir: Path, stage: str, config: dict[str, Any], mode: str) -> Any:
+def _start_wandb(run_dir: Path, stage: str, config: dict[str, Any]) -> Any:
+    train = config["train"]
+    mode = train["wandb"]
     if mode == "disabled":
         return None
     import wandb
 
     key = os.environ.get("WANDB_API_KEY")
     run = wandb.init(
-        project="vlv",
-        name=f"{stage}-{run_dir.name}",
+        project=train["wandb_project"],
+        name=train["wandb_name"] or f"{stage}-{run_dir.name}",
         dir=run_dir,
         config=config,
         mode="online" if mode == "auto" and key else "offline",

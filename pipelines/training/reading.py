@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pipelines.images import RowIndex, RowReader
 from pipelines.training.data import Batch
+from vlv_model.squares import Square
 
 Rows = Sequence[tuple[int, int]]
 """(epoch, position in the index) of each."""
@@ -31,13 +32,13 @@ class Reading(Protocol):
 class Threads:
     """Threads of this process; reading, decoding and resizing let go of the interpreter's lock."""
 
-    def __init__(self, reader: RowReader, image_size: int, threads: int) -> None:
-        self.reader, self.image_size, self.threads = reader, image_size, threads
+    def __init__(self, reader: RowReader, square: Square, threads: int) -> None:
+        self.reader, self.square, self.threads = reader, square, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
         parts = [
-            self._pool.submit(Batch.read, self.reader, piece, self.image_size)
+            self._pool.submit(Batch.read, self.reader, piece, self.square)
             for piece in _pieces(rows, self.threads)
         ]
         return lambda: Batch.join([part.result() for part in parts])
@@ -54,7 +55,7 @@ class Actors:
     """
 
     def __init__(
-        self, index: RowIndex, columns: Sequence[str], image_size: int, actors: int
+        self, index: RowIndex, columns: Sequence[str], square: Square, actors: int
     ) -> None:
         import ray
 
@@ -62,7 +63,7 @@ class Actors:
         # Said outright, or they would have to fit into what was reserved for the worker.
         kind: Any = ray.remote(scheduling_strategy="DEFAULT", **options)(_Reader)
         kept = ray.put(index)  # arrays of millions of rows: once on each machine
-        self._actors = [kind.remote(kept, list(columns), image_size) for _ in range(actors)]
+        self._actors = [kind.remote(kept, list(columns), square) for _ in range(actors)]
         self._turns = count()
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
@@ -83,11 +84,11 @@ class Actors:
 class _Reader:
     """The process behind `Actors`."""
 
-    def __init__(self, index: RowIndex, columns: list[str], image_size: int) -> None:
-        self.reader, self.image_size = RowReader(index, columns), image_size
+    def __init__(self, index: RowIndex, columns: list[str], square: Square) -> None:
+        self.reader, self.square = RowReader(index, columns), square
 
     def read(self, rows: Rows) -> Batch:
-        return Batch.read(self.reader, rows, self.image_size)
+        return Batch.read(self.reader, rows, self.square)
 
 
 def _fetch(parts: Sequence[Any]) -> Batch:

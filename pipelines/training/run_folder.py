@@ -5,6 +5,7 @@
 <run_dir>/parent/        what the run started from, so that the folder stands alone
 <run_dir>/metrics.jsonl  see metrics
 <run_dir>/samples/       see samples
+<run_dir>/validation/    the list of data.validation
 <run_dir>/result.json    written last
 """
 
@@ -19,23 +20,25 @@ from typing import Any
 
 from pipelines.config import build, dump
 from pipelines.images import RowIndex
-from pipelines.places import write_atomically
+from pipelines.listing import list_images
+from pipelines.places import remove_folder, write_atomically
 from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, DataError
 from vlv_model.sources import PLACES
 
 RESULT = "result.json"
+VALIDATION = "validation"
 
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
-FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "train.wandb", "train.max_failures",
+FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
-        "train.offload_optimizer", "train.activation_checkpointing", "train.compile",
+        "train.offload_optimizer", "train.tf32", "train.activation_checkpointing", "train.compile",
         "train.samples")  # fmt: skip
 
 
@@ -183,9 +186,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another run or something else; RunError names what differs."""
     if os.path.isfile(run_dir / "run.json"):
-        # A setting of `train` that came into being after the run had begun: it ran as its default
-        # does. What only stage 2 has is not in the identity of a stage 1.
-        newer = _flatten({"train": dump(Stage2TrainConfig())})
+        # A setting that came into being after the run had begun: it ran as its default does. What
+        # only stage 2 has is not in the identity of a stage 1.
+        newer = _flatten({"train": dump(Stage2TrainConfig()), "model": ModelConfig().model_dump()})
         there = {name: value for name, value in newer if name in identity}
         there |= recorded(run_dir)
         refuse_difference(run_dir, there, identity, "run_dir")
@@ -198,6 +201,16 @@ def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
     check_free(run_dir, identity)
     if not (run_dir / "run.json").is_file():
         write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
+
+
+def validation_rows(run_dir: Path, path: str) -> RowIndex:
+    """The images of `data.validation`, listed anew: there may be others than when the run began."""
+    remove_folder(run_dir / VALIDATION)
+    try:
+        listed, _ = list_images(run_dir / VALIDATION, path)
+    except DataError as error:
+        raise DataError(str(error).replace("data.input", "data.validation")) from None
+    return RowIndex.open(listed)
 
 
 def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:

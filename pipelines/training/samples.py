@@ -1,8 +1,8 @@
-"""What checkpoints make of a few held-out images, in a Ray task beside the training.
+"""What checkpoints make of a few images, held-out or named, in a Ray task beside the training.
 
 <run_dir>/samples/step-00001000.html   originals with reconstructions (stage 1) or captions (stage 2)
 
-No worker waits for it: it is begun where a CPU is free. A checkpoint that comes meanwhile takes its
+No worker waits for it: it is begun where a CPU and the memory of a model are free. A checkpoint that comes meanwhile takes its
 turn after it, or is passed over for a newer one; the last of a run always has its samples, on a GPU
 where the training had some, which are free by then. Samples that fail cost a line and nothing else.
 """
@@ -26,6 +26,7 @@ from pipelines.report.html import page
 from pipelines.schemas import OK
 from pipelines.training import checkpointing
 from vlv_model.config import ModelConfig
+from vlv_model.squares import Square
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,9 @@ FOLDER = "samples"
 # Enough to see what is there, on one CPU in minutes.
 DIFFUSION = DiffusionConfig(num_steps=20, sampler="ddim", seed=0)
 LAST_SECONDS = 900.0  # that a run may take for its last samples when all else is done
+
+# Of memory that is reserved: float32, with room for what it computes; and what libraries take.
+_BYTES_PER_PARAMETER, _BYTES_BESIDE = 5, 2 << 30
 
 Show = Callable[[int, list[GalleryItem]], None]
 
@@ -44,8 +48,9 @@ class Samples:
 
     run_dir: Path
     model: ModelConfig
-    rows: RowIndex  # held-out
-    caption_column: str | None  # stage 2's
+    rows: RowIndex
+    captions: bool  # stage 2's; else pictures
+    caption_column: str | None = None  # of rows that have a caption, which is shown beside
     max_tokens: int = 0  # of a caption
 
     def page(self, step: int) -> Path:
@@ -63,11 +68,13 @@ class Samples:
         columns = [self.caption_column] if self.caption_column else []
         reader = RowReader(self.rows, columns)
         rows = [reader.row(position) for position in range(len(self.rows))]
-        size = self.model.image_size
-        read = [reader.square(i, size, row["image"]) for i, row in enumerate(rows)]
+        cut = Square.of(self.model)
+        read = [reader.square(i, cut, row["image"]) for i, row in enumerate(rows)]
         squares = torch.from_numpy(np.stack(read)).to("cuda" if use_gpu else "cpu")
         made = (
-            self._captions(checkpoint, squares) if columns else self._pictures(checkpoint, squares)
+            self._captions(checkpoint, squares)
+            if self.captions
+            else self._pictures(checkpoint, squares)
         )
         items = [
             GalleryItem(
@@ -79,8 +86,8 @@ class Samples:
             )
             for key, row, square, found in zip(self.rows.keys, rows, squares, made, strict=True)
         ]
-        shown = gallery(items, len(items), pictures=not columns, words=bool(columns))
-        subtitle = f"Held-out images after {step:,} steps of {self.run_dir.name}"
+        shown = gallery(items, len(items), pictures=not self.captions, words=self.captions)
+        subtitle = f"Images that are not trained on, after {step:,} steps of {self.run_dir.name}"
         file = self.page(step)
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, page("Samples", subtitle, [shown]))
@@ -116,6 +123,7 @@ class Sampler:
         """`resources` beside the GPU are what the last task asks for, where it takes one."""
         self.samples, self.steps, self.use_gpu = samples, steps, use_gpu
         self.resources = dict(resources)
+        self.parameters = 0  # of the model, as the workers tell
         self._due = False  # an evaluation was, and no checkpoint since
         self._wanted: int | None = None  # step of the checkpoint whose turn is next
         self._task: Any = None
@@ -125,6 +133,7 @@ class Sampler:
         """An event of the training."""
         if event["event"] == "start":
             self._drop()  # workers come, again perhaps: they need the room
+            self.parameters = event["parameters"]
         elif event["event"] == "eval":
             self._due = True
         elif event["event"] == "checkpoint" and self._due:
@@ -138,7 +147,8 @@ class Sampler:
         if self._task is not None or self._wanted in (None, self.steps):
             return
         # A task that waited would have a machine started for it, or take the place of a lost worker.
-        if ray.available_resources().get("CPU", 0) >= 1:
+        free = ray.available_resources()
+        if free.get("CPU", 0) >= 1 and free.get("memory", 0) >= self._memory():
             self._start(self._wanted, {"num_cpus": 1})
 
     def end(self, show: Show) -> None:
@@ -163,8 +173,16 @@ class Sampler:
         import ray
 
         self._step, self._wanted = step, None
-        task = ray.remote(max_retries=0, **options)(_make)
+        task = ray.remote(max_retries=0, memory=self._memory(), **options)(_make)
         self._task = task.remote(self.samples, step, bool(options.get("num_gpus")))
+
+    def _memory(self) -> int:
+        """Bytes to reserve; no more than a whole machine has, for which a task would wait for ever."""
+        import ray
+
+        machines = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+        needed = self.parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDE
+        return int(min(needed, max(machines, default=needed)))
 
     def _collect(self, show: Show) -> None:
         import ray

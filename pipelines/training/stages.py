@@ -105,16 +105,34 @@ class Stage:
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
-    """Stage 1 of a run: its model, opened, and the latents that were stored for it, if any."""
+    """Stage 1 of a run: its model, opened, and the latents that were stored for it, if any.
+
+    The files of `checkpoint` were verified (`verify_checkpoint`).
+    """
     stored = LatentReader(config.data.latents) if config.data.latents else None
-    autoencoder = VLVAutoEncoder.from_pretrained(model, checkpoint, with_vae=stored is None)
+    autoencoder = VLVAutoEncoder.from_pretrained(
+        model,
+        checkpoint,
+        with_vae=stored is None,
+        precision=config.train.precision,
+        verify=False,
+    )
     return denoising(autoencoder, config.train.seed, stored)
 
 
 def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
-    """Stage 2 of a run: its model, opened, trainable where the settings say so."""
-    lora = config.train.lora
-    captioner = VLVCaptioner.from_pretrained(model, checkpoint, for_training=True, lora=lora)
+    """Stage 2 of a run: its model, opened, trainable where the settings say so.
+
+    The files of `checkpoint` were verified (`verify_checkpoint`).
+    """
+    captioner = VLVCaptioner.from_pretrained(
+        model,
+        checkpoint,
+        for_training=True,
+        lora=config.train.lora,
+        precision=config.train.precision,
+        verify=False,
+    )
     captioner.set_trainable(config.train.trainable)
     return captioning(captioner, config.data.caption_column, config.train.max_caption_tokens)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from pipelines.training import checkpointing, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
-from vlv_model.errors import DataError, RunError, VLVError, one_line
+from vlv_model.errors import CheckpointError, DataError, RunError, VLVError, one_line
+from vlv_model.squares import Square
 
 if TYPE_CHECKING:
     from pipelines.training.loop import Worker
@@ -184,13 +185,18 @@ def _sampler(
     train = config.train
     if not train.samples:
         return None
-    rows = holdout.select(np.arange(len(holdout)) < train.samples)
+    shown = holdout
+    if config.data.validation:
+        shown = run_folder.validation_rows(run_dir, config.data.validation)
+    rows = shown.select(np.arange(len(shown)) < train.samples)
+    made = samples.Samples(run_dir, model, rows, captions=False)
     if isinstance(config, Stage2Config):
-        made = samples.Samples(
-            run_dir, model, rows, config.data.caption_column, config.train.max_caption_tokens
+        made = replace(
+            made,
+            captions=True,
+            caption_column=None if config.data.validation else config.data.caption_column,
+            max_tokens=config.train.max_caption_tokens,
         )
-    else:
-        made = samples.Samples(run_dir, model, rows, None)
     return samples.Sampler(made, train.steps, train.use_gpu, config.ray.pinned())
 
 
@@ -245,15 +251,21 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     import deepspeed
     import ray.train
     import ray.train.torch
+    import torch
 
     from pipelines.training.loop import Worker
 
+    if loop["config"]["train"]["tf32"]:
+        torch.set_float32_matmul_precision("high")
     if not use_gpu:
         # An optional kernel for CPUs whose compilation takes half a minute on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     context = ray.train.get_context()
     worker = Worker(
-        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+        is_first_of_machine=context.get_local_rank() == 0,
     )
     deepspeed.init_distributed(
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
@@ -289,13 +301,15 @@ def run_worker(
         checkpointing.drop_unwritten(run_dir)
     last = _resume_from(run_dir, worker)
     parent = Path(loop["parent"]) if loop["parent"] else None
+    if (start := last or parent) is not None:
+        _verify(start, worker)
     config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
         config = build(Stage1Config, loop["config"])
-        stage = stage1(config, model, last or parent)
+        stage = stage1(config, model, start)
     else:
         config = build(Stage2Config, loop["config"])
-        stage = stage2(config, model, last or parent)
+        stage = stage2(config, model, start)
     index = RowIndex.open([place(file) for file in loop["files"]], stage.columns)
     rows, holdout = split(index, config.data.holdout)
 
@@ -312,7 +326,7 @@ def run_worker(
     trainer = Trainer(
         stage,
         config.train,
-        model.image_size,
+        Square.of(model),
         rows,
         holdout,
         worker,
@@ -323,6 +337,30 @@ def run_worker(
     )
     trainer.start(last)
     trainer.run()
+
+
+def _verify(checkpoint: Path, worker: Worker) -> None:
+    """Hold its files against their digests, once on each machine: they may be 40 GB.
+
+    Raises CheckpointError on all ranks alike.
+    """
+    import torch.distributed as dist
+
+    from vlv_model.checkpoint_files import verify_checkpoint
+
+    refused: list[str | None] = [None] * worker.world_size
+    why = None
+    if worker.is_first_of_machine:
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as error:
+            why = str(error)
+    if worker.world_size > 1:
+        dist.all_gather_object(refused, why)
+    else:
+        refused = [why]
+    if found := [text for text in refused if text]:
+        raise CheckpointError(found[0])
 
 
 def _resume_from(run_dir: Path, worker: Worker) -> Path | None:

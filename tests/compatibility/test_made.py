@@ -31,6 +31,7 @@ from tests.compatibility.make import HOME, IMAGES, OUTPUT, commands, replace_hom
 from tests.compatibility.site import BASE_URL, serve
 from vlv_model import VLVAutoEncoder, VLVCaptioner
 from vlv_model.checkpoint import stages_of
+from vlv_model.squares import Square
 
 MADE = [folder.name for folder in sorted(Path(__file__).parent.glob("made-*"))]
 CONFIGS: dict[str, Any] = {
@@ -74,7 +75,7 @@ def test_every_kind_of_table_opens(home: Path) -> None:
         assert rows_of(home / name).num_rows == sum(table.counts().values())
     index = RowIndex.open(parquet_files(str(home / "images")))
     assert len(index) == IMAGES
-    assert RowReader(index).square(0, 32).shape == (3, 32, 32)
+    assert RowReader(index).square(0, Square(32)).shape == (3, 32, 32)
     assert set(rows_of(home / "images")["url"].to_pylist()) == {
         f"{BASE_URL}/{p.name}" for p in (home / "web").iterdir()
     } | {f"{BASE_URL}/missing.png"}
@@ -116,7 +117,7 @@ def test_checkpoints_and_exports_open(home: Path) -> None:
 def captioner_pixels(reader: RowReader, row: int) -> Any:
     import torch
 
-    return torch.from_numpy(reader.square(row, 32))[None]
+    return torch.from_numpy(reader.square(row, Square(32)))[None]
 
 
 @pytest.mark.parametrize("name", list(TABLE_JOBS))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipelines.config import build
 from pipelines.selection import ReadImages, Selection, open_table
+from vlv_model.squares import Square
 
 
 def png(colour: str, size: int = 24) -> bytes:
@@ -25,7 +26,7 @@ def read(images: str | Path, output: str | Path, **more: Any) -> list[dict[str, 
     """The rows of all chunks of a job over the images."""
     selection = build(Selection, {"input": str(images), "output": str(output), **more})
     table = open_table("caption", selection, {})
-    step = ReadImages(table, 8)
+    step = ReadImages(table, Square(8))
     blocks = [step(pa.table({"chunk": [chunk]})) for chunk in table.pending()]
     return sorted((row for b in blocks for row in b.to_pylist()), key=lambda row: row["name"])
 

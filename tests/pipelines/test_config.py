@@ -181,14 +181,19 @@ def test_other_lists_are_refused_as_before(setting: str) -> None:
         load(Lists, None, [setting])
 
 
-@pytest.mark.parametrize("size", ["tiny", "full"])
+ALL = {"ingest", "precompute", "stage1", "stage2", "recaption", "reconstruct"}
+
+
+@pytest.mark.parametrize(
+    ("size", "jobs"),
+    [("tiny", ALL), ("full", ALL), ("full/reference", {"stage1", "stage2", "recaption"})],
+)
 def test_shipped_configs_name_settings_that_exist(
-    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    size: str, jobs: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each YAML file passes its job's own --print-config once the user's paths are given."""
     root = Path(__file__).parents[2]
     files = sorted((root / "jobs/configs" / size).glob("*.yaml"))
-    jobs = {"ingest", "precompute", "stage1", "stage2", "recaption", "reconstruct"}
     assert {f.stem for f in files} == jobs
     paths = ["data.input=/in"]
     for file in files:

@@ -21,6 +21,7 @@ from pipelines.schemas import OK, status
 from pipelines.selection import ActorConfig, Selection, open_table, run_actors
 from pipelines.storage import Table, parquet_files, read_rows
 from vlv_model.errors import ModelError, RunError
+from vlv_model.squares import Square
 
 WHITE, BLACK = 255, 0
 TIMES = ["busy", "present"]
@@ -88,7 +89,7 @@ def means(
     table = open_table("mean", data, {})
     actors = ActorConfig(num_actors=num_actors, use_gpu=False)
     log = str(output.parent / "deaths")
-    run_actors(table, 32, Mean, (deadly, log), actors, RayConfig(), "means")
+    run_actors(table, Square(32), Mean, (deadly, log), actors, RayConfig(), "means")
     return table
 
 

@@ -18,6 +18,7 @@ from pipelines.schemas import key_of, url_key
 from pipelines.selection import ReadImages, Selection, open_table
 from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
 from vlv_model.errors import ConfigError, DataError, RunError
+from vlv_model.squares import Square
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -49,13 +50,13 @@ def test_a_file_that_goes_meanwhile_is_a_row(folder: Path, tmp_path: Path) -> No
     table = open_table("caption", selection, {})
     (folder / "a/photo.png").unlink()
     os.mkfifo(folder / "a/photo.png")  # which would be waited for
-    rows = ReadImages(table, 8)(pa.table({"chunk": [0]})).to_pylist()
+    rows = ReadImages(table, Square(8))(pa.table({"chunk": [0]})).to_pylist()
     states = {row["name"]: row["status"] for row in rows}
     assert states["a/photo.png"] == "decode:unreadable"
     assert states["b/photo.png"] == "ok"
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="cannot be read"):  # not a table full of broken images
-        ReadImages(table, 8)(pa.table({"chunk": [0]}))
+        ReadImages(table, Square(8))(pa.table({"chunk": [0]}))
 
 
 def test_a_listing_is_made_once(folder: Path, tmp_path: Path) -> None:

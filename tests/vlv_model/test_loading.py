@@ -21,6 +21,7 @@ from vlv_model.loading import (
     resolve_model,
     text_encoder_width,
 )
+from vlv_model.precision import cast
 from vlv_model.tiny import LATENT_CHANNELS
 
 
@@ -239,6 +240,60 @@ def test_a_diffusion_tensor_that_is_missing_is_not_made_up(models, config):
     )
     with pytest.raises(ModelError, match=r"unet: .*conv_out\.bias"):
         load_diffusion(config)
+
+
+def test_florence_in_microsofts_layout_is_one_line_that_says_how_to_convert_it(
+    models, config, capfd
+):
+    path = models / "florence" / "config.json"
+    content = json.loads(path.read_text())
+    vision = content["vision_config"]
+    for ours, theirs in (("embed_dim", "dim_embed"), ("model_type", "davit")):
+        vision[theirs] = vision.pop(ours, None)
+    content["auto_map"] = {"AutoModelForCausalLM": "modeling_florence2.Florence2"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="is in Microsoft's own layout") as error:
+        load_florence(config)
+    assert "florence-community/Florence-2-large" in message_of(error)
+    assert f"--hf_model_id {models / 'florence'} " in message_of(error)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_names_of_another_layout_are_one_line(models, config, capfd):
+    rewrite(
+        models / "florence" / "model.safetensors",
+        lambda weights: {f"other.{name}": tensor for name, tensor in weights.items()},
+    )
+    with pytest.raises(ModelError, match=r"lacks .* tensors") as error:
+        load_florence(config)
+    message_of(error)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("load", [load_florence, load_text_encoder, load_language_model])
+def test_parts_in_bfloat16_are_rounded_and_their_tables_are_not(config, load):
+    def loaded(precision):
+        found = load(config, precision)
+        return found[0] if isinstance(found, tuple) else found
+
+    exact, low = loaded("float32"), loaded("bfloat16")
+    for ours, theirs in zip(low.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    tables = dict(exact.named_buffers())
+    for name, table in low.named_buffers():
+        assert table.dtype == tables[name].dtype
+        assert torch.equal(table, tables[name])
+
+
+def test_models_open_in_bfloat16_as_if_they_were_cast(config):
+    for kind in (VLVAutoEncoder, VLVCaptioner):
+        given = {"for_training": True} if kind is VLVCaptioner else {}
+        low = kind.from_pretrained(config, precision="bfloat16", **given).state_dict()
+        exact = cast(kind.from_pretrained(config, **given), "bfloat16").state_dict()
+        assert low.keys() == exact.keys()
+        for name, tensor in low.items():
+            assert tensor.dtype == exact[name].dtype, name
+            assert torch.equal(tensor, exact[name]), name
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99])

@@ -60,6 +60,37 @@ def test_square_image_keeps_the_centre_and_needs_no_resize_for_a_square():
     assert np.array_equal(square_image(image, 64).permute(1, 2, 0).numpy(), expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    [
+        ((501, 300), (213, 128), (42, 0)),  # 213.76 is cut off, 42.5 goes to the even number
+        ((300, 503), (128, 214), (0, 43)),  # 214.6, and 43
+        ((300, 511), (128, 218), (0, 45)),
+        ((300, 506), (128, 215), (0, 44)),  # 43.5 does, too
+        ((300, 300), (128, 128), (0, 0)),
+        ((128, 200), (128, 200), (0, 36)),  # nothing to resize
+        ((40, 31), (165, 128), (18, 0)),  # it grows
+    ],
+)
+def test_the_references_square_is_torchvisions_resize_and_centre_crop(size, resized, corner):
+    """`Resize(128)` and `CenterCrop(128)` of torchvision's documentation, upon a Pillow image."""
+    image = noise_image(*size)
+    left, top = corner
+    bilinear = image.resize(resized, Image.Resampling.BILINEAR)
+    expected = np.array(bilinear.crop((left, top, left + 128, top + 128)))
+    found = square_image(image, 128, "reference")
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_the_references_square_lies_within_any_image(width, height, size):
+    white = Image.new("RGB", (width, height), "white")
+    square = square_image(white, size, "reference")
+    assert square.shape == (3, size, size)
+    assert square.min() == 255  # a crop beyond the picture would be black
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_square_image_converts_other_modes(mode):
     assert square_image(noise_image(40, 30).convert(mode), 16).shape == (3, 16, 16)

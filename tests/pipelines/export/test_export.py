@@ -247,7 +247,16 @@ def test_a_published_checkpoint_becomes_a_folder_of_the_same_kind(
     info = read_checkpoint(tmp_path / "imported")
     assert (info.stage, info.step, info.merged_stages) == ("stage2", 70, ["stage1"])
     assert info.origin["reference"]["files"].keys() == {"model.pt"}
-    assert "published implementation" in (tmp_path / "imported" / "README.md").read_text()
+    card = (tmp_path / "imported" / "README.md").read_text()
+    assert "published implementation" in card
+    assert 'square_image(Image.open("photo.jpg"), 64, "reference")' in card
+    # Its squares are cut as those that it was trained on, wherever it is opened.
+    assert info.model.preprocess == "reference"
+    usual = info.model.model_copy(update={"preprocess": "default"})
+    made = [
+        model_fingerprint(m, tmp_path / "imported", GenerateConfig()) for m in (info.model, usual)
+    ]
+    assert made[0] != made[1]
     ended = job("export", tmp_path / "imported", "--from-reference", file, base)
     assert "imported already: nothing to do" in ended.out
     ended = job("export", tmp_path / "x", "--from-reference", file, base, "model.num_queries=5")

@@ -33,6 +33,7 @@ from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.pictures.files import photograph
 from vlv_model.errors import DataError, RunError
+from vlv_model.squares import Square
 
 REPO = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
@@ -310,4 +311,4 @@ def test_a_list_and_a_table_in_an_object_store(tmp_path: Path, bucket: str) -> N
     listed = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
     assert rows["key"].to_pylist() == sorted(url_key(url) for url in listed)
     index = RowIndex.open(parquet_files(data["output"]))
-    assert RowReader(index).square(3, 64).shape == (3, 64, 64)
+    assert RowReader(index).square(3, Square(64)).shape == (3, 64, 64)

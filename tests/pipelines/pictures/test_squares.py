@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipelines.config import build
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
 from pipelines.selection import ReadImages, Selection, open_table
 from pipelines.storage import Table
+from vlv_model.squares import Square
 
 # What stands for a fault of native code, in the child alone: the decoder of JPEGs ends the process,
 # or never returns, when a file says so.
@@ -48,21 +49,59 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SquareDe
     home.mkdir()
     (home / "sitecustomize.py").write_text(FAULTS)
     monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
-    decoder = SquareDecoder(16, timeout=10.0)
+    decoder = SquareDecoder(Square(16), timeout=10.0)
     yield decoder
     decoder.close()
 
 
 def test_a_child_gives_the_same_squares() -> None:
-    decoder = SquareDecoder(16)
+    decoder = SquareDecoder(Square(16))
     content = jpeg(0)
-    assert np.array_equal(decoder(content, 16), square_of(content, 16))
+    assert np.array_equal(decoder(content, Square(16)), square_of(content, Square(16)))
     for bad in (b"", b"nothing", content[:200]):
         with pytest.raises(DecodeError) as here:
-            square_of(bad, 16)
+            square_of(bad, Square(16))
         with pytest.raises(DecodeError) as there:
-            decoder(bad, 16)
+            decoder(bad, Square(16))
         assert (there.value.kind, str(there.value)) == (here.value.kind, str(here.value))
+    decoder.close()
+
+
+def png_of(image: Image.Image, **more: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **more)
+    return file.getvalue()
+
+
+def test_the_references_squares_pay_no_heed_to_exif_colour_profile_and_alpha() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 16, 3), np.uint8)
+    plain = Image.fromarray(pixels)
+    expected = Square(16, "reference").cut(plain)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    clear = np.dstack([pixels, np.zeros((20, 16), np.uint8)])
+    for content in (
+        png_of(plain),
+        png_of(plain, exif=exif),
+        png_of(plain, icc_profile=wide),
+        png_of(Image.fromarray(clear, "RGBA")),
+    ):
+        assert np.array_equal(square_of(content, Square(16, "reference")), expected)
+    for content in (png_of(plain, exif=exif), png_of(Image.fromarray(clear, "RGBA"))):
+        assert not np.array_equal(square_of(content, Square(16)), Square(16).cut(plain))
+
+
+def test_the_references_squares_come_of_whole_files_alone() -> None:
+    decoder = SquareDecoder(Square(16, "reference"))
+    whole = jpeg(0)
+    assert np.array_equal(
+        decoder(whole, Square(16, "reference")),
+        Square(16, "reference").cut(Image.open(io.BytesIO(whole))),
+    )
+    for bad in (whole[:-400], whole[:-400] + b"\xff\xd9", b"%!PS-Adobe"):
+        with pytest.raises(DecodeError):
+            decoder(bad, Square(16, "reference"))
     decoder.close()
 
 
@@ -71,7 +110,7 @@ def read(
 ) -> list[dict[str, Any]]:
     selection = build(Selection, {"input": str(folder), "output": str(output), **more})
     table = open_table("caption", selection, {})
-    step = ReadImages(table, 16, decode=decode)
+    step = ReadImages(table, Square(16), decode=decode)
     return step(pa.table({"chunk": [0]})).to_pylist()
 
 
@@ -90,7 +129,7 @@ def test_a_file_that_kills_or_holds_a_decoder_is_one_row(
     assert "SIGABRT" in rows["1.jpg"]["error"]
     assert "10 seconds" in rows["3.jpg"]["error"]
     for number in (0, 2, 4):
-        expected = square_of(jpeg(number), 16).tobytes()
+        expected = square_of(jpeg(number), Square(16)).tobytes()
         assert rows[f"{number}.jpg"]["pixels"] == expected
 
 
@@ -101,7 +140,7 @@ def test_a_table_of_ours_needs_no_child(pair_table: Path, tmp_path: Path) -> Non
     isolated_squares.cache_clear()
     strangers = read(pair_table, tmp_path / "strangers", limit=8)
     assert isolated_squares.cache_info().currsize == 1
-    isolated_squares(16).close()
+    isolated_squares(Square(16)).close()
     rows = pa.concat_tables(pq.read_table(file) for file in pair_table.glob("*.parquet"))
     ours.write(0, rows)
     isolated_squares.cache_clear()

@@ -28,6 +28,7 @@ from vlv_model.errors import DataError
 from vlv_model.latents import posterior
 from vlv_model.loading import load_vae
 from vlv_model.sources import resolve_model
+from vlv_model.squares import Square
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def encoded(images: Path, models: Path, folder: Path, limit: int | None = None) 
     model, _ = resolve_model(models)
     selection = build(Selection, {"input": str(images), "output": str(folder), "limit": limit})
     table = open_table(KIND, selection, {**made_of(model), "precision": "float32"})
-    read = ReadImages(table, model.image_size)
+    read = ReadImages(table, Square.of(model))
     encode = EncodeImages(model, EncodeConfig(), use_gpu=False)
     for chunk in table.pending():
         rows = encode(read(pa.table({"chunk": [chunk]})))
@@ -65,7 +66,9 @@ def test_stored_latents_are_the_vaes(latents: Path, pair_table: Path, tiny_model
     model, _ = resolve_model(tiny_models)
     images = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
     positions = [70, 3, 119]
-    squares = torch.from_numpy(np.stack([images.square(p, model.image_size) for p in positions]))
+    squares = torch.from_numpy(
+        np.stack([images.square(p, Square(model.image_size)) for p in positions])
+    )
     mean, deviation = posterior(load_vae(model), squares)
     read = LatentReader(str(latents)).read([int(images.index.keys[p]) for p in positions])
     for stored, expected in zip(read, (mean, deviation), strict=True):
@@ -92,7 +95,7 @@ def test_the_loss_is_the_online_one(
     given = {**given, "latents": str(latents)}
     stored = stage1(build(Stage1Config, {"data": given, "run_dir": str(tmp_path)}), model, None)
     reader = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
-    batch = Batch.read(reader, [(epoch, p) for p in range(8)], model.image_size)
+    batch = Batch.read(reader, [(epoch, p) for p in range(8)], Square.of(model))
     here, there = (stage.prepare(batch) for stage in (stored, online))
     assert here.inputs.keys() == {"pixel_values", "noise", "timesteps", "latents"}
     with torch.no_grad():
@@ -138,6 +141,20 @@ def test_another_image_size_is_refused(latents: Path, pair_table: Path, tiny_mod
     model = resolve_model(tiny_models)[0].model_copy(update={"image_size": 128})
     with pytest.raises(DataError, match="image_size: 64 there, 128 here"):
         LatentReader(str(latents)).check(model, keys_of(pair_table))
+
+
+def test_latents_of_squares_cut_by_another_rule_are_refused(
+    latents: Path, pair_table: Path, tiny_models: Path
+) -> None:
+    usual, _ = resolve_model(tiny_models)
+    other = usual.model_copy(update={"preprocess": "reference"})
+    reader, keys = LatentReader(str(latents)), keys_of(pair_table)
+    with pytest.raises(DataError, match="preprocess: None there, reference here"):
+        reader.check(other, keys)
+    reader.identity["preprocess"] = "reference"
+    reader.check(other, keys)
+    with pytest.raises(DataError, match="preprocess: reference there, None here"):
+        reader.check(usual, keys)
 
 
 def test_missing_images_are_refused(pair_table: Path, tiny_models: Path, tmp_path: Path) -> None:

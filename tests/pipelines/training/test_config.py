@@ -55,7 +55,16 @@ def test_deepspeed_is_told_what_the_settings_say() -> None:
     assert told["train_micro_batch_size_per_gpu"] == 4
     assert told["gradient_accumulation_steps"] == 4
     assert told["bf16"] == {"enabled": True}
+    assert told["communication_data_type"] == "fp32"
+    assert "data_types" not in told  # which it has for stages 2 and 3
     assert told["zero_optimization"]["stage"] == 1
+    assert told["zero_optimization"]["overlap_comm"] is True
+    whole = train.model_copy(update={"zero_stage": 2, "use_gpu": False})
+    told = deepspeed_config(whole, world_size=4)
+    assert told["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert told["zero_optimization"]["overlap_comm"] is False
+    told = deepspeed_config(train.model_copy(update={"precision": "float32"}), world_size=4)
+    assert not {"bf16", "data_types", "communication_data_type"} & told.keys()
     assert told["gradient_clipping"] == train.max_grad_norm
 
 

@@ -19,6 +19,7 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.reading import Actors, Threads
 from vlv_model.errors import DataError
+from vlv_model.squares import Square
 
 SIZE = 8
 
@@ -65,7 +66,7 @@ def test_each_position_reads_its_own_row(files: list[Path]) -> None:
     reader = RowReader(index, ["caption"])
     for position, key in enumerate(index.keys.tolist()):
         assert reader.row(position)["caption"] == f"caption {key}"
-        assert reader.square(position, SIZE)[0, 0, 0].item() == key
+        assert reader.square(position, Square(SIZE))[0, 0, 0].item() == key
 
 
 def cut_footer(file: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_footer_is_read_once(tmp_path: Path) -> None:
     reader = RowReader(index)
     reader.row(0)
     cut_footer(file)
-    assert reader.square(8, SIZE)[0, 0, 0].item() == 9  # of another row group
+    assert reader.square(8, Square(SIZE))[0, 0, 0].item() == 9  # of another row group
     with pytest.raises(DataError, match="not a readable Parquet file"):
         RowReader(index).row(8)
 
@@ -93,7 +94,7 @@ def test_footers_that_were_used_long_ago_are_given_up(tmp_path: Path) -> None:
         reader.row(position)
     for path in paths:
         cut_footer(path)
-    assert reader.square(3, SIZE)[0, 0, 0].item() == 4
+    assert reader.square(3, Square(SIZE))[0, 0, 0].item() == 4
     with pytest.raises(DataError, match=r"part-0\.parquet is not a readable"):
         reader.row(2)
 
@@ -113,7 +114,7 @@ def test_threads_read_beside_each_other(files: list[Path]) -> None:
     reader = RowReader(index, cache_bytes=2000, footer_bytes=2000)
     positions = np.random.default_rng(0).integers(len(index), size=400).tolist()
     with ThreadPoolExecutor(8) as threads:
-        squares = list(threads.map(lambda p: reader.square(p, SIZE), positions))
+        squares = list(threads.map(lambda p: reader.square(p, Square(SIZE)), positions))
     assert [int(s[0, 0, 0]) for s in squares] == [index.keys[p] for p in positions]
 
 
@@ -176,7 +177,7 @@ def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")
     reader = RowReader(RowIndex.open([tmp_path / "p.parquet"], []))
     with pytest.raises(DataError, match="key 5"):
-        reader.square(0, SIZE)
+        reader.square(0, Square(SIZE))
 
 
 def test_files_kept_as_they_came_are_read_as_they_are_meant(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_files_kept_as_they_came_are_read_as_they_are_meant(tmp_path: Path) -> N
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")
     reader = RowReader(RowIndex.open([tmp_path / "p.parquet"], []))
     for key, (*_, colour) in enumerate(kept):
-        assert tuple(reader.square(key, SIZE)[:, 0, 0].tolist()) == colour
+        assert tuple(reader.square(key, Square(SIZE))[:, 0, 0].tolist()) == colour
 
 
 @settings(max_examples=50)
@@ -231,7 +232,7 @@ def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: 
     order = GlobalOrder(len(index), 0)
     train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2, prefetch=3)
 
-    reading = Threads(RowReader(index), SIZE, threads=3)
+    reading = Threads(RowReader(index), Square(SIZE), threads=3)
 
     def begin(rows: list[tuple[int, int]]) -> Callable[[], list[int]]:
         finish = reading.begin(rows)
@@ -280,8 +281,8 @@ def test_actors_read_what_threads_read_and_say_what_is_wrong(
     rows = [(0, 5), (1, 3), (1, 40), (2, 0), (2, 7)]
     expected = Batch.read(RowReader(index, ["caption"]), rows, SIZE)
     for reading in (
-        Threads(RowReader(index, ["caption"]), SIZE, threads=2),
-        Actors(index, ["caption"], SIZE, actors=2),
+        Threads(RowReader(index, ["caption"]), Square(SIZE), threads=2),
+        Actors(index, ["caption"], Square(SIZE), actors=2),
     ):
         one, other = reading.begin(rows), reading.begin(rows[1:2])
         assert other().keys == expected.keys[1:2]
@@ -292,7 +293,7 @@ def test_actors_read_what_threads_read_and_say_what_is_wrong(
         reading.close()
     damaged = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
     pq.write_table(pa.Table.from_pylist(damaged, schema=PAIR_ROW), tmp_path / "p.parquet")
-    reading = Actors(RowIndex.open([tmp_path / "p.parquet"]), [], SIZE, actors=1)
+    reading = Actors(RowIndex.open([tmp_path / "p.parquet"]), [], Square(SIZE), actors=1)
     with pytest.raises(DataError, match=r"^the image of key 5 cannot be decoded"):
         reading.begin([(0, 0)])()
     reading.close()

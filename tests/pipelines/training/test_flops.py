@@ -31,6 +31,28 @@ def test_frozen_parts_count_without_the_gradient_of_their_weights() -> None:
     assert model.trained.weight.grad is None
 
 
+def test_gradients_of_weights_are_never_there_together() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    together: list[int] = []
+
+    def count(_: torch.Tensor) -> None:
+        together.append(sum(p.grad is not None for p in model.parameters()))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values).sum()
+
+    count_flops(Loss(), {"pixel_values": torch.randn(2, 8)})
+    assert together == [1] * 8
+
+
 class Reader(nn.Module):
     """An image part and a part for each token."""
 

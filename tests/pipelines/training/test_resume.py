@@ -16,8 +16,9 @@ from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest
 from pipelines.training.metrics import read_metrics
 from pipelines.training.trainer import split
-from tests.pipelines.training.worlds import run_worlds, segment
+from tests.pipelines.training.worlds import run_worlds, segment, turn_a_bit
 from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoint_files import verify_checkpoint
 from vlv_model.errors import CheckpointError
 
 pytestmark = pytest.mark.end_to_end
@@ -33,7 +34,12 @@ class Runs:
         self.folder, self.table, self.models = folder, table, models
 
     def segment(
-        self, name: str, *settings: str, after: Path | None = None, parent: Path | None = None
+        self,
+        name: str,
+        *settings: str,
+        after: Path | None = None,
+        parent: Path | None = None,
+        damaged: str = "",
     ) -> dict[str, Any]:
         """One training to its end, from the start or from a checkpoint; of stage 2 upon `parent`."""
         given = [
@@ -44,7 +50,7 @@ class Runs:
             "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.num_workers=1",
         ]  # fmt: skip
         config = load(Stage2Config if parent else Stage1Config, None, [*given, *settings])
-        return segment(config, self.models, after, parent)
+        return segment(config, self.models, after, parent, damaged)
 
     def rows(self, step: int) -> list[int]:
         """Keys of the rows that every training uses in a step."""
@@ -85,6 +91,7 @@ def runs(
         segment("low-again", "train.zero_stage=2", *low, after=begun_low),
         *(segment(f"low-{n}", f"train.zero_stage={n}", *low, after=begun_low) for n in (0, 1, 3)),
         segment("spoilt", "train.learning_rate=1e30", "train.warmup_steps=0"),
+        segment("damaged", after=begun, damaged="optimizer.safetensors"),
     ]
     lora = ["train.trainable=projector+llm", "train.lora.rank=4", "train.lora.dropout=0.2"]
     stage1 = checkpoint("unbroken", STEPS)
@@ -182,6 +189,16 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_all_workers(runs: Runs) -> 
         assert sorted(map(int, keys)) == sorted(runs.rows(2))
 
 
+def test_a_damaged_checkpoint_is_refused_on_all_ranks_though_one_of_a_machine_reads_it(
+    runs: Runs,
+) -> None:
+    """Two ranks on one machine: the first holds all files against their digests."""
+    assert runs.steps("damaged") == {}
+    said = {(runs.folder / "damaged" / f"error-{rank}.txt").read_text() for rank in (0, 1)}
+    (line,) = said
+    assert "optimizer.safetensors' is damaged: its digest is" in line
+
+
 class Engine:
     """Stands for DeepSpeed's engine, which must not be reached here."""
 
@@ -196,18 +213,19 @@ def test_an_optimizer_that_is_damaged_or_of_another_model_is_refused(
     with pytest.raises(CheckpointError, match=r"does not fit the model: .* tensors unexpected"):
         load_optimizer(Engine(), folder)
     file = folder / "optimizer.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    verify_checkpoint(folder)
+    turn_a_bit(file)
     assert is_finished(folder)
     with pytest.raises(CheckpointError, match="is damaged: its digest is"):
-        load_optimizer(Engine(), folder)
-    file.write_bytes(content[:-1])
+        verify_checkpoint(folder)
+    file.write_bytes(file.read_bytes()[:-1])
     assert not is_finished(folder)
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        load_optimizer(Engine(), folder)
     file.unlink()
     assert not is_finished(folder)
     with pytest.raises(CheckpointError, match=r"lacks optimizer\.safetensors"):
-        load_optimizer(Engine(), folder)
+        verify_checkpoint(folder)
     about = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps(about | {"more_files": {}}))
     assert is_finished(folder)  # weights alone: an export, or of another program

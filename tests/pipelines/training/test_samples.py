@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from pipelines.images import RowIndex
 from pipelines.report.gallery import GalleryItem
@@ -22,12 +23,24 @@ def test_samples_that_fail_cost_a_line_and_not_the_run(
 ) -> None:
     write(tmp_path, STEPS)
     nothing = RowIndex([tmp_path / "gone.parquet"], *np.zeros((4, 1), np.int64))
-    samples = Samples(tmp_path, ModelConfig(), nothing, None)
+    samples = Samples(tmp_path, ModelConfig(), nothing, captions=False)
     sampler = Sampler(samples, STEPS, use_gpu=False, resources={})
     sampler.end(lambda step, items: pytest.fail("there are none"))
     lines = capsys.readouterr().err.splitlines()
     (line,) = (line for line in lines if line.startswith("no samples of step 12: "))
     assert "gone.parquet" in line
+
+
+def test_memory_is_reserved_for_a_model_and_no_more_than_a_machine_has(
+    ray_local: None, tmp_path: Path
+) -> None:
+    nothing = RowIndex([], *np.zeros((4, 0), np.int64))
+    sampler = Sampler(Samples(tmp_path, ModelConfig(), nothing, captions=True), STEPS, False, {})
+    sampler.take({"event": "start", "step": 0, "parameters": 10_000_000})
+    (machine,) = (node["Resources"]["memory"] for node in ray.nodes())
+    assert sampler._memory() == min(50_000_000 + (2 << 30), int(machine))
+    sampler.take({"event": "start", "step": 0, "parameters": 10**15})
+    assert sampler._memory() == int(machine)
 
 
 class EndlessButTheLast(Samples):
@@ -44,7 +57,7 @@ class EndlessButTheLast(Samples):
 def test_the_last_samples_wait_for_no_others(ray_local: None, tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     nothing = RowIndex([], *np.zeros((4, 0), np.int64))
-    endless = EndlessButTheLast(tmp_path, ModelConfig(), nothing, None)
+    endless = EndlessButTheLast(tmp_path, ModelConfig(), nothing, captions=False)
     shown: list[int] = []
 
     def show(step: int, items: list[GalleryItem]) -> None:

@@ -33,6 +33,7 @@ from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.trainer import split, train
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.errors import CheckpointError, DataError, RunError
+from vlv_model.squares import Square
 
 pytestmark = pytest.mark.end_to_end
 
@@ -158,7 +159,7 @@ def test_samples_show_held_out_images_as_checkpoints_see_them(
     assert checkpoint is not None
     autoencoder = VLVAutoEncoder.from_pretrained(checkpoint)
     for row, (original, made) in enumerate(zip(pictures[::2], pictures[1::2], strict=True)):
-        square = torch.from_numpy(reader.square(row, 64))
+        square = torch.from_numpy(reader.square(row, Square(64)))
         assert (original == square.permute(1, 2, 0).numpy()).all()
         seed = torch.Generator().manual_seed(int(reader.index.keys[row]) & (2**63 - 1))
         expected = autoencoder.reconstruct(square[None], [seed], num_steps=20, scheduler="ddim")
@@ -307,7 +308,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
     index = RowIndex.open(sorted(pair_table.glob("*.parquet")), ["caption"])
     _, held = split(index, 0.2)
     reader = RowReader(held, ["caption"])
-    batch = Batch.read(reader, [(-1, row) for row in range(min(16, len(held)))], image_size=64)
+    batch = Batch.read(reader, [(-1, row) for row in range(min(16, len(held)))], square=Square(64))
     tokens = captioner.tokenize(batch.columns["caption"])
     with torch.no_grad():
         expected = captioner.loss(batch.pixel_values, **tokens).item()

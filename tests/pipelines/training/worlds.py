@@ -34,13 +34,17 @@ def segment(
     models: Path,
     after: Path | None = None,
     parent: Path | None = None,
+    damaged: str = "",
 ) -> dict[str, Any]:
-    """A training from the start or `after` a checkpoint; of stage 2 upon the checkpoint `parent`."""
+    """A training from the start or `after` a checkpoint; of stage 2 upon the checkpoint `parent`.
+
+    `damaged` is a file of the checkpoint that is gone on from, of which a bit is turned.
+    """
     loop: dict[str, Any] = {"config": dump(config), "parent": str(parent) if parent else None}
     loop["stage"] = "stage2" if isinstance(config, Stage2Config) else "stage1"
     loop["files"] = [str(file) for file in sorted(Path(config.data.input).glob("*.parquet"))]
     loop["model"] = resolve_model(models)[0].model_dump()
-    return {"loop": loop, "copy": [str(after)] if after else []}
+    return {"loop": loop, "copy": [str(after)] if after else [], "damaged": damaged}
 
 
 def run_worlds(groups: list[Group], folder: Path, python: Path) -> None:
@@ -99,13 +103,21 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
         if rank == 0:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             for copied in segment["copy"]:
-                shutil.copytree(copied, run_dir / "checkpoints" / Path(copied).name)
+                begun = shutil.copytree(copied, run_dir / "checkpoints" / Path(copied).name)
+                if segment["damaged"]:
+                    turn_a_bit(begun / segment["damaged"])
         torch.distributed.barrier()
-        worker = Worker(rank, world_size, torch.device("cpu"))
+        worker = Worker(rank, world_size, torch.device("cpu"), is_first_of_machine=rank == 0)
         try:
             run_worker(segment["loop"], worker, emit=lambda event: None, called_back=set)
         except VLVError as error:
             (run_dir / f"error-{rank}.txt").write_text(str(error))
+
+
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 if __name__ == "__main__":

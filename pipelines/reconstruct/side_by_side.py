@@ -1,0 +1,69 @@
+"""Image files of a table of reconstructions: each original beside the picture that came of it.
+
+<data.output>/_side_by_side/<key>.png   left the square that the encoder saw, right the picture
+
+Underscored, as Arrow would take them for parts of the table.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+
+import numpy as np
+from PIL import Image
+
+from pipelines.images import RowReader
+from pipelines.places import (
+    is_url,
+    names_in,
+    place,
+    read_parquet_file,
+    remove_file,
+    write_atomically,
+)
+from pipelines.plans import planned, read_plan
+from pipelines.storage import Table
+from vlv_model.squares import Square
+
+FOLDER = "_side_by_side"
+
+
+def write_files(table: Table, square: Square) -> None:
+    """Write the files that a finished table still lacks, of its rows with a picture."""
+    from pipelines.pictures.squares import isolated_squares
+
+    folder, about = table.folder / FOLDER, table.describe()
+    if not is_url(folder):
+        folder.mkdir(exist_ok=True)
+    there = set(names_in(folder))
+    files = [place(file) for file in about["files"]]
+    decode = isolated_squares(square) if about.get("isolated", True) else None
+    for commit in table.commits():
+        rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
+        made = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
+        plan = read_plan(table.folder, commit.chunk)
+        reader = RowReader(planned(files, plan), decode=decode)
+        for position, key in enumerate(plan["key"].to_pylist()):
+            if key in made and _name(key) not in there:
+                original = reader.square(position, square).transpose(1, 2, 0)
+                write_atomically(folder / _name(key), _joined(original, made[key]))
+
+
+def remove_files(table: Table, keys: Collection[int]) -> None:
+    """Take away the files of some images."""
+    named = {_name(key) for key in keys}
+    for name in names_in(table.folder / FOLDER):
+        if name in named:
+            remove_file(table.folder / FOLDER / name)
+
+
+def _name(key: int) -> str:
+    return f"{key}.png"
+
+
+def _joined(original: np.ndarray, picture: bytes) -> bytes:
+    right = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+    file = io.BytesIO()
+    Image.fromarray(np.hstack([original, right])).save(file, "PNG")
+    return file.getvalue()

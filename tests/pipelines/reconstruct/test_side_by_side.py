@@ -1,0 +1,103 @@
+"""Originals and their reconstructions as image files, written once and taken down with their rows."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.config import build
+from pipelines.pictures.squares import square_of
+from pipelines.plans import read_plan
+from pipelines.reconstruct.side_by_side import FOLDER, remove_files, write_files
+from pipelines.schemas import OK, RECONSTRUCTION_ROW
+from pipelines.selection import Selection, open_table
+from pipelines.storage import Table
+from vlv_model.squares import Square
+
+SQUARE = Square(16)
+GREY = np.full((16, 16, 3), 99, np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Three image files, one of which is none."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (2, 20, 16, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        (folder / f"{number}.png").write_bytes(png(pixels))
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+@pytest.fixture
+def table(photographs: Path, tmp_path: Path) -> Table:
+    """A finished table: grey reconstructions of what is an image."""
+    given = {"input": str(photographs), "output": str(tmp_path / "made"), "rows_per_chunk": 2}
+    table = open_table("reconstruction", build(Selection, given), {})
+    for chunk in table.pending():
+        keys = read_plan(table.folder, chunk)["key"].to_pylist()
+        images = [image_of(photographs, key) for key in keys]
+        rows = {
+            "key": keys,
+            "image": [{"bytes": png(GREY), "path": None} if image else None for image in images],
+            "status": [OK if image else "decode:corrupt" for image in images],
+            "error": [None if image else "it is none" for image in images],
+        }
+        table.write(chunk, pa.table(rows, schema=RECONSTRUCTION_ROW))
+    return table
+
+
+def names(folder: Path) -> dict[int, Path]:
+    from pipelines.schemas import key_of
+
+    return {key_of(file.name): file for file in folder.iterdir()}
+
+
+def image_of(folder: Path, key: int) -> bytes | None:
+    file = names(folder)[key]
+    return None if "broken" in file.name else file.read_bytes()
+
+
+def test_each_file_has_the_square_left_and_the_picture_right(
+    table: Table, photographs: Path
+) -> None:
+    write_files(table, SQUARE)
+    files = {int(file.stem): file for file in (table.folder / FOLDER).iterdir()}
+    assert len(files) == 2
+    for key, file in files.items():
+        content = image_of(photographs, key)
+        assert content is not None
+        pixels = np.asarray(Image.open(file))
+        assert pixels.shape == (16, 32, 3)
+        assert np.array_equal(pixels[:, :16], square_of(content, SQUARE).transpose(1, 2, 0))
+        assert np.array_equal(pixels[:, 16:], GREY)
+
+
+def test_what_is_there_is_not_written_again_and_arrow_reads_the_table(table: Table) -> None:
+    write_files(table, SQUARE)
+    first, second = sorted((table.folder / FOLDER).iterdir())
+    first.unlink()
+    written = second.stat().st_mtime_ns
+    write_files(table, SQUARE)
+    assert first.exists()
+    assert second.stat().st_mtime_ns == written
+    assert pq.read_table(table.folder).num_rows == 3
+
+
+def test_a_takedown_takes_them_away(table: Table) -> None:
+    remove_files(table, {1, 2})  # of a table without files, nothing
+    write_files(table, SQUARE)
+    first, second = sorted((table.folder / FOLDER).iterdir())
+    remove_files(table, {int(first.stem), 77})
+    assert list((table.folder / FOLDER).iterdir()) == [second]
