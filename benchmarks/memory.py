@@ -14,8 +14,9 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,19 +115,40 @@ def memory(setup: Setup) -> Memory:
     states = 0.0 if setup.offload else 12 * trained / shards / 1e9
     gradients = 0.0 if setup.offload else 4 * trained / shards / 1e9  # stage 2 of ZeRO
     gradients += 2 * BUCKET * (size + 4) / 1e9
-    activations = _live(model, step) / 1e9
+    activations = live_bytes(model, step) / 1e9
     fixed = weights + gradients + states
     total = fixed + activations * FRAGMENTED + BESIDE
     return Memory(*(round(value, 1) for value in (weights, gradients, states, activations, total)))
 
 
-def _live(model: nn.Module, step: Callable[[], Tensor]) -> int:
+def captioning_memory(precision: Precision, rows: int, beams: int = 1) -> Memory:
+    """What an actor of recaption needs with the 3B model: prefixes, or keys and values of captions."""
+    model = cast(models.captioner(models.SIZES["full"], META), precision).eval()
+    size = 2 if precision == "bfloat16" else 4
+    weights = size * sum(p.numel() for p in model.parameters())
+    known = iter([*model.parameters(), *model.buffers()])
+    with torch.no_grad(), _fused_attention(model), LiveTensors(known) as live:
+        model.prefix(_squares(rows))
+    shape = model.language_model.config
+    width = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
+    positions = model.encoder.num_queries + Stage2TrainConfig().max_caption_tokens
+    cache = rows * beams * positions * shape.num_hidden_layers * 2 * width * size
+    # Of beams the kept keys and values are put into a new order: both are there at a time.
+    cache = cache * (2 if beams > 1 else 1) + 2 * rows * beams * shape.vocab_size * 4
+    activations = max(live.most, cache) / 1e9
+    total = weights / 1e9 + activations * FRAGMENTED + BESIDE
+    return Memory(*(round(value, 1) for value in (weights / 1e9, 0.0, 0.0, activations, total)))
+
+
+def live_bytes(model: nn.Module, step: Callable[[], Tensor]) -> int:
     """The most bytes that live at a time, but for weights; a gradient goes as soon as it is whole."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
     known = iter([*model.parameters(), *model.buffers()])
-    with _fused_attention(model), LiveTensors(known) as live:
+    on_meta = next(model.parameters()).is_meta
+    fused = _fused_attention(model) if on_meta else nullcontext()
+    with fused, LiveTensors(known) as live:
         step().backward()
     return live.most
 
@@ -264,15 +286,26 @@ RECIPES = {
 }
 
 
+CAPTIONS: dict[str, tuple[Precision, int, int]] = {
+    "recaption, 3B, 64": ("bfloat16", 64, 1),
+    "recaption, 3B, float32, 4 beams, 8": ("float32", 8, 4),
+    "recaption, 3B, float32, 4 beams, 32": ("float32", 32, 4),
+    "recaption, 3B, float32, 4 beams, 64": ("float32", 64, 4),
+}
+
+
 def main(arguments: list[str]) -> None:
     given = {name: int(value) for name, _, value in (a.partition("=") for a in arguments)}
     print("| training | weights | gradients | optimiser | activations | total GB |")
     print("|---|---|---|---|---|---|")
     found = {}
-    for name, setup in RECIPES.items():
-        needed = memory(replace(setup, **given))  # type: ignore[arg-type]
-        found[name] = asdict(needed)
-        print(f"| {name} | {' | '.join(map(str, asdict(needed).values()))} |", flush=True)
+    asked: dict[str, Callable[[], Memory]] = {
+        name: partial(memory, replace(setup, **given))  # type: ignore[arg-type]
+        for name, setup in RECIPES.items()
+    } | {name: partial(captioning_memory, *setup) for name, setup in CAPTIONS.items()}
+    for name, count in asked.items():
+        found[name] = asdict(count())
+        print(f"| {name} | {' | '.join(map(str, found[name].values()))} |", flush=True)
     print(json.dumps(found))
 
 

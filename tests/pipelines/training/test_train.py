@@ -120,10 +120,22 @@ def wandb_records(file: Path) -> Iterator[bytes]:
             whole = b""
 
 
+def wandb_files(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def wandb_run(file: Path) -> Any:
+    """What a .wandb file says of its run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = map(Record.FromString, wandb_records(file))
+    return next(r.run for r in records if r.WhichOneof("record_type") == "run")
+
+
 def test_wandb_wrote_the_run_offline(unbroken: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = unbroken.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = wandb_files(unbroken)
     logged: dict[str, list[float]] = {}
     for data in wandb_records(file):
         record = Record.FromString(data)
@@ -253,9 +265,22 @@ def test_a_killed_job_continues_from_the_last_whole_checkpoint(
     assert not is_finished(newest)
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"event": "st')
-    train(stage1_config(pair_table, tiny_models, run_dir))
+    # What only shows may be another: which images samples are made of, and W&B's names.
+    named = tmp_path / "named"
+    named.mkdir()
+    greens = {Image.new("RGB", (70, 64), (0, 90 * n, 0)): named / f"{n}.png" for n in (1, 2)}
+    for image, file in greens.items():
+        image.save(file)
+    shows = [f"data.validation={named}", "train.samples=9"]
+    shows += ["train.wandb_project=ours", "train.wandb_name=the-first"]
+    train(stage1_config(pair_table, tiny_models, run_dir, *shows))
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
+    pictures = pictures_of(run_dir / "samples" / "step-00000008.html")
+    originals = [np.asarray(Image.open(io.BytesIO(content))) for content in pictures[::2]]
+    assert sorted(picture[0, 0].tolist() for picture in originals) == [[0, 90, 0], [0, 180, 0]]
+    names = [(run.project, run.display_name) for run in map(wandb_run, wandb_files(run_dir))]
+    assert sorted(names) == [("ours", "the-first"), ("vlv", "stage1-unbroken")]
 
 
 def stage2_config(table: Path, stage1: Path, run_dir: Path, *more: str) -> Stage2Config:
