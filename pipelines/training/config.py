@@ -102,7 +102,9 @@ class TrainConfig(Config):
         1.0, ge=0, description="gradient norm is clipped to this; 0: never"
     )
     precision: Precision = Field(
-        "float32", description="arithmetic; bfloat16 keeps float32 master weights"
+        "float32",
+        description="arithmetic; bfloat16 keeps float32 master weights and, with zero_stage of 2 or "
+        "3, sums gradients in float32",
     )
     tf32: bool = Field(
         False,

@@ -115,6 +115,7 @@ def test_images_that_kill_are_rows_and_cost_no_other(ray_local, by_value, pictur
 
 
 @pytest.mark.end_to_end
+@pytest.mark.faults
 def test_a_decoder_that_crashes_costs_its_image(
     ray_local, by_value, pictures, tmp_path, monkeypatch
 ):

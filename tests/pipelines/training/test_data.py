@@ -279,7 +279,7 @@ def test_actors_read_what_threads_read_and_say_what_is_wrong(
 ) -> None:
     index = RowIndex.open(files, ["caption"])
     rows = [(0, 5), (1, 3), (1, 40), (2, 0), (2, 7)]
-    expected = Batch.read(RowReader(index, ["caption"]), rows, SIZE)
+    expected = Batch.read(RowReader(index, ["caption"]), rows, Square(SIZE))
     for reading in (
         Threads(RowReader(index, ["caption"]), Square(SIZE), threads=2),
         Actors(index, ["caption"], Square(SIZE), actors=2),
