@@ -1,6 +1,6 @@
 """How much of a GPU a training fills: live tensors of an update at the published sizes, counted.
 
-    python -m benchmarks.memory [workers=8]
+    python -m benchmarks.memory
 
 No memory is needed and nothing is computed: the models lie on the meta device, and each storage that
 an operation makes is counted from its making to its end. Weights, gradients and the optimiser's
@@ -11,7 +11,6 @@ as the fused kernels do it. A caption has the longest length, so that most batch
 from __future__ import annotations
 
 import json
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,9 +29,10 @@ from transformers import AttentionInterface
 from benchmarks import models, published_configs
 from pipelines.training.config import Stage2TrainConfig
 from pipelines.training.deepspeed_config import BUCKET
+from pipelines.training.flops import forget_gradient
 from pipelines.training.stages import Stage, captioning, denoising
 from vlv_model.config import Lora, Precision
-from vlv_model.precision import cast
+from vlv_model.precision import cast, dtype_of
 
 META = torch.device("meta")
 _aten = torch.ops.aten
@@ -109,12 +109,15 @@ def memory(setup: Setup) -> Memory:
         stage.checkpoint_activations()
     model.train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = 2 if setup.precision == "bfloat16" else 4
+    size = dtype_of(setup.precision).itemsize
     weights = size * sum(p.numel() for p in model.parameters()) / 1e9
     shards = setup.workers
     states = 0.0 if setup.offload else 12 * trained / shards / 1e9
-    gradients = 0.0 if setup.offload else 4 * trained / shards / 1e9  # stage 2 of ZeRO
-    gradients += 2 * BUCKET * (size + 4) / 1e9
+    # ZeRO-2 keeps the sums on the GPU, also where it offloads; two buckets, each also in float32; and
+    # what is larger than a bucket (Qwen's words), which is reduced by itself.
+    largest = max(p.numel() for p in model.parameters() if p.requires_grad)
+    gradients = 4 * trained / shards / 1e9
+    gradients += (2 * BUCKET * (size + 4) + 4 * largest * (largest > BUCKET)) / 1e9
     activations = live_bytes(model, step) / 1e9
     fixed = weights + gradients + states
     total = fixed + activations * FRAGMENTED + BESIDE
@@ -124,7 +127,7 @@ def memory(setup: Setup) -> Memory:
 def captioning_memory(precision: Precision, rows: int, beams: int = 1) -> Memory:
     """What an actor of recaption needs with the 3B model: prefixes, or keys and values of captions."""
     model = cast(models.captioner(models.SIZES["full"], META), precision).eval()
-    size = 2 if precision == "bfloat16" else 4
+    size = dtype_of(precision).itemsize
     weights = size * sum(p.numel() for p in model.parameters())
     known = iter([*model.parameters(), *model.buffers()])
     with torch.no_grad(), _fused_attention(model), LiveTensors(known) as live:
@@ -144,17 +147,13 @@ def live_bytes(model: nn.Module, step: Callable[[], Tensor]) -> int:
     """The most bytes that live at a time, but for weights; a gradient goes as soon as it is whole."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_forget)
+            parameter.register_post_accumulate_grad_hook(forget_gradient)
     known = iter([*model.parameters(), *model.buffers()])
     on_meta = next(model.parameters()).is_meta
     fused = _fused_attention(model) if on_meta else nullcontext()
     with fused, LiveTensors(known) as live:
         step().backward()
     return live.most
-
-
-def _forget(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _stage1(setup: Setup) -> tuple[Stage, Callable[[], Tensor]]:
@@ -281,12 +280,14 @@ RECIPES = {
     "stage 2, 3B, one GPU, offload, 2 checkpointed": Setup(
         "stage2", "bfloat16", 2, True, workers=1, offload=True
     ),
+    "stage 2, 3B, one GPU, 2 checkpointed": Setup("stage2", "bfloat16", 2, True, workers=1),
     "stage 1, one GPU, 8": Setup("stage1", micro_batch=8, workers=1),
     "stage 1, one GPU, 8 checkpointed": Setup("stage1", "bfloat16", 8, True, workers=1),
 }
 
 
 CAPTIONS: dict[str, tuple[Precision, int, int]] = {
+    "recaption, 3B, 32": ("bfloat16", 32, 1),
     "recaption, 3B, 64": ("bfloat16", 64, 1),
     "recaption, 3B, float32, 4 beams, 8": ("float32", 8, 4),
     "recaption, 3B, float32, 4 beams, 32": ("float32", 32, 4),
@@ -294,14 +295,12 @@ CAPTIONS: dict[str, tuple[Precision, int, int]] = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    given = {name: int(value) for name, _, value in (a.partition("=") for a in arguments)}
+def main() -> None:
     print("| training | weights | gradients | optimiser | activations | total GB |")
     print("|---|---|---|---|---|---|")
     found = {}
     asked: dict[str, Callable[[], Memory]] = {
-        name: partial(memory, replace(setup, **given))  # type: ignore[arg-type]
-        for name, setup in RECIPES.items()
+        name: partial(memory, setup) for name, setup in RECIPES.items()
     } | {name: partial(captioning_memory, *setup) for name, setup in CAPTIONS.items()}
     for name, count in asked.items():
         found[name] = asdict(count())
@@ -310,4 +309,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.images import RowIndex, RowReader
-from pipelines.storage import Table, parquet_files
+from pipelines.storage import NEWER, Table, parquet_files
 from vlv_model.config import ModelConfig
 from vlv_model.errors import DataError
 
@@ -42,8 +42,7 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
         "scaling_factor": latents.scaling_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,
-        # Said where it is not the usual one, so that a table of before remains what it is.
-        **({"preprocess": model.preprocess} if model.preprocess != "default" else {}),
+        "preprocess": model.preprocess,
     }
 
 
@@ -84,13 +83,12 @@ class LatentReader:
 
     def check(self, model: ModelConfig, keys: np.ndarray) -> None:
         """Raise DataError unless these are the latents of `model`'s VAE, for all of `keys`."""
-        there = self.identity
+        there = NEWER | self.identity
         here = made_of(model, there)
-        names = [*here, *({"preprocess"} & there.keys() - here.keys())]
-        if differing := [name for name in names if here.get(name) != there.get(name)]:
-            shown = ", ".join(f"{n}: {there.get(n)} there, {here.get(n)} here" for n in differing)
+        if differing := [name for name in here if here[name] != there[name]]:
+            shown = ", ".join(f"{n}: {there[n]} there, {here[n]} here" for n in differing)
             raise DataError(
-                f"{SETTING}={self.path} was not made with this run's VAE and image size ({shown}): "
+                f"{SETTING}={self.path} was not made with this run's VAE and squares ({shown}): "
                 "precompute it with this run's model.*, or leave it out"
             )
         missing = keys[~np.isin(keys, self.index.keys)]

@@ -83,6 +83,10 @@ class Commit:
         return json.dumps(asdict(self))
 
 
+NEWER = {"preprocess": "default"}
+"""Settings of an identity that came after the first tables, and what those were made with."""
+
+
 class Table:
     """A folder of committed Parquet parts; see the module's text for its layout."""
 
@@ -121,7 +125,7 @@ class Table:
                 f"output folder {self.folder} holds another run ({described['kind']} table, "
                 f"not {kind}): choose another data.output"
             )
-        there = described["identity"]
+        there = {k: v for k, v in NEWER.items() if k in identity} | described["identity"]
         self._refuse_earlier("setting", [k for k, v in identity.items() if v is not None], there)
         refuse_difference(self.folder, there, identity, "data.output")
         if columns and (files := self._commit_files()):

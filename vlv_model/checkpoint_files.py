@@ -242,10 +242,11 @@ def open_tensors(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        opened = safe_open(path, "pt")
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
+    with opened as file:
+        yield file
 
 
 def shapes_in(file: Any) -> dict[str, list[int]]:

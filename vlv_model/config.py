@@ -61,16 +61,6 @@ class Lora(Config):
     )
 
 
-_DECISIVE = (
-    "num_queries",
-    "bottleneck",
-    "image_size",
-    "preprocess",
-    "encoder_image_size",
-    "prompt",
-)
-
-
 class ModelConfig(Config):
     """The pretrained parts of a VLV auto-encoder and the sizes of what is trained between them.
 
@@ -113,7 +103,7 @@ class ModelConfig(Config):
         "default",
         description="how an image becomes that square. default: upright, in sRGB, alpha on white, "
         "bicubic; reference: as the published implementation does, bilinear, without regard to EXIF, "
-        "colour profile and alpha; what its weights expect, and what their import notes down",
+        "colour profile and alpha, which checkpoints imported from it were trained with",
     )
     encoder_image_size: int = Field(
         768,
@@ -132,8 +122,3 @@ class ModelConfig(Config):
     projector_seed: int = Field(
         0, ge=0, lt=2**63, description="seed of the queries and projectors before any training"
     )
-
-    def apart_from(self, other: ModelConfig) -> dict[str, Any]:
-        """The settings that decide what a trained encoder says, where they are not `other`'s."""
-        decisive = {name: getattr(self, name) for name in _DECISIVE}
-        return {name: value for name, value in decisive.items() if value != getattr(other, name)}

@@ -84,7 +84,7 @@ def export_model(
         modules |= _other_modules(config, modules)
     with new_folder(folder) as work:
         for part, module in modules.items():
-            with loading.without_bars():
+            with loading.quietly():
                 module.save_pretrained(work / part, max_shard_size=MAX_SHARD_SIZE)
         for part in _with_published_files(modules):
             _copy_files(config, part, work / part)

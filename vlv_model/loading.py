@@ -49,11 +49,11 @@ __all__ = [
     "load_text_encoder",
     "load_unet",
     "load_vae",
+    "quietly",
     "read_latent_format",
     "resolve_checkpoint",
     "resolve_model",
     "text_encoder_width",
-    "without_bars",
 ]
 
 
@@ -147,7 +147,7 @@ def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence transformers' bars over tensors and its lists of their names, which are looked at here;
     bars of downloads from the hub stay.
     """
@@ -181,7 +181,7 @@ def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precisi
 
 def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
     """The part with all its weights; the two libraries differ in the name of the data type."""
-    with without_bars():
+    with quietly():
         model, report = _load(
             part,
             source,

@@ -34,7 +34,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from vlv_model.loading import without_bars
+from vlv_model.loading import quietly
 
 # All sizes of the tiny world are here.
 NUM_QUERIES = 16
@@ -157,7 +157,7 @@ def write_tiny_models(folder: str | os.PathLike[str], seed: int = 0) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]), without_bars():
+    with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
         _write_florence(folder / "florence")
         _write_diffusion(folder / "diffusion")

@@ -12,21 +12,23 @@ from vlv_model.sources import part_source
 
 _USE = {
     "stage2": """\
-from PIL import Image
+from PIL import Image, ImageOps
 from vlv_model import VLVCaptioner
 from vlv_model.preprocessing import square_image
 
 captioner = VLVCaptioner.from_pretrained("{name}")
-square = square_image(Image.open("photo.jpg"), {how})  # uint8 [3 {size} {size}]
+image = {opened}
+square = square_image(image, {how})  # uint8 [3 {size} {size}]
 captioner.generate(square[None])[0].text""",
     "stage1": """\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from vlv_model import VLVAutoEncoder
 from vlv_model.preprocessing import square_image
 
 autoencoder = VLVAutoEncoder.from_pretrained("{name}")
-square = square_image(Image.open("photo.jpg"), {how})  # uint8 [3 {size} {size}]
+image = {opened}
+square = square_image(image, {how})  # uint8 [3 {size} {size}]
 autoencoder.reconstruct(square[None], [torch.Generator()])  # uint8 [1 3 {size} {size}]""",
 }
 _COMMAND = {
@@ -57,14 +59,18 @@ def model_card(name: str, model: ModelConfig, about: Mapping[str, Any], licence:
         "tags": ["vlv", "arxiv:2507.07104"],
         "base_model": sorted(repo for repo in sources if repo),
     }
-    how = f"{model.image_size}" + ', "reference"' * (model.preprocess == "reference")
+    how, opened = str(model.image_size), 'ImageOps.exif_transpose(Image.open("photo.jpg"))'
+    if model.preprocess == "reference":
+        how, opened = f'{how}, "reference"', 'Image.open("photo.jpg")'
     blocks = [
         f"# {name}",
         _WHAT[stage].format(queries=model.num_queries)
         + " Vision-Language-Vision auto-encoder (arXiv 2507.07104), "
         + ("imported from its published implementation." if "reference" in origin else "trained."),
         "## Use",
-        "```python\n" + _USE[stage].format(name=name, size=model.image_size, how=how) + "\n```",
+        "```python\n"
+        + _USE[stage].format(name=name, size=model.image_size, how=how, opened=opened)
+        + "\n```",
         "```\n" + _COMMAND[stage].format(name=name) + "\n```",
         "## Base models",
         "Their licences apply besides this model's own.",

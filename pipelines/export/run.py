@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
 from pipelines.runtime import quiet_libraries
-from pipelines.storage import read_json_object
+from pipelines.storage import NEWER, read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
 from vlv_model.checkpoint_files import read_chain, read_checkpoint
@@ -52,7 +52,11 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
             "training run, one of its checkpoints, or an exported folder"
         )
     chain = read_chain(checkpoint)
-    made_of = {**made_with, "weights": [info.sha256 for _, info in chain]}
+    made_of = {
+        **made_with,
+        "weights": [info.sha256 for _, info in chain],
+        "preprocess": model_config.preprocess,
+    }
     if _is_there(config.output, made_of):
         return "exported already: nothing to do"
     stages = stages_of(checkpoint)  # reads every file of the chain before any model is loaded
@@ -104,7 +108,11 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     if "preprocess" not in config.model.model_fields_set:
         model_config = model_config.model_copy(update={"preprocess": "reference"})
     reference = read_reference(source)
-    made_of = {**made_with, "weights": [*reference.digests.values()]}
+    made_of = {
+        **made_with,
+        "weights": [*reference.digests.values()],
+        "preprocess": model_config.preprocess,
+    }
     if _is_there(config.output, made_of):
         return "imported already: nothing to do"
     stage = stage_of(reference)
@@ -163,6 +171,7 @@ def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
     except CheckpointError:
         origin = {}
     there = origin.get("made_of")
+    there = {**NEWER, **there} if there else None
     if there == made_of:
         return True
     names = [k for k in made_of if there and there.get(k) != made_of[k]]

@@ -47,9 +47,11 @@ def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: Gen
         "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
         "generate": generate.decides(),
     }
-    # Unsaid where it is the usual: captions of before keep their fingerprint.
-    unusual = model.apart_from(ModelConfig())
-    decides |= {name: unusual[name] for name in ("bottleneck", "preprocess") if name in unusual}
+    # Where they are not the usual ones: captions of earlier versions keep their fingerprint.
+    if model.preprocess != "default":
+        decides["preprocess"] = model.preprocess
+    if model.bottleneck != info.model.bottleneck:
+        decides["bottleneck"] = model.bottleneck
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -31,8 +31,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
         "weights": info.sha256,
         "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
-        # What the checkpoint says of itself goes without saying.
-        **{f"model.{name}": value for name, value in model.apart_from(info.model).items()},
+        "preprocess": model.preprocess,
         **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
     }
     table = open_table("reconstruction", config.data, identity)

@@ -8,11 +8,13 @@ Underscored, as Arrow would take them for parts of the table.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Collection
 
 import numpy as np
 from PIL import Image
 
+from pipelines.external import UndecodableImage
 from pipelines.images import RowReader
 from pipelines.places import (
     is_url,
@@ -23,6 +25,7 @@ from pipelines.places import (
     write_atomically,
 )
 from pipelines.plans import planned, read_plan
+from pipelines.schemas import OK
 from pipelines.storage import Table
 from vlv_model.squares import Square
 
@@ -40,14 +43,22 @@ def write_files(table: Table, square: Square) -> None:
     files = [place(file) for file in about["files"]]
     decode = isolated_squares(square) if about.get("isolated", True) else None
     for commit in table.commits():
+        plan = read_plan(table.folder, commit.chunk)
+        keys = plan["key"].to_pylist()
+        if sum(_name(key) in there for key in keys) == commit.statuses.get(OK, 0):
+            continue
         rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
         made = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
-        plan = read_plan(table.folder, commit.chunk)
         reader = RowReader(planned(files, plan), decode=decode)
-        for position, key in enumerate(plan["key"].to_pylist()):
-            if key in made and _name(key) not in there:
+        for position, key in enumerate(keys):
+            if key not in made or _name(key) in there:
+                continue
+            try:
                 original = reader.square(position, square).transpose(1, 2, 0)
-                write_atomically(folder / _name(key), _joined(original, made[key]))
+            except UndecodableImage as error:  # gone since
+                print(f"no {FOLDER}/{_name(key)}: {error}", file=sys.stderr)
+                continue
+            write_atomically(folder / _name(key), _joined(original, made[key]))
 
 
 def remove_files(table: Table, keys: Collection[int]) -> None:

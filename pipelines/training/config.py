@@ -108,7 +108,8 @@ class TrainConfig(Config):
     )
     tf32: bool = Field(
         False,
-        description="on CUDA, products of what stays float32 in TF32, with 10 bits of mantissa",
+        description="on CUDA, products and convolutions of what stays float32 in TF32, with 10 bits "
+        "of mantissa",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(
@@ -135,9 +136,9 @@ class TrainConfig(Config):
     samples: int = Field(
         4,
         ge=0,
-        description="images (data.validation) that the first checkpoint after an evaluation "
-        "reconstructs (stage 1) or captions (stage 2), for W&B and <run_dir>/samples, in a task of "
-        "one CPU beside the training; 0: none",
+        description="images, held-out ones or those of data.validation, that the first checkpoint "
+        "after an evaluation reconstructs (stage 1) or captions (stage 2), for W&B and "
+        "<run_dir>/samples, in a task of one CPU beside the training; 0: none",
     )
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
@@ -151,9 +152,11 @@ class TrainConfig(Config):
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
     )
-    wandb_project: str = Field("vlv", min_length=1, description="its project")
+    wandb_project: str = Field("vlv", min_length=1, description="project at Weights & Biases")
     wandb_name: str | None = Field(
-        None, min_length=1, description="name of the run there; default: stage and folder's name"
+        None,
+        min_length=1,
+        description="name of the run at Weights & Biases; default: stage and folder's name",
     )
 
     @field_validator("betas")

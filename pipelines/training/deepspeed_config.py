@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.training.config import TrainConfig
 
 BUCKET = 50_000_000
-"""Numbers that are reduced or gathered at once. DeepSpeed's default, ten times that, fills 3 GB of a
+"""Numbers that are reduced or gathered at once. DeepSpeed's default, ten times that, fills 6 GB of a
 GPU; links are as busy with a tenth of it."""
 
 

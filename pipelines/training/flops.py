@@ -110,7 +110,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     was_training = model.training
     model.eval()
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        parameter.register_post_accumulate_grad_hook(forget_gradient)
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
@@ -124,5 +124,6 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def forget_gradient(parameter: Tensor) -> None:
+    """A hook for `register_post_accumulate_grad_hook`."""
     parameter.grad = None

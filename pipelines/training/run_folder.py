@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.config import build, dump
 from pipelines.images import RowIndex
 from pipelines.listing import list_images
 from pipelines.places import remove_folder, write_atomically
+from pipelines.sources import find_source
 from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
@@ -63,7 +65,9 @@ def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) ->
     """Refuse what could only fail on a worker, after the models were loaded."""
     from vlv_model.checkpoint import read_checkpoint, stages_of
 
-    stages = stages_of(checkpoint) if checkpoint else []
+    # Its files are looked at once: a run that has begun goes on from what it kept of them.
+    begun = (Path(config.run_dir) / "parent").is_dir()
+    stages = stages_of(checkpoint, verify=not begun) if checkpoint else []
     if checkpoint and read_checkpoint(checkpoint).lora.rank:
         raise CheckpointError(
             f"model.path: '{checkpoint}' holds adapters (LoRA) upon a language model: export it with "
@@ -203,13 +207,25 @@ def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
         write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
 
 
+def check_validation(path: str) -> None:
+    """Raise DataError where there are no images at `data.validation`."""
+    with _as_validation():
+        find_source(path, None, None)
+
+
+@contextmanager
+def _as_validation() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("data.input", "data.validation")) from None
+
+
 def validation_rows(run_dir: Path, path: str) -> RowIndex:
     """The images of `data.validation`, listed anew: there may be others than when the run began."""
     remove_folder(run_dir / VALIDATION)
-    try:
+    with _as_validation():
         listed, _ = list_images(run_dir / VALIDATION, path)
-    except DataError as error:
-        raise DataError(str(error).replace("data.input", "data.validation")) from None
     return RowIndex.open(listed)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.external import UndecodableImage
 from pipelines.images import RowIndex, RowReader
 from pipelines.places import write_atomically
 from pipelines.reconstruct.config import DiffusionConfig
@@ -52,6 +53,7 @@ class Samples:
     captions: bool  # stage 2's; else pictures
     caption_column: str | None = None  # of rows that have a caption, which is shown beside
     max_tokens: int = 0  # of a caption
+    isolated: bool = False  # rows of which nobody has decoded the images yet
 
     def page(self, step: int) -> Path:
         return self.run_dir / FOLDER / f"{checkpointing.checkpoint_name(step)}.html"
@@ -65,16 +67,14 @@ class Samples:
         checkpoint = self.run_dir / checkpointing.FOLDER / checkpointing.checkpoint_name(step)
         if not checkpointing.is_finished(checkpoint):
             return []
-        columns = [self.caption_column] if self.caption_column else []
-        reader = RowReader(self.rows, columns)
-        rows = [reader.row(position) for position in range(len(self.rows))]
-        cut = Square.of(self.model)
-        read = [reader.square(i, cut, row["image"]) for i, row in enumerate(rows)]
+        keys, rows, read = self._read()
+        if not rows:
+            return []
         squares = torch.from_numpy(np.stack(read)).to("cuda" if use_gpu else "cpu")
         made = (
             self._captions(checkpoint, squares)
             if self.captions
-            else self._pictures(checkpoint, squares)
+            else self._pictures(checkpoint, squares, keys)
         )
         items = [
             GalleryItem(
@@ -84,7 +84,7 @@ class Samples:
                 target=row[self.caption_column] if self.caption_column else None,
                 **found,
             )
-            for key, row, square, found in zip(self.rows.keys, rows, squares, made, strict=True)
+            for key, row, square, found in zip(keys, rows, squares, made, strict=True)
         ]
         shown = gallery(items, len(items), pictures=not self.captions, words=self.captions)
         subtitle = f"Images that are not trained on, after {step:,} steps of {self.run_dir.name}"
@@ -93,23 +93,49 @@ class Samples:
         write_atomically(file, page("Samples", subtitle, [shown]))
         return items
 
-    def _pictures(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
+    def _read(self) -> tuple[list[int], list[dict[str, Any]], list[np.ndarray]]:
+        """Keys, rows and squares of the images that are some; of others a line."""
+        from pipelines.pictures.squares import isolated_squares
+
+        cut = Square.of(self.model)
+        columns = [self.caption_column] if self.caption_column else []
+        reader = RowReader(
+            self.rows, columns, decode=isolated_squares(cut) if self.isolated else None
+        )
+        keys, rows, squares = [], [], []
+        for position, key in enumerate(self.rows.keys.tolist()):
+            try:
+                row = reader.row(position)
+                squares.append(reader.square(position, cut, row["image"]))
+            except UndecodableImage as error:
+                print(f"no sample: {error}", file=sys.stderr)
+                continue
+            keys.append(key)
+            rows.append(row)
+        return keys, rows, squares
+
+    def _pictures(
+        self, checkpoint: Path, squares: torch.Tensor, keys: list[int]
+    ) -> list[dict[str, Any]]:
         from pipelines.reconstruct.predictor import png, sampled
         from vlv_model.autoencoder import VLVAutoEncoder
 
-        autoencoder = VLVAutoEncoder.from_pretrained(self.model, checkpoint).to(squares.device)
+        # This run's own checkpoint, written a moment ago: not read once more for its digest.
+        autoencoder = VLVAutoEncoder.from_pretrained(self.model, checkpoint, verify=False)
+        autoencoder.to(squares.device)
 
         def draw(rows: slice, **sampling: Any) -> torch.Tensor:
             return autoencoder.reconstruct(squares[rows], **sampling)
 
         # From the same noise at each checkpoint, so that what changes is what was learned.
-        pictures = sampled(DIFFUSION, self.rows.keys.tolist(), draw)
+        pictures = sampled(DIFFUSION, keys, draw)
         return [{"reconstruction": png(picture), "caption": None} for picture in pictures]
 
     def _captions(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
         from vlv_model.captioner import VLVCaptioner
 
-        captioner = VLVCaptioner.from_pretrained(self.model, checkpoint).to(squares.device)
+        captioner = VLVCaptioner.from_pretrained(self.model, checkpoint, verify=False)
+        captioner.to(squares.device)
         captions = captioner.generate(squares, max_new_tokens=self.max_tokens)
         return [{"reconstruction": None, "caption": caption.text} for caption in captions]
 
@@ -141,14 +167,18 @@ class Sampler:
 
     def poll(self, show: Show) -> None:
         """Show what is ready, and start what waits where a CPU is free; returns at once."""
-        import ray
 
         self._collect(show)
         if self._task is not None or self._wanted in (None, self.steps):
             return
         # A task that waited would have a machine started for it, or take the place of a lost worker.
-        free = ray.available_resources()
-        if free.get("CPU", 0) >= 1 and free.get("memory", 0) >= self._memory():
+        from ray._private.state import available_resources_per_node  # of one machine: nowhere else
+
+        needed = self._memory("CPU")
+        if any(
+            free.get("CPU", 0) >= 1 and free.get("memory", 0) >= needed
+            for free in available_resources_per_node().values()
+        ):
             self._start(self._wanted, {"num_cpus": 1})
 
     def end(self, show: Show) -> None:
@@ -173,14 +203,16 @@ class Sampler:
         import ray
 
         self._step, self._wanted = step, None
-        task = ray.remote(max_retries=0, memory=self._memory(), **options)(_make)
+        memory = self._memory("GPU" if options.get("num_gpus") else "CPU")
+        task = ray.remote(max_retries=0, memory=memory, **options)(_make)
         self._task = task.remote(self.samples, step, bool(options.get("num_gpus")))
 
-    def _memory(self) -> int:
-        """Bytes to reserve; no more than a whole machine has, for which a task would wait for ever."""
+    def _memory(self, device: str) -> int:
+        """Bytes to reserve; no more than a machine with the device has, or a task would wait for ever."""
         import ray
 
-        machines = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [node.get("memory", 0) for node in nodes if node.get(device)]
         needed = self.parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDE
         return int(min(needed, max(machines, default=needed)))
 

@@ -78,6 +78,8 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     parts = run_folder.parts_read(config)
     model, checkpoint = config.model.resolve(parts, run_folder.base_models(there))
     run_folder.check_start(config, checkpoint)
+    if config.data.validation:
+        run_folder.check_validation(config.data.validation)
     files = parquet_files(config.data.input)
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     rows = split(RowIndex.open(files, columns), config.data.holdout)
@@ -197,6 +199,8 @@ def _sampler(
             caption_column=None if config.data.validation else config.data.caption_column,
             max_tokens=config.train.max_caption_tokens,
         )
+    if config.data.validation:
+        made = replace(made, isolated=True)
     return samples.Sampler(made, train.steps, train.use_gpu, config.ray.pinned())
 
 
@@ -255,8 +259,9 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
 
     from pipelines.training.loop import Worker
 
-    if loop["config"]["train"]["tf32"]:
-        torch.set_float32_matmul_precision("high")
+    # torch's own default takes TF32 for convolutions, and not for matrices.
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        backend.allow_tf32 = loop["config"]["train"]["tf32"]
     if not use_gpu:
         # An optional kernel for CPUs whose compilation takes half a minute on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -353,7 +358,7 @@ def _verify(checkpoint: Path, worker: Worker) -> None:
     if worker.is_first_of_machine:
         try:
             verify_checkpoint(checkpoint)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # whatever it is: the others wait for it
             why = str(error)
     if worker.world_size > 1:
         dist.all_gather_object(refused, why)

@@ -107,7 +107,7 @@ def start_job(folder: Path, killed: str, seconds: float) -> subprocess.Popen[str
     ("killed", "name", "seconds"),
     [
         ("gcs_server", "gcs_server", 1000),
-        ("ray::DashboardAgent", "raylet", 0.1),
+        pytest.param("ray::DashboardAgent", "raylet", 0.1, marks=pytest.mark.faults),
         pytest.param("raylet", "raylet", 1000, marks=pytest.mark.faults),
         pytest.param("raylet", "raylet", 0.1, marks=pytest.mark.faults),
         pytest.param("gcs_server", "gcs_server", 0.1, marks=pytest.mark.faults),

@@ -16,6 +16,7 @@ from pipelines.config import build
 from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.report import REPORT
+from pipelines.reconstruct.side_by_side import FOLDER as SIDE_BY_SIDE
 from pipelines.schemas import url_key
 from pipelines.storage import Table, parquet_files
 from pipelines.takedown import TakedownConfig, take_down
@@ -67,6 +68,10 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
     urls = [web.url(f"{i}.png") for i in range(12)]
     fetch(tmp_path, urls)
     captions = derived_table(tmp_path / "captions", tmp_path / "out")
+    beside = tmp_path / "captions" / SIDE_BY_SIDE
+    beside.mkdir()
+    for url in urls:
+        (beside / f"{url_key(url)}.png").touch()
     gone = {urls[0], urls[5], urls[9]}
     settings = {
         "table": str(tmp_path / "out"),
@@ -82,6 +87,8 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
     assert urls_of(tmp_path / "out") == urls_of(tmp_path / "captions") == set(urls) - gone
     assert Table(tmp_path / "out").counts() == {"ok": 9}
     assert captions.counts() == {"ok": 9}
+    left = {f"{url_key(url)}.png" for url in set(urls) - gone}
+    assert {file.name for file in beside.iterdir()} == left
     assert list(take_down(build(TakedownConfig, settings)).values()) == [0, 0]
     asked = sum(web.requests.values())
     fetch(tmp_path, [*urls, web.url("new.png")])

@@ -70,4 +70,5 @@ def work(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(Path(sys.argv[1]),), nprocs=WORKERS)
+    # Forked, as this process has all loaded already.
+    mp.start_processes(work, args=(Path(sys.argv[1]),), nprocs=WORKERS, start_method="fork")

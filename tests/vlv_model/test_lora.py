@@ -84,3 +84,16 @@ def test_nothing_is_built_upon_adapters(
     above = save_checkpoint(tmp_path / "b", plain, metadata(stage1, "stage2", parent=str(saved)))
     with pytest.raises(CheckpointError, match=r"holds adapters .* export it with jobs/export\.py"):
         VLVCaptioner.from_pretrained(above)
+
+
+def test_adapters_are_added_up_before_they_are_rounded(
+    adapted: VLVCaptioner, stage1: Path, tmp_path: Path
+) -> None:
+    shift(adapted)
+    saved = save_checkpoint(
+        tmp_path / "stage2", adapted, metadata(stage1, "stage2", parent=str(stage1))
+    )
+    exact = VLVCaptioner.from_pretrained(saved).language_model
+    low = VLVCaptioner.from_pretrained(saved, precision="bfloat16").language_model
+    for ours, theirs in zip(low.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())

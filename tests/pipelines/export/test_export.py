@@ -249,7 +249,7 @@ def test_a_published_checkpoint_becomes_a_folder_of_the_same_kind(
     assert info.origin["reference"]["files"].keys() == {"model.pt"}
     card = (tmp_path / "imported" / "README.md").read_text()
     assert "published implementation" in card
-    assert 'square_image(Image.open("photo.jpg"), 64, "reference")' in card
+    assert 'image = Image.open("photo.jpg")\nsquare = square_image(image, 64, "reference")' in card
     # Its squares are cut as those that it was trained on, wherever it is opened.
     assert info.model.preprocess == "reference"
     usual = info.model.model_copy(update={"preprocess": "default"})
@@ -259,6 +259,10 @@ def test_a_published_checkpoint_becomes_a_folder_of_the_same_kind(
     assert made[0] != made[1]
     ended = job("export", tmp_path / "imported", "--from-reference", file, base)
     assert "imported already: nothing to do" in ended.out
+    ended = job(
+        "export", tmp_path / "imported", "--from-reference", file, base, "model.preprocess=default"
+    )
+    assert "holds another export (preprocess differ)" in ended.last_line
     ended = job("export", tmp_path / "x", "--from-reference", file, base, "model.num_queries=5")
     assert ended.status == 2
     assert "query_embed [1, 16, 64] for [1, 5, 64]" in ended.last_line

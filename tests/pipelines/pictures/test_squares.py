@@ -19,6 +19,7 @@ from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
 from pipelines.selection import ReadImages, Selection, open_table
 from pipelines.storage import Table
+from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
 # What stands for a fault of native code, in the child alone: the decoder of JPEGs ends the process,
@@ -71,6 +72,11 @@ def png_of(image: Image.Image, **more: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", **more)
     return file.getvalue()
+
+
+def test_a_square_is_the_models() -> None:
+    assert Square.of(ModelConfig(image_size=32)) == Square(32, "default")
+    assert Square.of(ModelConfig(image_size=32, preprocess="reference")) == Square(32, "reference")
 
 
 def test_the_references_squares_pay_no_heed_to_exif_colour_profile_and_alpha() -> None:

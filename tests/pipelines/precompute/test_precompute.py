@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.config import build, load
 from pipelines.images import RowIndex, RowReader
@@ -24,7 +25,7 @@ from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.stages import stage1
 from tests.pipelines.training.worlds import run_worlds, segment
-from vlv_model.errors import DataError
+from vlv_model.errors import DataError, RunError
 from vlv_model.latents import posterior
 from vlv_model.loading import load_vae
 from vlv_model.sources import resolve_model
@@ -131,9 +132,7 @@ def test_another_vae_is_refused(
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.raises(
-        DataError, match=r"VAE and image size \(vae: opened-sha256:.* precompute it"
-    ):
+    with pytest.raises(DataError, match=r"VAE and squares \(vae: opened-sha256:.* precompute it"):
         LatentReader(str(latents)).check(resolve_model(models)[0], keys_of(pair_table))
 
 
@@ -149,12 +148,36 @@ def test_latents_of_squares_cut_by_another_rule_are_refused(
     usual, _ = resolve_model(tiny_models)
     other = usual.model_copy(update={"preprocess": "reference"})
     reader, keys = LatentReader(str(latents)), keys_of(pair_table)
-    with pytest.raises(DataError, match="preprocess: None there, reference here"):
+    with pytest.raises(DataError, match="preprocess: default there, reference here"):
         reader.check(other, keys)
     reader.identity["preprocess"] = "reference"
     reader.check(other, keys)
-    with pytest.raises(DataError, match="preprocess: reference there, None here"):
+    with pytest.raises(DataError, match="preprocess: reference there, default here"):
         reader.check(usual, keys)
+
+
+def test_the_job_cuts_squares_as_the_model_says(tiny_models: Path, tmp_path: Path) -> None:
+    """And a table that was begun by one rule goes on by no other."""
+    folder, given = tmp_path / "photographs", ["ray.address=in-process", "actors.use_gpu=false"]
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (90, 101, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "a.png")
+    given += [f"data.input={folder}", f"model.path={tiny_models}"]
+    read = {}
+    for rule in ("default", "reference"):
+        settings = [*given, f"data.output={tmp_path / rule}", f"model.preprocess={rule}"]
+        precompute(load(PrecomputeConfig, None, settings))
+        reader = LatentReader(str(tmp_path / rule))
+        read[rule] = reader.read(reader.index.keys.tolist())[0]
+        expected = posterior(
+            load_vae(resolve_model(tiny_models)[0]),
+            torch.from_numpy(Square(64, rule).cut(Image.fromarray(noise)))[None],
+        )[0]
+        assert torch.allclose(read[rule], expected, atol=0.01 * float(expected.abs().max()))
+    assert not torch.allclose(read["default"], read["reference"], atol=0.05)
+    settings[-1] = "model.preprocess=default"
+    with pytest.raises(RunError, match="preprocess: reference there, default here"):
+        precompute(load(PrecomputeConfig, None, settings))
 
 
 def test_missing_images_are_refused(pair_table: Path, tiny_models: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipelines.config import build
 from pipelines.pictures.squares import square_of
 from pipelines.plans import read_plan
 from pipelines.reconstruct.side_by_side import FOLDER, remove_files, write_files
-from pipelines.schemas import OK, RECONSTRUCTION_ROW
+from pipelines.schemas import OK, RECONSTRUCTION_ROW, key_of
 from pipelines.selection import Selection, open_table
 from pipelines.storage import Table
 from vlv_model.squares import Square
@@ -59,8 +59,6 @@ def table(photographs: Path, tmp_path: Path) -> Table:
 
 
 def names(folder: Path) -> dict[int, Path]:
-    from pipelines.schemas import key_of
-
     return {key_of(file.name): file for file in folder.iterdir()}
 
 
@@ -93,6 +91,16 @@ def test_what_is_there_is_not_written_again_and_arrow_reads_the_table(table: Tab
     assert first.exists()
     assert second.stat().st_mtime_ns == written
     assert pq.read_table(table.folder).num_rows == 3
+
+
+def test_an_original_that_is_gone_costs_its_file_alone(
+    table: Table, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "0.png").unlink()
+    write_files(table, SQUARE)
+    (file,) = (table.folder / FOLDER).iterdir()
+    assert int(file.stem) == key_of("1.png")
+    assert f"no {FOLDER}/{key_of('0.png')}.png: " in capsys.readouterr().err
 
 
 def test_a_takedown_takes_them_away(table: Table) -> None:

@@ -38,9 +38,9 @@ def test_memory_is_reserved_for_a_model_and_no_more_than_a_machine_has(
     sampler = Sampler(Samples(tmp_path, ModelConfig(), nothing, captions=True), STEPS, False, {})
     sampler.take({"event": "start", "step": 0, "parameters": 10_000_000})
     (machine,) = (node["Resources"]["memory"] for node in ray.nodes())
-    assert sampler._memory() == min(50_000_000 + (2 << 30), int(machine))
+    assert sampler._memory("CPU") == min(50_000_000 + (2 << 30), int(machine))
     sampler.take({"event": "start", "step": 0, "parameters": 10**15})
-    assert sampler._memory() == int(machine)
+    assert sampler._memory("CPU") == int(machine)
 
 
 class EndlessButTheLast(Samples):

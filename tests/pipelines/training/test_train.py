@@ -271,6 +271,7 @@ def test_a_killed_job_continues_from_the_last_whole_checkpoint(
     named.mkdir()
     for n in (1, 2):
         Image.new("RGB", (70, 64), (0, 90 * n, 0)).save(named / f"{n}.png")
+    (named / "broken.png").write_bytes(b"\x89PNG")  # costs its own sample
     shows = [f"data.validation={named}", "train.samples=9"]
     shows += ["train.wandb_project=ours", "train.wandb_name=the-first"]
     train(stage1_config(pair_table, tiny_models, run_dir, *shows))
