@@ -39,7 +39,7 @@ types: $(INSTALLED)
 
 lock: $(INSTALLED)  ## cluster/requirements.lock from pyproject.toml: what stands in it stays where it may
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
-	$(VENV)/bin/uv pip compile pyproject.toml --extra gcs --quiet --generate-hashes --no-header \
+	$(VENV)/bin/uv pip compile pyproject.toml --extra gcs --extra aws --extra gcp --quiet --generate-hashes --no-header \
 		--python-version 3.12 --python-platform x86_64-manylinux_2_28 -o cluster/requirements.lock
 
 audit: $(INSTALLED)  ## the locked packages against the advisories that are known today; asks the network

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.allocatable import SIDECAR
 from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT
 from cluster.queues import queues
 
 _CODE = "/home/ray/vlv"  # of the image
+HUB_CACHE = "/shared/huggingface"
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+"""What a job may need and nobody writes into a file; in Kubernetes the keys of `vlv-secrets`."""
 _LABEL = {"app.kubernetes.io/part-of": "vlv"}
-_SETTINGS = {
-    "ingest": "data.input=/shared/laion data.output=/shared/images",
-    "stage1": "data.input=/shared/images run_dir=/shared/stage1",
-    "stage2": "data.input=/shared/images data.captions=/shared/teacher.parquet "
-    "model.path=/shared/stage1 run_dir=/shared/stage2",
-    "recaption": "data.input=/shared/images model.path=/shared/stage2 data.output=/shared/captions",
+# Neither Kubernetes' autoscaler nor Karpenter is to empty a machine at work to save another.
+_UNDISTURBED = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
 }
+# What may go at any moment, by the labels of GKE, EKS' node groups and Karpenter.
+_NO_SPOT = {
+    "cloud.google.com/gke-spot": "true",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+}
+# Logs would go with the pod: they are copied to the shared disk while it lives, and when it ends.
+_KEEP_LOGS = """\
+copy() {
+  mkdir -p "$KEPT" && rsync -a /tmp/ray/session_latest/logs/ "$KEPT/" 2>/dev/null
+}
+trap 'copy; exit 0' TERM
+while true; do copy; sleep 30 & wait; done
+"""
 
 Document = dict[str, Any]
 
@@ -89,7 +106,7 @@ def _group(sizes: dict[str, Any], name: str, group: dict[str, Any]) -> Document:
         "maxReplicas": group["max"],
         "idleTimeoutSeconds": 60 * group["idle_minutes"],
         "rayStartParams": {
-            "num-cpus": str(group["cpus"]),
+            "num-cpus": str(group["pod"]["cpus"]),
             "num-gpus": str(group["gpus"]),
             "object-store-memory": str(group["object_store"] * 2**30),
             "metrics-export-port": str(METRICS_PORT),
@@ -124,9 +141,9 @@ def _probe(*urls: str, failures: int) -> Document:
 
 
 def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
-    head, site = name == "head", sizes["site"]
-    amounts = {"cpu": str(size["cpus"]), "memory": f"{size['memory']}Gi"}
-    amounts["ephemeral-storage"] = f"{size['disk'] * 8 // 10}Gi"
+    head, site, asked = name == "head", sizes["site"], size["pod"]
+    amounts = {"cpu": str(asked["cpus"]), "memory": f"{asked['memory']}Gi"}
+    amounts["ephemeral-storage"] = f"{asked['disk']}Gi"
     if size.get("gpus"):
         amounts["nvidia.com/gpu"] = str(size["gpus"])
     healthy = ["http://localhost:52365/api/local_raylet_healthz"]
@@ -141,13 +158,16 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         "image": site["image"],
         "ports": [{"name": key, "containerPort": port} for key, port in ports.items()],
         "env": [
-            {
-                "name": key,
-                "valueFrom": {
-                    "secretKeyRef": {"name": "vlv-secrets", "key": key, "optional": True}
-                },
-            }
-            for key in ("WANDB_API_KEY", "HF_TOKEN")
+            {"name": "HF_HOME", "value": HUB_CACHE},  # models come once, for all machines
+            *(
+                {
+                    "name": key,
+                    "valueFrom": {
+                        "secretKeyRef": {"name": "vlv-secrets", "key": key, "optional": True}
+                    },
+                }
+                for key in SECRETS
+            ),
         ],
         "resources": _requests(amounts),
         "securityContext": _CONFINED,
@@ -168,13 +188,19 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             "runAsNonRoot": True,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
+        **_pull_secrets(site),
+        "initContainers": [_log_keeper(site["image"])],
         "containers": [container],
         "volumes": [
             {
                 "name": "shm",
-                "emptyDir": {"medium": "Memory", "sizeLimit": f"{size['object_store'] + 1}Gi"},
+                # The object store, and what NCCL shares between GPUs: a GiB for each.
+                "emptyDir": {
+                    "medium": "Memory",
+                    "sizeLimit": f"{size['object_store'] + max(1, size.get('gpus', 0))}Gi",
+                },
             },
-            {"name": "scratch", "emptyDir": {"sizeLimit": f"{size['disk'] * 7 // 10}Gi"}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": f"{asked['disk'] * 9 // 10}Gi"}},
             {
                 "name": "shared",
                 "persistentVolumeClaim": {"claimName": site["kubernetes_shared_disk"]},
@@ -183,6 +209,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
     }
     if head:
         pod["serviceAccountName"] = "vlv-head"  # the operator lets it start pods
+        pod |= _on_head_machines()
     else:
         container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", "ray stop"]}}}
         pod |= {
@@ -193,13 +220,54 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         }
     component = "head" if head else "worker"
     labels = {**_LABEL, "app.kubernetes.io/component": component}
-    return {"metadata": {"labels": labels}, "spec": pod}
+    return {"metadata": {"labels": labels, "annotations": dict(_UNDISTURBED)}, "spec": pod}
+
+
+def _pull_secrets(site: dict[str, Any]) -> Document:
+    name = site["kubernetes_pull_secret"]
+    return {"imagePullSecrets": [{"name": name}]} if name else {}
+
+
+def _on_head_machines() -> Document:
+    """Head and submitter outlive workers: on machines of their own, and never on spot."""
+    rules = [
+        {"key": key, "operator": "NotIn", "values": [value]} for key, value in _NO_SPOT.items()
+    ]
+    terms = {"nodeSelectorTerms": [{"matchExpressions": rules}]}
+    return {
+        "nodeSelector": {"vlv-group": "head"},
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}},
+    }
+
+
+def _log_keeper(image: str) -> Document:
+    """A container that ends after the others of its pod (a sidecar, Kubernetes 1.29)."""
+    amounts = {
+        "cpu": f"{SIDECAR['cpus'] * 1000:.0f}m",
+        "memory": f"{SIDECAR['memory'] * 1024:.0f}Mi",
+    }
+    return {
+        "name": "logs",
+        "image": image,
+        "restartPolicy": "Always",
+        "command": ["bash", "-c", _KEEP_LOGS],
+        "env": [
+            {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            {"name": "KEPT", "value": "/shared/ray-logs/$(POD)"},
+        ],
+        "resources": _requests(amounts),
+        "securityContext": _CONFINED,
+        "volumeMounts": [
+            {"name": "scratch", "mountPath": "/tmp"},
+            {"name": "shared", "mountPath": "/shared"},
+        ],
+    }
 
 
 def _tolerations(size: dict[str, Any]) -> list[Document]:
     keys = ["nvidia.com/gpu"] if size["gpus"] else []
-    # GKE taints spot machines by itself; the second is for pools that you make, EKS's for example.
-    keys += ["cloud.google.com/gke-spot", "vlv-spot"] if size["spot"] else []
+    # The taint of the spot pools that pools/ makes.
+    keys += ["vlv-spot"] if size["spot"] else []
     return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
 
 
@@ -210,11 +278,11 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
     job = sizes["jobs"][name]
     groups = {group: sizes["groups"][group] for group in job["groups"]}
     command = [
-        f"python {_CODE}/jobs/{name}.py",
-        f"--config {_CODE}/jobs/configs/full/{name}.yaml",
-        _SETTINGS[name],
+        "python", f"{_CODE}/jobs/{name}.py",
+        "--config", f"{_CODE}/jobs/configs/full/{name}.yaml",
+        *job["settings"],
         *([f"ray.group={job['models']}"] if job["models"] else []),
-    ]
+    ]  # fmt: skip
     environment = yaml.safe_load((Path(__file__).parent / "runtime_env.yaml").read_text())
     submitter = {
         "name": "submitter",
@@ -223,12 +291,20 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
         "securityContext": _CONFINED,
     }
     spec = {
-        "entrypoint": " ".join(command),
+        "entrypoint": shlex.join(command),
         "runtimeEnvYAML": yaml.safe_dump(environment),
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": {
-            "metadata": {"labels": {**_LABEL, "app.kubernetes.io/component": "submitter"}},
-            "spec": {"restartPolicy": "Never", "containers": [submitter]},
+            "metadata": {
+                "labels": {**_LABEL, "app.kubernetes.io/component": "submitter"},
+                "annotations": dict(_UNDISTURBED),
+            },
+            "spec": {
+                "restartPolicy": "Never",
+                **_pull_secrets(sizes["site"]),
+                "containers": [submitter],
+                **_on_head_machines(),
+            },
         },
         # The same command continues what was lost with a cluster.
         "backoffLimit": 2,

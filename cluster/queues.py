@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster.allocatable import BESIDE_HEAD, SIDECAR
+
 _API = "kueue.x-k8s.io/v1beta2"
 # All that a pod of ours requests: a workload with a resource that no group covers is never admitted.
 _COVERED = ("cpu", "memory", "ephemeral-storage", "nvidia.com/gpu")
-_SUBMITTER = {"cpu": 1, "memory": 1}
 
 
 def queues(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     """Flavors (kinds of machine), the queue with its quotas, and its entry in our namespace."""
     head, groups = sizes["head"], sizes["groups"]
-    # First the heads: a pod without a node selector gets the first flavor that has room, and the
-    # workers of a job are more than all heads, so they pass on to the flavor of their machines.
-    flavors = [_flavor("vlv-head", {})]
-    quotas = [_quota("vlv-head", head, len(groups), _SUBMITTER)]
-    for name, group in groups.items():
-        flavors.append(_flavor(f"vlv-{name}".replace("_", "-"), {"vlv-group": name}))
-        quotas.append(_quota(f"vlv-{name}".replace("_", "-"), group, group["max"], {}))
+    flavors, quotas = [], []
+    for name, size in {"head": head, **groups}.items():
+        flavor = f"vlv-{name}".replace("_", "-")
+        flavors.append(_flavor(flavor, {"vlv-group": name}))
+        # As many heads as there are groups: a job has one of each.
+        quotas.append(_quota(flavor, size, size.get("max", len(groups))))
     namespace = sizes["site"]["kubernetes_namespace"]
     cluster_queue = {
         "apiVersion": _API,
@@ -40,15 +40,20 @@ def queues(sizes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _flavor(name: str, labels: dict[str, str]) -> dict[str, Any]:
-    spec = {"spec": {"nodeLabels": labels}} if labels else {}
-    return {"apiVersion": _API, "kind": "ResourceFlavor", "metadata": {"name": name}, **spec}
+    metadata = {"name": name}
+    spec = {"nodeLabels": labels}
+    return {"apiVersion": _API, "kind": "ResourceFlavor", "metadata": metadata, "spec": spec}
 
 
-def _quota(name: str, size: dict[str, Any], count: int, each: dict[str, int]) -> dict[str, Any]:
+def _quota(name: str, size: dict[str, Any], count: int) -> dict[str, Any]:
+    pod = size["pod"]
+    beside = [SIDECAR, *([BESIDE_HEAD] if "max" not in size else [])]
+    cpus = pod["cpus"] + sum(part["cpus"] for part in beside)
+    memory = pod["memory"] + sum(part["memory"] for part in beside)
     amounts = {
-        "cpu": count * (size["cpus"] + each.get("cpu", 0)),
-        "memory": f"{count * (size['memory'] + each.get('memory', 0))}Gi",
-        "ephemeral-storage": f"{count * (size['disk'] * 8 // 10)}Gi",
+        "cpu": f"{count * cpus * 1000:.0f}m",
+        "memory": f"{count * memory * 1024:.0f}Mi",
+        "ephemeral-storage": f"{count * pod['disk']}Gi",
         "nvidia.com/gpu": count * size.get("gpus", 0),
     }
     return {

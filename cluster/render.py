@@ -17,9 +17,11 @@ HERE = Path(__file__).parent
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(HERE.parent))
 
+from cluster.allocatable import misfits  # noqa: E402
 from cluster.dashboard import dashboard  # noqa: E402
 from cluster.kubernetes import kubernetes_files  # noqa: E402
 from cluster.monitoring import prometheus_files  # noqa: E402
+from cluster.pools import pool_files, pool_texts  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
 HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.\n"
@@ -38,7 +40,8 @@ class _Dumper(yaml.SafeDumper):
 
 def rendered(sizes: dict[str, Any]) -> dict[str, str]:
     """Text of every rendered file by its path below cluster/."""
-    files = {**launcher_files(sizes), **kubernetes_files(sizes), **prometheus_files(sizes)}
+    files = {**launcher_files(sizes), **kubernetes_files(sizes), **pool_files(sizes)}
+    files |= prometheus_files(sizes)
     texts = {
         path: HEADER
         + "---\n".join(
@@ -47,7 +50,8 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
         )
         for path, documents in files.items()
     }
-    return {**texts, "monitoring/grafana.json": json.dumps(dashboard(), indent=1) + "\n"}
+    board = {"monitoring/grafana.json": json.dumps(dashboard(), indent=1) + "\n"}
+    return {**texts, **pool_texts(sizes), **board}
 
 
 def stale(sizes: dict[str, Any]) -> list[str]:
@@ -65,7 +69,11 @@ def _differing(sizes: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> int:
-    differing = _differing(read_sizes())
+    sizes = read_sizes()
+    if lines := misfits(sizes):
+        print("\n".join(f"error: cluster/sizes.yaml: {line}" for line in lines), file=sys.stderr)
+        return 1
+    differing = _differing(sizes)
     if "--check" in sys.argv[1:]:
         for path in differing:
             print(f"error: cluster/{path} is stale: run python cluster/render.py", file=sys.stderr)

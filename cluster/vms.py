@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import Any
+
+from cluster.kubernetes import HUB_CACHE
 
 # Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
 _TOKEN = "/home/ray/.ray/auth_token"
@@ -38,6 +42,10 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
             "idle_timeout_s": 60 * group["idle_minutes"],
             "node_config": node_config(group, site),
         }
+    # Into the environment that Ray's processes have, and into no file.
+    secret = site[f"{cloud}_secret"]
+    region = f"AWS_DEFAULT_REGION={site['aws_region']} " if cloud == "aws" else ""
+    secrets = f'S="$({region}vlv-secrets {cloud} {secret})" && eval "$S" && ' if secret else ""
     return {
         "cluster_name": "vlv",
         "max_workers": sum(group["max"] for group in groups.values()),
@@ -52,19 +60,22 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
             "run_options": [
                 "--ulimit nofile=65536:65536",
                 "--env RAY_AUTH_MODE=token",
-                # Secrets and tuning of the machines, by name: the values stay in their environment.
-                "--env WANDB_API_KEY",
-                "--env HF_TOKEN",
+                f"--env HF_HOME={HUB_CACHE}",  # models come once, for all machines
                 f"--volume {_SHARED}:{_SHARED}",
             ],
         },
         "head_node_type": "head",
         "available_node_types": nodes,
         "file_mounts": {_TOKEN: "~/.ray/auth_token"},
+        # Of the machine, outside the container.
         "initialization_commands": [
+            *_LOGINS[cloud](site),
+            "command -v mount.nfs4 || { sudo apt-get update -qq && sudo apt-get install -y -qq nfs-common; }",
             f"sudo mkdir -p {_SHARED}",
             f"mountpoint -q {_SHARED} || sudo mount -t nfs4 "
             f"-o nfsvers=4.1,hard,timeo=600,retrans=2 {site[cloud + '_shared_disk']} {_SHARED}",
+            # A new disk belongs to root, and the container's user has this number.
+            f'[ "$(stat -c %u {_SHARED})" != 0 ] || sudo chown 1000:1000 {_SHARED}',
         ],
         # The image holds the installation; empty lists keep the launcher's own defaults out.
         "setup_commands": [],
@@ -73,16 +84,41 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
         "cluster_synced_files": [],
         "head_start_ray_commands": [
             "ray stop",
-            "ray start --head --port=6379 --object-manager-port=8076 --dashboard-host=127.0.0.1 "
+            f"{secrets}ray start --head --port=6379 --object-manager-port=8076 --dashboard-host=127.0.0.1 "
             "--metrics-export-port=8080 --disable-usage-stats "
             "--autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
         "worker_start_ray_commands": [
             "ray stop",
-            "ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076 "
+            f"{secrets}ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076 "
             "--metrics-export-port=8080 --disable-usage-stats",
         ],
     }
+
+
+def _ecr_login(site: dict[str, Any]) -> list[str]:
+    """docker asks the machine's profile for a password each time, so that none is kept."""
+    registry = site["image"].partition("/")[0]
+    if not registry.endswith(".amazonaws.com"):
+        return []
+    config = json.dumps({"credHelpers": {registry: "ecr-login"}})
+    return [
+        "command -v docker-credential-ecr-login || { sudo apt-get update -qq && "
+        "sudo apt-get install -y -qq amazon-ecr-credential-helper; }",
+        f"mkdir -p ~/.docker && echo {shlex.quote(config)} > ~/.docker/config.json",
+    ]
+
+
+def _artifact_login(site: dict[str, Any]) -> list[str]:
+    registry = site["image"].partition("/")[0]
+    return (
+        [f"gcloud auth configure-docker {registry} --quiet"]
+        if registry.endswith("-docker.pkg.dev")
+        else []
+    )
+
+
+_LOGINS = {"aws": _ecr_login, "gcp": _artifact_login}
 
 
 def _aws(site: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,7 +132,7 @@ def _aws(site: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "ssh_user": "ubuntu",
         "ssh_proxy_use_node_id": True,
         "ssh_proxy_command": "aws ssm start-session --target %h "
-        "--document-name AWS-StartSSHSession --parameters portNumber=%p",
+        f"--document-name AWS-StartSSHSession --parameters portNumber=%p --region {site['aws_region']}",
     }
     return provider, auth
 
@@ -122,6 +158,13 @@ def _aws_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
         "IamInstanceProfile": {
             "Name": site["aws_worker_profile" if "spot" in size else "aws_head_profile"]
         },
+        "TagSpecifications": [
+            {
+                "ResourceType": kind,
+                "Tags": [{"Key": key, "Value": value} for key, value in site["tags"].items()],
+            }
+            for kind in ("instance", "volume")
+        ],
         # Version 2 alone: a plain GET to which a URL may lead reads no credentials of the machine.
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
     }
@@ -155,6 +198,7 @@ def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
     region = site["gcp_region"]
     node: dict[str, Any] = {
         "machineType": size["gcp"],
+        "labels": dict(site["tags"]),
         "disks": [
             {
                 "boot": True,
@@ -162,6 +206,9 @@ def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
                 "type": "PERSISTENT",
                 "initializeParams": {
                     "diskSizeGb": size["disk"],
+                    # The default is a hard disk.
+                    "diskType": f"zones/{site['gcp_zone']}/diskTypes/pd-balanced",
+                    "labels": dict(site["tags"]),
                     "sourceImage": site["gcp_image"],
                 },
             }

@@ -83,6 +83,7 @@ def make_folder(folder: Path, setting: str) -> None:
             remote: Any = folder
             patiently(lambda: remote.fs.info(remote.drive), folder)
         else:
+            _check_writable(folder, setting)
             folder.mkdir(parents=True, exist_ok=True)
     except RunError:
         raise
@@ -91,6 +92,16 @@ def make_folder(folder: Path, setting: str) -> None:
     except Exception as problem:  # stores raise errors of their own, without a common base
         reason = getattr(problem, "strerror", None) or problem
         raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
+
+
+def _check_writable(folder: Path, setting: str) -> None:
+    """Say whose the folder is, or the one that it would be made in: a new shared disk is root's."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(
+            f"{setting}={folder} cannot be written: {there} belongs to user {there.stat().st_uid}, and "
+            f"this job runs as user {os.geteuid()}: give it that user once (chown), or name another"
+        )
 
 
 def remove_file(file: Path) -> None:

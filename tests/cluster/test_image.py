@@ -58,7 +58,8 @@ def test_every_package_comes_from_the_lock_by_its_hash() -> None:
 
 def test_the_lock_holds_every_dependency_within_its_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["gcs"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["gcs"], *extras["aws"], *extras["gcp"]]
     for requirement in map(Requirement, asked):
         version = LOCKED.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} is not in the lock: make lock"
@@ -77,8 +78,12 @@ def test_the_builder_gets_what_it_copies_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_it_has_what_the_probes_call() -> None:
+def test_it_has_what_others_call_in_it() -> None:
+    """Probes wget, the sidecar that keeps logs rsync, and Ray's launcher, on the head, ssh and rsync."""
     (line,) = [rest for name, rest in instructions() if "ca-certificates" in rest]
-    probes = (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
-    assert "wget" in probes
-    assert "wget" in line.split()
+    pods = (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
+    assert "wget" in pods
+    assert "rsync" in pods
+    assert {"wget", "rsync", "openssh-client"} <= set(line.split())
+    (secrets,) = [rest for name, rest in instructions() if "vlv_secrets.py" in rest]
+    assert secrets.endswith("/opt/vlv/bin/vlv-secrets")  # on PATH, as the launcher's files call it

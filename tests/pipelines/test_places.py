@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +208,23 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
         assert places.files_below(folder) == []
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("name", ["mine", "mine/not/yet"])
+def test_a_folder_of_another_user_is_refused_by_the_name_of_both(name: str) -> None:
+    """A new disk that machines share belongs to root, and the image's user is another one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user")
+    program = (
+        "import os, pathlib, sys; from pipelines.places import make_folder; os.setuid(4321); "
+        "make_folder(pathlib.Path(sys.argv[1]), 'run_dir')"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are hidden from others
+        Path(folder).chmod(0o755)
+        Path(folder, "mine").mkdir(mode=0o755)
+        ended = subprocess.run(
+            [sys.executable, "-c", program, f"{folder}/{name}"], capture_output=True, text=True
+        )
+    last = ended.stderr.splitlines()[-1]
+    assert f"RunError: run_dir={folder}/{name} cannot be written: {folder}/mine belongs" in last
+    assert "belongs to user 0, and this job runs as user 4321" in last

@@ -1,0 +1,47 @@
+#!/bin/bash
+# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
+# A cluster whose NetworkPolicies are enforced (Dataplane V2), and a pool for each group.
+set -euo pipefail
+gcloud container clusters create vlv --project=my-project --region=us-central1 \
+  --enable-dataplane-v2 --enable-ip-alias --enable-private-nodes --release-channel=regular \
+  --workload-pool=my-project.svc.id.goog --addons=GcpFilestoreCsiDriver \
+  --machine-type=e2-standard-2 --num-nodes=1 --shielded-secure-boot
+gcloud container node-pools create vlv-head \
+  --cluster=vlv \
+  --project=my-project --region=us-central1 \
+  --node-locations=us-central1-a \
+  --machine-type=n2-standard-8 \
+  --disk-type=pd-balanced --disk-size=200 \
+  --num-nodes=0 --enable-autoscaling --total-min-nodes=0 --total-max-nodes=3 \
+  --node-labels=vlv-group=head \
+  --labels=project=vlv
+gcloud container node-pools create vlv-cpu \
+  --cluster=vlv \
+  --project=my-project --region=us-central1 \
+  --node-locations=us-central1-a \
+  --machine-type=c3-highcpu-44 \
+  --disk-type=pd-balanced --disk-size=100 \
+  --num-nodes=0 --enable-autoscaling --total-min-nodes=0 --total-max-nodes=8 \
+  --node-labels=vlv-group=cpu \
+  --labels=project=vlv
+gcloud container node-pools create vlv-gpu \
+  --cluster=vlv \
+  --project=my-project --region=us-central1 \
+  --node-locations=us-central1-a \
+  --machine-type=a2-ultragpu-8g \
+  --disk-type=pd-balanced --disk-size=500 \
+  --num-nodes=0 --enable-autoscaling --total-min-nodes=0 --total-max-nodes=1 \
+  --node-labels=vlv-group=gpu \
+  --labels=project=vlv \
+  --accelerator=type=nvidia-a100-80gb,count=8,gpu-driver-version=latest
+gcloud container node-pools create vlv-gpu-spot \
+  --cluster=vlv \
+  --project=my-project --region=us-central1 \
+  --node-locations=us-central1-a \
+  --machine-type=g2-standard-16 \
+  --disk-type=pd-balanced --disk-size=150 \
+  --num-nodes=0 --enable-autoscaling --total-min-nodes=0 --total-max-nodes=8 \
+  --node-labels=vlv-group=gpu_spot \
+  --labels=project=vlv \
+  --accelerator=type=nvidia-l4,count=1,gpu-driver-version=latest \
+  --spot --node-taints=vlv-spot=true:NoSchedule --location-policy=ANY
