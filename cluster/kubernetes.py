@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.allocatable import SIDECAR
-from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT
+from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT, METRICS_PORTS
 from cluster.queues import queues
 
 _CODE = "/home/ray/vlv"  # of the image
@@ -151,8 +151,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         healthy.append("http://localhost:8265/api/gcs_healthz")
     ports = {"metrics": METRICS_PORT}
     if head:
-        ports |= {"gcs": 6379, "dashboard": 8265, "client": 10001}
-        ports |= {"as-metrics": AUTOSCALER_PORT, "dash-metrics": DASHBOARD_PORT}
+        ports = {"gcs": 6379, "dashboard": 8265, "client": 10001, **METRICS_PORTS}
     container: Document = {
         "name": "ray",
         "image": site["image"],

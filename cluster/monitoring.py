@@ -10,6 +10,14 @@ AUTOSCALER_PORT, DASHBOARD_PORT = 44217, 44227
 """Where Ray's autoscaler and its dashboard, both on the head, serve figures of their own."""
 
 
+METRICS_PORTS = {
+    "metrics": METRICS_PORT,
+    "as-metrics": AUTOSCALER_PORT,
+    "dash-metrics": DASHBOARD_PORT,
+}
+"""Of our pods, by name."""
+
+
 def prometheus_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Prometheus' configuration by path below cluster/. On VMs it has to stand inside the network
     (on AWS in the machines' security group); in Kubernetes in `monitoring_namespace`."""
@@ -37,6 +45,47 @@ def prometheus_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             "kubernetes": [_pods(site["kubernetes_namespace"])],
         }.items()
     }
+
+
+def operator_files(sizes: dict[str, Any], dashboard: str) -> dict[str, list[dict[str, Any]]]:
+    """The same for Prometheus' operator and Grafana's sidecar, as kube-prometheus-stack has them."""
+    site = sizes["site"]
+    labels = {"app.kubernetes.io/part-of": "vlv"}
+    group = {"sourceLabels": ["__meta_kubernetes_pod_label_ray_io_group"], "targetLabel": "group"}
+    cluster = {
+        "sourceLabels": ["__meta_kubernetes_pod_label_ray_io_cluster"],
+        "targetLabel": "ray_io_cluster",
+    }
+    monitor = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {
+            "name": "vlv",
+            "namespace": site["monitoring_namespace"],
+            "labels": {
+                **labels,
+                "release": "prometheus",
+            },  # which that chart's Prometheus looks for
+        },
+        "spec": {
+            "namespaceSelector": {"matchNames": [site["kubernetes_namespace"]]},
+            "selector": {"matchLabels": labels},
+            "podMetricsEndpoints": [
+                {"port": port, "relabelings": [group, cluster]} for port in METRICS_PORTS
+            ],
+        },
+    }
+    board = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": "vlv-dashboard",
+            "namespace": site["monitoring_namespace"],
+            "labels": {**labels, "grafana_dashboard": "1"},
+        },
+        "data": {"vlv.json": dashboard},
+    }
+    return {"monitoring/kubernetes-operator.yaml": [monitor, board]}
 
 
 def _prometheus(jobs: list[dict[str, Any]]) -> dict[str, Any]:

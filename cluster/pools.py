@@ -96,7 +96,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "eksctl.io/v1alpha5",
         "kind": "ClusterConfig",
-        "metadata": {"name": site["eks_cluster"], "region": site["aws_region"], "version": "1.33"},
+        "metadata": {"name": site["eks_cluster"], "region": site["aws_region"]},
         "iam": {"withOIDC": True},
         "addons": [
             # NetworkPolicies are not enforced unless it is told to.

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script
 from cluster.allocatable import misfits  # noqa: E402
 from cluster.dashboard import dashboard  # noqa: E402
 from cluster.kubernetes import kubernetes_files  # noqa: E402
-from cluster.monitoring import prometheus_files  # noqa: E402
+from cluster.monitoring import operator_files, prometheus_files  # noqa: E402
 from cluster.pools import pool_files, pool_texts  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
@@ -41,7 +41,8 @@ class _Dumper(yaml.SafeDumper):
 def rendered(sizes: dict[str, Any]) -> dict[str, str]:
     """Text of every rendered file by its path below cluster/."""
     files = {**launcher_files(sizes), **kubernetes_files(sizes), **pool_files(sizes)}
-    files |= prometheus_files(sizes)
+    board = json.dumps(dashboard(), indent=1) + "\n"
+    files |= prometheus_files(sizes) | operator_files(sizes, board)
     texts = {
         path: HEADER
         + "---\n".join(
@@ -50,8 +51,7 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
         )
         for path, documents in files.items()
     }
-    board = {"monitoring/grafana.json": json.dumps(dashboard(), indent=1) + "\n"}
-    return {**texts, **pool_texts(sizes), **board}
+    return {**texts, **pool_texts(sizes), "monitoring/grafana.json": board}
 
 
 def stale(sizes: dict[str, Any]) -> list[str]:

@@ -32,6 +32,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, upon ti
 for variable in ("RAY_ADDRESS", "WANDB_API_KEY"):
     os.environ.pop(variable, None)
 
+# Models some ten times smaller than the tiny ones, for trainings of which DeepSpeed's own work is most.
+SMALLEST = Path(__file__).parent / "compatibility/made-2026-11/models"
+
 
 # Groups of tests that share what takes long to start, those that take longest first. A file is a group
 # of its own where it is not named here. What shares the Ray of a process is in two groups, or each of the

@@ -12,6 +12,7 @@ from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
 from pipelines.training.stages import BLOCKS, Prepared, Stage, draws, stage1, stage2
 from pipelines.training.usage import Utilisation
+from tests.conftest import SMALLEST
 from vlv_model.errors import ConfigError
 from vlv_model.sources import resolve_model
 
@@ -58,7 +59,10 @@ def test_what_starts_random_has_the_whole_learning_rate(
 
 
 def two_rows(stage: Stage) -> Prepared:
-    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(0))
+    decoder = getattr(stage.model, "diffusion_decoder", None)
+    side = decoder.image_size if decoder else 64
+    shape = (2, 3, side, side)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
     captions = {"caption": ["a red circle above a blue square", "a green star"]}
     return stage.prepare(Batch([1, 2], [0, 0], pixels, captions))
 
@@ -119,14 +123,14 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(
 
 @pytest.mark.parametrize("name", [pytest.param("stage1", marks=pytest.mark.end_to_end), "stage2"])
 def test_compiled_blocks_give_the_same_loss_and_gradients(
-    name: str, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All but the making of kernels, which is torch's own and takes minutes on two cores.
     build = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", build)
     # Nor the vision tower: its tracing takes two minutes (looked at by hand, docs/log.md).
     blocks = tuple(kind for kind in BLOCKS if kind is not Florence2VisionBlock)
-    stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
+    stage = stage_of(name, SMALLEST, tmp_path, "projector+llm+encoder")
     names = list(stage.model.state_dict())
     _, loss, gradients = saved_bytes_and_gradients(stage)
     torch._dynamo.utils.counters.clear()
