@@ -199,7 +199,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
                     "sizeLimit": f"{size['object_store'] + max(1, size.get('gpus', 0))}Gi",
                 },
             },
-            {"name": "scratch", "emptyDir": {"sizeLimit": f"{asked['disk'] * 9 // 10}Gi"}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": f"{asked['disk'] * 7 // 10}Gi"}},
             {
                 "name": "shared",
                 "persistentVolumeClaim": {"claimName": site["kubernetes_shared_disk"]},
@@ -207,6 +207,12 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         ],
     }
     if head:
+        # Under this name and path KubeRay would mount one of its own, without a limit, into the
+        # containers of Ray and of its autoscaler alone, and the logs' keeper would see none.
+        logs = {"name": "ray-logs", "emptyDir": {"sizeLimit": f"{asked['disk'] // 5}Gi"}}
+        pod["volumes"].append(logs)
+        for one in (container, *pod["initContainers"]):
+            one["volumeMounts"].append({"name": "ray-logs", "mountPath": "/tmp/ray"})
         pod["serviceAccountName"] = "vlv-head"  # the operator lets it start pods
         pod |= _on_head_machines()
     else:
@@ -398,7 +404,9 @@ def _fence(sizes: dict[str, Any]) -> list[Document]:
         ],
     }
     undisturbed = {
-        "maxUnavailable": 0,
+        # More than there are: 0 that may go. `maxUnavailable` is an error for pods of a RayCluster,
+        # which has no scale that Kubernetes could ask for (kuberay#2662).
+        "minAvailable": 1000,
         "selector": {"matchLabels": {**_LABEL, "app.kubernetes.io/component": "head"}},
     }
     return [

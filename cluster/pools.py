@@ -97,7 +97,25 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
         "apiVersion": "eksctl.io/v1alpha5",
         "kind": "ClusterConfig",
         "metadata": {"name": site["eks_cluster"], "region": site["aws_region"]},
-        "iam": {"withOIDC": True},
+        "iam": {
+            "withOIDC": True,
+            "podIdentityAssociations": [
+                # Nothing starts a machine of an empty pool but this; docs/cluster.md installs it.
+                {
+                    "namespace": "kube-system",
+                    "serviceAccountName": "cluster-autoscaler",
+                    "wellKnownPolicies": {"autoScaler": True},
+                },
+                *(
+                    {
+                        "namespace": site["kubernetes_namespace"],
+                        "serviceAccountName": account,
+                        "permissionPolicy": _policy(*_buckets(site)),
+                    }
+                    for account in ("vlv-head", "vlv-worker")
+                ),
+            ],
+        },
         "addons": [
             # NetworkPolicies are not enforced unless it is told to.
             {"name": "vpc-cni", "configurationValues": json.dumps({"enableNetworkPolicy": "true"})},
@@ -131,6 +149,10 @@ def _gke(sizes: dict[str, Any]) -> str:
         "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.",
         "# A cluster whose NetworkPolicies are enforced (Dataplane V2), and a pool for each group.",
         "set -euo pipefail",
+        "# Machines without public addresses reach registries, the hub and strangers' images by NAT.",
+        f"gcloud compute routers create {cluster}-nat {where} --network=default",
+        f"gcloud compute routers nats create {cluster}-nat {where} --router={cluster}-nat \\",
+        "  --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges",
         f"gcloud container clusters create {cluster} {where} \\",
         "  --enable-dataplane-v2 --enable-ip-alias --enable-private-nodes --release-channel=regular \\",
         f"  --workload-pool={site['gcp_project']}.svc.id.goog --addons=GcpFilestoreCsiDriver \\",
@@ -196,20 +218,25 @@ def _shared_rights(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     """Sessions, the image, the buckets, and the secret that has the keys."""
     site = sizes["site"]
     secret = site["aws_secret"]
-    buckets = site["aws_buckets"]
     return [
         _allow("Sessions", ["ssm:UpdateInstanceInformation", "ssmmessages:CreateControlChannel",
                             "ssmmessages:CreateDataChannel", "ssmmessages:OpenControlChannel",
                             "ssmmessages:OpenDataChannel"]),
         _allow("Image", ["ecr:GetAuthorizationToken", "ecr:BatchGetImage",
                          "ecr:GetDownloadUrlForLayer", "ecr:BatchCheckLayerAvailability"]),
-        _allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{name}" for name in buckets]),
-        _allow("ReadAndWrite", ["s3:GetObject", "s3:PutObject", "s3:DeleteObject",
-                                "s3:AbortMultipartUpload"],
-               [f"arn:aws:s3:::{name}/*" for name in buckets]),
+        *_buckets(site),
         *([_allow("Keys", ["secretsmanager:GetSecretValue"],
                   f"arn:aws:secretsmanager:*:*:secret:{secret}-*")] if secret else []),
     ]  # fmt: skip
+
+
+def _buckets(site: dict[str, Any]) -> list[dict[str, Any]]:
+    names = site["aws_buckets"]
+    objects = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+    return [
+        _allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{name}" for name in names]),
+        _allow("ReadAndWrite", objects, [f"arn:aws:s3:::{name}/*" for name in names]),
+    ]
 
 
 def _policy(*statements: dict[str, Any]) -> dict[str, Any]:

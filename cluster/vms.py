@@ -11,6 +11,10 @@ from cluster.kubernetes import HUB_CACHE
 # Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
 _TOKEN = "/home/ray/.ray/auth_token"
 _SHARED = "/shared"
+_NFS = {
+    "aws": "nfsvers=4.1",
+    "gcp": "nfsvers=3",
+}  # EFS knows the one, every tier of Filestore the other
 
 
 def launcher_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -70,10 +74,10 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
         # Of the machine, outside the container.
         "initialization_commands": [
             *_LOGINS[cloud](site),
-            "command -v mount.nfs4 || { sudo apt-get update -qq && sudo apt-get install -y -qq nfs-common; }",
+            f"command -v mount.nfs4 || {_install('nfs-common')}",
             f"sudo mkdir -p {_SHARED}",
-            f"mountpoint -q {_SHARED} || sudo mount -t nfs4 "
-            f"-o nfsvers=4.1,hard,timeo=600,retrans=2 {site[cloud + '_shared_disk']} {_SHARED}",
+            f"mountpoint -q {_SHARED} || sudo mount -t nfs "
+            f"-o {_NFS[cloud]},hard,timeo=600,retrans=2 {site[cloud + '_shared_disk']} {_SHARED}",
             # A new disk belongs to root, and the container's user has this number.
             f'[ "$(stat -c %u {_SHARED})" != 0 ] || sudo chown 1000:1000 {_SHARED}',
         ],
@@ -96,6 +100,12 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
     }
 
 
+def _install(package: str) -> str:
+    """On a machine that may still be at its own first updates."""
+    apt = "sudo apt-get -qq -o DPkg::Lock::Timeout=300"
+    return f"{{ cloud-init status --wait; {apt} update && {apt} install -y {package}; }}"
+
+
 def _ecr_login(site: dict[str, Any]) -> list[str]:
     """docker asks the machine's profile for a password each time, so that none is kept."""
     registry = site["image"].partition("/")[0]
@@ -103,8 +113,7 @@ def _ecr_login(site: dict[str, Any]) -> list[str]:
         return []
     config = json.dumps({"credHelpers": {registry: "ecr-login"}})
     return [
-        "command -v docker-credential-ecr-login || { sudo apt-get update -qq && "
-        "sudo apt-get install -y -qq amazon-ecr-credential-helper; }",
+        f"command -v docker-credential-ecr-login || {_install('amazon-ecr-credential-helper')}",
         f"mkdir -p ~/.docker && echo {shlex.quote(config)} > ~/.docker/config.json",
     ]
 
@@ -215,7 +224,9 @@ def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
         ],
         # Without accessConfigs there is no public address.
         "networkInterfaces": [
-            {"subnetwork": f"projects/{site['gcp_project']}/regions/{region}/subnetworks/default"}
+            {
+                "subnetwork": f"projects/{site['gcp_project']}/regions/{region}/subnetworks/{site['gcp_subnet']}"
+            }
         ],
         "serviceAccounts": [
             {

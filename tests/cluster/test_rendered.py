@@ -338,6 +338,28 @@ def test_the_scripts_are_shell(tmp_path: Path) -> None:
             assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_the_logs_keeper_sees_where_ray_writes() -> None:
+    """On heads KubeRay mounts a volume of its own at /tmp/ray, unless something is mounted there."""
+    for path, pod in pods().items():
+        if path.endswith(":submitter"):
+            continue
+        containers = [*pod["spec"]["containers"], *pod["spec"]["initContainers"]]
+        where = "/tmp/ray" if path.endswith(":head") else "/tmp"
+        volumes = {
+            mount["name"]
+            for container in containers
+            for mount in container["volumeMounts"]
+            if mount["mountPath"] == where
+        }
+        assert len(volumes) == 1, path
+        mounted = [m["mountPath"] for c in containers for m in c["volumeMounts"]]
+        assert mounted.count(where) == len(containers), path
+        sizes = [amount(v["emptyDir"]["sizeLimit"]) for v in pod["spec"]["volumes"]
+                 if v["name"] in ("scratch", "ray-logs")]  # fmt: skip
+        asked = pod["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+        assert sum(sizes) <= amount(asked)
+
+
 def test_logs_outlive_their_pod(tmp_path: Path) -> None:
     """The sidecar's own shell, upon folders of this machine in place of its mounts."""
     (sidecar,) = next(iter(pods().values()))["spec"]["initContainers"]
