@@ -61,10 +61,15 @@ class Head:
         command = [str(BIN / "ray"), "job", "submit", "--address", self.address]
         command += ["--working-dir", "."] if copied else []
         command += ["--runtime-env", "cluster/runtime_env.yaml", "--"]
-        return subprocess.run(
-            [*command, *job, *settings],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+        for _ in range(3):
+            done = subprocess.run(
+                [*command, *job, *settings],
+                cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=1200,
+            )  # fmt: skip
+            # On a busy machine Ray's dashboard waits too short for its own agent.
+            if "Request failed with status code 504" not in done.stderr:
+                break
+        return done
 
 
 def free_ports(count: int) -> list[int]:

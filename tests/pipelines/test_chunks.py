@@ -145,7 +145,7 @@ def test_a_machine_that_is_lost_takes_no_chunk_with_it(tmp_path: Path) -> None:
         [sys.executable, tmp_path / "job.py", table, str(CHUNKS)],
         cwd=Path(__file__).parents[2],
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lost = done.stdout.splitlines()[-1]

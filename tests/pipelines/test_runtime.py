@@ -129,13 +129,18 @@ def test_a_job_whose_ray_is_killed_ends_with_a_line(
 
 @pytest.mark.end_to_end
 def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: Path) -> None:
-    job = start_job(tmp_path, "nothing", 1000)
-    assert job.stdout is not None
-    assert job.stdout.readline() == "at work\n"
-    os.killpg(job.pid, signal.SIGTERM)
-    out, said = job.communicate(timeout=100)
-    # 1: Ray's core, whose raylet got the signal too, was faster and ended the process.
-    assert job.returncode in (128 + signal.SIGTERM, 1), said
-    assert "unwound\n" in out or job.returncode == 1, said
-    assert "Traceback" not in said
-    assert "error: Ray's" not in said
+    """By a status of its own and without a traceback; and unwound, unless Ray, whose processes got the
+    signal too, is faster: its core ends the process, or an error of its is cut short.
+    """
+    for _ in range(3):
+        job = start_job(tmp_path, "nothing", 1000)
+        assert job.stdout is not None
+        assert job.stdout.readline() == "at work\n"
+        os.killpg(job.pid, signal.SIGTERM)
+        out, said = job.communicate(timeout=300)
+        assert job.returncode in (128 + signal.SIGTERM, 1), said
+        assert "Traceback" not in said
+        assert "error: Ray's" not in said
+        if "unwound\n" in out:
+            return
+    pytest.fail(f"was not unwound in three attempts: {said}")
