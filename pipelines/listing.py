@@ -62,6 +62,7 @@ def list_images(
     image_column: str | None = None,
     key_column: str | None = None,
     where: str | None = None,
+    setting: str = "data.input",
 ) -> tuple[list[Path], dict[str, Any]]:
     """The files of a table of our layout with the images at `path`, and what they are known by.
 
@@ -75,7 +76,7 @@ def list_images(
     if there is not None and there["asked"] == asked and there["layout"] == "folder":
         # To look whether millions of files are still the same costs as much as listing them.
         return _listed(output), {"layout": "folder"}
-    source = find_source(path, image_column, key_column)
+    source = find_source(path, image_column, key_column, setting)
     if source.layout == "table" and where is None:
         return list(source.files), {}
     about = {"layout": source.layout, "files": _digest(source)}
@@ -83,7 +84,9 @@ def list_images(
         if there is None or there["asked"] != asked or there["files"] != about["files"]:
             if Table(output).exists:
                 return _listed(output), about  # refused by whoever compares what they are of
-            _write(output, source, path, key_column, where)
+            if not _write(output, source, key_column, where):
+                what = f"no row for which {where}" if where is not None else "no image"
+                raise DataError(f"{setting}={path} has {what}")
             write_atomically(made_of, json.dumps({"asked": asked, **about}))
     return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
 
@@ -101,9 +104,8 @@ def _digest(source: Source) -> str | None:
     return digest.hexdigest()[:16] if source.files else None
 
 
-def _write(
-    output: Path, source: Source, path: str, key_column: str | None, where: str | None
-) -> None:
+def _write(output: Path, source: Source, key_column: str | None, where: str | None) -> int:
+    """Write a listing anew; how many rows it has."""
     remove_folder(output / FOLDER)
     if not is_url(output):
         (output / FOLDER).mkdir(parents=True)
@@ -128,9 +130,7 @@ def _write(
             flush()
     if waiting:
         flush()
-    if not rows:
-        what = f"no row for which {where}" if where is not None else "no image"
-        raise DataError(f"data.input={path} has {what}")
+    return rows
 
 
 def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterator[pa.Table]:

@@ -39,7 +39,12 @@ class Source:
     column: str | None = None  # with the images, of Parquet
 
 
-def find_source(path: str, image_column: str | None, key_column: str | None) -> Source:
+def find_source(
+    path: str,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    setting: str = "data.input",
+) -> Source:
     """Tell what lies at a path, or at those that a glob pattern names.
 
     Raises DataError, one line that says what was found there.
@@ -49,7 +54,7 @@ def find_source(path: str, image_column: str | None, key_column: str | None) -> 
         found = _Found()
         found.add(where)
     elif Table(where).exists:
-        return _parquet(where, parquet_files(path), image_column, key_column)
+        return _parquet(where, parquet_files(path, setting), image_column, key_column)
     elif is_folder(where):
         found = _look(where)
     elif has_magic(path) and (named := matching(path)):
@@ -60,14 +65,14 @@ def find_source(path: str, image_column: str | None, key_column: str | None) -> 
             where = where.parent
     else:
         raise DataError(
-            f"data.input={path} does not exist: expected a table, Parquet, .tar shards or images"
+            f"{setting}={path} does not exist: expected a table, Parquet, .tar shards or images"
         )
     root = where if is_folder(where) else where.parent
     if found.tars:  # img2dataset writes Parquet beside them, of the metadata alone
         if other := found.images or found.packed:  # which would be passed over
             raise DataError(
-                f"data.input={path} holds .tar shards and other images ({other.name}): name one kind, "
-                f"as in data.input='{path}/**/*.tar'"
+                f"{setting}={path} holds .tar shards and other images ({other.name}): name one kind, "
+                f"as in {setting}='{path}/**/*.tar'"
             )
         return Source("tar", root, tuple(sorted(found.tars, key=str)))
     parquets = sorted(found.parquets, key=str)
@@ -78,14 +83,14 @@ def find_source(path: str, image_column: str | None, key_column: str | None) -> 
     if found.images:
         return Source("folder", where, tuple(f for f in named if is_image(f.name)))
     if packed := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
-        raise DataError(f"data.input={path} holds {packed[0]} files: unpack them, to .tar at most")
+        raise DataError(f"{setting}={path} holds {packed[0]} files: unpack them, to .tar at most")
     if found.tables:
         raise DataError(
-            f"data.input={path} holds tables of ours ({found.tables[0].name}, …): name one of them"
+            f"{setting}={path} holds tables of ours ({found.tables[0].name}, …): name one of them"
         )
     there = ", ".join(f"{n} {s or 'without suffix'}" for s, n in found.others.most_common(5))
     raise DataError(
-        f"data.input={path} holds no Parquet files, .tar shards or images; "
+        f"{setting}={path} holds no Parquet files, .tar shards or images; "
         f"it has {there or 'no files'}"
     )
 

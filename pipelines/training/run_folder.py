@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainCon
 from pipelines.training.metrics import columns_read, heldout_losses
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, DataError
+from vlv_model.errors import CheckpointError
 from vlv_model.sources import PLACES
 
 RESULT = "result.json"
-VALIDATION = "validation"
+VALIDATION, _VALIDATION = "validation", "data.validation"  # the folder, the setting
 
 # Settings that may change when a run is continued: they say how it is run, not what it computes.
 FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
@@ -209,23 +208,13 @@ def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
 
 def check_validation(path: str) -> None:
     """Raise DataError where there are no images at `data.validation`."""
-    with _as_validation():
-        find_source(path, None, None)
-
-
-@contextmanager
-def _as_validation() -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(str(error).replace("data.input", "data.validation")) from None
+    find_source(path, setting=_VALIDATION)
 
 
 def validation_rows(run_dir: Path, path: str) -> RowIndex:
     """The images of `data.validation`, listed anew: there may be others than when the run began."""
     remove_folder(run_dir / VALIDATION)
-    with _as_validation():
-        listed, _ = list_images(run_dir / VALIDATION, path)
+    listed, _ = list_images(run_dir / VALIDATION, path, setting=_VALIDATION)
     return RowIndex.open(listed)
 
 
