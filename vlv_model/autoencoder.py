@@ -21,7 +21,6 @@ from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating
 from vlv_model.latents import LatentFormat
-from vlv_model.precision import cast
 from vlv_model.preprocessing import pixels_from_vae
 from vlv_model.text_encoder import TextEncoder
 
@@ -81,7 +80,7 @@ class VLVAutoEncoder(nn.Module):
         )
         unet = loading.load_unet(config, precision)
         decoder = DiffusionDecoder(vae, *unet, image_size=config.image_size)
-        autoencoder = cast(cls(encoder, text_encoder, decoder), precision).eval()
+        autoencoder = cls(encoder, text_encoder, decoder).eval()
         if checkpoint is not None:
             load_checkpoint(checkpoint, autoencoder, model=config, verify=verify)
         return autoencoder

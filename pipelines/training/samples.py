@@ -167,19 +167,18 @@ class Sampler:
 
     def poll(self, show: Show) -> None:
         """Show what is ready, and start what waits where a CPU is free; returns at once."""
+        from ray._private.state import available_resources_per_node  # of one machine: nowhere else
 
         self._collect(show)
         if self._task is not None or self._wanted in (None, self.steps):
             return
         # A task that waited would have a machine started for it, or take the place of a lost worker.
-        from ray._private.state import available_resources_per_node  # of one machine: nowhere else
-
-        needed = self._memory("CPU")
+        memory = self._memory("CPU")
         if any(
-            free.get("CPU", 0) >= 1 and free.get("memory", 0) >= needed
+            free.get("CPU", 0) >= 1 and free.get("memory", 0) >= memory
             for free in available_resources_per_node().values()
         ):
-            self._start(self._wanted, {"num_cpus": 1})
+            self._start(self._wanted, {"num_cpus": 1, "memory": memory})
 
     def end(self, show: Show) -> None:
         """Behind the training: make the last samples, and wait for them and for no others."""
@@ -188,7 +187,8 @@ class Sampler:
             return
         limit = time.monotonic() + LAST_SECONDS
         self._drop()
-        options: dict[str, Any] = {"num_cpus": 1}
+        device = "GPU" if self.use_gpu else "CPU"
+        options: dict[str, Any] = {"num_cpus": 1, "memory": self._memory(device)}
         if self.use_gpu:
             options |= {"num_gpus": 1, "resources": self.resources}
         self._start(self.steps, options)
@@ -203,8 +203,7 @@ class Sampler:
         import ray
 
         self._step, self._wanted = step, None
-        memory = self._memory("GPU" if options.get("num_gpus") else "CPU")
-        task = ray.remote(max_retries=0, memory=memory, **options)(_make)
+        task = ray.remote(max_retries=0, **options)(_make)
         self._task = task.remote(self.samples, step, bool(options.get("num_gpus")))
 
     def _memory(self, device: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,20 +187,21 @@ def _sampler(
     train = config.train
     if not train.samples:
         return None
-    shown = holdout
-    if config.data.validation:
-        shown = run_folder.validation_rows(run_dir, config.data.validation)
-    rows = shown.select(np.arange(len(shown)) < train.samples)
-    made = samples.Samples(run_dir, model, rows, captions=False)
+    named = config.data.validation
+    shown = run_folder.validation_rows(run_dir, named) if named else holdout
+    captions, column, max_tokens = False, None, 0
     if isinstance(config, Stage2Config):
-        made = replace(
-            made,
-            captions=True,
-            caption_column=None if config.data.validation else config.data.caption_column,
-            max_tokens=config.train.max_caption_tokens,
-        )
-    if config.data.validation:
-        made = replace(made, isolated=True)
+        captions, max_tokens = True, config.train.max_caption_tokens
+        column = None if named else config.data.caption_column
+    made = samples.Samples(
+        run_dir,
+        model,
+        shown.select(np.arange(len(shown)) < train.samples),
+        captions=captions,
+        caption_column=column,
+        max_tokens=max_tokens,
+        isolated=bool(named),
+    )
     return samples.Sampler(made, train.steps, train.use_gpu, config.ray.pinned())
 
 
