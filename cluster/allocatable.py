@@ -1,4 +1,4 @@
-"""What a machine leaves for a pod of ours on EKS and on GKE, by the formulas that their makers publish.
+"""How much of a machine pods may ask for on EKS and on GKE, by the formulas that AWS and Google publish.
 
 A pod that asks for more stays Pending for ever, and nothing says why but its events.
 

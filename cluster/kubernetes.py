@@ -1,4 +1,4 @@
-"""KubeRay files: a standing cluster, a cluster for each job, the same under Kueue, and their fence."""
+"""KubeRay files: a standing cluster, a cluster for each job, and the same under Kueue."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from cluster.allocatable import SIDECAR
-from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT, METRICS_PORTS
+from cluster.fence import LABEL, Document, fence, named
+from cluster.monitoring import METRICS_PORT, METRICS_PORTS
 from cluster.queues import queues
 
 _CODE = "/home/ray/vlv"  # of the image
 HUB_CACHE = "/shared/huggingface"
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 """What a job may need and nobody writes into a file; in Kubernetes the keys of `vlv-secrets`."""
-_LABEL = {"app.kubernetes.io/part-of": "vlv"}
 # Neither Kubernetes' autoscaler nor Karpenter is to empty a machine at work to save another.
 _UNDISTURBED = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -39,8 +39,6 @@ trap 'copy; exit 0' TERM
 while true; do copy; sleep 30 & wait; done
 """
 
-Document = dict[str, Any]
-
 
 def ray_version() -> str:
     """The Ray of the image, which the operator has to know: as the lock has it."""
@@ -51,22 +49,13 @@ def ray_version() -> str:
 
 def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
     """Every file below kuberay/ by its path below cluster/."""
-    cluster = _object("ray.io/v1", "RayCluster", "vlv", sizes, _cluster(sizes, sizes["groups"]))
-    files = {"kuberay/namespace.yaml": _fence(sizes), "kuberay/raycluster.yaml": [cluster]}
+    cluster = named("ray.io/v1", "RayCluster", "vlv", sizes, _cluster(sizes, sizes["groups"]))
+    files = {"kuberay/namespace.yaml": fence(sizes), "kuberay/raycluster.yaml": [cluster]}
     for job in sizes["jobs"]:
         files[f"kuberay/rayjob-{job}.yaml"] = [_job(sizes, job)]
         files[f"kuberay/kueue-{job}.yaml"] = [_queued(sizes, job)]
     files["kuberay/kueue-queues.yaml"] = queues(sizes)
     return files
-
-
-def _object(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Document) -> Document:
-    metadata = {
-        "name": name,
-        "namespace": sizes["site"]["kubernetes_namespace"],
-        "labels": dict(_LABEL),
-    }
-    return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec}
 
 
 # ------------------------------------------------------------------------------------------ Ray
@@ -224,7 +213,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             "tolerations": _tolerations(size),
         }
     component = "head" if head else "worker"
-    labels = {**_LABEL, "app.kubernetes.io/component": component}
+    labels = {**LABEL, "app.kubernetes.io/component": component}
     return {"metadata": {"labels": labels, "annotations": dict(_UNDISTURBED)}, "spec": pod}
 
 
@@ -301,7 +290,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": {
             "metadata": {
-                "labels": {**_LABEL, "app.kubernetes.io/component": "submitter"},
+                "labels": {**LABEL, "app.kubernetes.io/component": "submitter"},
                 "annotations": dict(_UNDISTURBED),
             },
             "spec": {
@@ -317,7 +306,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
         "ttlSecondsAfterFinished": 600,
         "rayClusterSpec": _cluster(sizes, groups),
     }
-    return _object("ray.io/v1", "RayJob", f"vlv-{name}", sizes, spec)
+    return named("ray.io/v1", "RayJob", f"vlv-{name}", sizes, spec)
 
 
 def _queued(sizes: dict[str, Any], name: str) -> Document:
@@ -335,84 +324,3 @@ def _queued(sizes: dict[str, Any], name: str) -> Document:
         del group["idleTimeoutSeconds"]
         group["replicas"] = group["minReplicas"] = group["maxReplicas"]
     return job
-
-
-# ---------------------------------------------------------------------------------------- fence
-
-
-def _fence(sizes: dict[str, Any]) -> list[Document]:
-    """Namespace, account of the workers, who may talk to whom, and what a drain has to wait for."""
-    site = sizes["site"]
-    namespace = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {
-            "name": site["kubernetes_namespace"],
-            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
-        },
-    }
-    accounts = []
-    for name in ("vlv-head", "vlv-worker"):
-        account = _object("v1", "ServiceAccount", name, sizes, {})
-        del account["spec"]
-        account["metadata"]["annotations"] = dict(site["kubernetes_identity"])
-        account["automountServiceAccountToken"] = name == "vlv-head"  # it asks for pods
-        accounts.append(account)
-    ours = {"podSelector": {"matchLabels": dict(_LABEL)}}
-
-    def of_namespace(name: str) -> Document:
-        return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
-
-    def ports(*numbers: int, protocol: str = "TCP") -> list[Document]:
-        return [{"protocol": protocol, "port": number} for number in numbers]
-
-    def addresses(*names: str) -> list[Document]:
-        return [{"ipBlock": {"cidr": f"{name}/32"}} for name in names]
-
-    incoming = {
-        "podSelector": {"matchLabels": dict(_LABEL)},
-        "policyTypes": ["Ingress"],
-        "ingress": [
-            {"from": [ours]},
-            {"from": [of_namespace(site["operator_namespace"])], "ports": ports(8265, 52365)},
-            {
-                "from": [of_namespace(site["monitoring_namespace"])],
-                "ports": ports(METRICS_PORT, AUTOSCALER_PORT, DASHBOARD_PORT),
-            },
-        ],
-    }
-    # Workers open strangers' URLs: not those of this network, nor of the machine's metadata.
-    private = ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
-    outgoing = {
-        "podSelector": {"matchLabels": {**_LABEL, "app.kubernetes.io/component": "worker"}},
-        "policyTypes": ["Egress"],
-        "egress": [
-            {"to": [ours]},
-            {
-                # The last two: a cache on the node, and Google's.
-                "to": [of_namespace("kube-system"), *addresses("169.254.20.10", "169.254.169.254")],
-                "ports": ports(53) + ports(53, protocol="UDP"),
-            },
-            *(
-                {
-                    "to": addresses(place.rpartition(":")[0]),
-                    "ports": ports(int(place.rpartition(":")[2])),
-                }
-                for place in site["kubernetes_private_services"]
-            ),
-            {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": private}}]},
-        ],
-    }
-    undisturbed = {
-        # More than there are: 0 that may go. `maxUnavailable` is an error for pods of a RayCluster,
-        # which has no scale that Kubernetes could ask for (kuberay#2662).
-        "minAvailable": 1000,
-        "selector": {"matchLabels": {**_LABEL, "app.kubernetes.io/component": "head"}},
-    }
-    return [
-        namespace,
-        *accounts,
-        _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-incoming", sizes, incoming),
-        _object("networking.k8s.io/v1", "NetworkPolicy", "vlv-outgoing", sizes, outgoing),
-        _object("policy/v1", "PodDisruptionBudget", "vlv-head", sizes, undisturbed),
-    ]

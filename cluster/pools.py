@@ -47,7 +47,8 @@ def _groups(sizes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"head": head, **sizes["groups"]}
 
 
-def _name(group: str) -> str:
+def pool_name(group: str) -> str:
+    """What a group's pool, and its flavor at Kueue, is called."""
     return f"vlv-{group}".replace("_", "-")
 
 
@@ -75,7 +76,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
         }
         pools.append(
             {
-                "name": _name(name),
+                "name": pool_name(name),
                 "instanceTypes": [group["aws"]],
                 "spot": group["spot"],
                 "minSize": group["min"],
@@ -117,7 +118,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
             ],
         },
         "addons": [
-            # NetworkPolicies are not enforced unless it is told to.
+            # Without this setting EKS accepts NetworkPolicies and enforces none.
             {"name": "vpc-cni", "configurationValues": json.dumps({"enableNetworkPolicy": "true"})},
             {"name": "coredns"},
             {"name": "kube-proxy"},
@@ -178,7 +179,7 @@ def _gke(sizes: dict[str, Any]) -> str:
             )
         if group["spot"]:
             flags.append("--spot --node-taints=vlv-spot=true:NoSchedule --location-policy=ANY")
-        lines.append(f"gcloud container node-pools create {_name(name)} \\")
+        lines.append(f"gcloud container node-pools create {pool_name(name)} \\")
         lines.append(" \\\n".join(f"  {flag}" for flag in flags))
     return "\n".join(lines) + "\n"
 
@@ -291,7 +292,7 @@ def _storage(
 
 
 def _efs_handle(sizes: dict[str, Any]) -> str:
-    """A file system and an access point whose files belong to user 1000, whoever writes them."""
+    """A file system, and an access point that makes user 1000 the owner of every file written through it."""
     return (
         f"{sizes['site']['aws_shared_disk'].partition('.')[0]}::{sizes['site']['efs_access_point']}"
     )

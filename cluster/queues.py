@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.allocatable import BESIDE_HEAD, SIDECAR
+from cluster.pools import pool_name
 
 _API = "kueue.x-k8s.io/v1beta2"
 # All that a pod of ours requests: a workload with a resource that no group covers is never admitted.
@@ -16,7 +17,7 @@ def queues(sizes: dict[str, Any]) -> list[dict[str, Any]]:
     head, groups = sizes["head"], sizes["groups"]
     flavors, quotas = [], []
     for name, size in {"head": head, **groups}.items():
-        flavor = f"vlv-{name}".replace("_", "-")
+        flavor = pool_name(name)
         flavors.append(_flavor(flavor, {"vlv-group": name}))
         # As many heads as there are groups: a job has one of each.
         quotas.append(_quota(flavor, size, size.get("max", len(groups))))
