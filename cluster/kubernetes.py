@@ -12,6 +12,7 @@ import yaml
 
 from cluster.allocatable import SIDECAR
 from cluster.fence import LABEL, Document, fence, named
+from cluster.head_state import fault_tolerance, redis_files
 from cluster.monitoring import METRICS_PORT, METRICS_PORTS
 from cluster.queues import queues
 
@@ -47,10 +48,20 @@ def ray_version() -> str:
     return str(version)
 
 
+def image_of(size: dict[str, Any], site: dict[str, Any]) -> str:
+    """What machines of a size run: those without GPUs the image without CUDA, where there is one."""
+    return str(site["image"] if size.get("gpus") else site["cpu_image"] or site["image"])
+
+
 def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
     """Every file below kuberay/ by its path below cluster/."""
-    cluster = named("ray.io/v1", "RayCluster", "vlv", sizes, _cluster(sizes, sizes["groups"]))
-    files = {"kuberay/namespace.yaml": fence(sizes), "kuberay/raycluster.yaml": [cluster]}
+    standing = _cluster(sizes, sizes["groups"])
+    standing["gcsFaultToleranceOptions"] = fault_tolerance()
+    files = {
+        "kuberay/namespace.yaml": fence(sizes),
+        "kuberay/redis.yaml": redis_files(sizes),
+        "kuberay/raycluster.yaml": [named("ray.io/v1", "RayCluster", "vlv", sizes, standing)],
+    }
     for job in sizes["jobs"]:
         files[f"kuberay/rayjob-{job}.yaml"] = [_job(sizes, job)]
         files[f"kuberay/kueue-{job}.yaml"] = [_queued(sizes, job)]
@@ -143,7 +154,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         ports = {"gcs": 6379, "dashboard": 8265, "client": 10001, **METRICS_PORTS}
     container: Document = {
         "name": "ray",
-        "image": site["image"],
+        "image": image_of(size, site),
         "ports": [{"name": key, "containerPort": port} for key, port in ports.items()],
         "env": [
             {"name": "HF_HOME", "value": HUB_CACHE},  # models come once, for all machines
@@ -177,7 +188,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **_pull_secrets(site),
-        "initContainers": [_log_keeper(site["image"])],
+        "initContainers": [_log_keeper(image_of(size, site))],
         "containers": [container],
         "volumes": [
             {
@@ -280,7 +291,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
     environment = yaml.safe_load((Path(__file__).parent / "runtime_env.yaml").read_text())
     submitter = {
         "name": "submitter",
-        "image": sizes["site"]["image"],
+        "image": image_of(sizes["head"], sizes["site"]),
         "resources": _requests({"cpu": "500m", "memory": "1Gi"}),
         "securityContext": _CONFINED,
     }

@@ -19,9 +19,11 @@ if __package__ in (None, ""):  # run as a script
 
 from cluster.allocatable import misfits  # noqa: E402
 from cluster.dashboard import dashboard  # noqa: E402
+from cluster.disks import disk_files  # noqa: E402
 from cluster.kubernetes import kubernetes_files  # noqa: E402
 from cluster.monitoring import operator_files, prometheus_files  # noqa: E402
 from cluster.pools import pool_files, pool_texts  # noqa: E402
+from cluster.rights import right_texts  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
 HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.\n"
@@ -38,9 +40,19 @@ class _Dumper(yaml.SafeDumper):
         return True  # what is shared here is written out there
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Scripts and files within files stay readable."""
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
+
+
+_Dumper.add_representer(str, _text)
+
+
 def rendered(sizes: dict[str, Any]) -> dict[str, str]:
     """Text of every rendered file by its path below cluster/."""
-    files = {**launcher_files(sizes), **kubernetes_files(sizes), **pool_files(sizes)}
+    files = launcher_files(sizes) | kubernetes_files(sizes) | pool_files(sizes) | disk_files(sizes)
     board = json.dumps(dashboard(), indent=1) + "\n"
     files |= prometheus_files(sizes) | operator_files(sizes, board)
     texts = {
@@ -51,7 +63,7 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
         )
         for path, documents in files.items()
     }
-    return {**texts, **pool_texts(sizes), "monitoring/grafana.json": board}
+    return {**texts, **pool_texts(sizes), **right_texts(sizes), "monitoring/grafana.json": board}
 
 
 def stale(sizes: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ import json
 import shlex
 from typing import Any
 
-from cluster.kubernetes import HUB_CACHE
+from cluster.kubernetes import HUB_CACHE, image_of
+from cluster.pools import on_demand
 
 # Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
 _TOKEN = "/home/ray/.ray/auth_token"
@@ -38,27 +39,27 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
         }
     }
     for name, group in groups.items():
-        gpus = {"GPU": group["gpus"]} if group["gpus"] else {}
-        nodes[name] = {
-            "resources": {"CPU": group["cpus"], **gpus, name: 1},
-            "min_workers": group["min"],
-            "max_workers": group["max"],
-            "idle_timeout_s": 60 * group["idle_minutes"],
-            "node_config": node_config(group, site),
-        }
+        nodes[name] = _worker(name, group, node_config(group, site), site)
+        if group["on_demand"]:
+            # Ray's autoscaler prefers the type with the higher priority until the provider has
+            # refused one of its machines; half an hour later it trusts it again.
+            nodes[name]["priority"] = 1
+            instead = on_demand(group)
+            nodes[f"{name}_on_demand"] = _worker(name, instead, node_config(instead, site), site)
     # Into the environment that Ray's processes have, and into no file.
     secret = site[f"{cloud}_secret"]
     region = f"AWS_DEFAULT_REGION={site['aws_region']} " if cloud == "aws" else ""
     secrets = f'S="$({region}vlv-secrets {cloud} {secret})" && eval "$S" && ' if secret else ""
     return {
         "cluster_name": "vlv",
-        "max_workers": sum(group["max"] for group in groups.values()),
+        "max_workers": sum(node["max_workers"] for node in nodes.values()),
         "upscaling_speed": 4.0,
         "idle_timeout_minutes": max(group["idle_minutes"] for group in groups.values()),
         "provider": provider,
         "auth": auth,
         "docker": {
             "image": site["image"],
+            **({"head_image": site["cpu_image"]} if site["cpu_image"] else {}),
             "container_name": "vlv",
             "pull_before_run": True,
             "run_options": [
@@ -97,6 +98,21 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
             f"{secrets}ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076 "
             "--metrics-export-port=8080 --disable-usage-stats",
         ],
+    }
+
+
+def _worker(
+    name: str, group: dict[str, Any], machine: dict[str, Any], site: dict[str, Any]
+) -> dict[str, Any]:
+    gpus = {"GPU": group["gpus"]} if group["gpus"] else {}
+    image = image_of(group, site)
+    return {
+        "resources": {"CPU": group["cpus"], **gpus, name: 1},
+        "min_workers": group["min"],
+        "max_workers": group["max"],
+        "idle_timeout_s": 60 * group["idle_minutes"],
+        **({"docker": {"worker_image": image}} if image != site["image"] else {}),
+        "node_config": machine,
     }
 
 

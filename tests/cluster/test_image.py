@@ -46,14 +46,44 @@ def test_it_sets_no_secret_and_turns_tokens_on() -> None:
 
 
 def test_every_package_comes_from_the_lock_by_its_hash() -> None:
-    (line,) = [rest for name, rest in instructions() if "pip install" in rest]
-    calls = re.findall(r"pip install ([^&]*)", line)
-    assert calls
-    assert all("--require-hashes --no-deps" in call for call in calls)
+    lines = [rest for name, rest in instructions() if "pip install" in rest]
+    calls = [call for line in lines for call in re.findall(r"pip install ([^&;]*)", line)]
+    (without,) = [call for call in calls if "--require-hashes --no-deps" not in call]
+    assert len(calls) > 1
+    # The image without CUDA has torch from the one index that offers it.
+    assert without.split()[:3] == [
+        "--no-deps",
+        "--index-url",
+        "https://download.pytorch.org/whl/cpu",
+    ]
     entries = re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE)[1:]
     assert all("--hash=sha256:" in entry for entry in entries)
     assert len(entries) == len(LOCKED)
     assert {"setuptools", "packaging"} <= LOCKED.keys()  # what DeepSpeed is built with
+
+
+def test_the_image_without_cuda_has_all_else_of_the_lock(tmp_path: Path) -> None:
+    """What the Dockerfile does with the lock, done here, but for pip."""
+    (line,) = [rest for name, rest in instructions() if 'TORCH" = cpu' in rest]
+    for name in ("requirements.lock", "cpu.lock"):
+        line = line.replace(f"/opt/{name}", str(tmp_path / name))
+    (tmp_path / "requirements.lock").write_text(LOCK)
+    fake = tmp_path / "pip"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": "cpu"}
+    subprocess.run(["sh", "-ec", line], check=True, env=environment)
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[-1] == f"torch=={LOCKED['torch']}"
+    left = (tmp_path / "requirements.lock").read_text()
+    kept = dict(re.findall(r"^([a-z0-9][\w.-]*)==(\S+)", left, re.MULTILINE))
+    gone = LOCKED.keys() - kept.keys()
+    assert kept.items() <= LOCKED.items()
+    assert {"torch", "triton", "nvidia-cublas", "nvidia-nccl-cu13", "cuda-toolkit"} <= gone
+    assert all(
+        name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-")) for name in gone
+    )
+    assert left.count("--hash=sha256:") > len(kept)
 
 
 def test_the_lock_holds_every_dependency_within_its_bounds() -> None:

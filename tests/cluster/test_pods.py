@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -161,7 +162,8 @@ def test_pools_are_labelled_and_tainted_as_pods_expect() -> None:
     (eks,) = FILES["pools/eksctl.yaml"]
     gke = rendered(SIZES)["pools/gke.sh"]
     pools = {pool["name"]: pool for pool in eks["managedNodeGroups"] if pool["name"] != "system"}
-    assert len(pools) == len(SIZES["groups"]) + 1
+    falls_back = [name for name, group in SIZES["groups"].items() if group["on_demand"]]
+    assert len(pools) == len(SIZES["groups"]) + 1 + len(falls_back)
     for path, pod in pods().items():
         group = path.rpartition(":")[2]
         if not path.startswith("kuberay/raycluster.yaml"):
@@ -180,10 +182,44 @@ def test_pools_are_labelled_and_tainted_as_pods_expect() -> None:
     assert gke.count("--node-taints=vlv-spot=true:NoSchedule") == len(spot)
 
 
+def test_a_spot_group_has_a_second_pool_that_is_asked_last() -> None:
+    (eks,) = FILES["pools/eksctl.yaml"]
+    pools = {pool["name"]: pool for pool in eks["managedNodeGroups"]}
+    first, second = pools["vlv-gpu-spot"], pools["vlv-gpu-spot-on-demand"]
+    assert (first["spot"], second["spot"]) == (True, False)
+    assert first["labels"] == second["labels"]
+    assert {taint["key"] for taint in second["taints"]} == {"nvidia.com/gpu"}
+    assert second["minSize"] == 0 < second["maxSize"]
+
+    (values,) = FILES["pools/autoscaler-values.yaml"]
+    assert values["extraArgs"]["expander"].startswith("priority")
+    priorities = yaml.safe_load(values["expanderPriorities"])
+
+    def priority(pool: str) -> int:
+        """The highest whose pattern is found in the name that EKS gives to a pool's machines."""
+        name = f"eks-{pool}-4ec1b2a3-1f0c-4b7e-9d3a-0123456789ab"
+        return max(
+            rank for rank, found in priorities.items() if any(re.search(p, name) for p in found)
+        )
+
+    assert priority(first["name"]) > priority(second["name"])
+    assert {priority(name) for name in pools if name != first["name"]} == {priority("system")}
+
+
+def test_a_group_that_waits_for_spot_has_one_pool() -> None:
+    groups = {**SIZES["groups"], "gpu_spot": {**SIZES["groups"]["gpu_spot"], "on_demand": 0}}
+    texts = rendered({**SIZES, "groups": groups})
+    assert "on-demand" not in texts["pools/eksctl.yaml"] + texts["pools/gke.sh"]
+    assert "on_demand" not in texts["launcher/aws.yaml"] + texts["launcher/gcp.yaml"]
+    assert "priority: 1" not in texts["launcher/aws.yaml"]
+
+
 def test_the_scripts_are_shell(tmp_path: Path) -> None:
-    script = rendered(SIZES)["pools/gke.sh"]
-    ended = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    scripts = {path: text for path, text in rendered(SIZES).items() if path.endswith(".sh")}
+    assert len(scripts) == 3
+    for script in scripts.values():
+        ended = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
     for pod in pods().values():
         for container in pod["spec"].get("initContainers", []):
             *_, text = container["command"]

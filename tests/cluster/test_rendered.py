@@ -1,6 +1,7 @@
 """What is rendered for the launcher and for KubeRay, against the schemas of those who read it."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_aws_accepts_the_machines() -> None:
     model = botocore.get_session().get_service_model("ec2").operation_model("RunInstances")
     for node in FILES["launcher/aws.yaml"][0]["available_node_types"].values():
         node_config = {"MinCount": 1, "MaxCount": 1, **node["node_config"]}
-        (node_config["SubnetId"],) = node_config.pop("SubnetIds")  # Ray takes one of its list
+        node_config["SubnetId"], *_ = node_config.pop("SubnetIds")  # Ray takes one of its list
         report = ParamValidator().validate(node_config, model.input_shape)
         assert not report.has_errors(), report.generate_report()
 
@@ -179,11 +180,18 @@ def pods() -> dict[str, dict[str, Any]]:
     }
 
 
+PLAIN = [
+    path for path in FILES if re.fullmatch(r"kuberay/(namespace|redis|storage-\w+)\.yaml", path)
+]
+"""Files whose objects are Kubernetes' own."""
+
+
 def test_kubernetes_accepts_pods_and_fence() -> None:
     """By the schemas of Kubernetes itself, which KubeRay's CRDs only repeat."""
     validator = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[dev]'")
     latest = validator.latest_version()
-    for document in [*FILES["kuberay/namespace.yaml"], *pods().values()]:
+    ours = [document for path in PLAIN for document in FILES[path]]
+    for document in [*ours, *pods().values()]:
         validator.validate(copy.deepcopy(document), latest, strict=True)
 
 
@@ -218,3 +226,60 @@ def test_every_cluster_of_kubernetes_has_a_token_and_the_fence() -> None:
     policies = [o for o in FILES["kuberay/namespace.yaml"] if o["kind"] == "NetworkPolicy"]
     assert all(p["spec"]["podSelector"]["matchLabels"].items() >= ours.items() for p in policies)
     assert {kind for p in policies for kind in p["spec"]["policyTypes"]} == {"Ingress", "Egress"}
+
+
+def test_the_head_alone_talks_to_redis() -> None:
+    """And only the standing cluster's: a job's own cluster goes with its head."""
+    stateful_set, service, policy = FILES["kuberay/redis.yaml"]
+    labels = stateful_set["spec"]["template"]["metadata"]["labels"]
+    for other in FILES["kuberay/namespace.yaml"]:
+        if other["kind"] == "NetworkPolicy":  # policies add up: none lets in all of ours
+            assert not labels.items() >= other["spec"]["podSelector"]["matchLabels"].items()
+    assert service["spec"]["selector"] == labels == policy["spec"]["podSelector"]["matchLabels"]
+    (rule,) = policy["spec"]["ingress"]
+    (let_in,) = rule["from"]
+    allowed = let_in["podSelector"]["matchLabels"].items()
+    matching = {
+        name for name, pod in pods().items() if pod["metadata"]["labels"].items() >= allowed
+    }
+    assert matching
+    assert all(name.endswith(":head") for name in matching)
+    standing = RAY["kuberay/raycluster.yaml"]["spec"]["gcsFaultToleranceOptions"]
+    port = service["spec"]["ports"][0]["port"]
+    assert standing["redisAddress"] == f"{service['metadata']['name']}:{port}"
+    (container,) = stateful_set["spec"]["template"]["spec"]["containers"]
+    assert container["env"][0]["valueFrom"] == standing["redisPassword"]["valueFrom"]
+    for path, document in RAY.items():
+        cluster = document["spec"].get("rayClusterSpec", document["spec"])
+        assert ("gcsFaultToleranceOptions" in cluster) == (path == "kuberay/raycluster.yaml")
+
+
+def test_machines_without_gpus_take_the_image_without_cuda() -> None:
+    sizes = {**SIZES, "site": {**SIZES["site"], "image": "r/gpu:1", "cpu_image": "r/cpu:1"}}
+    files = {
+        path: list(yaml.safe_load_all(text))
+        for path, text in rendered(sizes).items()
+        if path.endswith("yaml")
+    }
+    (launcher,) = files["launcher/aws.yaml"]
+    assert launcher["docker"]["image"] == "r/gpu:1"
+    assert launcher["docker"]["head_image"] == "r/cpu:1"
+    nodes = launcher["available_node_types"]
+    assert nodes["cpu"]["docker"] == {"worker_image": "r/cpu:1"}
+    assert not [name for name in nodes if name.startswith("gpu") and "docker" in nodes[name]]
+    (job,) = files["kuberay/rayjob-stage1.yaml"]
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    images = {
+        "head": cluster["headGroupSpec"]["template"],
+        "workers": workers["template"],
+        "submitter": job["spec"]["submitterPodTemplate"],
+    }
+    found = {
+        name: {
+            c["image"]
+            for c in [*template["spec"]["containers"], *template["spec"].get("initContainers", [])]
+        }
+        for name, template in images.items()
+    }
+    assert found == {"head": {"r/cpu:1"}, "workers": {"r/gpu:1"}, "submitter": {"r/cpu:1"}}

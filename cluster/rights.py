@@ -1,0 +1,250 @@
+"""What machines may do, as lists of the least rights, and the commands that make their accounts.
+
+pools/aws-*.json          policies of the two instance profiles of the launcher's machines
+pools/aws-launcher.sh     bash cluster/pools/aws-launcher.sh: profiles, security group, shared disk
+pools/gcp-head-role.yaml  the role of the launcher's head
+pools/gcp-launcher.sh     bash cluster/pools/gcp-launcher.sh: accounts, firewall, shared disk
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import yaml
+
+SHELL = """#!/bin/bash
+# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
+"""
+
+
+def right_texts(sizes: dict[str, Any]) -> dict[str, str]:
+    """Text of each file by its path below cluster/."""
+    policies = {"head": _head_policy(sizes), "worker": _worker_policy(sizes)}
+    role = yaml.safe_dump(_GCP_ROLE, sort_keys=False)
+    return {
+        **{
+            f"pools/aws-{name}.json": json.dumps(policy, indent=1) + "\n"
+            for name, policy in policies.items()
+        },
+        "pools/aws-launcher.sh": _aws_script(sizes["site"]),
+        "pools/gcp-head-role.yaml": role,
+        "pools/gcp-launcher.sh": _gcp_script(sizes["site"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------ AWS
+
+
+def _head_policy(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What Ray's autoscaler does on AWS: it starts, tags and ends machines of its own cluster."""
+    site = sizes["site"]
+    ours = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": "vlv"}}
+    asked = {"StringEquals": {"aws:RequestTag/ray-cluster-name": "vlv"}}
+    made = {"StringEquals": {"ec2:CreateAction": "RunInstances"}}
+    return policy(
+        _allow("Look", ["ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeImages",
+                        "ec2:DescribeSubnets", "ec2:DescribeSecurityGroups", "ec2:DescribeKeyPairs",
+                        "ec2:DescribeAvailabilityZones"]),
+        _allow("StartOurs", ["ec2:RunInstances"], "arn:aws:ec2:*:*:instance/*", asked),
+        _allow("StartWith", ["ec2:RunInstances"], [
+            "arn:aws:ec2:*::image/*", "arn:aws:ec2:*:*:subnet/*", "arn:aws:ec2:*:*:volume/*",
+            "arn:aws:ec2:*:*:network-interface/*", "arn:aws:ec2:*:*:key-pair/*",
+            f"arn:aws:ec2:*:*:security-group/{site['aws_security_group']}"]),
+        _allow("TagNew", ["ec2:CreateTags"], "arn:aws:ec2:*:*:*/*", made),
+        _allow("TagAndEndOurs", ["ec2:CreateTags", "ec2:TerminateInstances"],
+               "arn:aws:ec2:*:*:instance/*", ours),
+        _allow("GiveWorkersTheirRole", ["iam:PassRole"],
+               f"arn:aws:iam::*:role/{site['aws_worker_profile']}",
+               {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}),
+        _allow("ReadProfiles", ["iam:GetInstanceProfile"],
+               f"arn:aws:iam::*:instance-profile/{site['aws_worker_profile']}"),
+        *_shared_rights(sizes),
+    )  # fmt: skip
+
+
+def _worker_policy(sizes: dict[str, Any]) -> dict[str, Any]:
+    return policy(*_shared_rights(sizes))
+
+
+def _shared_rights(sizes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sessions, the image, the buckets, and the secret that has the keys."""
+    site = sizes["site"]
+    secret = site["aws_secret"]
+    return [
+        _allow("Sessions", ["ssm:UpdateInstanceInformation", "ssmmessages:CreateControlChannel",
+                            "ssmmessages:CreateDataChannel", "ssmmessages:OpenControlChannel",
+                            "ssmmessages:OpenDataChannel"]),
+        _allow("Image", ["ecr:GetAuthorizationToken", "ecr:BatchGetImage",
+                         "ecr:GetDownloadUrlForLayer", "ecr:BatchCheckLayerAvailability"]),
+        *buckets(site),
+        *([_allow("Keys", ["secretsmanager:GetSecretValue"],
+                  f"arn:aws:secretsmanager:*:*:secret:{secret}-*")] if secret else []),
+    ]  # fmt: skip
+
+
+def buckets(site: dict[str, Any]) -> list[dict[str, Any]]:
+    """Statements that let somebody read and write the buckets of the site."""
+    names = site["aws_buckets"]
+    objects = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+    return [
+        _allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{name}" for name in names]),
+        _allow("ReadAndWrite", objects, [f"arn:aws:s3:::{name}/*" for name in names]),
+    ]
+
+
+def policy(*statements: dict[str, Any]) -> dict[str, Any]:
+    """A document of IAM."""
+    return {"Version": "2012-10-17", "Statement": list(statements)}
+
+
+def _allow(
+    sid: str, actions: list[str], resources: str | list[str] = "*", condition: Any = None
+) -> dict[str, Any]:
+    statement = {"Sid": sid, "Effect": "Allow", "Action": actions, "Resource": resources}
+    return {**statement, **({"Condition": condition} if condition else {})}
+
+
+def _aws_script(site: dict[str, Any]) -> str:
+    ec2_may = {
+        "Effect": "Allow",
+        "Principal": {"Service": "ec2.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+    }
+    trust = shlex.quote(json.dumps(policy(ec2_may)))
+    lines = [
+        "# What Ray's launcher expects on AWS beside subnets with a NAT gateway: two instance profiles, a",
+        "# security group and the shared disk. Run it once; it prints what goes into sizes.yaml.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        f"export AWS_DEFAULT_REGION={site['aws_region']}",
+        "# Without this role of the account no spot machine starts; it may be there.",
+        "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com || true",
+    ]
+    for kind in ("head", "worker"):
+        name = site[f"aws_{kind}_profile"]
+        lines += [
+            f"aws iam create-role --role-name {name} --assume-role-policy-document {trust}",
+            f"aws iam put-role-policy --role-name {name} --policy-name vlv \\",
+            f"  --policy-document file://aws-{kind}.json",
+            f"aws iam create-instance-profile --instance-profile-name {name}",
+            f"aws iam add-role-to-instance-profile --instance-profile-name {name} --role-name {name}",
+        ]
+    tags = " ".join(f"Key={key},Value={value}" for key, value in site["tags"].items())
+    subnets = " ".join(site["aws_private_subnets"])
+    lines += [
+        f"VPC=$(aws ec2 describe-subnets --subnet-ids {site['aws_private_subnets'][0]} \\",
+        "  --query 'Subnets[0].VpcId' --output text)",
+        'GROUP=$(aws ec2 create-security-group --group-name vlv --description vlv --vpc-id "$VPC" \\',
+        "  --query GroupId --output text)",
+        "# Its own members alone get in: sessions come through SSM, which the machines call.",
+        'aws ec2 authorize-security-group-ingress --group-id "$GROUP" --protocol=-1 \\',
+        '  --source-group "$GROUP" > /dev/null',
+        f"DISK=$(aws efs create-file-system --encrypted --throughput-mode elastic --tags {tags} \\",
+        "  --query FileSystemId --output text)",
+        'until [ "$(aws efs describe-file-systems --file-system-id "$DISK" \\',
+        "  --query 'FileSystems[0].LifeCycleState' --output text)\" = available ]; do sleep 2; done",
+        f"for SUBNET in {subnets}; do",
+        '  aws efs create-mount-target --file-system-id "$DISK" --subnet-id "$SUBNET" \\',
+        '    --security-groups "$GROUP" > /dev/null',
+        "done",
+        "# The policy of the head names the group.",
+        'echo "aws_security_group: $GROUP"',
+        f'echo "aws_shared_disk: $DISK.efs.{site["aws_region"]}.amazonaws.com:/"',
+        'echo "Put both under site in cluster/sizes.yaml, render again, and then:"',
+        f'echo "aws iam put-role-policy --role-name {site["aws_head_profile"]} --policy-name vlv '
+        '--policy-document file://cluster/pools/aws-head.json"',
+    ]
+    return SHELL + "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ GCP
+
+# What Ray's autoscaler calls (instances: list, get, insert, setLabels, setMetadata, delete; operations:
+# get), and what starting a machine asks for beside (Compute Engine's documentation, "instances.insert").
+_GCP_ROLE = {
+    "title": "Head of a Ray cluster",
+    "description": "Starts, labels and ends the machines of its cluster",
+    "stage": "GA",
+    "includedPermissions": [
+        "compute.instances.create",
+        "compute.instances.delete",
+        "compute.instances.get",
+        "compute.instances.list",
+        "compute.instances.setLabels",
+        "compute.instances.setMetadata",
+        "compute.instances.setServiceAccount",
+        "compute.instances.setTags",
+        "compute.disks.create",
+        "compute.disks.setLabels",
+        "compute.images.useReadOnly",
+        "compute.subnetworks.use",
+        "compute.zoneOperations.get",
+    ],
+}
+
+
+def _gcp_script(site: dict[str, Any]) -> str:
+    project, region, network = site["gcp_project"], site["gcp_region"], site["gcp_network"]
+    head, worker = site["gcp_head_account"], site["gcp_worker_account"]
+    here = f"--project={project}"
+    apis = ["artifactregistry", "cloudresourcemanager", "compute", "file", "iam", "secretmanager"]
+    lines = [
+        "# What Ray's launcher expects on GCP: accounts, the way out, firewall rules, the shared disk.",
+        "# Run it once; a network has one NAT, so leave that out where gke.sh made it.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        f"gcloud services enable {here} {' '.join(f'{api}.googleapis.com' for api in apis)}",
+        f"gcloud iam roles create vlvHead {here} --file=gcp-head-role.yaml",
+    ]
+    for account in (head, worker):
+        member = f"--member=serviceAccount:{account}"
+        lines += [
+            f"gcloud iam service-accounts create {account.partition('@')[0]} {here}",
+            f"gcloud projects add-iam-policy-binding {project} {member} --condition=None \\",
+            "  --role=roles/artifactregistry.reader",
+            *(
+                f"gcloud storage buckets add-iam-policy-binding gs://{bucket} {member} \\\n"
+                "  --role=roles/storage.objectUser"
+                for bucket in site["gcp_buckets"]
+            ),
+        ]
+        if site["gcp_secret"]:
+            lines += [
+                f"gcloud secrets add-iam-policy-binding {site['gcp_secret']} {here} {member} \\",
+                "  --role=roles/secretmanager.secretAccessor",
+            ]
+    ours = f"{head},{worker}"
+    lines += [
+        f"gcloud projects add-iam-policy-binding {project} --member=serviceAccount:{head} \\",
+        f"  --condition=None --role=projects/{project}/roles/vlvHead",
+        f"gcloud iam service-accounts add-iam-policy-binding {worker} {here} \\",
+        f"  --member=serviceAccount:{head} --role=roles/iam.serviceAccountUser",
+        *nat("vlv", site),
+        f"gcloud compute networks subnets update {site['gcp_subnet']} {here} --region={region} \\",
+        "  --enable-private-ip-google-access",
+        "# SSH comes from Google's proxy for signed-in people (IAP) alone.",
+        f"gcloud compute firewall-rules create vlv-ssh {here} --network={network} --allow=tcp:22 \\",
+        f"  --source-ranges=35.235.240.0/20 --target-service-accounts={ours}",
+        f"gcloud compute firewall-rules create vlv-among {here} --network={network} \\",
+        "  --allow=tcp,udp,icmp \\",
+        f"  --source-service-accounts={ours} --target-service-accounts={ours}",
+        f"gcloud filestore instances create {site['filestore_instance']} {here} --zone={site['gcp_zone']} \\",
+        f"  --tier=BASIC_SSD --network=name={network} --file-share=name=shared,capacity=2.5TiB",
+        'echo "Under site.gcp_shared_disk goes this address, and :/shared:"',
+        f"gcloud filestore instances describe {site['filestore_instance']} {here} --zone={site['gcp_zone']} \\",
+        "  --format='value(networks[0].ipAddresses[0])'",
+    ]
+    return SHELL + "\n".join(lines) + "\n"
+
+
+def nat(name: str, site: dict[str, Any]) -> list[str]:
+    """Commands for the way out of machines without public addresses: to registries, the hub and
+    strangers' images."""
+    where = f"--project={site['gcp_project']} --region={site['gcp_region']}"
+    return [
+        f"gcloud compute routers create {name}-nat {where} --network={site['gcp_network']}",
+        f"gcloud compute routers nats create {name}-nat {where} --router={name}-nat \\",
+        "  --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges",
+    ]
