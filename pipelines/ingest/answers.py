@@ -15,7 +15,7 @@ import aiohttp
 from yarl import URL
 
 from pipelines.ingest.addresses import BlockedAddressError, odd_spelling
-from pipelines.pictures.formats import SNIFF_BYTES, image_format
+from pipelines.pictures.formats import image_format
 
 FailureClass = Literal[
     "dns",
@@ -157,9 +157,7 @@ def clean(message: str) -> str:
 
 def check_image(head: bytes | bytearray, content_type: str) -> None:
     """Raise `not_an_image` for a body that neither begins like an image nor is called one."""
-    if image_format(bytes(head[:SNIFF_BYTES])) is None and not (
-        head and content_type.startswith("image/")
-    ):
+    if image_format(head) is None and not (head and content_type.startswith("image/")):
         raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")
 
 

@@ -39,7 +39,7 @@ from pipelines.ingest.answers import (
 )
 from pipelines.ingest.optout import AGENT, agent_of, opted_out
 from pipelines.ingest.pacing import Room, Share, Window
-from pipelines.pictures.formats import SNIFF_BYTES
+from pipelines.pictures.formats import sniffed
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
 from vlv_model.config import Config
@@ -290,7 +290,7 @@ class Downloader:
             body += piece
             if len(body) > cap:
                 raise DownloadError("too_large", f"more than {cap} bytes")
-            if not packed and not looked and len(body) >= SNIFF_BYTES:
+            if not packed and not looked and len(body) >= sniffed(body):
                 check_image(body, response.content_type)  # before the rest is read
                 looked = True
             await share.grown(len(body))

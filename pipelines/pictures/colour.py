@@ -11,7 +11,9 @@ from PIL import Image, ImageCms
 
 WHITE = (255, 255, 255)
 _ORIENTATION_TAG = 0x0112
-_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_BITS, _PHOTOMETRIC, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 320, 339  # tags of TIFF
+_SIGNED = (2,)
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 # What turns a picture [h w 3] upright, by EXIF orientation; views, without a copy.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
@@ -47,6 +49,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     Returns `image` itself where that is what it is.
     """
     profile = image.info.get("icc_profile")
+    image = as_meant(image)
     if image.mode.startswith("I") or image.mode == "F":
         values, hidden = _deep(image), image.info.get("transparency")
         grey = _to_8_bit(values)
@@ -65,6 +68,24 @@ def to_srgb(image: Image.Image) -> Image.Image:
         lab = ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")  # type: ignore[return-value]
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def as_meant(image: Image.Image) -> Image.Image:
+    """What Pillow takes otherwise than its file means it: colours multiplied by their alpha, and in a
+    TIFF colour maps of 8 bits and signed bytes. Returns `image` itself where there is none."""
+    if image.mode in _PREMULTIPLIED:
+        return image.convert(_PREMULTIPLIED[image.mode])
+    if image.format != "TIFF":
+        return image
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if image.mode == "P" and (colours := tags.get(_COLOUR_MAP)) and max(colours) < 256:
+        # Of 16 bits by the specification, of which Pillow keeps the high byte: all black.
+        image.load()
+        image.putpalette(np.array(colours, np.uint8).reshape(3, -1).T.tobytes())
+    if image.mode == "L" and tags.get(_SAMPLE_FORMAT) == _SIGNED:
+        signed = np.asarray(image).view(np.int8)
+        return Image.fromarray(np.maximum(signed, 0).astype(np.uint8))
+    return image
 
 
 def _deep(image: Image.Image) -> np.ndarray:

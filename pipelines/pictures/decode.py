@@ -13,10 +13,13 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
     that cannot be read is ignored, as browsers do.
 6.  EXIF orientation is applied; unreadable EXIF counts as upright.
 7.  The file has to be whole: a truncated or damaged one is `decode:corrupt`, never half a picture.
-    So is one that ends soundly, but before its pixels do (JPEG, PNG).
+    So is one that ends soundly, but before its pixels do (JPEG, PNG), and a PNG whose checksums
+    are not those of its bytes.
 8.  A PNG's gamma and chromaticities without a profile are ignored.
 9.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
-    kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`.
+    kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`. Of a file
+    whose metadata alone is damaged, all but that is kept.
+10. Metadata never cost a picture: a damaged header or chunk that pixels do not need is passed over.
 
 `sha256` is that of the bytes as downloaded: two URLs of one file agree in it, whatever the size
 that is stored. `phash` is 64 bits of the stored picture.
@@ -37,7 +40,15 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.pictures.colour import SIDEWAYS, from_profile, orientation, to_srgb, upright
+from pipelines.pictures.avif import clean_aperture
+from pipelines.pictures.colour import (
+    SIDEWAYS,
+    as_meant,
+    from_profile,
+    orientation,
+    to_srgb,
+    upright,
+)
 from pipelines.pictures.encode import (
     MAX_SIDE,
     ImageConfig,
@@ -48,8 +59,14 @@ from pipelines.pictures.encode import (
     scale_of,
     scaled,
 )
-from pipelines.pictures.formats import READABLE, SNIFF_BYTES, image_format
-from pipelines.pictures.png import check_rows, settle_transparency
+from pipelines.pictures.formats import READABLE, image_format
+from pipelines.pictures.jpeg import (
+    has_more_scans,
+    read_headers,
+    without_metadata,
+    without_padding,
+)
+from pipelines.pictures.png import read_chunks, settle_transparency
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
@@ -57,10 +74,10 @@ FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 
 _PNG_DEPTH = 24  # the byte of a PNG's header that has its bits per channel
 # What libjpeg warns of where pixels are made up. (It warns of less, too, in sound files.)
-_MADE_UP = re.compile("premature end|bad Huffman|bad arithmetic|instead of RST", re.IGNORECASE)
-# Markers of a JPEG; those with a length after them but for SOI, EOI and TEM.
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_SCAN, _END, _BARE = 0xDA, 0xD9, (0xD8, 0xD9, 0x01)
+_MADE_UP = re.compile(
+    "premature end|bad Huffman|bad arithmetic|instead of RST|extraneous", re.IGNORECASE
+)
+_BEFORE_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MAX_SCANS = 100  # ten are usual, optimisers make some more
 # A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
 # near to one decoded whole as resampling filters are to one another (docs/log.md).
@@ -100,7 +117,7 @@ class Opened:
         self, data: bytes, max_pixels: int = LARGEST_PIXELS, quick_jpeg: bool = True
     ) -> None:
         """Without `quick_jpeg` the more lenient decoder gets every JPEG, not the doubtful alone."""
-        kind = image_format(data[:SNIFF_BYTES])
+        kind = image_format(data)
         if kind is None:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")
         if kind not in READABLE:
@@ -108,16 +125,28 @@ class Opened:
         self.data = data
         self.kind = kind
         self.quick_jpeg = quick_jpeg
-        if kind == "JPEG":
-            _check_scans(data)
+        self._is_scalable = True
+        self._sound = data
+        """The file without what decoders stumble over beside its pixels."""
         # An icon's or a TIFF's inner images, too, are opened within that.
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # an error is raised beyond twice this
+        self._is_clean = True
         with _failures():
+            chunks = None
+            if kind == "JPEG":
+                self._read_headers()
+            elif kind == "PNG":
+                chunks = read_chunks(data)
+                self._sound, self._is_clean = chunks.sound, chunks.is_clean
             self.image = self._open()
             _check_size(self.image, max_pixels)
-            if kind == "PNG":
-                check_rows(data)
-                settle_transparency(self.image, data[_PNG_DEPTH])
+            if chunks:
+                chunks.check_rows()
+                settle_transparency(self.image, chunks.sound[_PNG_DEPTH])
+                if chunks.profile:
+                    self.image.info["icc_profile"] = chunks.profile
+            if kind == "AVIF" and (aperture := clean_aperture(data, self.image.size)):
+                self.image = self.image.crop(aperture)
             if kind in ("PNG", "ICO"):  # EXIF may lie behind the pixels, and a size too
                 self.image.load()
             self.orientation = orientation(self.image)
@@ -139,7 +168,8 @@ class Opened:
             height, width = picture.shape[:2]
             if not untouched:
                 _check_side(width, height, config)
-            data = self.data if untouched else encode(picture, config)
+            kept = self.data if self._is_clean or config.reencode == "never" else self._sound
+            data = kept if untouched else encode(picture, config)
             return Stored(data, width, height, phash(picture))
 
     def picture(self) -> np.ndarray:
@@ -154,12 +184,25 @@ class Opened:
         with _failures():
             if self.kind == "JPEG":
                 self._jpeg(_AS_IT_IS)  # whether it is whole, which Pillow does not ask
-            return np.asarray(self.image.convert("RGB"))
+            return np.asarray(as_meant(self.image).convert("RGB"))
+
+    def _read_headers(self) -> None:
+        """What a JPEG's headers say, without what is wrong with them."""
+        if has_more_scans(self.data, _MAX_SCANS):
+            raise DecodeError("too_large", f"more than {_MAX_SCANS} scans")
+        headers = read_headers(self.data)
+        if not headers.is_decoded:
+            raise DecodeError("unsupported", f"a JPEG of kind 0x{headers.frame:02x} is not decoded")
+        self._sound, self._is_scalable = headers.sound, headers.is_scalable
+        self._is_clean = headers.sound is self.data
 
     def _open(self) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self.data), formats=[self.kind])
+            return Image.open(io.BytesIO(self._sound), formats=[self.kind])
         except UnidentifiedImageError:  # Pillow names the object in memory, another one each time
+            if self.kind == "JPEG" and (bare := without_metadata(self._sound)) != self._sound:
+                self._sound, self._is_clean = bare, False
+                return self._open()
             raise DecodeError(
                 "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
             ) from None
@@ -179,7 +222,7 @@ class Opened:
         plain = image.mode == "RGB" and not image.has_transparency_data
         pixels = self._jpeg(config) if self.kind == "JPEG" and self.quick_jpeg else None
         if pixels is None:
-            if image.format == "JPEG" and config.resize != "no":  # grey, or CMYK
+            if self.kind == "JPEG" and self._is_scalable and config.resize != "no":  # grey, CMYK
                 scale = _JPEG_MARGIN * scale_of(image.size, config)
                 if scale < 1:
                     image.draft(image.mode, scaled(image.size, scale))
@@ -218,13 +261,19 @@ class Opened:
         needed = _JPEG_MARGIN * scale_of((width, height), config) if config.resize != "no" else 1.0
         if colours != "RGB":
             needed = 0  # of these it is only asked whether they are whole
-        shrink = max((by for by in (1, 2, 4, 8) if by * needed <= 1), default=1)
+        scales = (1, 2, 4, 8) if self._is_scalable else (1,)
+        shrink = max((by for by in scales if by * needed <= 1), default=1)
+        sizes = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
         try:
-            if simplejpeg.decode_jpeg_header(self.data)[:2] != (height, width):
+            if simplejpeg.decode_jpeg_header(self._sound)[:2] != (height, width):
                 return None
-            pixels = simplejpeg.decode_jpeg(
-                self.data, colours, min_height=-(-height // shrink), min_width=-(-width // shrink)
-            )
+            try:
+                pixels = simplejpeg.decode_jpeg(self._sound, colours, **sizes)
+            except ValueError as error:  # of the first warning
+                padding = _BEFORE_END.search(str(error))
+                if not padding or not (cut := without_padding(self._sound, int(padding[1]))):
+                    raise
+                pixels = simplejpeg.decode_jpeg(cut, colours, **sizes)
         except ValueError as error:
             if _MADE_UP.search(str(error)):
                 raise DecodeError("corrupt", str(error)) from None
@@ -258,22 +307,6 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError("too_large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
-
-
-def _check_scans(data: bytes) -> None:
-    """A JPEG of a few kilobytes may go over all of its pixels thousands of times."""
-    if data.count(b"\xff\xda") <= _MAX_SCANS:  # which may be in what is no scan, too
-        return
-    place = scans = 0
-    while scans <= _MAX_SCANS and (found := _MARKER.search(data, place)):
-        kind, place = found[0][1], found.end()
-        scans += kind == _SCAN
-        if kind == _END:
-            return
-        if kind not in _BARE:
-            place += int.from_bytes(data[place : place + 2], "big")
-    if scans > _MAX_SCANS:
-        raise DecodeError("too_large", f"more than {_MAX_SCANS} scans")
 
 
 def _check_side(width: int, height: int, config: ImageConfig) -> None:

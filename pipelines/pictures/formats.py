@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-SNIFF_BYTES = 64
-"""How much of a file `image_format` wants to see."""
+import re
+
+_SNIFFED, _SNIFFED_OF_TEXT = 64, 4096  # bytes; an SVG may have much to say before it begins
 
 READABLE = frozenset(
     ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI"]
@@ -27,14 +28,24 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
     (b"\xff\x0a", "JXL"),
     (b"8BPS", "PSD"),
-    (b"<svg", "SVG"),
+)
+# Declarations, comments and document types, and then the element.
+_SVG = re.compile(
+    rb"(?>\xef\xbb\xbf|\s+|<\?.*?\?>|<!--.*?-->|<![^\[>]*(?:\[.*?\]\s*)?>)*+<svg\b", re.DOTALL
 )
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"hevc": "HEIF"}
 _BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"heim": "HEIF", b"heis": "HEIF"}
 
 
-def image_format(head: bytes) -> str | None:
-    """The format of a file that begins with `head`, or None where it begins like no image."""
+def sniffed(data: bytes | bytearray) -> int:
+    """How many of a file's first bytes `image_format` wants to see."""
+    is_text = data[:_SNIFFED].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+    return _SNIFFED_OF_TEXT if is_text else _SNIFFED
+
+
+def image_format(data: bytes | bytearray) -> str | None:
+    """The format of a file, or None where it begins like no image; the first `sniffed` bytes do."""
+    head = bytes(data[: sniffed(data)])
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
@@ -48,6 +59,4 @@ def image_format(head: bytes) -> str | None:
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name
-    if head.lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in head:
-        return "SVG"
-    return None
+    return "SVG" if _SVG.match(head) else None

@@ -1,9 +1,14 @@
-"""What Pillow passes over in a PNG: rows that are lacking, and which of its colours is transparent."""
+"""A PNG's chunks: those that its picture needs, checked, and apart from metadata, which cost no picture.
+
+Pillow checks neither the pixels' checksums nor that all rows came, and refuses a whole picture for a
+damaged comment. (PNG specification, 3rd edition: section 5, chunks; 10, compression)
+"""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -19,32 +24,106 @@ _PASSES = (
     (0, 1, 1, 2),
 )
 _PIECE = 1 << 20  # bytes that are unpacked at a time
+_LARGEST_PROFILE = 1 << 24
+_LARGEST_TEXT = 1 << 20  # of one chunk, which is what Pillow unpacks of it
+_NEEDED = frozenset([b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"])
+_READ = frozenset([b"eXIf", b"acTL", b"fcTL", b"fdAT"])  # orientation; whether it is animated
+_SIZES = {b"gAMA": 4, b"cHRM": 32, b"pHYs": 9, b"sRGB": 1}
+_TEXTS = {b"zTXt": 2, b"iTXt": 5}  # and how far behind the keyword packed text may begin
 
 
-def check_rows(data: bytes) -> None:
-    """Raise ValueError where the compressed data end, though soundly, before the picture does.
+@dataclass(frozen=True)
+class Chunks:
+    """A PNG's chunks, of which none that its picture needs is damaged.
 
-    Pillow leaves the rows black that did not come. Damage of other kinds it finds itself.
+    `sound` is the file with those that a picture is made of, `profile` its ICC profile, where it can
+    be read; `is_clean` says that no chunk at all is damaged or beyond what others open.
     """
-    width, height, depth, colours, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    bits, lacking = depth * _CHANNELS.get(colours, 1), 0
-    for left, top, right, down in _PASSES if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
-        if columns > 0 and rows > 0:
-            lacking += rows * (1 + (columns * bits + 7) // 8)  # a byte of each row is its filter
-    unpacking, place = zlib.decompressobj(), 8
-    while lacking > 0 and not unpacking.eof and place + 8 <= len(data):
+
+    sound: bytes
+    profile: bytes | None
+    is_clean: bool
+    packed: tuple[memoryview, ...]
+
+    def check_rows(self) -> None:
+        """Raise ValueError where the compressed pixels are damaged, or end, though soundly, before
+        the picture does: decoders leave the rows black that did not come.
+        """
+        width, height, depth, colours, _, _, interlaced = struct.unpack_from(
+            ">IIBBBBB", self.sound, 16
+        )
+        bits, lacking = depth * _CHANNELS.get(colours, 1), 0
+        for left, top, right, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+            columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+            if columns > 0 and rows > 0:
+                lacking += rows * (
+                    1 + (columns * bits + 7) // 8
+                )  # a byte of each row is its filter
+        unpacking = zlib.decompressobj()
+        for piece in self.packed:
+            left_over: bytes | memoryview = piece
+            # A little beyond the last row, to the checksum: what is packed may have no end.
+            while left_over and not unpacking.eof and lacking > -_PIECE:
+                try:
+                    lacking -= len(unpacking.decompress(left_over, _PIECE))
+                except zlib.error as error:
+                    raise ValueError(f"its compressed pixels are damaged ({error})") from None
+                left_over = unpacking.unconsumed_tail
+        if lacking > 0 and unpacking.eof:
+            raise ValueError("its pixels end before the picture does")
+
+
+def read_chunks(data: bytes) -> Chunks:
+    """Raises ValueError where a chunk of the picture is damaged. What is cut off is judged later."""
+    seen, place, kept = memoryview(data), 8, [data[:8]]
+    packed: list[memoryview] = []
+    profile, is_clean, kind = None, True, b""
+    while place + 8 <= len(data) and kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", data, place)
-        packed = data[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
-        while packed and lacking > 0 and not unpacking.eof:
-            try:
-                lacking -= len(unpacking.decompress(packed, _PIECE))
-            except zlib.error:
-                return
-            packed = unpacking.unconsumed_tail
-        place += 12 + size
-    if lacking > 0 and unpacking.eof:
-        raise ValueError("its pixels end before the picture does")
+        end = place + 12 + size
+        content = seen[place + 8 : min(end - 4, len(data))]
+        packed += [content] if kind == b"IDAT" else []
+        if end > len(data):
+            kind = b""
+            break
+        is_whole = zlib.crc32(seen[place + 4 : end - 4]) == int.from_bytes(seen[end - 4 : end])
+        if kind in _NEEDED and not is_whole:
+            raise ValueError(f"the checksum of a chunk {kind.decode()} is not that of its bytes")
+        if kind in _NEEDED or (kind in _READ and is_whole):
+            kept.append(data[place:end])
+        elif kind == b"iCCP" and is_whole:
+            profile = _profile(bytes(content))
+        is_clean = is_clean and is_whole and _is_modest(kind, content)
+        place = end
+    if kind != b"IEND":
+        kept.append(data[place:])
+    return Chunks(b"".join(kept), profile, is_clean, tuple(packed))
+
+
+def _profile(content: bytes) -> bytes | None:
+    """The profile of a chunk iCCP: a name, a zero, how it is packed, and itself."""
+    unpacking = zlib.decompressobj()
+    try:
+        profile = unpacking.decompress(content[content.index(b"\0") + 2 :], _LARGEST_PROFILE)
+    except (zlib.error, ValueError):
+        return None
+    return profile if unpacking.eof else None
+
+
+def _is_modest(kind: bytes, content: bytes | memoryview) -> bool:
+    """Whether other readers open a chunk of metadata as it is."""
+    if kind in _SIZES:
+        return len(content) == _SIZES[kind]
+    if kind == b"tEXt":
+        return len(content) <= _LARGEST_TEXT
+    if kind in _TEXTS or kind == b"iCCP":
+        content = bytes(content)
+        text = content[content.find(b"\0") + _TEXTS.get(kind, 2) :]
+        try:
+            return len(zlib.decompressobj().decompress(text, _LARGEST_TEXT + 1)) <= _LARGEST_TEXT
+        except zlib.error:  # not packed, as an iTXt may be
+            return kind == b"iTXt" and len(content) <= _LARGEST_TEXT
+    return True
 
 
 def settle_transparency(image: Image.Image, depth: int) -> None:

@@ -53,6 +53,31 @@ def pixels(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> np.ndarra
     return np.asarray(image)
 
 
+def lossless_jpeg(grey: np.ndarray) -> bytes:
+    """[h w] uint8 as a lossless JPEG (SOF3, each pixel after its left neighbour), which Pillow does
+    not write. (ITU-T T.81, Annex H)"""
+    height, width = grey.shape
+    values = grey.astype(int)
+    before = np.empty_like(values)
+    before[:, 1:], before[1:, 0], before[0, 0] = values[:, :-1], values[:-1, 0], 128
+    bits = []
+    for change in (values - before).flatten().tolist():
+        category = abs(change).bit_length()
+        code = format(category, "04b")  # all of four bits: 0000 to 1001
+        low = change if change > 0 else change + (1 << category) - 1
+        bits.append(code + (format(low, f"0{category}b") if category else ""))
+    stream = "".join(bits)
+    stream += "1" * (-len(stream) % 8)
+    scan = int(stream, 2).to_bytes(len(stream) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = b"\x08" + struct.pack(">HH", height, width) + b"\1\1\x11\0"
+    table = b"\0" + bytes([0, 0, 0, 10, *[0] * 12]) + bytes(range(10))
+    parts = ((0xC3, frame), (0xC4, table), (0xDA, b"\1\1\0\1\0\0"))
+    headers = b"".join(
+        bytes([0xFF, marker]) + struct.pack(">H", len(part) + 2) + part for marker, part in parts
+    )
+    return b"\xff\xd8" + headers + scan + b"\xff\xd9"
+
+
 def png(
     header: tuple[int, int, int, int], rows: bytes, *chunks: bytes, interlaced: int = 0
 ) -> bytes:

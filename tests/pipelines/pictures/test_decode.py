@@ -25,6 +25,7 @@ from pipelines.pictures.decode import (
 from pipelines.pictures.encode import ImageConfig, phash
 from pipelines.pictures.formats import READABLE
 from tests.pipelines.pictures.files import LOSSLESS, encoded, photo, pixels, png, store
+from tests.pipelines.pictures.nasty import BROKEN_METADATA, FILLED_IN
 
 
 def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
@@ -81,8 +82,97 @@ def test_grey_of_other_ranges_than_16_bits() -> None:
     assert pixels(_grey_tiff(16, 0, white_is_zero))[0, :, 0].tolist() == [255, 0]
 
 
-def _grey_tiff(bits: int, photometric: int, data: bytes) -> bytes:
-    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: 1, 279: len(data)}  # fmt: skip
+def test_a_signed_tiff_does_not_wrap() -> None:
+    """Below zero is black."""
+    for bits, kind in ((8, np.int8), (16, np.int16)):
+        values = np.array([-100, 100], kind)
+        found = pixels(_grey_tiff(bits, 1, values.tobytes(), {339: 2}))[0, :, 0]
+        assert found.tolist() == [0, 100]
+
+
+@pytest.mark.parametrize("full", [255, 65_535])
+def test_a_colour_map_of_8_bits_is_not_black(full: int) -> None:
+    """By the specification it has 16; some write 8."""
+    colours = np.array([[10, 255, 0], [200, 128, 64]])
+    colour_map = (colours.T * (full // 255)).astype("<u2").tobytes()
+    tiff = _grey_tiff(1, 3, bytes([0b01000000]) + colour_map, {320: 0})
+    entry = struct.pack("<HHI", 320, 4, 1)
+    assert entry in tiff
+    where = len(tiff) - len(colour_map)
+    tiff = tiff.replace(entry + bytes(4), struct.pack("<HHII", 320, 3, 6, where))
+    assert pixels(tiff)[0].tolist() == colours.tolist()
+
+
+@pytest.mark.parametrize(("right", "down"), [(0, 0), (-10, 4)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_clean_aperture_of_an_avif_is_what_is_seen(
+    right: int, down: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = encoded(photo(120, 80), "AVIF", exif=exif, quality=100)
+    found = Opened(with_aperture(whole, 60, 40, right, down))
+    left, top = 30 + right, 20 + down
+    expected = np.asarray(photo(120, 80))[top : top + 40, left : left + 60].astype(int)
+    if orientation == 6:
+        expected = np.rot90(expected, -1)
+    assert (found.height, found.width) == expected.shape[:2]
+    assert np.abs(found.picture() - expected).max() <= 12
+    beyond = Opened(with_aperture(whole, 60, 40, 500, 0))
+    assert sorted((beyond.width, beyond.height)) == [80, 120]
+
+
+def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -> bytes:
+    """An AVIF of Pillow's with a clean aperture, whose centre is that far from the picture's."""
+    clap = struct.pack(">I4s4I4i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
+    made = bytearray(data)
+
+    def grow(kind: bytes, by: int) -> int:
+        place = made.index(kind) - 4
+        (size,) = struct.unpack_from(">I", made, place)
+        struct.pack_into(">I", made, place, size + by)
+        return place + size
+
+    end = grow(b"ipco", len(clap))
+    count, place = 0, made.index(b"ipco") + 4
+    while place < end:
+        count, place = count + 1, place + int.from_bytes(made[place : place + 4], "big")
+    made[end:end] = clap
+    entry = made.index(b"ipma") + 4 + 4 + 4  # behind version, flags and the number of items
+    assert made[entry : entry + 2] == b"\0\1"
+    many = made[entry + 2]
+    made[entry + 2] = many + 1
+    made[entry + 3 + many : entry + 3 + many] = bytes([count + 1 | 0x80])
+    grow(b"ipma", 1)
+    for kind in (b"iprp", b"meta"):
+        grow(kind, len(clap) + 1)
+    place = made.index(b"iloc") + 4 + 4 + 2  # behind version, flags and the widths of its fields
+    (items,) = struct.unpack_from(">H", made, place)
+    for item in range(items):
+        offset = place + 2 + item * 14 + 6
+        (value,) = struct.unpack_from(">I", made, offset)
+        struct.pack_into(">I", made, offset, value + len(clap) + 1)
+    return bytes(made)
+
+
+def test_premultiplied_alpha_is_undone() -> None:
+    """Of grey, too, which Pillow converts to nothing else."""
+    data = bytes([64, 128, 255, 255])  # a grey of 128 at half, white
+    tiff = _grey_tiff(8, 1, data, {277: 2, 338: 1}, samples=2)
+    assert np.abs(pixels(tiff)[0, :, 0].astype(int) - [191, 255]).max() <= 1
+    assert Opened(tiff).raw().shape == (1, 2, 3)
+
+
+def _grey_tiff(
+    bits: int,
+    photometric: int,
+    data: bytes,
+    more: dict[int, int] | None = None,
+    samples: int = 1,
+) -> bytes:
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 0, 277: samples, 278: 1, 279: len(data)}  # fmt: skip
+    tags = dict(sorted((tags | (more or {})).items()))
+    tags[273] = 14 + 12 * len(tags)
     fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + data
 
@@ -254,6 +344,11 @@ def test_a_failure_reads_the_same_each_time() -> None:
         (bytes(1000), "not_an_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),  # no Ghostscript
         (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported"),
+        (
+            b"<?xml?>\n<!-- %s -->\n<!DOCTYPE svg [<!ENTITY a 'b'>]>\n<svg>" % (b"a" * 900),
+            "unsupported",
+        ),
+        (b"<!doctype html><html><svg/></html>", "not_an_image"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported"),
         (b"8BPS\0\1" + bytes(100), "unsupported"),
         (b"\xff\xd8\xff\xe0", "corrupt"),
@@ -359,7 +454,8 @@ def test_nasty_files_in_bounded_memory(nasty_files: dict[Path, str | None]) -> N
     for file, found in results.items():
         assert found in ("ok", *FAILURE_CLASSES)
         # What loads whole is stored, unless it is of a format that we do not open; nothing else is.
-        assert (found == "ok") == (pillow[file] in {*READABLE, "MPO"}), file
+        if Path(file).name not in BROKEN_METADATA | FILLED_IN:
+            assert (found == "ok") == (pillow[file] in {*READABLE, "MPO"}), file
         assert expected[file] in (None, found), file
 
 

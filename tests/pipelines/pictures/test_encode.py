@@ -13,7 +13,7 @@ from pipelines.pictures.decode import (
     DecodeError,
 )
 from pipelines.pictures.encode import ImageConfig
-from tests.pipelines.pictures.files import encoded, photo, pixels, store
+from tests.pipelines.pictures.files import encoded, photo, photograph, pixels, store
 
 # ----------------------------------------------------------------------------------------- sizes
 
@@ -240,3 +240,28 @@ def test_never_reencode_keeps_every_sound_file() -> None:
 def test_quality_is_a_setting() -> None:
     sizes = [len(store(encoded(photo()), ImageConfig(quality=q)).data) for q in (20, 95)]
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("factor", [1.25, 1.35, 1.5, 1.75, 1.95])
+@pytest.mark.parametrize("pattern", ["rows", "columns", "squares"])
+def test_what_a_size_cannot_show_is_grey_and_no_moire(factor: float, pattern: str) -> None:
+    """What alternates from pixel to pixel; as Lanczos shows it, or with less of it."""
+    y, x = np.mgrid[:320, :320]
+    lines = {"rows": y, "columns": x, "squares": x + y}[pattern] % 2 * 255
+    image = Image.fromarray(lines.astype(np.uint8)).convert("RGB")
+    size = round(320 / factor)
+    found = pixels(encoded(image), ImageConfig(size=size, format="png")).astype(int)
+    lanczos = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(found - 127.5).mean() <= np.abs(lanczos - 127.5).mean() + 6
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.3, 1.6, 1.9, 2.5, 4.0])
+def test_smaller_pictures_are_near_to_lanczos(factor: float) -> None:
+    image = photograph(600, 400)
+    size = round(400 / factor)
+    config = ImageConfig(size=size, resize="keep_ratio", format="png")
+    found = pixels(encoded(image), config).astype(int)
+    lanczos = image.resize(found.shape[1::-1], Image.Resampling.LANCZOS)
+    areas = image.resize(found.shape[1::-1], Image.Resampling.BOX)
+    apart = np.abs(found - np.asarray(lanczos)).mean()
+    assert apart <= 1.1 * np.abs(np.asarray(areas).astype(int) - np.asarray(lanczos)).mean()

@@ -1,15 +1,17 @@
-"""What Pillow passes over in a PNG."""
+"""A PNG's chunks: damage to pixels is found, damage to metadata costs no picture."""
 
 from __future__ import annotations
 
 import struct
+import zlib
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipelines.pictures.decode import DecodeError
-from pipelines.pictures.png import check_rows
-from tests.pipelines.pictures.files import encoded, photo, pixels, png, png_chunk
+from pipelines.pictures.encode import ImageConfig
+from pipelines.pictures.png import read_chunks
+from tests.pipelines.pictures.files import encoded, photo, photograph, pixels, png, png_chunk, store
 
 
 @pytest.mark.parametrize("interlaced", [0, 1])
@@ -31,7 +33,7 @@ def test_rows_that_did_not_come_are_not_black(interlaced: int) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (640, 480)])
 def test_whole_files_have_all_rows(mode: str, size: tuple[int, int]) -> None:
     image = Image.new("I;16", size) if mode == "I;16" else photo(*size).convert(mode)
-    check_rows(encoded(image))
+    read_chunks(encoded(image)).check_rows()
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,102 @@ def test_the_transparent_colour_is_that_of_the_file(
 ) -> None:
     told = png_chunk(b"tRNS", struct.pack(f">{len(hidden)}H", *hidden))
     assert pixels(png(header, b"\0" + row, told))[0, :, 2].tolist() == expected
+
+
+WHOLE = encoded(photo(64, 48))
+START = 8 + 25  # behind the header
+KEPT = ImageConfig(resize="no", format="png")
+
+
+def damaged(kind: bytes, body: bytes) -> bytes:
+    """A chunk whose checksum is another's."""
+    return png_chunk(kind, body)[:-4] + b"\0\1\2\3"
+
+
+def srgb() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+LONG = zlib.compress(b"a" * 1_200_000)
+ODD_CHUNKS = {
+    "gAMA, damaged": damaged(b"gAMA", struct.pack(">I", 45_455)),
+    "tEXt, damaged": damaged(b"tEXt", b"Comment\0hello"),
+    "gAMA, empty": png_chunk(b"gAMA", b""),
+    "cHRM, short": png_chunk(b"cHRM", bytes(7)),
+    "pHYs, short": png_chunk(b"pHYs", bytes(3)),
+    "sRGB, empty": png_chunk(b"sRGB", b""),
+    "eXIf, damaged": damaged(b"eXIf", b"MM\0*"),
+    "iCCP, damaged": damaged(b"iCCP", b"icc\0\0" + zlib.compress(srgb())),
+    "iCCP, not packed": png_chunk(b"iCCP", b"icc\0\0" + b"profile"),
+    "iCCP, without an end": png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(srgb())[:-9]),
+    "iCCP, long": png_chunk(b"iCCP", b"icc\0\0" + LONG),
+    "zTXt, long": png_chunk(b"zTXt", b"Comment\0\0" + LONG),
+    "iTXt, long": png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + LONG),
+    "tEXt, long": png_chunk(b"tEXt", b"Comment\0" + b"a" * 1_200_000),
+    "tIME, odd": png_chunk(b"tIME", b"x"),
+    "unknown": png_chunk(b"vpAg", b"x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_CHUNKS)
+def test_metadata_cost_no_picture(name: str) -> None:
+    data = WHOLE[:START] + ODD_CHUNKS[name] + WHOLE[START:]
+    assert (pixels(data) == pixels(WHOLE)).all()
+    stored = store(data, KEPT).data
+    if name in ("tIME, odd", "unknown", "iCCP, without an end"):
+        assert stored == data  # others read it
+    else:
+        assert stored == WHOLE
+
+
+def test_a_long_profile_is_still_one() -> None:
+    """Beyond what Pillow unpacks of a chunk: profiles with tables may have megabytes."""
+    linear = bytearray(srgb())
+    curve = linear.index(b"para")
+    linear[curve : curve + 12] = b"curv" + bytes(8)
+    linear += bytes(1_200_000)
+    linear[:4] = len(linear).to_bytes(4, "big")
+    short = encoded(photo(64, 48), icc_profile=bytes(linear[:-1_200_000]))
+    chunk = png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(linear)))
+    found = pixels(WHOLE[:START] + chunk + WHOLE[START:])
+    assert (found == pixels(short)).all()
+    assert (found != pixels(WHOLE)).any()
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT", b"tRNS"])
+def test_damage_to_what_pixels_need_is_found(kind: bytes) -> None:
+    palette = photo(64, 48).convert("P", palette=Image.Palette.ADAPTIVE)
+    whole = encoded(palette, transparency=3)
+    pixels(whole)
+    place = whole.index(kind) + 4
+    for bit in (0, 5):
+        data = bytearray(whole)
+        data[place] ^= 1 << bit
+        with pytest.raises(DecodeError) as raised:
+            pixels(bytes(data))
+        assert raised.value.kind == "corrupt"
+
+
+def test_a_tail_of_zeros_is_not_black() -> None:
+    whole = encoded(photograph(200, 150))
+    for share in (0.5, 0.8, 0.98):
+        cut = int(len(whole) * share)
+        with pytest.raises(DecodeError):
+            pixels(whole[:cut] + bytes(len(whole) - cut))
+
+
+def test_the_checksum_of_what_is_unpacked_counts() -> None:
+    rows = b"".join(b"\0" + bytes([200, 100, 50]) * 8 for _ in range(8))
+    packed = bytearray(zlib.compress(rows))
+    packed[-1] ^= 1
+    chunks = [WHOLE[:8], png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))]
+    data = b"".join([*chunks, png_chunk(b"IDAT", bytes(packed)), png_chunk(b"IEND", b"")])
+    with pytest.raises(DecodeError, match="compressed pixels are damaged"):
+        pixels(data)
+
+
+def test_pixels_may_be_packed_without_end() -> None:
+    """Its picture is there; of what follows no more is unpacked than it takes to see that."""
+    rows = b"".join(b"\0" + bytes([200, 100, 50]) * 8 for _ in range(8))
+    data = png((8, 8, 8, 2), rows + bytes(50_000_000))
+    assert (pixels(data) == [200, 100, 50]).all()
