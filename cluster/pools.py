@@ -30,7 +30,7 @@ def pool_texts(sizes: dict[str, Any]) -> dict[str, str]:
     return {"pools/gke.sh": _gke(sizes)}
 
 
-def on_demand(group: dict[str, Any]) -> dict[str, Any]:
+def _on_demand(group: dict[str, Any]) -> dict[str, Any]:
     """A spot group's machines for when no spot machine is to be had: the same, and paid in full."""
     return {**group, "spot": False, "min": 0, "max": group["on_demand"], "on_demand": 0}
 
@@ -43,7 +43,7 @@ def _pools(sizes: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     for name, group in sizes["groups"].items():
         pools.append((pool_name(name), name, group))
         if group["on_demand"]:
-            pools.append((f"{pool_name(name)}-on-demand", name, on_demand(group)))
+            pools.append((f"{pool_name(name)}-on-demand", name, _on_demand(group)))
     return pools
 
 

@@ -7,7 +7,6 @@ import shlex
 from typing import Any
 
 from cluster.kubernetes import HUB_CACHE, image_of
-from cluster.pools import on_demand
 
 # Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
 _TOKEN = "/home/ray/.ray/auth_token"
@@ -39,13 +38,9 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
         }
     }
     for name, group in groups.items():
+        # No second type on demand beside spot: Ray 2.60 asks for a refused type again, for ever
+        # (docs/log.md); it does go on to the next subnet, and so to another zone.
         nodes[name] = _worker(name, group, node_config(group, site), site)
-        if group["on_demand"]:
-            # Ray's autoscaler prefers the type with the higher priority until the provider has
-            # refused one of its machines; half an hour later it trusts it again.
-            nodes[name]["priority"] = 1
-            instead = on_demand(group)
-            nodes[f"{name}_on_demand"] = _worker(name, instead, node_config(instead, site), site)
     # Into the environment that Ray's processes have, and into no file.
     secret = site[f"{cloud}_secret"]
     region = f"AWS_DEFAULT_REGION={site['aws_region']} " if cloud == "aws" else ""

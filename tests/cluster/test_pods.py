@@ -210,8 +210,6 @@ def test_a_group_that_waits_for_spot_has_one_pool() -> None:
     groups = {**SIZES["groups"], "gpu_spot": {**SIZES["groups"]["gpu_spot"], "on_demand": 0}}
     texts = rendered({**SIZES, "groups": groups})
     assert "on-demand" not in texts["pools/eksctl.yaml"] + texts["pools/gke.sh"]
-    assert "on_demand" not in texts["launcher/aws.yaml"] + texts["launcher/gcp.yaml"]
-    assert "priority: 1" not in texts["launcher/aws.yaml"]
 
 
 def test_the_scripts_are_shell(tmp_path: Path) -> None:
