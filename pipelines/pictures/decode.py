@@ -2,8 +2,8 @@
 
 Rules (of plain RGB pixels the resized ones alone are converted and turned):
 
-1.  Only formats of `formats.READABLE` are opened, found by their first bytes. The header's size is
-    checked against `image.max_pixels` before a pixel is decoded.
+1.  Only formats of `formats.READABLE` are opened, found by their first bytes, and those for which an
+    extra is installed (HEIF, JPEG XL). The header's size is checked against `image.max_pixels` before a pixel is decoded.
 2.  Of an animation or a document of several pages the first is taken.
 3.  16-bit pixels lose their low byte; 32-bit ones and floats are divided by the smallest of
     1, 255, 65535 and their own greatest value that holds them all, below zero is black.
@@ -59,7 +59,7 @@ from pipelines.pictures.encode import (
     scale_of,
     scaled,
 )
-from pipelines.pictures.formats import READABLE, image_format
+from pipelines.pictures.formats import READABLE, ends_in_zeros, image_format, open_more
 from pipelines.pictures.jpeg import (
     has_more_scans,
     read_headers,
@@ -120,8 +120,8 @@ class Opened:
         kind = image_format(data)
         if kind is None:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")
-        if kind not in READABLE:
-            raise DecodeError("unsupported", f"{kind} is not decoded")
+        if kind not in READABLE and (lacking := open_more(kind)):
+            raise DecodeError("unsupported", lacking)
         self.data = data
         self.kind = kind
         self.quick_jpeg = quick_jpeg
@@ -131,6 +131,8 @@ class Opened:
         # An icon's or a TIFF's inner images, too, are opened within that.
         Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # an error is raised beyond twice this
         self._is_clean = True
+        if ends_in_zeros(kind, data):
+            raise DecodeError("corrupt", "much of it is zeros, to its end")
         with _failures():
             chunks = None
             if kind == "JPEG":

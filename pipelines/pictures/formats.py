@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import struct
 
 _SNIFFED, _SNIFFED_OF_TEXT = 64, 4096  # bytes; an SVG may have much to say before it begins
 
 READABLE = frozenset(
     ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI"]
 )
-"""Formats that are decoded; of the others we say that they are images of an unsupported kind."""
+"""Formats that are decoded; of the others we say that they are images of an unsupported kind, unless
+`open_more` helps."""
+
+_EXTRAS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
+"""Formats that packages beside Pillow decode, each with an extra of ours by its name in lower case."""
+
+_FEW_ZEROS, _SMALL_SHARE = 1024, 0.05  # bytes, and of what is packed
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -41,6 +49,43 @@ def sniffed(data: bytes | bytearray) -> int:
     """How many of a file's first bytes `image_format` wants to see."""
     is_text = data[:_SNIFFED].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
     return _SNIFFED_OF_TEXT if is_text else _SNIFFED
+
+
+def ends_in_zeros(kind: str, data: bytes) -> bool:
+    """Whether much of what is packed is zeros, up to its end: a download that was never filled.
+
+    Of lossy WebP, AVIF and HEIF, whose decoders make a picture of it: arithmetic coding leaves no such
+    run. Of other formats zeros may be pixels, or their decoders find it (docs/log.md).
+    """
+    if kind == "WEBP":
+        place, name, head = 12, b"VP8 ", "<4sI"
+    elif kind in ("AVIF", "HEIF"):
+        place, name, head = 0, b"mdat", ">I4s"
+    else:
+        return False
+    while place + 8 <= len(data):
+        fields = struct.unpack_from(head, data, place)
+        found, size = fields if kind == "WEBP" else (fields[1], fields[0] - 8)
+        end = place + 8 + size if size >= 0 else len(data)
+        if found == name:
+            packed = data[place + 8 : end]
+            zeros = len(packed) - len(packed.rstrip(b"\0"))
+            return zeros >= max(_FEW_ZEROS, len(packed) * _SMALL_SHARE)
+        place = end + (size & 1 if kind == "WEBP" else 0)
+    return False
+
+
+def open_more(kind: str) -> str | None:
+    """Have Pillow open a format that is not in READABLE; where it cannot, what would help."""
+    if kind not in _EXTRAS:
+        return f"{kind} is not decoded"
+    try:
+        module = importlib.import_module(_EXTRAS[kind])
+    except ImportError:
+        return f"{kind} is decoded with the extra: pip install 'vlv-ray[{kind.lower()}]'"
+    if kind == "HEIF":
+        module.register_heif_opener(thumbnails=False)
+    return None
 
 
 def image_format(data: bytes | bytearray) -> str | None:

@@ -24,7 +24,7 @@ from pipelines.pictures.decode import (
 )
 from pipelines.pictures.encode import ImageConfig, phash
 from pipelines.pictures.formats import READABLE
-from tests.pipelines.pictures.files import LOSSLESS, encoded, photo, pixels, png, store
+from tests.pipelines.pictures.files import LOSSLESS, encoded, photo, photograph, pixels, png, store
 from tests.pipelines.pictures.nasty import BROKEN_METADATA, FILLED_IN
 
 
@@ -318,6 +318,53 @@ def test_truncated_files_are_corrupt(kind: str) -> None:
     assert failure(data[: len(data) // 2]) == "corrupt"
 
 
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG", "PNG", "JPEG2000"])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_download_that_was_never_filled_is_corrupt(kind: str, share: float) -> None:
+    """As many zeros as there are bytes lacking; a WebP's and an AVIF's decoder makes a picture of them."""
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(photograph(600, 400), kind)
+    cut = int(len(data) * share)
+    assert failure(data[:cut] + bytes(len(data) - cut)) == "corrupt"
+    store(data)
+
+
+def test_zeros_between_a_files_parts_are_none_of_its_picture() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "\0" * 3000
+    for kind in ("WEBP", "AVIF"):
+        store(encoded(photograph(600, 400), kind, exif=exif) + bytes(5000))
+
+
+@pytest.mark.parametrize(("kind", "module"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_formats_that_an_extra_opens(
+    kind: str, module: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opener = pytest.importorskip(module, reason="pip install -e '.[dev]'")
+    if kind == "HEIF":
+        opener.register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(), kind, quality=95, exif=exif.tobytes())
+    expected = np.asarray(photo()).astype(int)
+    expected = np.rot90(expected, -1) if orientation == 6 else expected
+    found = Opened(data)
+    assert (found.height, found.width) == expected.shape[:2]
+    assert np.abs(found.picture() - expected).max() <= 16
+    clear = photo().convert("RGBA")
+    clear.putalpha(0)
+    assert Opened(encoded(clear, kind)).picture().min() >= 250
+    assert failure(data[: len(data) // 2]) == "corrupt"
+    assert failure(data, max_pixels=9_599) == "too_large"
+
+    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    with pytest.raises(DecodeError, match=rf"pip install 'vlv-ray\[{kind.lower()}\]'") as raised:
+        Opened(data)
+    assert raised.value.kind == "unsupported"
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_half_a_jpeg_with_an_end_is_corrupt(mode: str) -> None:
     """Decoders fill with grey what did not come, and say no more than a warning."""
@@ -355,7 +402,8 @@ def test_a_failure_reads_the_same_each_time() -> None:
         (b"RIFF\x10\0\0\0WEBPVP8 ", "corrupt"),
     ],
 )
-def test_classes_of_failure(data: bytes, kind: str) -> None:
+def test_classes_of_failure(data: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # an extra
     assert failure(data) == kind
 
 
@@ -396,6 +444,7 @@ def test_phash_is_of_the_picture_and_not_of_the_file() -> None:
 
 _IN_A_CHILD = """
 import io, json, resource, sys, warnings
+sys.modules |= {"pillow_heif": None, "pillow_jxl": None}  # extras
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
@@ -442,7 +491,7 @@ def test_nasty_files_in_bounded_memory(nasty_files: dict[Path, str | None]) -> N
         input="\n".join(expected),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         preexec_fn=_limit_memory,
         cwd=Path(__file__).parents[3],
     )
