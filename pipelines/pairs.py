@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,7 @@ from pipelines.places import (
 from pipelines.runtime import RayConfig, ray_session
 from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
 from pipelines.storage import IMAGE_ROW_GROUP, Table, parquet_files, read_schema
+from pipelines.urls import address_of
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def write_pairs(
     table = Table(output)
     if not table.check_free(KIND, identity):
         notes = _plan(table, image_files, caption_files, caption_column, join_on)
-        table.create(KIND, identity, **notes)
+        table.create(KIND, identity, **notes, addresses=True)
     about = table.describe()
     if table.pending():
         with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()) as cluster:
@@ -208,12 +210,20 @@ def _sort_captions(
     return dict(counts)
 
 
-def _keys(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
-    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null."""
+def _keys(
+    column: pa.ChunkedArray,
+    join_on: JoinOn,
+    where: str,
+    number: Callable[[str], int] = address_of,
+) -> pa.ChunkedArray:
+    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null.
+
+    All spellings of a URL have one key, unless `number` says otherwise.
+    """
     column = _joinable(column, join_on, where)
     if join_on == "key":
         return column
-    keys = [None if url is None else url_key(url) for url in column.to_pylist()]
+    keys = [None if url is None else number(url) for url in column.to_pylist()]
     return pa.chunked_array([pa.array(keys, pa.int64())])
 
 
@@ -246,12 +256,15 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     file = place(source["file"])
     with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
-    keys = _keys(rows[join_on], join_on, f"{file}: column '{join_on}'")
+    where = f"{file}: column '{join_on}'"
+    # A plan of an earlier version was made of the URLs as they are spelled.
+    number = address_of if table.describe().get("addresses") else url_key
+    keys = _keys(rows[join_on], join_on, where, number)
     captions = _captions_of(keys, table.folder / "_plan")
     found = captions.is_valid()
     rows, captions = rows.filter(found), captions.filter(found)
     if "key" not in rows.column_names:  # a table of the user's, joined by URL
-        rows = rows.append_column("key", keys.filter(found))
+        rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
     pairs = pa.table(
         [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),

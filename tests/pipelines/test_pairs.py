@@ -101,6 +101,16 @@ def test_urls_are_joined_in_any_spelling_of_column_and_host(tmp_path: Path) -> N
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
+def test_urls_are_joined_as_they_are_sent_and_keys_stay(tmp_path: Path) -> None:
+    listed = ["http://h.org/a b.png", "http://bücher.example/%7ex.png"]
+    rows = [{"url": url, "image": {"bytes": b"x", "path": None}} for url in listed]  # a user's own
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
+    spelled = ["http://h.org/a%20b.png", "http://xn--bcher-kva.example/~x.png"]
+    teacher = captions_file(tmp_path, [{"url": u, "caption": u} for u in spelled])
+    write_pairs(str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"))
+    assert pairs_of(tmp_path / "pairs") == dict(zip(listed, spelled, strict=True))
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 40)

@@ -172,6 +172,22 @@ def test_an_unfinished_table_may_go_on_with_another_list(tmp_path: Path, web: We
     assert set(rows_of(tmp_path)) == set(urls)
 
 
+def test_two_keys_of_one_address_are_copies(tmp_path: Path, web: Web) -> None:
+    """Also where the server gives each of them other bytes; the list's first run decides."""
+    for i, name in enumerate(("~a.png", "b c.png")):
+        Image.new("RGB", (30, 30), (i, 99, 0)).save(tmp_path / "web" / name)
+    first = [f"{web.base_url}/{path}" for path in ("%7ea.png", "b c.png", "1.png")]
+    run(tmp_path, first)
+    for name in ("~a.png", "b c.png"):
+        Image.new("RGB", (30, 30), (7, 7, 7)).save(tmp_path / "web" / name)
+    again = [f"{web.base_url}/{path}" for path in ("~a.png", "b%20c.png", "2.png")]
+    assert run(tmp_path, [*first, *again]) == {"ok": 4, "duplicate": 2}
+    states = {url: row["status"] for url, row in rows_of(tmp_path).items()}
+    assert states == dict.fromkeys([*first, again[2]], "ok") | dict.fromkeys(again[:2], "duplicate")
+    counts = run(tmp_path, [*first, *again], duplicates={"by": "none"})
+    assert counts == {"ok": 6}
+
+
 def test_a_row_keeps_the_key_of_its_url(tmp_path: Path, web: Web) -> None:
     run(tmp_path, [web.url("0.png"), web.url("1.png")])
     for url, row in rows_of(tmp_path).items():
