@@ -68,8 +68,8 @@ class NothingMatched(DataError):
         self.removed = removed
         shown = ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
         super().__init__(
-            f"{len(names)} of the names match no row: {shown}; what the others name is gone: look "
-            "at their spelling (they are noted, and no later ingest fetches them)"
+            f"no row has {shown}: check the spelling; what the other names match is removed, and no "
+            "later ingest fetches any of them"
         )
 
 

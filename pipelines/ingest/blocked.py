@@ -15,7 +15,7 @@ from pipelines.schemas import host_of, normalise_url
 from pipelines.storage import Table, read_json_object
 from pipelines.urls import addresses_of
 
-_FILE = "_takedown.json"
+FILE = "_takedown.json"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Blocked:
     @classmethod
     def read(cls, table: Table) -> Blocked:
         """What earlier takedowns of a table have noted."""
-        file = table.folder / _FILE
+        file = table.folder / FILE
         if not is_file(file):
             return cls()
         noted = read_json_object(file)
@@ -70,7 +70,7 @@ class Blocked:
     def write(self, table: Table) -> None:
         """Note it in the table, in the place of what was noted."""
         content = {field.name: sorted(getattr(self, field.name)) for field in fields(self)}
-        write_atomically(table.folder / _FILE, json.dumps(content, indent=1))
+        write_atomically(table.folder / FILE, json.dumps(content, indent=1))
 
 
 def is_below(host: str, domain: str) -> bool:

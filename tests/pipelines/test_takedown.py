@@ -163,7 +163,7 @@ def test_a_name_that_matches_nothing_is_an_error_after_the_others_are_done(
         assert said.out.count("rows removed from") == 2
         (line,) = said.err.splitlines()
         named = "keys=5, urls=http://a.invalid/9.jpg, domains=nobody.invalid"
-        assert f"3 of the names match no row: {named};" in line
+        assert f"no row has {named}: check the spelling" in line
         for table in ("out", "copy"):
             assert urls_of(tmp_path / table) == {urls[2]}
     with pytest.raises(DataError, match="none of the 2 rows"):  # but they are kept out from now on
@@ -177,7 +177,7 @@ def test_a_note_of_the_first_versions_is_heeded(tmp_path: Path) -> None:
     named = ["http://c.invalid/3.jpg", "http://a.invalid/1.jpg"]
     fetch(tmp_path, [*named, "http://e.d.invalid/", "http://f.invalid/"])
     settings = {"table": str(tmp_path / "out"), "urls": named, "domains": ["d.invalid"]}
-    with pytest.raises(NothingMatched, match="1 of the names match no row: urls=http://c"):
+    with pytest.raises(NothingMatched, match=r"no row has urls=http://c\.invalid/3\.jpg: check"):
         # Of the first versions' URLs only the keys are known.
         take_down(build(TakedownConfig, settings))
     assert urls_of(tmp_path / "out") == {"http://b.invalid/2.jpg", "http://f.invalid/"}
