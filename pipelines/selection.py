@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from pipelines.changes import changed_on_purpose, changes_of
 from pipelines.chunks import run_chunks
 from pipelines.cluster import WHOLE, Cluster, Step
 from pipelines.config import InputPlace, OutputPlace
@@ -29,6 +30,7 @@ from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, lay_out, planned, read_plan
+from pipelines.replan import plan_again
 from pipelines.runtime import PoolSize, RayConfig, bounds, check_resources, ray_session
 from pipelines.schemas import OK, status
 from pipelines.storage import Table
@@ -166,6 +168,7 @@ def open_table(
 
     An earlier one has to have the `columns`; a new one has no keys but those of `among`, and `notes`
     in its `_table.json`.
+    What a takedown or an ingest has changed in the images since is planned again (pipelines.replan).
     Raises RunError when the folder holds another run, DataError when nothing is selected.
     """
     table = Table(data.output)
@@ -206,11 +209,18 @@ def open_table(
     if not laid.rows:
         raise DataError(f"data.split={data.split} of {data.input} selects no image")
     whole = known(laid.rows, laid.layout)
+    files = [str(file) for file in images]
+    if there and not listed and changed_on_purpose(data.input, there.get("changes")):
+        plan_again(
+            table, data.input, images, data.chosen(images, among and among()), whole,
+            data.rows_per_chunk, data.limit, files=files, stamp=stamp,
+        )  # fmt: skip
+        return table
     if table.check_free(kind, whole):
         return table
-    files = [str(file) for file in images]
     chunks = -(-laid.rows // data.rows_per_chunk)
     notes |= {"planned_rows": laid.rows, "files": files, "stamp": stamp}
+    notes |= {"changes": changes_of(data.input)}
     table.create(kind, whole, chunks, isolated=not data.is_ours, **notes)
     return table
 

@@ -7,7 +7,7 @@ it names, and a job on such a table knows why rows are gone and goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from pipelines.config import OutputPlace
 from pipelines.ingest.blocked import Blocked, ascii_host, is_below
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.locks import exclusive
-from pipelines.places import open_parquet
 from pipelines.recaption.report import forget
 from pipelines.reconstruct.side_by_side import remove_files
+from pipelines.removal import blocked_rows, remove_rows
 from pipelines.schemas import url_key
-from pipelines.storage import Commit, Table, read_schema
-from pipelines.urls import address_of, addresses_of, canonical_url
+from pipelines.storage import Table
+from pipelines.urls import address_of, canonical_url
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
@@ -93,13 +93,13 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
         with exclusive(images.folder, "table"):
             noted = _note(images, names)
             remove_report(images)  # which shows pictures
-            removed[str(images.folder)] = _remove(images, noted, names)
+            removed[str(images.folder)] = remove_rows(images, noted, names.look)
         blocked |= noted
     for table in derived:
         with exclusive(table.folder, "derived"):
             before = Blocked.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
-            removed[str(table.folder)] = _remove(table, blocked, names)
+            removed[str(table.folder)] = remove_rows(table, blocked, names.look)
             if removed[str(table.folder)]:
                 forget(table)  # and its report, which shows pictures
             remove_files(table, blocked.keys)
@@ -174,7 +174,7 @@ def _note(images: Table, names: _Names) -> Blocked:
         frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
     )
     for _ in range(2):  # the second time for other spellings of the rows that have a key or domain
-        for _, rows, addresses, mask in _rows(images, blocked):
+        for _, rows, addresses, mask in blocked_rows(images, blocked):
             named = rows.filter(pa.array(mask))
             names.look(named, addresses[mask])
             found = Blocked(frozenset(named["key"].to_pylist()))
@@ -183,36 +183,3 @@ def _note(images: Table, names: _Names) -> Blocked:
     blocked = replace(blocked, unmatched=frozenset(unmatched))
     blocked.write(images)
     return blocked
-
-
-Looked = tuple[Commit, pa.Table, np.ndarray, np.ndarray]
-
-
-def _rows(table: Table, blocked: Blocked) -> Iterator[Looked]:
-    """Of each part its commit, its keys and URLs (`[n]`), their addresses, and which are blocked."""
-    commits = table.commits()
-    if not commits:
-        return
-    names = read_schema(table.part(commits[0].chunk)).names
-    is_image = table.describe()["kind"] == "image"
-    wanted = [name for name in ("key", "url") if name in names]
-    columns = table.columns([commit.chunk for commit in commits], wanted)
-    for commit, rows in zip(commits, columns, strict=True):
-        urls = rows["url"] if "url" in wanted else pa.chunked_array([pa.nulls(len(rows), "string")])
-        # Keys of other tables may be anything, and say nothing of an address.
-        addresses = addresses_of(urls, rows["key"] if is_image else None)
-        yield commit, rows, addresses, blocked.mask(rows["key"], urls, addresses)
-
-
-def _remove(table: Table, blocked: Blocked, names: _Names) -> int:
-    """Write the parts that have blocked rows again without them; how many rows are gone."""
-    removed = 0
-    for commit, rows, addresses, mask in _rows(table, blocked):
-        if mask.any():
-            names.look(rows.filter(pa.array(mask)), addresses[mask])
-            with open_parquet(table.part(commit.chunk)) as parquet:
-                group = parquet.metadata.row_group(0).num_rows
-                left = parquet.read().filter(pa.array(~mask))
-            table.write(commit.chunk, left, run=commit.run, row_group_size=group)
-            removed += int(mask.sum())
-    return removed
