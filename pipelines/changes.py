@@ -21,7 +21,8 @@ from pipelines.storage import Table
 
 
 def changes_of(path: str) -> dict[str, Any]:
-    """How many runs of ingest a table of ours has, and a name for what was taken down of it.
+    """How many runs of ingest a table of ours has, a name for what was taken down of it, and how the
+    table that it was made of stood when it was last planned.
 
     Nothing of what is no table of ours, of which nothing is recorded.
     """
@@ -30,7 +31,8 @@ def changes_of(path: str) -> dict[str, Any]:
         return {}
     note, run = table.folder / FILE, last_run(table)
     taken_down = hashlib.sha256(note.read_bytes()).hexdigest()[:16] if is_file(note) else None
-    return {"runs": run.number if run else 0, "taken_down": taken_down}
+    made_of = table.describe().get("changes")
+    return {"runs": run.number if run else 0, "taken_down": taken_down, "made_of": made_of}
 
 
 def changed_on_purpose(path: str, before: Mapping[str, Any] | None) -> bool:
@@ -44,9 +46,11 @@ def changed_on_purpose(path: str, before: Mapping[str, Any] | None) -> bool:
     return bool(now) and now != before
 
 
-def unexplained(path: str, missing: np.ndarray) -> np.ndarray:
+def unexplained(path: str, missing: np.ndarray, conditional: bool = False) -> np.ndarray:
     """Which of the keys int64 `[n]`, no usable rows any more, were not taken down of the table at
     `path`, nor have another status there now: int64 `[m]`.
+
+    `conditional` where a condition on other columns decides, too, which an ingest may have changed.
     """
     table = Table(path)
     missing = missing[~np.isin(missing, np.array(sorted(Blocked.read(table).keys), np.int64))]
@@ -54,6 +58,7 @@ def unexplained(path: str, missing: np.ndarray) -> np.ndarray:
         return missing
     chunks = [commit.chunk for commit in table.commits()]
     for rows in table.columns(chunks, ["key", "status"]):
-        judged = np.array([status != OK for status in rows["status"].to_pylist()], bool)
+        states = rows["status"].to_pylist()
+        judged = np.array([conditional or status != OK for status in states], bool)
         missing = missing[~np.isin(missing, rows["key"].to_numpy()[judged])]
     return missing

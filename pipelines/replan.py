@@ -39,11 +39,13 @@ def plan_again(
     identity: Mapping[str, Any],
     rows_per_chunk: int,
     limit: int | None = None,
+    conditional: bool = False,
     **notes: Any,
 ) -> None:
     """Lay the plan of `table` out again over the `images` of the table at `path`, as they are today.
 
     `chosen` tells of keys int64 `[n]` which are selected (bool `[n]`); at most `limit` rows in all.
+    `conditional` is that of `unexplained`.
     `identity` is the table's from now on, and `notes` replace those in its `_table.json`. One that is
     killed is repeated. Raises RunError for planned rows that are gone and were not taken down.
     """
@@ -55,7 +57,7 @@ def plan_again(
         keys = np.concatenate([np.zeros(0, np.int64), *planned])
         there = np.ascontiguousarray(today["key"])
         missing = keys[~np.isin(keys, there)]
-        if len(accidents := unexplained(path, missing)):
+        if len(accidents := unexplained(path, missing, conditional)):
             raise RunError(
                 f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
                 f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "

@@ -18,6 +18,7 @@ from pipelines.pairs import _captions_of, _sort_captions, with_pairs
 from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW, PAIR_ROW, url_key
 from pipelines.storage import Table, parquet_files
+from pipelines.takedown import TakedownConfig, take_down
 from pipelines.training.config import Stage2Config
 from vlv_model.errors import DataError, RunError
 
@@ -183,6 +184,38 @@ def test_captions_in_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     captions_file(tmp_path / "teacher/0", [{"url": url(0), "caption": "x0"}])  # of one size
     with pytest.raises(RunError, match=r"holds another run \(data\.captions"):
         write_pairs(images, str(tmp_path / "teacher"), str(tmp_path / "pairs"))
+
+
+def test_pairs_go_on_after_a_takedown_and_not_after_an_accident(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 12)
+    teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(12)])
+    output = str(tmp_path / "pairs")
+    write_pairs(images, teacher, output)
+    take_down(build(TakedownConfig, {"table": images, "urls": [url(3)]}))
+    for _ in range(2):
+        assert write_pairs(images, teacher, output)["pairs"] == 11
+        assert pairs_of(tmp_path / "pairs") == {url(i): f"c{i}" for i in range(12) if i != 3}
+    # Not by the takedown: neither captions nor images.
+    captions_file(tmp_path, [{"url": url(0), "caption": "another"}])
+    with pytest.raises(RunError, match=r"holds another run \(data\.captions"):
+        write_pairs(images, teacher, output)
+    captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(12)])
+    part = Table(images).part(0)
+    pq.write_table(pq.read_table(part).slice(1), part)
+    with pytest.raises(RunError, match=r"holds another run \(data\.input"):
+        write_pairs(images, teacher, output)
+
+
+def test_pairs_that_were_begun_before_a_takedown_are_begun_again(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 600, chunk=300)
+    teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(600)])
+    output = tmp_path / "pairs"
+    write_pairs(images, teacher, str(output))
+    (output / "_commits/000001.json").unlink()  # killed
+    gone = {int(pq.read_table(Table(images).part(1))["key"][i].as_py()) for i in range(299)}
+    take_down(build(TakedownConfig, {"table": images, "keys": sorted(gone)}))
+    assert write_pairs(images, teacher, str(output))["pairs"] == 301
+    assert {url_key(u) for u in pairs_of(output)} & gone == set()
 
 
 def chunked(*values: Any, kind: pa.DataType | None = None) -> pa.ChunkedArray:

@@ -131,6 +131,25 @@ def test_a_limit_stays(images: Table, tmp_path: Path) -> None:
     assert sorted(keys_of(table)) == [-1, 0, 1, 2, 4, 6, 7, 8, 9, 10]
 
 
+def test_rows_of_a_condition_go_on_too(images: Table, tmp_path: Path) -> None:
+    """Of which a listing is made, that is made again; a rescored row need not be marked."""
+    where = "key >= 8 and (alt_text is null or alt_text = 'new')"
+    work(opened(images, tmp_path, where=where), [0, 1])
+    take(images, 9, 20)
+    rows = image_rows(list(range(10, 20))).drop_columns(["alt_text"])
+    texts = pa.array([None] * 8 + ["old", "new"], pa.string())
+    ingest_again(images, 1, rows.append_column("alt_text", texts).select(IMAGE_ROW.names))
+    table = opened(images, tmp_path, where=where)
+    work(table, table.pending())
+    assert keys_of(table) == [key for key in range(8, 30) if key not in (9, 18, 20)]
+    assert opened(images, tmp_path, where=where).describe() == table.describe()
+    with pytest.raises(RunError, match=r"data\.where: "):
+        opened(images, tmp_path, where="key >= 9")
+    images.write(2, image_rows([*range(22, 30)]), row_group_size=3)
+    with pytest.raises(RunError, match=r"files: "):
+        opened(images, tmp_path, where=where)
+
+
 def test_a_table_of_which_nothing_is_written_goes_on(images: Table, tmp_path: Path) -> None:
     opened(images, tmp_path)
     take(images, *range(4, 30))
