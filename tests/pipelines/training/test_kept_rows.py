@@ -15,10 +15,11 @@ import pytest
 from pipelines.config import build, load
 from pipelines.images import RowIndex
 from pipelines.ingest.runs import Run
+from pipelines.pairs import with_pairs
 from pipelines.storage import Table, parquet_files
 from pipelines.takedown import TakedownConfig, take_down
 from pipelines.training import kept_rows
-from pipelines.training.config import Stage1Config, TrainConfig
+from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest
 from pipelines.training.metrics import read_metrics
 from pipelines.training.run_folder import claim
@@ -203,3 +204,30 @@ def test_positions_are_where_keys_lie_today() -> None:
     assert kept_rows.positions(keys, index).tolist() == [-1, 0, -1, 1]
     nothing = index.select(np.zeros(2, bool))
     assert kept_rows.positions(keys, nothing).tolist() == [-1] * 4
+
+
+def test_stage_2_goes_on_with_its_pairs(
+    table: Path, trained_captioner: Path, tmp_path: Path
+) -> None:
+    """The takedown names the images alone; the joined captions and the pairs follow."""
+    rows = pa.concat_tables(pq.read_table(file) for file in parquet_files(str(table)))
+    pq.write_table(rows.select(["url", "caption"]), tmp_path / "teacher.parquet")
+    run_dir = tmp_path / "run"
+    settings = load(Stage2Config, None, [
+        f"data.input={table}", f"data.captions={tmp_path / 'teacher.parquet'}", "data.holdout=0.2","data.join_on=url",
+        f"run_dir={run_dir}", f"model.path={trained_captioner.parent / 'stage1'}",
+        "train.use_gpu=false", "train.global_batch_size=6", "ray.address=in-process",
+    ])  # fmt: skip
+    begun = open_run(with_pairs(settings))
+    claim(run_dir, begun.identity)
+    kept_rows.keep(run_dir, begun.keys, str(run_dir / "pairs"))
+    gone = [int(key) for key in begun.rows[0].keys[:2]]
+    take(table, gone)
+    run = open_run(with_pairs(settings))
+    assert run.identity == begun.identity
+    assert sorted(set(begun.rows[0].keys) - set(run.rows[0].keys)) == gone
+    assert not set(gone) & {
+        key
+        for file in parquet_files(str(run_dir / "pairs"))
+        for key in pq.read_table(file)["key"].to_pylist()
+    }
