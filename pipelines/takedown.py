@@ -150,7 +150,10 @@ class _Names:
         """Count what an earlier takedown noted of a table for found, unless it found nothing."""
         noted = {name for key, name in self.keys.items() if key in before.keys}
         noted |= {name for end, name in self.domains.items() if end in before.domains}
-        noted |= {n for address, n in self.addresses.items() if address in before.addresses}
+        for address, name in self.addresses.items():
+            # The first versions noted the key of a URL alone.
+            if address in before.addresses or url_key(_value(name)) in before.keys:
+                noted.add(name)
         self.found |= noted - before.unmatched
 
     def look(self, rows: pa.Table, addresses: np.ndarray) -> None:
@@ -164,21 +167,28 @@ class _Names:
                 self.found |= {n for end, n in self.domains.items() if is_below(host, end)}
 
 
+def _value(name: str) -> str:
+    """What is behind the sign of equality in a name."""
+    return name.partition("=")[2]
+
+
 def _note(images: Table, names: _Names) -> Blocked:
     """Write down what must be gone: what is named, and all spellings of the rows that are there."""
     before = Blocked.read(images)
     names.found_before(before)
     # The keys of URLs, too: earlier versions know nothing of addresses.
-    keys = {*names.keys, *(url_key(name.partition("=")[2]) for name in names.addresses.values())}
+    keys = {*names.keys, *(url_key(_value(name)) for name in names.addresses.values())}
     blocked = before | Blocked(
         frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
     )
     for _ in range(2):  # the second time for other spellings of the rows that have a key or domain
-        for _, rows, addresses, mask in blocked_rows(images, blocked):
+        addresses = set(blocked.addresses)
+        for _, rows, address, mask in blocked_rows(images, blocked):
             named = rows.filter(pa.array(mask))
-            names.look(named, addresses[mask])
-            found = Blocked(frozenset(named["key"].to_pylist()))
-            blocked |= found | Blocked(addresses=frozenset(addresses[mask].tolist()))
+            names.look(named, address[mask])
+            keys.update(named["key"].to_pylist())
+            addresses.update(address[mask].tolist())
+        blocked |= Blocked(frozenset(keys), addresses=frozenset(addresses))
     unmatched = (blocked.unmatched | set(names.missing())) - names.found
     blocked = replace(blocked, unmatched=frozenset(unmatched))
     blocked.write(images)
