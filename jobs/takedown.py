@@ -1,21 +1,44 @@
-"""Takedown: removes rows from an image table and from tables made of it, and keeps them out.
+"""Takedown: removes rows from image tables and from tables made of them, and keeps them out.
 
-Rows are named by key, by URL, or by domain with all of its subdomains. What was taken down is
-noted in the image table: no later ingest fetches it.
+Rows are named by key, by URL in any spelling, or by domain with all of its subdomains. What was
+taken down is noted in the tables: no later ingest fetches it. A name that matches no row is an error,
+when what the other names match is gone.
 
     python jobs/takedown.py /data/images domains=example.org derived=/data/captions,/data/pairs
 """
 
+import json
 import sys
+from collections.abc import Sequence
 
 from pipelines.entry import main
-from pipelines.takedown import TakedownConfig, take_down
+from pipelines.takedown import NothingMatched, TakedownConfig, take_down
 
 
 def run(config: TakedownConfig) -> None:
-    for table, rows in take_down(config).items():
+    try:
+        removed = take_down(config)
+    except NothingMatched as error:
+        show(error.removed)
+        raise
+    show(removed)
+
+
+def show(removed: dict[str, int]) -> None:
+    for table, rows in removed.items():
         print(f"{rows:>9,} rows removed from {table}")
 
 
+def with_tables(words: Sequence[str]) -> list[str]:
+    """The words of a command line, in which bare ones are tables, with all of these in one setting."""
+    tables: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_setting = "=" in word or word.startswith("-") or before == "--config"
+        (others if is_setting else tables).append(word)
+    return [f"table={json.dumps(tables)}", *others] if tables else others
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = with_tables(sys.argv[1:])
     sys.exit(main(TakedownConfig, run, __doc__, aliases={"": "table"}))

@@ -63,11 +63,13 @@ def list_images(
     key_column: str | None = None,
     where: str | None = None,
     setting: str = "data.input",
+    again: bool = False,
 ) -> tuple[list[Path], dict[str, Any]]:
     """The files of a table of our layout with the images at `path`, and what they are known by.
 
     A table of ours is such a table, unless only rows of it are wanted; of anything else a listing
-    is written into `output`, once: a job that is continued goes on with the one that is there.
+    is written into `output`, once: a job that is continued goes on with the one that is there, unless
+    the same images are to be listed `again`.
     Raises DataError where there are no images, ConfigError for a condition that cannot be read.
     """
     asked = {"input": path, "image": image_column, "key": key_column, "where": where}
@@ -82,7 +84,8 @@ def list_images(
     about = {"layout": source.layout, "files": _digest(source)}
     with exclusive(output, "data.output"):
         if there is None or there["asked"] != asked or there["files"] != about["files"]:
-            if Table(output).exists:
+            relist = again and there is not None and there["asked"] == asked
+            if Table(output).exists and not relist:
                 return _listed(output), about  # refused by whoever compares what they are of
             if not _write(output, source, key_column, where):
                 what = f"no row for which {where}" if where is not None else "no image"

@@ -11,7 +11,10 @@ one at a time.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,22 +24,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets, Sorting
+from pipelines.changes import changed_on_purpose, changes_of
 from pipelines.chunks import run_chunks
 from pipelines.cluster import WHOLE, Step
+from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.list_files import fingerprint, input_bytes
 from pipelines.ingest.metadata import as_text, our_columns
 from pipelines.ingest.readers import read_parquet
 from pipelines.locks import exclusive
 from pipelines.places import (
+    names_in,
     open_parquet,
     place,
     read_parquet_file,
+    remove_file,
     remove_folder,
     write_parquet,
 )
+from pipelines.removal import remove_rows
 from pipelines.runtime import RayConfig, ray_session
 from pipelines.schemas import OK, PAIR_ROW, has_text, require_columns, url_key, with_image_feature
-from pipelines.storage import IMAGE_ROW_GROUP, Table, parquet_files, read_schema
+from pipelines.storage import IMAGE_ROW_GROUP, TABLE_FILE, Table, parquet_files, read_schema
+from pipelines.urls import address_of
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -77,6 +86,8 @@ def write_pairs(
     Only images of status `ok` with a caption that is not blank become pairs. Of several captions
     of an image the first counts. The counts: `pairs`, `images_without_caption`,
     `captions_without_image`, `repeated_captions`, `blank_captions`.
+    A finished table stays as it is when images or captions were changed on purpose since
+    (pipelines.changes), without the rows that were taken down of them.
     Raises DataError for a missing column, one of another type, a damaged file, and where not one
     caption finds its image; RunError where `output` holds another run.
     """
@@ -87,10 +98,13 @@ def write_pairs(
         "data.caption_column": caption_column,
         "data.join_on": join_on,
     }
-    table = Table(output)
-    if not table.check_free(KIND, identity):
+    table, sources = Table(output), {"data.input": images, "data.captions": captions}
+    if not (table.exists and _goes_on(table, identity, sources)):
+        table.check_free(KIND, identity)
+    if not table.exists:
         notes = _plan(table, image_files, caption_files, caption_column, join_on)
-        table.create(KIND, identity, **notes)
+        changes = {name: changes_of(path) for name, path in sources.items()}
+        table.create(KIND, identity, **notes, addresses=True, changes=changes)
     about = table.describe()
     if table.pending():
         with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()) as cluster:
@@ -112,6 +126,44 @@ def write_pairs(
         "repeated_captions": about["repeated_captions"],
         "blank_captions": about["blank_captions"],
     }
+
+
+def _goes_on(table: Table, identity: Mapping[str, Any], sources: Mapping[str, str]) -> bool:
+    """Whether a takedown or another run has changed what the table was made of, and nothing else.
+
+    What was taken down goes from the table, which is then that of the `sources` as they are today. One
+    that is not finished is removed, to be begun again: rows lie elsewhere now.
+    """
+    about = table.describe()
+    there, noted = about["identity"], about.get("changes", {})
+    differing = [name for name in identity if there.get(name) != identity[name]]
+    on_purpose = (
+        name in sources and changed_on_purpose(sources[name], noted.get(name)) for name in differing
+    )
+    if about["kind"] != KIND or not differing or not all(on_purpose):
+        return False
+    with exclusive(table.folder, "data.output"):
+        if table.pending():
+            remove_folder(table.folder / "_commits")
+            for name in names_in(table.folder):
+                if name.startswith("part-"):
+                    remove_file(table.folder / name)
+            remove_file(table.folder / TABLE_FILE)
+            return True
+        blocked = Blocked.read(table)
+        for path in sources.values():
+            blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
+        blocked.write(table)
+        removed = remove_rows(table, blocked)
+        print(
+            f"{removed:,} pairs of {table.folder} were taken down; what is new in "
+            f"{' and '.join(differing)} waits for a table of its own",
+            file=sys.stderr,
+        )
+        notes = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
+        notes["changes"] = {name: changes_of(path) for name, path in sources.items()}
+        table.create(KIND, identity, about["chunks"], **notes)
+    return True
 
 
 def _digest(files: list[Path]) -> str:
@@ -208,12 +260,20 @@ def _sort_captions(
     return dict(counts)
 
 
-def _keys(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
-    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null."""
+def _keys(
+    column: pa.ChunkedArray,
+    join_on: JoinOn,
+    where: str,
+    number: Callable[[str], int] = address_of,
+) -> pa.ChunkedArray:
+    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null.
+
+    All spellings of a URL have one key, unless `number` says otherwise.
+    """
     column = _joinable(column, join_on, where)
     if join_on == "key":
         return column
-    keys = [None if url is None else url_key(url) for url in column.to_pylist()]
+    keys = [None if url is None else number(url) for url in column.to_pylist()]
     return pa.chunked_array([pa.array(keys, pa.int64())])
 
 
@@ -246,12 +306,15 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     file = place(source["file"])
     with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
-    keys = _keys(rows[join_on], join_on, f"{file}: column '{join_on}'")
+    where = f"{file}: column '{join_on}'"
+    # A plan of an earlier version was made of the URLs as they are spelled.
+    number = address_of if table.describe().get("addresses") else url_key
+    keys = _keys(rows[join_on], join_on, where, number)
     captions = _captions_of(keys, table.folder / "_plan")
     found = captions.is_valid()
     rows, captions = rows.filter(found), captions.filter(found)
     if "key" not in rows.column_names:  # a table of the user's, joined by URL
-        rows = rows.append_column("key", keys.filter(found))
+        rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
     pairs = pa.table(
         [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),

@@ -10,6 +10,7 @@ table: one file for all of them would have a footer as long as the table.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.buckets import Buckets
 from pipelines.images import COLUMNS, ROW, RowIndex, no_usable_row, repeated_key, usable_rows
-from pipelines.places import is_file, open_parquet, write_parquet
+from pipelines.places import is_file, open_parquet, write_atomically, write_parquet
 
 _CHUNKS = 1024  # of a file
 LAYOUT = f"files of {_CHUNKS} chunks, in the order of the table"
@@ -104,6 +106,18 @@ def _write(folder: Path, batches: Iterable[np.ndarray], rows_per_chunk: int) -> 
             number += 1
 
 
+def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
+    """Write a plan of these chunks, ROW `[n]` each, in the place of the one that is there."""
+    for number, start in enumerate(range(0, len(chunks), _CHUNKS)):
+        content = io.BytesIO()
+        schema = pa.schema([(n, pa.from_numpy_dtype(ROW[n])) for n in COLUMNS])
+        with pq.ParquetWriter(content, schema, compression="zstd") as writer:
+            for rows in chunks[start : start + _CHUNKS]:
+                columns = {name: np.ascontiguousarray(rows[name]) for name in COLUMNS}
+                writer.write_table(pa.table(columns, schema=schema), max(1, len(rows)))
+        write_atomically(_file(folder, number), content.getvalue())
+
+
 def _check_keys(files: Sequence[Path], rows: int) -> None:
     """Raise DataError where a key occurs twice; keys in no order are sorted on disk."""
     keys = Buckets(pa.schema([("key", pa.int64())]), rows * 8)
@@ -130,6 +144,14 @@ def read_plan(folder: Path, chunk: int) -> pa.Table:
     """The rows of a chunk: `key file group row`."""
     with open_parquet(_file(folder, chunk // _CHUNKS)) as parquet:
         return parquet.read_row_group(chunk % _CHUNKS)
+
+
+def planned_keys(folder: Path, chunks: int) -> Iterator[np.ndarray]:
+    """The keys int64 `[n]` of the rows of each of so many chunks."""
+    for number, start in enumerate(range(0, chunks, _CHUNKS)):
+        with open_parquet(_file(folder, number)) as parquet:
+            for group in range(min(_CHUNKS, chunks - start)):
+                yield parquet.read_row_group(group, columns=["key"])["key"].to_numpy()
 
 
 def planned(files: list[Path], rows: pa.Table) -> RowIndex:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from pipelines.changes import changed_on_purpose, changes_of
 from pipelines.chunks import run_chunks
 from pipelines.cluster import WHOLE, Cluster, Step
 from pipelines.config import InputPlace, OutputPlace
@@ -29,6 +30,7 @@ from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, lay_out, planned, read_plan
+from pipelines.replan import plan_again
 from pipelines.runtime import PoolSize, RayConfig, bounds, check_resources, ray_session
 from pipelines.schemas import OK, status
 from pipelines.storage import Table
@@ -72,10 +74,12 @@ class Selection(Config):
         256, ge=1, le=65_536, description="rows of a chunk, the unit that is committed"
     )
 
-    def images(self) -> tuple[list[Path], dict[str, Any]]:
-        """The files of a table of the images, listed if need be, and what they are known by."""
-        output = place(self.output)
-        return list_images(output, self.input, self.image_column, self.key_column, self.where)
+    def images(self, again: bool = False) -> tuple[list[Path], dict[str, Any]]:
+        """The files of a table of the images, listed if need be (or `again`), and what they are
+        known by.
+        """
+        asked = (self.input, self.image_column, self.key_column, self.where)
+        return list_images(place(self.output), *asked, again=again)
 
     @property
     def is_ours(self) -> bool:
@@ -166,10 +170,13 @@ def open_table(
 
     An earlier one has to have the `columns`; a new one has no keys but those of `among`, and `notes`
     in its `_table.json`.
+    What a takedown or an ingest has changed in the images since is planned again (pipelines.replan).
     Raises RunError when the folder holds another run, DataError when nothing is selected.
     """
     table = Table(data.output)
-    images, listed = data.images()
+    there = table.describe() if table.exists else {}
+    changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
+    images, listed = data.images(again=changed)
     stamp = stamp_of(images)
 
     def known(rows: int | None, layout: str | None) -> dict[str, Any]:
@@ -189,9 +196,11 @@ def open_table(
             **identity,
         }
 
-    if there := table.describe() if table.exists else {}:
+    if there:
         # Settings first: of other ones there may be no files to look at.
         same = known(*(there["identity"].get(name) for name in ("rows", "layout")))
+        if changed and listed:  # rows of a table of ours
+            same["files"] = there["identity"].get("files")
         table.check_free(kind, same, columns)
         if there.get("stamp") == stamp:
             # Nothing was written since it was planned: no key has to be looked at again.
@@ -206,11 +215,18 @@ def open_table(
     if not laid.rows:
         raise DataError(f"data.split={data.split} of {data.input} selects no image")
     whole = known(laid.rows, laid.layout)
+    files = [str(file) for file in images]
+    if changed:
+        plan_again(
+            table, data.input, images, data.chosen(images, among and among()), whole,
+            data.rows_per_chunk, data.limit, bool(listed), files=files, stamp=stamp,
+        )  # fmt: skip
+        return table
     if table.check_free(kind, whole):
         return table
-    files = [str(file) for file in images]
     chunks = -(-laid.rows // data.rows_per_chunk)
     notes |= {"planned_rows": laid.rows, "files": files, "stamp": stamp}
+    notes |= {"changes": changes_of(data.input)}
     table.create(kind, whole, chunks, isolated=not data.is_ours, **notes)
     return table
 

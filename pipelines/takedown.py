@@ -1,39 +1,58 @@
-"""Taking rows out of an image table, and out of the tables that were made of it, for good.
+"""Taking rows out of image tables, and out of the tables that were made of them, for good.
 
-What is taken down is noted first (`_takedown.json` in the image table: keys and domains), then
-removed. So a takedown that is killed is finished by the same command, and no later ingest fetches
-what it names.
+What is taken down is noted first (`_takedown.json` in each table: keys, addresses and domains), then
+removed. So a takedown that is killed is finished by the same command, no later ingest fetches what
+it names, and a job on such a table knows why rows are gone and goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import OutputPlace
-from pipelines.ingest.blocked import Blocked, ascii_host
+from pipelines.ingest.blocked import Blocked, ascii_host, is_below
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.locks import exclusive
-from pipelines.places import open_parquet
 from pipelines.recaption.report import forget
 from pipelines.reconstruct.side_by_side import remove_files
+from pipelines.removal import blocked_rows, remove_rows
 from pipelines.schemas import url_key
 from pipelines.storage import Table
+from pipelines.urls import address_of, canonical_url
 from vlv_model.config import Config
 from vlv_model.errors import DataError
+
+_LISTED = 10  # names in an error message
 
 
 class TakedownConfig(Config):
     """Everything that `jobs/takedown.py` needs to know."""
 
-    table: OutputPlace = Field(description="image table")
+    table: tuple[OutputPlace, ...] = Field(min_length=1, description="image tables")
     keys: tuple[int, ...] = Field((), description="keys of rows")
-    urls: tuple[str, ...] = Field((), description="URLs of rows, in any spelling")
+    urls: tuple[str, ...] = Field(
+        (), description="URLs of rows, in any spelling, such as the one that a browser shows"
+    )
     domains: tuple[str, ...] = Field((), description="domains, with all of their subdomains")
     derived: tuple[OutputPlace, ...] = Field(
-        (), description="tables that were made of the image table: captions, pairs, pictures"
+        (), description="tables that were made of the image tables: captions, pairs, pictures"
     )
+
+    @field_validator("table", mode="before")
+    @classmethod
+    def _one_or_several(cls, table: Any) -> Any:
+        return [table] if isinstance(table, str) else table
+
+    @field_validator("domains")
+    @classmethod
+    def _are_domains(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_domain, domains))
 
     @model_validator(mode="after")
     def _names_something(self) -> TakedownConfig:
@@ -42,60 +61,135 @@ class TakedownConfig(Config):
         return self
 
 
+class NothingMatched(DataError):
+    """Some names match no row; what the others name was `removed`: rows by table, all the same."""
+
+    def __init__(self, names: Sequence[str], removed: dict[str, int]) -> None:
+        self.removed = removed
+        shown = ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+        super().__init__(
+            f"no row has {shown}: check the spelling; what the other names match is removed, and no "
+            "later ingest fetches any of them"
+        )
+
+
 def take_down(config: TakedownConfig) -> dict[str, int]:
     """Remove the rows from all tables; how many each of them lost, by its path.
 
-    Raises DataError where one of them is no table of ours, RunError while a job writes one.
+    Raises DataError where one of them is no table of ours, RunError while a job writes one; and
+    NothingMatched, when all is done, where a name matches no row and none did in an earlier
+    takedown.
     """
-    images, derived = Table(config.table), [Table(place) for place in config.derived]
-    for table in (images, *derived):
+    tables, derived = ([Table(p) for p in places] for places in (config.table, config.derived))
+    for table in (*tables, *derived):
         if not table.exists:
             raise DataError(f"{table.folder} holds no table of ours: nothing was removed")
-    if images.describe()["kind"] != "image":
-        raise DataError(f"{images.folder} is no image table: give it as `derived`")
-    with exclusive(images.folder, "table"):
-        blocked = _note(images, config)
-        remove_report(images)  # which shows pictures
-        removed = {str(images.folder): _remove(images, blocked.keys)}
+    for images in tables:
+        if images.describe()["kind"] != "image":
+            raise DataError(f"{images.folder} is no image table: give it as `derived`")
+    names, blocked = _Names.of(config), Blocked()
+    removed: dict[str, int] = {}
+    for images in tables:
+        with exclusive(images.folder, "table"):
+            noted = _note(images, names)
+            remove_report(images)  # which shows pictures
+            removed[str(images.folder)] = remove_rows(images, noted, names.look)
+        blocked |= noted
     for table in derived:
         with exclusive(table.folder, "derived"):
-            removed[str(table.folder)] = _remove(table, blocked.keys)
+            before = Blocked.read(table)
+            (before | replace(blocked, unmatched=before.unmatched)).write(table)
+            removed[str(table.folder)] = remove_rows(table, blocked, names.look)
             if removed[str(table.folder)]:
                 forget(table)  # and its report, which shows pictures
             remove_files(table, blocked.keys)
-    with exclusive(images.folder, "table"):
-        write_report(images, hides=blocked.is_domain)
+    for images in tables:
+        with exclusive(images.folder, "table"):
+            write_report(images, hides=blocked.is_domain)
+    if missing := names.missing():
+        raise NothingMatched(missing, removed)
     return removed
 
 
-def _note(images: Table, config: TakedownConfig) -> Blocked:
-    """Write down what must be gone: what was named, and the rows of the domains that are there."""
+def _domain(name: str) -> str:
+    """A domain, in ASCII, from what a user gave for one; ValueError for what is none."""
+    text = name.strip()
+    place = text.partition("://")[2] if "://" in text else text
+    place, _, path = place.removeprefix("//").removeprefix("*").partition("/")
+    host = ascii_host(f"http://{place.strip('. ')}/") if place else ""
+    if path.strip() or not host:
+        advice = f"give {host}, or the whole address as urls" if host else "give one such as a.org"
+        raise ValueError(f"'{name}': expected a domain, got an address: {advice}")
+    return host
+
+
+@dataclass
+class _Names:
+    """What a user named, as `keys=…`, `urls=…` and `domains=…`, and which of it some row has."""
+
+    keys: dict[int, str]
+    addresses: dict[int, str]
+    domains: dict[str, str]
+    found: set[str]
+
+    @classmethod
+    def of(cls, config: TakedownConfig) -> _Names:
+        return cls(
+            {key: f"keys={key}" for key in config.keys},
+            {address_of(url): f"urls={canonical_url(url)}" for url in config.urls},
+            {domain: f"domains={domain}" for domain in config.domains},
+            set(),
+        )
+
+    def missing(self) -> list[str]:
+        """The names that no row had."""
+        named = [*self.keys.values(), *self.addresses.values(), *self.domains.values()]
+        return [name for name in named if name not in self.found]
+
+    def found_before(self, before: Blocked) -> None:
+        """Count what an earlier takedown noted of a table for found, unless it found nothing."""
+        noted = {name for key, name in self.keys.items() if key in before.keys}
+        noted |= {name for end, name in self.domains.items() if end in before.domains}
+        for address, name in self.addresses.items():
+            # The first versions noted the key of a URL alone.
+            if address in before.addresses or url_key(_value(name)) in before.keys:
+                noted.add(name)
+        self.found |= noted - before.unmatched
+
+    def look(self, rows: pa.Table, addresses: np.ndarray) -> None:
+        """Count the names of these rows for found."""
+        keys = rows["key"].to_pylist()
+        self.found |= {self.keys[key] for key in set(keys) & set(self.keys)}
+        there = set(addresses.tolist()) & set(self.addresses)
+        self.found |= {self.addresses[address] for address in there}
+        if self.domains and "url" in rows.column_names:
+            for host in {ascii_host(url) for url in rows["url"].to_pylist() if url is not None}:
+                self.found |= {n for end, n in self.domains.items() if is_below(host, end)}
+
+
+def _value(name: str) -> str:
+    """What is behind the sign of equality in a name."""
+    return name.partition("=")[2]
+
+
+def _note(images: Table, names: _Names) -> Blocked:
+    """Write down what must be gone: what is named, and all spellings of the rows that are there."""
     before = Blocked.read(images)
-    keys = {*before.keys, *config.keys, *(url_key(url) for url in config.urls)}
-    named = {ascii_host(f"http://{name.strip('. ')}/") for name in config.domains}
-    blocked = Blocked(frozenset(keys), before.domains | named)
-    if named:
-        chunks = [commit.chunk for commit in images.commits()]
-        for rows in images.columns(chunks, ["key", "url"]):
-            of_domains = blocked.mask(rows["key"], rows["url"])
-            keys.update(rows["key"].filter(pa.array(of_domains)).to_pylist())
-    blocked = Blocked(frozenset(keys), blocked.domains)
+    names.found_before(before)
+    # The keys of URLs, too: earlier versions know nothing of addresses.
+    keys = {*names.keys, *(url_key(_value(name)) for name in names.addresses.values())}
+    blocked = before | Blocked(
+        frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
+    )
+    for _ in range(2):  # the second time for other spellings of the rows that have a key or domain
+        addresses = set(blocked.addresses)
+        for _, rows, address, mask in blocked_rows(images, blocked):
+            named = rows.filter(pa.array(mask))
+            names.look(named, address[mask])
+            keys.update(named["key"].to_pylist())
+            addresses.update(address[mask].tolist())
+        blocked |= Blocked(frozenset(keys), addresses=frozenset(addresses))
+    unmatched = (blocked.unmatched | set(names.missing())) - names.found
+    blocked = replace(blocked, unmatched=frozenset(unmatched))
     blocked.write(images)
     return blocked
-
-
-def _remove(table: Table, keys: frozenset[int]) -> int:
-    """Write the parts that have rows of `keys` anew without them; how many rows are gone."""
-    named = pa.array(sorted(keys), pa.int64())
-    removed, commits = 0, table.commits()
-    keys_of = table.columns([commit.chunk for commit in commits], ["key"])
-    for commit, rows in zip(commits, keys_of, strict=True):
-        kept = pc.invert(pc.is_in(rows["key"], value_set=named))
-        gone = len(kept) - pc.sum(kept, min_count=0).as_py()
-        if gone:
-            with open_parquet(table.part(commit.chunk)) as parquet:
-                group = parquet.metadata.row_group(0).num_rows
-                left = parquet.read().filter(kept)
-            table.write(commit.chunk, left, run=commit.run, row_group_size=group)
-            removed += gone
-    return removed

@@ -40,7 +40,10 @@ SMALLEST = Path(__file__).parent / "compatibility/made-2026-11/models"
 # of its own where it is not named here. What shares the Ray of a process is in two groups, or each of the
 # processes would start one.
 GROUPS = {
-    "training": ["pipelines/training/test_train.py", "compatibility/test_made.py"],
+    "training": [
+        "pipelines/training/test_train.py", "pipelines/training/test_kept_rows.py",
+        "compatibility/test_made.py",
+    ],
     "demo": ["jobs/test_demo.py"],
     "submit": ["jobs/test_submit.py"],
     "resume": ["pipelines/training/test_resume.py"],

@@ -1,9 +1,9 @@
-"""What an image table must not have, since it was taken down: a note in the table, which ingest heeds."""
+"""What a table must not have, since it was taken down: a note in the table, which ingest heeds."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
@@ -13,34 +13,52 @@ from yarl import URL
 from pipelines.places import is_file, write_atomically
 from pipelines.schemas import host_of, normalise_url
 from pipelines.storage import Table, read_json_object
+from pipelines.urls import addresses_of
 
-_FILE = "_takedown.json"
+FILE = "_takedown.json"
 
 
 @dataclass(frozen=True)
 class Blocked:
-    """What an image table must not have."""
+    """What a table must not have. `addresses` are those of `pipelines.urls`: all spellings of a URL.
+
+    `unmatched` are names, as a user gave them, that no row had when they were noted.
+    """
 
     keys: frozenset[int] = frozenset()
     domains: frozenset[str] = frozenset()
+    addresses: frozenset[int] = frozenset()
+    unmatched: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, table: Table) -> Blocked:
         """What earlier takedowns of a table have noted."""
-        file = table.folder / _FILE
+        file = table.folder / FILE
         if not is_file(file):
             return cls()
         noted = read_json_object(file)
-        return cls(frozenset(noted["keys"]), frozenset(noted["domains"]))
+        names = [field.name for field in fields(cls)]  # the first versions had two of them
+        return cls(**{name: frozenset(noted.get(name, ())) for name in names})
 
-    def mask(self, keys: pa.ChunkedArray, urls: pa.ChunkedArray) -> np.ndarray:
-        """Which rows are blocked, booleans `[n]`."""
+    def __or__(self, other: Blocked) -> Blocked:
+        """What either of the two names."""
+        return Blocked(*(getattr(self, f.name) | getattr(other, f.name) for f in fields(self)))
+
+    def mask(
+        self, keys: pa.ChunkedArray, urls: pa.ChunkedArray, addresses: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Which rows are blocked, booleans `[n]`.
+
+        `addresses` int64 `[n]` are those of the URLs, of rows whose keys are not ingest's.
+        """
         found = np.zeros(len(keys), bool)
         if self.keys:
-            named = pa.array(sorted(self.keys), pa.int64())
-            found |= np.asarray(pc.is_in(keys, value_set=named).to_pylist(), bool)
+            found |= _among(keys, self.keys)
+        if self.addresses:
+            known = addresses_of(urls, keys) if addresses is None else addresses
+            found |= _among(pa.chunked_array([known]), self.addresses)
         if self.domains:
-            hosts = [ascii_host(url) for url in urls.to_pylist()]
+            hosts = [ascii_host(url or "") for url in urls.to_pylist()]
             found |= np.array([self.is_domain(host) for host in hosts], bool)
         return found
 
@@ -51,8 +69,18 @@ class Blocked:
 
     def write(self, table: Table) -> None:
         """Note it in the table, in the place of what was noted."""
-        content = {"keys": sorted(self.keys), "domains": sorted(self.domains)}
-        write_atomically(table.folder / _FILE, json.dumps(content, indent=1))
+        content = {field.name: sorted(getattr(self, field.name)) for field in fields(self)}
+        write_atomically(table.folder / FILE, json.dumps(content, indent=1))
+
+
+def is_below(host: str, domain: str) -> bool:
+    """Whether a host is the domain or one of its subdomains."""
+    return host == domain or host.endswith(f".{domain}")
+
+
+def _among(keys: pa.ChunkedArray, named: frozenset[int]) -> np.ndarray:
+    wanted = pa.array(sorted(named), pa.int64())
+    return np.asarray(pc.is_in(keys, value_set=wanted).to_pylist(), bool)
 
 
 def ascii_host(url: str) -> str:

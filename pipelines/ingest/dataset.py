@@ -36,6 +36,7 @@ from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.known_rows import KnownKeys, with_marks
 from pipelines.ingest.list_files import fingerprint, input_files
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
@@ -149,7 +150,8 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     Every row of the list becomes one row of IMAGE_ROW: `ok`, `download:…`, `decode:…`, or
     `filtered:…` by the image's own size. Rows that the metadata rule out, and repeated URLs, are
     counted by rule in the run's `run.json`. Into a table that is there only new rows are fetched,
-    and failed ones whose class `retry` names; rows that the filters now rule out are marked.
+    and failed ones whose class `retry` names; rows that the filters now rule out are marked, and what
+    the list says anew of a known URL (texts, scores, licences) is taken without a download.
     Raises DataError for an unusable list and RunError where `data.output` holds something else,
     or images that are stored otherwise.
     """
@@ -187,7 +189,9 @@ def _plan_into(
     folder: Path, files: list[Path], config: IngestConfig, table: Table, plan: Plan
 ) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
-    rows = read_list(files, config.filter, config.data.columns, plan, Blocked.read(table))
+    known = KnownKeys(table) if table.exists else None
+    blocked = Blocked.read(table)
+    rows = read_list(files, config.filter, config.data.columns, plan, blocked, known=known)
 
     def size(listed: int) -> int:
         return config.rows_per_chunk or rows_per_file(listed, config.image)
@@ -268,14 +272,11 @@ class Merge:
         )
 
     def _kept(self, chunk: int, fetched: pa.ChunkedArray) -> pa.Table:
-        """The rows of the part that were not fetched anew, with their new marks."""
+        """The rows of the part that were not fetched, with their new marks and metadata."""
         there = read_parquet_file(self.table.part(chunk))
         there = there.filter(pc.invert(pc.is_in(there["key"], value_set=fetched)))
         plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
-        plan = plan.filter(plan["mark"].is_valid()).combine_chunks()
-        marks = plan["mark"].take(pc.index_in(there["key"], value_set=plan["key"]))
-        states = pc.coalesce(marks, there["status"])
-        return there.set_column(there.schema.get_field_index("status"), "status", states)
+        return with_marks(there, plan.filter(plan["mark"].is_valid()))
 
 
 def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:

@@ -1,10 +1,13 @@
 """Duplicates by content, over the whole table and all of its runs: one copy stays `ok`.
 
-    parts ─▶ (key, run, sha256, phash, chunk) ─▶ sorted on disk by hash ─▶ later copies ─▶ parts
+    parts ─▶ (key, run, sha256, phash, address, chunk) ─▶ sorted on disk by hash ─▶ later copies ─▶ parts
 
 Which copy stays is a function of the table alone: the one of the earlier run, then of the smallest
 key. Rows that a filter rules out do not count, so marks are found anew by every run: a copy whose
 better one is gone is `ok` again, and a job that is killed here only has to be repeated.
+
+Rows whose URLs are spellings of one address (pipelines.urls) are copies of one another, too, whatever
+the server gave at the second time.
 
 Near copies have perceptual hashes of few different bits. A row is one where an earlier row is near
 it, whether that one stays or not. Two hashes that differ in at most d of 64 bits are equal in one
@@ -29,14 +32,15 @@ from pipelines.cluster import Cluster
 from pipelines.places import open_parquet, read_parquet_file, write_parquet
 from pipelines.schemas import DUPLICATE, OK
 from pipelines.storage import IMAGE_ROW_GROUP, Table
+from pipelines.urls import addresses_of
 from vlv_model.config import Config
 
 _ROW_BYTES = 48  # of a row of hashes, for the number of buckets
 _HASHES = pa.schema(
     [("key", pa.int64()), *((n, pa.int64()) for n in ("image", "run", "chunk", "low"))]
 )
-"""`key` is what is sorted by: 64 bits of sha256, or a band of the phash; `image` is the row's key;
-`low` are 64 further bits of sha256, or the whole phash."""
+"""`key` is what is sorted by: 64 bits of sha256, a band of the phash, or the URL's address; `image` is
+the row's key; `low` are 64 further bits of sha256, the whole phash, or nothing."""
 _COMPARED = 4096  # rows that are compared with one another at a time
 _FLAT = 0  # phash of a picture of one colour, which says nothing of the colour
 
@@ -46,7 +50,8 @@ class DuplicateConfig(Config):
 
     by: Literal["none", "exact", "near"] = Field(
         "exact",
-        description="exact: the same bytes as downloaded; near: pictures that look the same, too",
+        description="exact: the same bytes as downloaded, or one URL in two spellings; near: pictures "
+        "that look the same, too",
     )
     distance: int = Field(
         3, ge=0, le=15, description="near: bits of the 64 of phash that may differ"
@@ -115,9 +120,13 @@ def _later_copies(
 ) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
     bands = config.distance + 1 if config.by == "near" else 0
-    buckets = [sorting(_HASHES, rows * _ROW_BYTES) for _ in range(1 + bands)]
+    buckets = [sorting(_HASHES, rows * _ROW_BYTES) for _ in range(2 + bands)]
+    addresses, *buckets = buckets
+    other_spellings = 0
     read = partial(_read_hashes, table=table)
     for block in map_chunks(cluster, chunks, read):
+        addresses.add(_keyed(block, block["address"], pa.array(np.zeros(len(block), np.int64))))
+        other_spellings += pc.sum(pc.not_equal(block["address"], block["image"])).as_py() or 0
         buckets[0].add(_keyed(block, block["sha_high"], block["sha_low"]))
         flat = pc.equal(block["phash"], _FLAT)
         seen = block.filter(pc.invert(flat))
@@ -125,28 +134,34 @@ def _later_copies(
             band = _band(seen["phash"].to_numpy(), number, bands)
             buckets[1 + number].add(_keyed(seen, pa.array(band), seen["phash"]))
     found = [_exact(bucket) for bucket in buckets[0].sorted()]
+    if other_spellings:  # else every row has its own address
+        found += [_exact(bucket) for bucket in addresses.sorted()]
     for several in buckets[1:]:
         found += [_near(bucket, config.distance) for bucket in several.sorted()]
-    for several in buckets:
+    for several in (addresses, *buckets):
         several.remove()
     return np.unique(np.concatenate([*found, np.zeros((0, 2), np.int64)]), axis=0)
 
 
 def _read_hashes(chunks: pa.Table, table: Table) -> pa.Table:
-    """Of each row of a chunk that may stay or be a copy: key, run, hashes."""
+    """Of each row of a chunk that may stay or be a copy: key, run, hashes, address."""
     (chunk,) = chunks["chunk"].to_pylist()
-    columns = ["key", "run", "sha256", "phash", "status"]
+    columns = ["key", "url", "run", "sha256", "phash", "status"]
     with open_parquet(table.part(chunk)) as parquet:
-        rows = parquet.read(columns=columns)
+        rows = parquet.read(columns=columns)  # without URLs keys are the addresses
     rows = rows.filter(pc.is_in(rows["status"], value_set=pa.array([OK, DUPLICATE])))
     digests = [bytes.fromhex(text) for text in rows["sha256"].to_pylist()]
     whole = np.frombuffer(b"".join(d[:16] for d in digests), ">i8").reshape(-1, 2).astype(np.int64)
     phashes = b"".join(bytes.fromhex(text) for text in rows["phash"].to_pylist())
+    addresses = rows["key"]
+    if "url" in rows.column_names:
+        addresses = addresses_of(rows["url"], rows["key"])
     return pa.table(
         {
             "image": rows["key"],
             "run": rows["run"].cast(pa.int64()),
             "chunk": pa.array([chunk] * rows.num_rows, pa.int64()),
+            "address": addresses,
             "sha_high": whole[:, 0],
             "sha_low": whole[:, 1],
             "phash": np.frombuffer(phashes, ">i8").astype(np.int64),

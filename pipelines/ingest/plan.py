@@ -2,7 +2,7 @@
 
     metadata -> filters -> normalised URL, key -> buckets by key -> chunks by ranges of keys
                                                                          |
-    rows that the table has: keys, statuses, scores, sizes ──────────────┴─▶ fetch, or mark
+    rows that the table has: keys, statuses, scores, sizes ──────────────┴─▶ fetch, or mark (known_rows)
 
 The first run cuts the sorted list into chunks, and their ranges of keys stay for ever: a row of a
 later list belongs to the chunk of its range. So the ranges of the table's parts never overlap.
@@ -24,30 +24,24 @@ import pyarrow.compute as pc
 
 from pipelines.buckets import Buckets, Sorting
 from pipelines.ingest.blocked import Blocked
-from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
+from pipelines.ingest.filters import FilterConfig, check_columns, metadata_failures
+from pipelines.ingest.known_rows import (
+    PLAN_ROW,
+    KnownKeys,
+    changes,
+    check_same,
+    known_rows,
+)
 from pipelines.ingest.list_files import input_bytes
 from pipelines.ingest.metadata import read_batches
 from pipelines.places import write_parquet
-from pipelines.schemas import (
-    DUPLICATE,
-    FILTERED,
-    METADATA_ROW,
-    OK,
-    has_text,
-    key_of,
-    normalise_url,
-    status,
-)
+from pipelines.schemas import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
 from pipelines.storage import Table
 from vlv_model.errors import DataError
-
-PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
-"""A row of a chunk's plan: to be fetched, or only to be given the status `mark`."""
 
 CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone
 _LEAST = -(2**63)
 _MOST_GROWTH = 32  # times the usual rows of a chunk: its ranges of keys were cut for a shorter list
-_KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
 
 
 @dataclass
@@ -75,30 +69,35 @@ def read_list(
     plan: Plan,
     blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
     sorting: Sorting = Buckets,
+    known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
-    """The rows of the metadata `files` that pass the filters, sorted by key, every key once.
+    """The METADATA_ROW rows of the metadata `files` that pass the filters, by key, every key once.
 
-    Counts into `plan`. Of several rows of one URL the first counts. Raises DataError for an empty
+    Of a list that is read for a table with `known` keys they are PLAN_ROW rows, and those that fail a
+    filter are among them where the table may have them. Counts into `plan`. Of several rows of one URL the first counts. Raises DataError for an empty
     list, for one of which no row is left, and where two different URLs have the same key.
     """
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
-    buckets = sorting(METADATA_ROW, input_bytes(files))
-    for rows in passing(files, filters, columns, plan, dropped, failing):
+    buckets = sorting(PLAN_ROW if known else METADATA_ROW, input_bytes(files))
+    for rows in passing(files, filters, columns, plan, dropped, failing, known):
         taken_down = blocked.mask(rows["key"], rows["url"])
-        dropped["taken_down"] += int(taken_down.sum())
+        dropped["taken_down"] += int((taken_down & ~_fails(rows)).sum())
         buckets.add(rows.filter(pa.array(~taken_down)))
     if plan.read == 0:
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     plan.listed = plan.read - dropped.total()
+    rescored = 0
     for rows in buckets.sorted():
+        before = dropped["repeated_url"]
         unique = _without_repeats(rows, dropped)
-        plan.listed -= rows.num_rows - unique.num_rows
+        plan.listed -= dropped["repeated_url"] - before
+        rescored += unique.num_rows if known else 0
         yield unique
     buckets.remove()
     plan.dropped = {rule: n for rule, n in sorted(dropped.items()) if n}
     plan.failing = {rule: n for rule, n in sorted(failing.items()) if n}
-    if plan.listed == 0:
+    if not plan.listed and not rescored:
         counts = ", ".join(f"{rule} {n}" for rule, n in plan.dropped.items())
         filtered = any(rule.startswith(FILTERED) for rule in plan.dropped)
         advice = "loosen filter.*" if filtered else "give a list with other URLs"
@@ -112,15 +111,20 @@ def passing(
     plan: Plan,
     dropped: Counter[str],
     failing: Counter[str],
+    known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
-    """The METADATA_ROW rows of `files` that have a URL and pass the filters, as they come.
+    """The rows of `files` that have a URL and pass the filters, as they come; see `read_list`.
 
     The others are counted: `dropped` by the first rule that they fail, `failing` by each.
     """
+    # Row groups that no row of passes are read too where the table may have some of the rows.
+    every = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
     for file in files:
-        for batch in read_batches(file, columns, filters):
+        for batch in read_batches(file, columns, every):
+            if known:
+                check_columns(filters, batch.schema, set(batch.column_names), str(file))
             plan.read += batch.num_rows
-            yield _planned(batch, filters, dropped, failing)
+            yield _planned(batch, filters, dropped, failing, known)
 
 
 def first_plan(
@@ -154,7 +158,8 @@ def next_plan(
 ) -> None:
     """Plan what the table lacks of the sorted `rows`, what is tried again, what is marked anew.
 
-    `retry` holds statuses. A row that the filters now rule out is marked; one that they let pass
+    `rows` are PLAN_ROW rows, `retry` holds statuses. What the list says anew of known rows is taken;
+    a row that the filters now rule out is marked; one that they let pass
     again is taken back, or fetched where its image was never stored. `size` as in `first_plan`:
     DataError where chunks would hold many times as many rows, which no worker could.
     """
@@ -162,16 +167,16 @@ def next_plan(
     starts = np.load(io.BytesIO((table.folder / CHUNKS_FILE).read_bytes()))
     committed = {commit.chunk: commit.rows for commit in table.commits()}
     first = next(rows)  # how many pass is known from here on
-    usual = max(size(plan.listed), *committed.values(), 1)
+    usual = max(size(max(1, plan.listed)), *committed.values(), 1)
     if plan.listed > _MOST_GROWTH * usual * len(starts):
         raise DataError(
             f"{table.folder} was begun with so short a list that each of its files would now hold "
             f"{plan.listed // len(starts):,} rows (usual: {usual:,}): choose another data.output"
         )
-    known = _known_rows(table, set(committed), len(starts))
+    known = known_rows(table, set(committed), len(starts))
     by_range = _by_range(chain([first], rows), starts)
     for chunk, (listed, here) in enumerate(zip(by_range, known, strict=True)):
-        fetch, marks = _changes(listed, here, filters, retry)
+        fetch, marks = changes(listed, here, filters, retry)
         if fetch.num_rows or marks.num_rows or chunk not in committed:
             write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))
             plan.chunks.append(chunk)
@@ -183,52 +188,70 @@ def next_plan(
 
 
 def _planned(
-    batch: pa.Table, filters: FilterConfig, dropped: Counter[str], failing: Counter[str]
+    batch: pa.Table,
+    filters: FilterConfig,
+    dropped: Counter[str],
+    failing: Counter[str],
+    known: KnownKeys | None,
 ) -> pa.Table:
-    """The METADATA_ROW rows of a batch that are to be fetched; the others are counted."""
+    """The rows of a batch that are to be fetched or compared; the others are counted."""
     if "url" in batch.column_names:  # else all rows have one, and none of them passes
         has_url = has_text(batch["url"])
         dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
         batch = batch.filter(has_url)
-    keep = np.ones(batch.num_rows, bool)
+    passes = np.ones(batch.num_rows, bool)
+    marks = np.full(batch.num_rows if known else 0, None, object)
     for rule, failed in metadata_failures(filters, batch).items():
-        fails = np.asarray(failed, bool) & keep  # a row counts for the first rule that it fails
+        fails = np.asarray(failed, bool)
+        failing[f"filtered:{rule}"] += int(fails.sum())
+        fails = fails & passes  # a row counts for the first rule that it fails
         dropped[f"filtered:{rule}"] += int(fails.sum())
-        failing[f"filtered:{rule}"] += pc.sum(failed, min_count=0).as_py()
-        keep &= ~fails
-    if not keep.any():
-        return METADATA_ROW.empty_table()
-    batch = batch.filter(pa.array(keep))
+        passes &= ~fails
+        if known:
+            marks[fails] = f"filtered:{rule}"
+    if not known:
+        batch = batch.filter(pa.array(passes))
+    if not batch.num_rows:
+        return (PLAN_ROW if known else METADATA_ROW).empty_table()
     urls = [normalise_url(url) for url in batch["url"].to_pylist()]
-    known = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
-    known |= {
+    found = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
+    found |= {
         "key": pa.array([key_of(url) for url in urls], pa.int64()),
         "url": pa.array(urls, pa.string()),
     }
+    if known:
+        found["mark"] = pa.array(marks, pa.string())
     empty = pa.nulls(len(urls))
-    return pa.table(
-        [known.get(f.name, empty).cast(f.type) for f in METADATA_ROW], schema=METADATA_ROW
-    )
+    schema = PLAN_ROW if known else METADATA_ROW
+    rows = pa.table([found.get(f.name, empty).cast(f.type) for f in schema], schema=schema)
+    if known:
+        rows = rows.filter(pa.array(passes | known.may_have(rows["key"].to_numpy())))
+    return rows
+
+
+def _fails(rows: pa.Table) -> np.ndarray:
+    """Which rows fail a filter, bool `[n]`."""
+    if "mark" not in rows.column_names:
+        return np.zeros(rows.num_rows, bool)
+    return np.asarray(rows["mark"].is_valid().to_pylist(), bool)
 
 
 def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
-    """Sorted rows with the first of each key; DataError where two URLs share a key."""
-    keys = rows["key"].to_numpy()
+    """Sorted rows with one of each key: the first that passes, else the first. DataError where two
+    URLs share a key.
+    """
+    keys, fails = rows["key"].to_numpy(), _fails(rows)
     again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+    if not len(again):
+        return rows
     urls = rows["url"]
     for i in again.tolist():
-        _check_same(keys[i], urls[i - 1].as_py(), urls[i].as_py())
-    dropped["repeated_url"] += len(again)
-    keep = np.ones(len(keys), bool)
-    keep[again] = False
-    return rows.filter(pa.array(keep))
-
-
-def _check_same(key: int, first: str, second: str) -> None:
-    if first != second:
-        raise DataError(
-            f"two URLs have the same key {key}: {first} and {second}: remove one of them"
-        )
+        check_same(keys[i], urls[i - 1].as_py(), urls[i].as_py())
+    order = np.lexsort((fails, keys))  # stable: of those that pass the first stays the first
+    first = np.ones(len(keys), bool)
+    first[1:] = keys[order][1:] != keys[order][:-1]
+    dropped["repeated_url"] += int((~first & ~fails[order]).sum())
+    return rows.take(pa.array(order[first]))
 
 
 def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -246,7 +269,7 @@ def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Table]:
     """The sorted rows of `tables` by chunk: for each start those up to the next one."""
-    rest, source = METADATA_ROW.empty_table(), iter(tables)
+    rest, source = PLAN_ROW.empty_table(), iter(tables)
     for end in starts[1:]:
         while not rest.num_rows or rest["key"][-1].as_py() < end:
             if (more := next(source, None)) is None:
@@ -256,70 +279,6 @@ def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Tab
         yield rest.slice(0, cut)
         rest = rest.slice(cut).combine_chunks()
     yield pa.concat_tables([rest, *source])
-
-
-# ------------------------------------------------------------------------- what the table has
-
-
-def _known_rows(table: Table, committed: set[int], chunks: int) -> Iterator[pa.Table]:
-    """The small columns of each chunk's part, in order; of a chunk without a part no rows."""
-    parts = table.columns(sorted(committed), _KNOWN)
-    for chunk in range(chunks):
-        yield next(parts) if chunk in committed else METADATA_ROW.empty_table()
-
-
-def _changes(
-    listed: pa.Table, here: pa.Table, filters: FilterConfig, retry: frozenset[str]
-) -> tuple[pa.Table, pa.Table]:
-    """The METADATA_ROW rows of a chunk to be fetched, and the PLAN_ROW rows to be marked."""
-    places = pc.index_in(listed["key"], value_set=here["key"].combine_chunks())
-    new = listed.filter(pc.is_null(places))
-    _check_collisions(listed, here, places)
-    if not here.num_rows:
-        return new, PLAN_ROW.empty_table()
-    now = here["status"].to_pylist()
-    stored = here["width"].is_valid().to_pylist()
-    fetch = np.zeros(len(now), bool)
-    marks: list[str | None] = [None] * len(now)
-    for i, verdict in enumerate(_verdicts(here, filters)):
-        if now[i] in retry:
-            fetch[i] = verdict == OK
-        elif now[i] == DUPLICATE:  # stays, or is found to be none any more, behind the fetching
-            marks[i] = verdict if verdict != OK else None
-        elif now[i] == OK or now[i].startswith(FILTERED):
-            if verdict == OK and now[i] != OK and not stored[i]:
-                fetch[i] = True
-            elif verdict != now[i]:
-                marks[i] = verdict
-    known = here.select(METADATA_ROW.names)
-    changed = known.append_column("mark", pa.array(marks, pa.string()))
-    again = known.filter(pa.array(fetch))
-    return pa.concat_tables([new, again]), changed.filter(changed["mark"].is_valid())
-
-
-def _verdicts(here: pa.Table, filters: FilterConfig) -> list[str]:
-    """`ok` or `filtered:<rule>` of each row, by its scores and the image's own size."""
-    sizes = {name: here[f"original_{name}"].cast(pa.float64()) for name in ("width", "height")}
-    scores = here.drop_columns(["width"])
-    for name, column in sizes.items():
-        scores = scores.append_column(name, column)
-    verdicts = np.full(here.num_rows, OK, object)
-    has_size = np.asarray(here["original_width"].is_valid().to_pylist(), bool)
-    for rule, failed in metadata_failures(filters, scores).items():
-        fails = np.asarray(failed, bool) & (verdicts == OK)
-        if "width" in RULE_COLUMNS[rule]:  # of an image that was never seen nothing is known
-            fails &= has_size
-        verdicts[fails] = status(FILTERED, rule)
-    return verdicts.tolist()
-
-
-def _check_collisions(listed: pa.Table, here: pa.Table, places: pa.ChunkedArray) -> None:
-    if places.null_count == len(places):
-        return
-    there = here["url"].take(places)
-    differ = pc.fill_null(pc.not_equal(there, listed["url"]), False)
-    for i in np.flatnonzero(np.asarray(differ.to_pylist(), bool))[:1].tolist():
-        _check_same(listed["key"][i].as_py(), there[i].as_py(), listed["url"][i].as_py())
 
 
 def _to_fetch(rows: pa.Table) -> pa.Table:

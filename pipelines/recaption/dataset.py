@@ -43,6 +43,8 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     if table.pending():
         remove_file(table.folder / PUBLISHED_FILE)  # it and what lies beside tell of other rows
         forget(table)
+    if (found := Survey.read(table)) and found.rows != sum(table.counts().values()):
+        forget(table)  # rows of it were taken down of the images alone
     if Survey.read(table) is None:
         arguments = (model, checkpoint, config.generate, fingerprint, config.actors.use_gpu)
         with ray_session(config.ray) as cluster:  # one for both

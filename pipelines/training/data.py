@@ -7,6 +7,9 @@ goes on with the next epoch. Those rows are cut into micro-batches, and micro-ba
 the worker of rank `i mod W` (W = number of workers). So which rows pass through the model together
 does not depend on the number of workers, on files or on timing, and any step can be read without
 the ones before it.
+
+The keys are those that the run began with. A row that is gone since leaves its place empty: the others
+stay in their steps and micro-batches (kept_rows).
 """
 
 from __future__ import annotations
@@ -43,11 +46,17 @@ def keys_digest(keys: Sequence[int]) -> int:
 
 
 class GlobalOrder:
-    """The endless sequence of (epoch, row) that the run walks through; see the module's text."""
+    """The endless sequence of (epoch, row) that the run walks through; see the module's text.
 
-    def __init__(self, rows: int, seed: int) -> None:
+    `positions` int64 `[rows]` say where each row lies today, -1 for one that is gone; default: where
+    it lay.
+    """
+
+    def __init__(self, rows: int, seed: int, positions: np.ndarray | None = None) -> None:
         self.rows = rows
         self.seed = seed
+        self.positions = np.arange(rows) if positions is None else positions
+        self.is_whole = bool((self.positions >= 0).all())
         self._epoch = -1
         self._permutation = np.zeros(0, np.int64)
 
@@ -59,12 +68,14 @@ class GlobalOrder:
         return self._permutation
 
     def take(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(epoch, row) at positions `start … start + count - 1`."""
+        """(epoch, position of the row today) at places `start … start + count - 1` of the sequence,
+        without the rows that are gone."""
         taken = []
         while count:
             epoch, offset = divmod(start, self.rows)
             here = self.permutation(epoch)[offset : offset + count]
-            taken += [(epoch, int(row)) for row in here]
+            today = self.positions[here]
+            taken += [(epoch, int(row)) for row in today if row >= 0]
             start, count = start + len(here), count - len(here)
         return taken
 
@@ -131,14 +142,27 @@ class StepReader:
         self.world_size = world_size
 
     def read(self, step: int) -> list[tuple[int, Any]]:
-        """The micro-batches of `step` that this worker uses, each with its number in the step."""
+        """The micro-batches of `step` that this worker uses, each with its number in the step.
+
+        One at least: where all rows of the worker are gone, one of which nothing counts.
+        """
         return self._finish(self._begin(step))
+
+    def rows_of(self, step: int) -> int:
+        """How many rows of `step` are left, over all workers."""
+        size = self.train.global_batch_size
+        return size if self.order.is_whole else len(self.order.take(step * size, size))
 
     def _begin(self, step: int) -> list[tuple[int, Callable[[], Any]]]:
         size = self.train.rows_at_once
         start = step * self.train.global_batch_size
         numbers = range(self.world_rank, self.train.micro_batches, self.world_size)
-        return [(i, self.begin_rows(self.order.take(start + i * size, size))) for i in numbers]
+        taken = {i: self.order.take(start + i * size, size) for i in numbers}
+        begun = [(i, self.begin_rows(rows)) for i, rows in taken.items() if rows]
+        if not begun:
+            finish = self.begin_rows([(0, 0)])  # any row will do
+            begun = [(self.world_rank, lambda: finish().idle())]
+        return begun
 
     def _finish(self, begun: list[tuple[int, Callable[[], Any]]]) -> list[tuple[int, Any]]:
         return [(i, finish()) for i, finish in begun]

@@ -20,6 +20,7 @@ from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.engine import clip_gradients, start_engine
+from pipelines.training.kept_rows import positions
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.reading import Actors, Reading, Threads
@@ -51,7 +52,8 @@ class Worker:
 class Trainer:
     """Runs `train.steps` updates of a stage, evaluates, and saves; one instance per worker.
 
-    `emit` takes a dictionary for each thing that the driver shows (rank 0 only).
+    `rows` and `holdout` are those that are left of the ones whose keys, int64 `[n]` ascending, the run
+    `began` with. `emit` takes a dictionary for each thing that the driver shows (rank 0 only).
     `called_back` tells, on all ranks alike, the machines that will soon be gone: their notice is
     answered with a checkpoint. `metadata(step)` is what a checkpoint says about itself.
     """
@@ -63,6 +65,7 @@ class Trainer:
         square: Square,
         rows: RowIndex,
         holdout: RowIndex,
+        began: tuple[np.ndarray, np.ndarray],
         worker: Worker,
         emit: Callable[[dict[str, Any]], None],
         called_back: Callable[[], set[str]],
@@ -81,17 +84,19 @@ class Trainer:
         self.metadata = metadata
         self.run_dir = run_dir
         self.step = 0
-        order = GlobalOrder(len(rows), train.seed)
+        self.order = GlobalOrder(len(began[0]), train.seed, positions(began[0], rows))
         readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
-        self.heldout_rows = len(holdout)
+        # Without the removed ones; where none of them is left, of what is held out.
+        window = positions(began[1], holdout)[: train.eval_rows]
+        self.heldout_rows: list[int] = window[window >= 0].tolist() or [0]
         threads = [Threads(reader, square, train.cpus_per_worker) for reader in readers]
         self.heldout: Reading = threads[1]
         self.rows: Reading = threads[0]
         if train.readers:
             self.rows = Actors(rows, stage.columns, square, train.readers)
         begin = partial(self._begin, self.rows)
-        self.reader = StepReader(order, begin, train, worker.world_rank, worker.world_size)
+        self.reader = StepReader(self.order, begin, train, worker.world_rank, worker.world_size)
 
     def start(self, checkpoint: Path | None) -> None:
         """Put the model under DeepSpeed and, after an interruption, take up its optimiser's state.
@@ -124,7 +129,7 @@ class Trainer:
         for step, batches in self.reader.steps(self.step):
             waited = time.perf_counter() - waiting
             loss, grad_norm, weight = self.update(step, batches)
-            seconds, images = time.perf_counter() - waiting, train.global_batch_size
+            seconds, images = time.perf_counter() - waiting, self.reader.rows_of(step)
             self.step = step + 1
             event = {
                 "event": "step",
@@ -168,6 +173,7 @@ class Trainer:
             group["lr"] = group["share"] * learning_rate(train, step)
         self.engine.train()
         total_weight = self._sum_over_workers(float(sum(batch.weight for _, batch in batches)))
+        total_weight = total_weight or 1.0  # of a step whose rows were all taken down
         # All workers pass equally often; where the last has nothing left, its share is nothing.
         rounds = train.accumulation(self.worker.world_size)
         passes = [(number, batch, batch.weight / total_weight) for number, batch in batches]
@@ -196,18 +202,18 @@ class Trainer:
     def evaluate(self) -> None:
         """Loss on the held-out rows, shared out over all workers; the same draws every time."""
         train, rank, size = self.train_config, self.worker.world_rank, self.worker.world_size
-        count = min(train.eval_rows, self.heldout_rows)
-        mine = range(rank, count, size)
+        count = len(self.heldout_rows)
+        mine = self.heldout_rows[rank::size]
         # Under ZeRO-3 every forward gathers weights from all: all must make equally many.
         rounds = math.ceil(math.ceil(count / size) / train.rows_at_once)
         self.engine.eval()
         total = weight = 0.0
         for i in range(rounds):
-            positions = list(mine[i * train.rows_at_once : (i + 1) * train.rows_at_once])
-            rows = [(-1, position) for position in positions or [0]]
+            here = mine[i * train.rows_at_once : (i + 1) * train.rows_at_once]
+            rows = [(-1, position) for position in here or [0]]
             batch = self._begin(self.heldout, rows)()
             loss = self.engine(**self._to_device(batch)).item()
-            if positions:
+            if here:
                 total += loss * batch.weight
                 weight += batch.weight
         loss = self._sum_over_workers(total) / self._sum_over_workers(weight)

@@ -1,6 +1,7 @@
 """The folder of a training run: whose it is, what it started from, and how it ended.
 
 <run_dir>/run.json       what the run is: its settings, data and models
+<run_dir>/rows/          see kept_rows
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        what the run started from, so that the folder stands alone
 <run_dir>/metrics.jsonl  see metrics

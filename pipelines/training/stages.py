@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,10 @@ class Prepared:
     keys: list[int]
     inputs: dict[str, Tensor]
     weight: int  # what the loss is a mean over: images in stage 1, label tokens in stage 2
+
+    def idle(self) -> Prepared:
+        """The same for the model, of which nothing counts."""
+        return replace(self, keys=[], weight=0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipelines.locks import exclusive
 from pipelines.places import place
 from pipelines.runtime import check_resources, ray_session
 from pipelines.storage import parquet_files, read_json_object
-from pipelines.training import checkpointing, run_folder, samples
+from pipelines.training import checkpointing, kept_rows, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from vlv_model.config import ModelConfig
@@ -49,6 +49,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
             print(f"{run_dir} is finished: nothing to train")
             return read_json_object(run_dir / run_folder.RESULT)
         rows, held_out = run.rows
+        kept_rows.keep(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, run.checkpoint)
         with ray_session(config.ray) as cluster:
@@ -67,6 +68,7 @@ class OpenedRun:
     checkpoint: Path | None  # what it starts from
     files: list[Path]
     rows: tuple[RowIndex, RowIndex]  # trained on, held out
+    keys: np.ndarray  # int64 [n], of all rows that the run began with
     identity: dict[str, Any]
 
 
@@ -82,13 +84,16 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
         run_folder.check_validation(config.data.validation)
     files = parquet_files(config.data.input)
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
-    rows = split(RowIndex.open(files, columns), config.data.holdout)
+    size = sum(file.stat().st_size for file in files)
+    index = RowIndex.open(files, columns)
+    left = kept_rows.go_on(run_dir, there, config.data.input, config.data.holdout, index, size)
+    rows = split(left.rows, config.data.holdout)
     if isinstance(config, Stage1Config) and config.data.latents:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
-    identity = run_folder.identity(config, model, checkpoint, files, rows, there)
+    identity = run_folder.identity(config, model, checkpoint, files, rows, there) | left.identity
     run_folder.check_free(run_dir, identity)  # before a stranger's folder gets a lock file
-    return OpenedRun(config, model, checkpoint, files, rows, identity)
+    return OpenedRun(config, model, checkpoint, files, rows, left.keys, identity)
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
@@ -317,7 +322,11 @@ def run_worker(
         config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, start)
     index = RowIndex.open([place(file) for file in loop["files"]], stage.columns)
+    if (began := kept_rows.kept(run_dir)) is None:
+        began = index.keys
+    index = index.select(np.isin(index.keys, began))  # what was added since waits for a new run
     rows, holdout = split(index, config.data.holdout)
+    held = in_holdout(began, config.data.holdout)
 
     def metadata(step: int) -> CheckpointMetadata:
         return CheckpointMetadata(
@@ -335,6 +344,7 @@ def run_worker(
         Square.of(model),
         rows,
         holdout,
+        (began[~held], began[held]),
         worker,
         emit=emit,
         called_back=called_back,

@@ -18,6 +18,7 @@ from pipelines.pairs import _captions_of, _sort_captions, with_pairs
 from pipelines.runtime import RayConfig
 from pipelines.schemas import IMAGE_ROW, PAIR_ROW, url_key
 from pipelines.storage import Table, parquet_files
+from pipelines.takedown import TakedownConfig, take_down
 from pipelines.training.config import Stage2Config
 from vlv_model.errors import DataError, RunError
 
@@ -101,6 +102,16 @@ def test_urls_are_joined_in_any_spelling_of_column_and_host(tmp_path: Path) -> N
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
+def test_urls_are_joined_as_they_are_sent_and_keys_stay(tmp_path: Path) -> None:
+    listed = ["http://h.org/a b.png", "http://bücher.example/%7ex.png"]
+    rows = [{"url": url, "image": {"bytes": b"x", "path": None}} for url in listed]  # a user's own
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
+    spelled = ["http://h.org/a%20b.png", "http://xn--bcher-kva.example/~x.png"]
+    teacher = captions_file(tmp_path, [{"url": u, "caption": u} for u in spelled])
+    write_pairs(str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"))
+    assert pairs_of(tmp_path / "pairs") == dict(zip(listed, spelled, strict=True))
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 40)
@@ -173,6 +184,38 @@ def test_captions_in_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     captions_file(tmp_path / "teacher/0", [{"url": url(0), "caption": "x0"}])  # of one size
     with pytest.raises(RunError, match=r"holds another run \(data\.captions"):
         write_pairs(images, str(tmp_path / "teacher"), str(tmp_path / "pairs"))
+
+
+def test_pairs_go_on_after_a_takedown_and_not_after_an_accident(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 12)
+    teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(12)])
+    output = str(tmp_path / "pairs")
+    write_pairs(images, teacher, output)
+    take_down(build(TakedownConfig, {"table": images, "urls": [url(3)]}))
+    for _ in range(2):
+        assert write_pairs(images, teacher, output)["pairs"] == 11
+        assert pairs_of(tmp_path / "pairs") == {url(i): f"c{i}" for i in range(12) if i != 3}
+    # Not by the takedown: neither captions nor images.
+    captions_file(tmp_path, [{"url": url(0), "caption": "another"}])
+    with pytest.raises(RunError, match=r"holds another run \(data\.captions"):
+        write_pairs(images, teacher, output)
+    captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(12)])
+    part = Table(images).part(0)
+    pq.write_table(pq.read_table(part).slice(1), part)
+    with pytest.raises(RunError, match=r"holds another run \(data\.input"):
+        write_pairs(images, teacher, output)
+
+
+def test_pairs_that_were_begun_before_a_takedown_are_begun_again(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 600, chunk=300)
+    teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(600)])
+    output = tmp_path / "pairs"
+    write_pairs(images, teacher, str(output))
+    (output / "_commits/000001.json").unlink()  # killed
+    gone = {int(pq.read_table(Table(images).part(1))["key"][i].as_py()) for i in range(299)}
+    take_down(build(TakedownConfig, {"table": images, "keys": sorted(gone)}))
+    assert write_pairs(images, teacher, str(output))["pairs"] == 301
+    assert {url_key(u) for u in pairs_of(output)} & gone == set()
 
 
 def chunked(*values: Any, kind: pa.DataType | None = None) -> pa.ChunkedArray:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.takedown import run, with_tables
 from pipelines.config import build
+from pipelines.entry import BAD_INPUT, main
 from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.dataset import IngestConfig, ingest
 from pipelines.ingest.report import REPORT
@@ -111,6 +116,97 @@ def test_a_domain_goes_with_its_subdomains_and_stays_away(tmp_path: Path, web: W
     assert urls_of(tmp_path / "out") == {*urls, others[2]}
     fetch(tmp_path, [*others, "http://b.example.org:1/y.png"])
     assert urls_of(tmp_path / "out") == {*urls, others[2]}
+
+
+BROWSER = {  # as the list has it: as a browser shows it
+    "http://127.0.0.1:9/sp ace.jpg": "http://127.0.0.1:9/sp%20ace.jpg#top",
+    "http://127.0.0.1:9/été.jpg": "http://127.0.0.1:9/%C3%A9t%C3%A9.jpg",
+    "http://bücher.invalid/x.jpg": "http://xn--bcher-kva.invalid/x.jpg",
+    "http://a.invalid/%7eme?q=a b": "HTTP://A.invalid:80/~me?q=a%20b",
+}
+
+
+def test_an_address_is_taken_down_in_all_its_spellings(tmp_path: Path) -> None:
+    """By the one that a browser shows; and of a row that is named by its key, the others go too."""
+    twice = ["http://b.invalid/%7Ex.jpg", "http://b.invalid/~x.jpg"]
+    fetch(tmp_path, [*BROWSER, *twice, "http://c.invalid/x.jpg"])
+    captions = derived_table(tmp_path / "captions", tmp_path / "out")
+    settings = {
+        "table": str(tmp_path / "out"),
+        "urls": list(BROWSER.values()),
+        "keys": [url_key(twice[0])],
+        "derived": [str(captions.folder)],
+    }
+    assert list(take_down(build(TakedownConfig, settings)).values()) == [6, 6]
+    assert urls_of(tmp_path / "out") == {"http://c.invalid/x.jpg"}
+    fetch(tmp_path, [*BROWSER, *BROWSER.values(), *twice, "http://c.invalid/y.jpg"])
+    assert urls_of(tmp_path / "out") == {f"http://c.invalid/{n}.jpg" for n in "xy"}
+
+
+def test_a_name_that_matches_nothing_is_an_error_after_the_others_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = ["http://a.invalid/1.jpg", "http://b.invalid/2.jpg", "http://c.invalid/3.jpg"]
+    fetch(tmp_path, urls)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    words = [
+        str(tmp_path / "out"),
+        str(tmp_path / "copy"),
+        f"urls={urls[0]},http://a.invalid/9.jpg",
+    ]
+    words += ["keys=5", "domains=B.invalid,nobody.invalid"]
+    capsys.readouterr()
+    for _ in range(2):  # the same command says the same, though what matched is gone by now
+        monkeypatch.setattr(sys, "argv", ["takedown.py", *with_tables(words)])
+        assert main(TakedownConfig, run, "", {"": "table"}) == BAD_INPUT
+        said = capsys.readouterr()
+        assert said.out.count("rows removed from") == 2
+        (line,) = said.err.splitlines()
+        named = "keys=5, urls=http://a.invalid/9.jpg, domains=nobody.invalid"
+        assert f"no row has {named}: check the spelling" in line
+        for table in ("out", "copy"):
+            assert urls_of(tmp_path / table) == {urls[2]}
+    with pytest.raises(DataError, match="none of the 2 rows"):  # but they are kept out from now on
+        fetch(tmp_path, ["http://a.invalid/9.jpg", "http://x.nobody.invalid/"])
+
+
+def test_a_note_of_the_first_versions_is_heeded(tmp_path: Path) -> None:
+    fetch(tmp_path, ["http://a.invalid/1.jpg", "http://b.invalid/2.jpg"])
+    note = {"keys": [url_key("http://c.invalid/3.jpg")], "domains": ["d.invalid"]}
+    (tmp_path / "out" / "_takedown.json").write_text(json.dumps(note))
+    named = ["http://c.invalid/3.jpg", "http://a.invalid/1.jpg"]
+    fetch(tmp_path, [*named, "http://e.d.invalid/", "http://f.invalid/"])
+    settings = {"table": str(tmp_path / "out"), "urls": named, "domains": ["d.invalid"]}
+    assert list(take_down(build(TakedownConfig, settings)).values()) == [1]  # nothing is unknown
+    assert urls_of(tmp_path / "out") == {"http://b.invalid/2.jpg", "http://f.invalid/"}
+
+
+@pytest.mark.parametrize(
+    ("given", "domain"),
+    [
+        ("http://bücher.example/", "xn--bcher-kva.example"),
+        ("https://A.org", "a.org"),
+        ("*.a.org", "a.org"),
+        (" a.org./ ", "a.org"),
+        ("//a.org:8080", "a.org"),
+    ],
+)
+def test_a_url_for_a_domain_is_understood(given: str, domain: str) -> None:
+    config = build(TakedownConfig, {"table": "x", "domains": [given]})
+    assert config.domains == (domain,)
+
+
+@pytest.mark.parametrize("given", ["http://a.org/x.jpg", "a.org/x", "http://", "", "."])
+def test_what_is_no_domain_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"domains: '.*': expected a domain"):
+        build(TakedownConfig, {"table": "x", "domains": [given]})
+
+
+def test_bare_words_are_tables() -> None:
+    words = ["/a,b", "urls=x", "--config", "y.yaml", "c d", "--print-config"]
+    kept = ["urls=x", "--config", "y.yaml", "--print-config"]
+    assert with_tables(words) == ['table=["/a,b", "c d"]', *kept]
+    assert with_tables(kept) == kept
 
 
 def test_domains_are_compared_label_by_label() -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from pipelines.config import build
 from pipelines.entry import main
 from pipelines.images import RowIndex
 from pipelines.ingest.dataset import IngestConfig, Merge, ingest, plan_only
+from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.runs import Run, last_run
 from pipelines.schemas import IMAGE_ROW, url_key
@@ -170,6 +172,102 @@ def test_an_unfinished_table_may_go_on_with_another_list(tmp_path: Path, web: We
     assert set(urls[20:]) <= set(rows) <= set(urls)
     run(tmp_path, urls)
     assert set(rows_of(tmp_path)) == set(urls)
+
+
+def test_new_scores_and_texts_of_known_urls_are_taken_without_a_download(
+    tmp_path: Path, web: Web
+) -> None:
+    urls = [web.url(f"{i}.png") for i in range(9)] + [web.url("gone.png")]
+    run(tmp_path, urls)
+    first = rows_of(tmp_path)
+    assert {row["aesthetic"] for row in first.values()} == {None}
+    low = {urls[1], urls[4]}
+    scores = [4.0 if url in low else 6.0 for url in urls]
+    action = lambda: run(tmp_path, urls, scores, filter={"min_aesthetic": 5})  # noqa: E731
+    counts, asked = asked_by(web, action)
+    assert (counts, asked) == ({"ok": 7, "filtered:aesthetic": 2, "download:http_404": 1}, 0)
+    rows = rows_of(tmp_path)
+    for url, row in rows.items():
+        state = "filtered:aesthetic" if url in low else first[url]["status"]
+        score = 4.0 if url in low else 6.0
+        assert row == {**first[url], "aesthetic": score, "status": state}
+    # What a list does not say stays, and what it says wins, whatever it says beside it.
+    table = {"url": urls[:4], "TEXT": ["a", "b", "c", None], "aesthetic": [None, 7.0, 3.0, None]}
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
+    more = {"data": data, **SETTINGS, "filter": {"min_aesthetic": 5, "optional": ["aesthetic"]}}
+    counts, asked = asked_by(web, lambda: ingest(build(IngestConfig, more)))
+    assert (counts, asked) == ({"ok": 7, "filtered:aesthetic": 2, "download:http_404": 1}, 0)
+    rows = rows_of(tmp_path)
+    found = [
+        (rows[url]["alt_text"], rows[url]["aesthetic"], rows[url]["status"]) for url in urls[:5]
+    ]
+    assert found == [
+        ("a", 6.0, "ok"), ("b", 7.0, "ok"), ("c", 3.0, "filtered:aesthetic"), (None, 6.0, "ok"),
+        (None, 4.0, "filtered:aesthetic"),
+    ]  # fmt: skip
+    # The same list again finds nothing to do, also with a run of its own.
+    written = [commit.run for commit in Table(tmp_path / "out").commits()]
+    ingest(build(IngestConfig, {**more, "duplicates": {"by": "near", "distance": 0}}))
+    assert [commit.run for commit in Table(tmp_path / "out").commits()] == written
+
+
+def test_a_list_of_which_no_row_passes_marks_what_it_names(tmp_path: Path, web: Web) -> None:
+    urls = [web.url(f"{i}.png") for i in range(4)]
+    run(tmp_path, urls, [6.0] * 4, filter={"min_aesthetic": 5})
+    again = [urls[0], urls[1], web.url("9.png")]
+    counts, asked = asked_by(
+        web, lambda: run(tmp_path, again, [1.0, 2.0, 3.0], filter={"min_aesthetic": 5})
+    )
+    assert (counts, asked) == ({"ok": 2, "filtered:aesthetic": 2}, 0)
+    again = [urls[0], urls[0], urls[1]]  # of several rows of one URL the first that passes
+    counts = run(tmp_path, again, [1.5, 8.0, 9.0], filter={"min_aesthetic": 5})
+    assert counts == {"ok": 4}
+    scores = [rows_of(tmp_path)[url]["aesthetic"] for url in urls]
+    assert scores == [8.0, 9.0, 6.0, 6.0]
+    with pytest.raises(DataError, match="filter 'aesthetic'"):
+        run(tmp_path, urls, filter={"min_aesthetic": 5})
+    with pytest.raises(DataError, match="none of the 1 rows of the list is left"):
+        run(tmp_path, [web.url("9.png")], [3.0], filter={"min_aesthetic": 5})
+
+
+def test_a_rescored_copy_and_a_row_that_is_fetched_again_have_the_new_scores(
+    tmp_path: Path, web: Web
+) -> None:
+    (tmp_path / "web/copy.png").write_bytes((tmp_path / "web/0.png").read_bytes())
+    urls = [web.url(name) for name in ("0.png", "copy.png", "late.png")]
+    assert run(tmp_path, urls, [6.0] * 3) == {"ok": 1, "download:http_404": 1, "duplicate": 1}
+    Image.new("RGB", (30, 30), "white").save(tmp_path / "web/late.png")
+    run(tmp_path, urls, [7.0] * 3, retry=["http_404"])
+    rows = rows_of(tmp_path)
+    assert {row["aesthetic"] for row in rows.values()} == {7.0}
+    assert sorted(row["status"] for row in rows.values()) == ["duplicate", "ok", "ok"]
+
+
+def test_known_keys_are_never_missed(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 20_000)
+    table = Table(tmp_path / "t")
+    table.create("image", {}, 1)
+    table.write(0, pa.table({"key": keys[:9000], "status": ["ok"] * 9000}))
+    known = KnownKeys(table)
+    assert known.may_have(keys[:9000]).all()
+    assert known.may_have(keys[9000:]).mean() < 0.001
+
+
+def test_two_keys_of_one_address_are_copies(tmp_path: Path, web: Web) -> None:
+    """Also where the server gives each of them other bytes; the list's first run decides."""
+    for i, name in enumerate(("~a.png", "b c.png")):
+        Image.new("RGB", (30, 30), (i, 99, 0)).save(tmp_path / "web" / name)
+    first = [f"{web.base_url}/{path}" for path in ("%7ea.png", "b c.png", "1.png")]
+    run(tmp_path, first)
+    for name in ("~a.png", "b c.png"):
+        Image.new("RGB", (30, 30), (7, 7, 7)).save(tmp_path / "web" / name)
+    again = [f"{web.base_url}/{path}" for path in ("~a.png", "b%20c.png", "2.png")]
+    assert run(tmp_path, [*first, *again]) == {"ok": 4, "duplicate": 2}
+    states = {url: row["status"] for url, row in rows_of(tmp_path).items()}
+    assert states == dict.fromkeys([*first, again[2]], "ok") | dict.fromkeys(again[:2], "duplicate")
+    counts = run(tmp_path, [*first, *again], duplicates={"by": "none"})
+    assert counts == {"ok": 6}
 
 
 def test_a_row_keeps_the_key_of_its_url(tmp_path: Path, web: Web) -> None:

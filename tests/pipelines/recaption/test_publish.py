@@ -7,10 +7,13 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
+from pipelines.config import build
 from pipelines.recaption.card import caption_card
 from pipelines.recaption.dataset import recaption
 from pipelines.recaption.json_file import write_json
@@ -158,3 +161,35 @@ def test_a_table_in_a_store_has_all_of_it(ray_local, settings, bucket: str) -> N
     assert len(json.loads((table.folder / "captions.json").read_text())) == 21
     assert (table.folder / "_report.html").read_text().count("<img") == 21
     assert recaption(config) == {"ok": 21}
+
+
+def test_what_a_takedown_deleted_is_made_again(settings, pair_table: Path, tmp_path: Path) -> None:
+    """Also where the takedown did not name the captions, and where the job was killed before it."""
+    rows = pa.concat_tables(pq.read_table(file) for file in sorted(pair_table.iterdir()))
+    images = Table(tmp_path / "images")
+    images.create("image", {}, 2)
+    for chunk in range(2):
+        images.write(chunk, rows.slice(61 * chunk, 61), row_group_size=16)
+    config = settings(f"data.input={images.folder}", "format=json")
+    folder = Path(config.data.output)
+    assert recaption(config) == {"ok": 21}
+    beside = ["captions.json", "README.md", "_report.html", "_health.json", "_similar.csv"]
+    before = pd.read_parquet(folder / "data").set_index("key")["caption"].to_dict()
+    gone = list(before)[:3]
+    for keys, derived in ((gone[:1], [str(folder)]), (gone[1:2], [])):
+        named = {"table": str(images.folder), "keys": keys, "derived": derived}
+        take_down(build(TakedownConfig, named))
+        assert recaption(config) == {"ok": 21}  # the next rows come in, as data.limit=21
+        after = pd.read_parquet(folder / "data").set_index("key")["caption"].to_dict()
+        assert keys[0] not in after
+        assert {key: after[key] for key in after if key in before} == {
+            key: text for key, text in before.items() if key in after
+        }
+        assert len(json.loads((folder / "captions.json").read_text())) == 21
+        assert all((folder / name).is_file() for name in beside)
+        assert json.loads((folder / "_health.json").read_text())["rows"] == 21
+    (folder / "data/part-000001.parquet").unlink()  # killed
+    (folder / "_commits/000001.json").unlink()
+    take_down(build(TakedownConfig, {"table": str(images.folder), "keys": gone[2:]}))
+    assert recaption(config) == {"ok": 21}
+    assert not set(pd.read_parquet(folder / "data")["key"]) & set(gone)
