@@ -53,7 +53,10 @@ def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
         pq.write_table(pa.Table.from_pylist(full), file)
     elif ".csv" in file.name or ".tsv" in file.name:
         with opener(file, "wt", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, names, delimiter="\t" if ".tsv" in file.name else ",")
+            options: dict[str, Any] = {}
+            if ".tsv" in file.name:  # which has no quoting
+                options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            writer = csv.DictWriter(stream, names, **options)
             writer.writeheader()
             writer.writerows(full)
     else:
@@ -92,11 +95,14 @@ def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
     "name", ["l.parquet", "l.csv", "l.tsv", "l.csv.gz", "l.jsonl", "l.ndjson.gz"]
 )
 def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
-    rows = read_all(write_list(tmp_path / name, ROWS))
+    text = 'two, "quoted"\nlines'
+    if name == "l.tsv":  # where a line break ends the row
+        text = 'two, "quoted" lines'
+    rows = read_all(write_list(tmp_path / name, [ROWS[0], {**ROWS[1], "TEXT": text}, ROWS[2]]))
     assert [row["url"] for row in rows] == [row["URL"] for row in ROWS]
     assert [row["aesthetic"] for row in rows] == [6.5, None, 4.0]
     assert [row["width"] for row in rows] == [600.0, 80.0, None]
-    assert rows[1]["alt_text"] == 'two, "quoted"\nlines'
+    assert rows[1]["alt_text"] == text
     assert not rows[2]["alt_text"]
 
 
@@ -164,7 +170,6 @@ def test_columns_may_be_mapped_by_hand(tmp_path: Path) -> None:
     [
         ("l.csv", b"picture,TEXT\nhttp://a/,x\n", "no column 'url'; it has picture, TEXT"),
         ("l.csv", b"", "no column 'url'; it has no columns"),
-        ("l.csv", b"url,WIDTH\nhttp://a/,wide\n", "column 'WIDTH' is string and cannot be read as"),
         ("l.csv", b"url\n\xff\xfe\n", "cannot be read as CSV"),
         ("l.jsonl", b'{"url": "http://a/"}\n{"url"\n', "line 2 is not a JSON object"),
         ("l.jsonl", b"7\n", "line 1 is not a JSON object"),
