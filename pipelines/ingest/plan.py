@@ -12,6 +12,7 @@ Memory does not grow with the list (pipelines/buckets.py).
 from __future__ import annotations
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from pipelines.buckets import Buckets, Sorting
 from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
 from pipelines.ingest.list_files import input_bytes
-from pipelines.ingest.metadata import read_batches
+from pipelines.ingest.metadata import OddValues, read_batches
 from pipelines.places import write_parquet
 from pipelines.schemas import (
     DUPLICATE,
@@ -71,7 +72,7 @@ def chunk_file(folder: Path, chunk: int) -> Path:
 def read_list(
     files: list[Path],
     filters: FilterConfig,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str | None],
     plan: Plan,
     blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
     sorting: Sorting = Buckets,
@@ -108,19 +109,27 @@ def read_list(
 def passing(
     files: list[Path],
     filters: FilterConfig,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str | None],
     plan: Plan,
     dropped: Counter[str],
     failing: Counter[str],
 ) -> Iterator[pa.Table]:
     """The METADATA_ROW rows of `files` that have a URL and pass the filters, as they come.
 
-    The others are counted: `dropped` by the first rule that they fail, `failing` by each.
+    The others are counted: `dropped` by the first rule that they fail, `failing` by each. Odd values
+    that were taken as missing get one line of warning for each column.
     """
+    odd: OddValues = {}
     for file in files:
-        for batch in read_batches(file, columns, filters):
+        for batch in read_batches(file, columns, filters, odd):
             plan.read += batch.num_rows
             yield _planned(batch, filters, dropped, failing)
+    for name, (count, first) in odd.items():
+        print(
+            f"warning: column '{name}' of the list: {count:,} values that cannot be read were taken "
+            f"as missing (the first: {first}), as no filter reads them",
+            file=sys.stderr,
+        )
 
 
 def first_plan(
