@@ -221,7 +221,7 @@ def _key(value: Any, column: str | None) -> int:
 def _image_files(source: Source) -> Iterator[dict[str, Any]]:
     root = source.root
     if source.files:
-        yield from (_file_row(file.parent, file.name, None, root) for file in source.files)
+        yield from (_file_row(root, _below(file, root), None, root) for file in source.files)
     elif is_file(root):
         yield listed_row(root.name, str(root), None, None)
     else:
@@ -246,4 +246,6 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 def _below(path: Path, root: Path) -> str:
     """The path below `root`, with slashes; empty for the root itself."""
+    if is_url(path):  # whose parts leave out folders without a name: two paths would be one
+        return str(path)[len(str(root).rstrip("/")) + 1 :]
     return "/".join(path.parts[len(root.parts) :])
