@@ -35,7 +35,7 @@ from pipelines.places import (
     write_parquet,
 )
 from pipelines.predicate import Where, small_columns
-from pipelines.schemas import OK, key_of, url_key
+from pipelines.schemas import OK, check_status, key_of, url_key
 from pipelines.shards import members
 from pipelines.sources import (
     Source,
@@ -170,6 +170,8 @@ def _parquet_rows(
     if key_column is not None and key_column not in schema.names:
         raise DataError(f"data.key_column={key_column}: {file} has {', '.join(schema.names)}")
     key = key_column or ("key" if is_integer(schema, "key") else None)
+    if source.layout == "table":
+        check_status(schema, path)
     status = "status" if source.layout == "table" and "status" in schema.names else None
     title = next((name for name in _NAMES if name in schema.names), None)
     is_struct = pa.types.is_struct(schema.field(column).type)

@@ -192,6 +192,23 @@ def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Pa
     assert keyed == states
 
 
+def test_unsigned_keys_keep_their_bits(tmp_path: Path) -> None:
+    keys = [2**63 + 5, 2**64 - 1, 0, 7]
+    rows = {"key": pa.array(keys, pa.uint64()), "image": [png(colour) for colour in COLOURS]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    found = {row["key"]: colour_of(row) for row in read(tmp_path / "t.parquet", tmp_path / "out")}
+    assert sorted(found) == [-(2**63) + 5, -1, 0, 7]
+    assert found[-1] == (0, 128, 0)
+
+
+@pytest.mark.parametrize("where", [None, "key > 0"])
+def test_a_status_that_is_not_ours_is_one_line(tmp_path: Path, where: str | None) -> None:
+    rows = {"key": [1, 2], "image": [png("red")] * 2, "status": [200, 404]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: column 'status' is int64, expected text"):
+        read(tmp_path / "t.parquet", tmp_path / "out", where=where)
+
+
 def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     images = pa.array([png("red"), png("blue")], pa.binary())
     pq.write_table(pa.table({"image": images, "id": ["a", "a"]}), tmp_path / "in.parquet")
