@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -84,11 +86,23 @@ def list_images(
         if there is None or there["asked"] != asked or there["files"] != about["files"]:
             if Table(output).exists:
                 return _listed(output), about  # refused by whoever compares what they are of
-            if not _write(output, source, key_column, where):
+            others: Counter[str] = Counter()
+            if not _write(output, source, key_column, where, others):
                 what = f"no row for which {where}" if where is not None else "no image"
-                raise DataError(f"{setting}={path} has {what}")
+                beside = f" (and {_suffixes(others)})" if others else ""
+                raise DataError(f"{setting}={path} has {what}{beside}")
+            if others:
+                print(
+                    f"warning: {setting}={path}: {others.total():,} files in its shards are no images by "
+                    f"their names and were passed over: {_suffixes(others)}",
+                    file=sys.stderr,
+                )
             write_atomically(made_of, json.dumps({"asked": asked, **about}))
     return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
+
+
+def _suffixes(counts: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in counts.most_common(5))
 
 
 def _listed(output: Path) -> list[Path]:
@@ -104,8 +118,10 @@ def _digest(source: Source) -> str | None:
     return digest.hexdigest()[:16] if source.files else None
 
 
-def _write(output: Path, source: Source, key_column: str | None, where: str | None) -> int:
-    """Write a listing anew; how many rows it has."""
+def _write(
+    output: Path, source: Source, key_column: str | None, where: str | None, others: Counter[str]
+) -> int:
+    """Write a listing anew; how many rows it has. `others` counts what is no image in shards."""
     remove_folder(output / FOLDER)
     if not is_url(output):
         (output / FOLDER).mkdir(parents=True)
@@ -123,7 +139,7 @@ def _write(output: Path, source: Source, key_column: str | None, where: str | No
         waiting.clear()
         written += 1
 
-    for table in _rows(source, key_column, condition):
+    for table in _rows(source, key_column, condition, others):
         waiting.append(table)
         rows += table.num_rows
         if sum(t.num_rows for t in waiting) >= _ROWS:
@@ -133,7 +149,9 @@ def _write(output: Path, source: Source, key_column: str | None, where: str | No
     return rows
 
 
-def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterator[pa.Table]:
+def _rows(
+    source: Source, key_column: str | None, where: Where | None, others: Counter[str]
+) -> Iterator[pa.Table]:
     if source.layout in ("table", "parquet"):
         for file in source.files:
             yield from _parquet_rows(source, file, key_column, where)
@@ -141,12 +159,15 @@ def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterat
     if source.layout == "tar":
         with ThreadPoolExecutor(_SHARDS) as readers:
 
-            def listed(shard: Path) -> pa.Table:
-                return _table(members(shard, _below(shard, source.root)))
+            def listed(shard: Path) -> tuple[pa.Table, Counter[str]]:
+                counted: Counter[str] = Counter()  # of one thread
+                return _table(members(shard, _below(shard, source.root), counted)), counted
 
             for first in range(0, len(source.files), _SHARDS):
                 shards = readers.map(listed, source.files[first : first + _SHARDS])
-                yield from (_kept(table, where) for table in shards)
+                for table, counted in shards:
+                    others.update(counted)
+                    yield _kept(table, where)
         return
     files = _image_files(source)
     while batch := list(islice(files, 16_384)):

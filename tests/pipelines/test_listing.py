@@ -255,6 +255,23 @@ def test_a_damaged_shard_gives_what_is_sound_and_says_so(shards: Path, tmp_path:
     assert "damaged from byte" in next(r["error"] for r in rows if r["status"] != "ok")
 
 
+def test_members_of_an_unknown_suffix_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {"0.png": png("red"), "0.json": b"{}", "0.txt": b"a", "1.raw": b"1", "2.RAW": b"2"}
+    shard(tmp_path / "0.tar", {**members, "._0.raw": b"", "3": b"3", "d/0.cls": b"7"})
+    (row,) = read(tmp_path / "0.tar", tmp_path / "out")
+    assert row["name"] == "0.tar/0.png"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "3 files in its shards are no images by their names and were passed over: "
+        "2 .raw, 1 without suffix"
+    )
+    shard(tmp_path / "1.tar", {"1.raw": b"1"})
+    with pytest.raises(DataError, match=r"has no image \(and 1 \.raw\)"):
+        read(tmp_path / "1.tar", tmp_path / "none")
+
+
 def test_a_shard_that_is_compressed_is_refused(shards: Path, tmp_path: Path) -> None:
     packed = gzip.compress((shards / "00000.tar").read_bytes())
     (shards / "00000.tar").write_bytes(packed)
