@@ -1,5 +1,7 @@
 """How every job gets its settings: defaults < YAML file (`--config`) < `key=value` on the command line.
 
+What texts mean, in the file and on the command line, is in `pipelines.settings_file`.
+
 A job's settings are one frozen pydantic class, nested by section. This module turns a command
 line into an instance of it, prints `--help` and `--print-config` from the same class, and turns
 whatever is wrong into one line that names the setting.
@@ -14,14 +16,16 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from pipelines.settings_file import parse_value, read_file, section_of, type_words
 from vlv_model.config import Config
 from vlv_model.errors import ConfigError
 
@@ -103,21 +107,38 @@ def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
     Raises ConfigError, one line, for an unreadable file, an unknown key (with the nearest right
     one), a value of the wrong type or out of range, and a required setting that is missing.
     """
-    values = _read_yaml(config_file) if config_file else {}
+    values: dict[str, Any] = {}
+    given = read_file(cls, config_file) if config_file else {}
+    lines = {key: f" (--config {config_file} line {one.line})" for key, one in given.items()}
+    for key, one in given.items():
+        _insert(values, key, one.value, lines[key])
+    before = ""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"cannot read '{override}': settings are given as key=value")
-        _insert(values, key, _parse_value(cls, key, text))
-    return build(cls, values)
+            belongs = f"; if it belongs to what is before it: '{before} {override}'"
+            raise ConfigError(
+                f"cannot read '{override}': settings are given as key=value{belongs if before else ''}"
+            )
+        _insert(values, key, parse_value(cls, key, text))
+        lines.pop(key, None)
+        before = override
+    return build(cls, values, lines)
 
 
-def build(cls: type[C], values: Mapping[str, Any]) -> C:
-    """Validate a nested mapping as `cls`; ConfigError in one line where it is refused."""
+def build(
+    cls: type[C],
+    values: Mapping[str, Any],
+    lines: Mapping[str, str] = types.MappingProxyType({}),
+) -> C:
+    """Validate a nested mapping as `cls`; ConfigError in one line where it is refused.
+
+    `lines` says of a setting, by its dotted key, where it was given.
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(cls, error)) from None
+        raise ConfigError(_one_line(cls, error, lines)) from None
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -125,72 +146,29 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ConfigError(f"--config {file}: {reason}") from None
-    try:
-        values = yaml.safe_load(text)
-    except _YAML_ERRORS as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"--config {file}: not valid YAML{where}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {file}: expected a mapping of settings")
-    return values
-
-
-# PyYAML lets errors of the constructors that its tags name through.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
-
-
-def _annotation(cls: type[Config], dotted: str) -> Any:
-    """The type of a setting, or None where there is no such setting."""
-    annotation: Any = cls
-    for name in dotted.split("."):
-        section = _section(annotation)
-        if section is None or name not in section.model_fields:
-            return None
-        annotation = section.model_fields[name].annotation
-    return annotation
-
-
-def _parse_value(cls: type[Config], key: str, text: str) -> Any:
-    annotation = _annotation(cls, key)
-    if _type_words(annotation) == "text":  # to the letter: a path may look like YAML
-        optional = type(None) in get_args(annotation)
-        return None if optional and text in ("none", "null") else text
-    try:
-        value = yaml.safe_load(text)
-        if value is None or isinstance(value, list | dict) or Ellipsis not in get_args(annotation):
-            return value
-        # A list of any length may be written without brackets: a,b,c.
-        items = [item.strip() for item in text.split(",")]
-        return items if get_args(annotation)[0] is not int else [yaml.safe_load(i) for i in items]
-    except _YAML_ERRORS:
-        raise ConfigError(f"{key}: cannot read the value '{text}'") from None
-
-
-def _insert(values: dict[str, Any], dotted: str, value: Any) -> None:
+def _insert(values: dict[str, Any], dotted: str, value: Any, where: str = "") -> None:
     *sections, name = dotted.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section")
+            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section{where}")
         values = inner
     values[name] = value
 
 
-def _one_line(cls: type[Config], error: ValidationError) -> str:
+def _one_line(cls: type[Config], error: ValidationError, lines: Mapping[str, str]) -> str:
     details = error.errors()
     # A misspelt required key is both unknown and missing: the unknown one is what helps.
     details = [d for d in details if d["type"] == "extra_forbidden"] or details
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return _describe(cls, details[0]) + more
+    key = ".".join(map(str, details[0]["loc"]))
+    found: Iterator[str] = (
+        where for name, where in lines.items() if f"{key}.".startswith(f"{name}.")
+    )
+    if details[0]["type"] == "extra_forbidden":  # perhaps a section, of which a setting was given
+        found = chain(found, (w for name, w in lines.items() if name.startswith(f"{key}.")))
+    where = next(found, "")
+    return _describe(cls, details[0]) + where + more
 
 
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
@@ -223,7 +201,7 @@ class Setting:
 
     def __init__(self, key: str, field: FieldInfo) -> None:
         self.key = key
-        self.type = _type_words(field.annotation) + _bounds(field)
+        self.type = type_words(field.annotation) + _bounds(field)
         self.meaning = field.description or ""
         if field.is_required():
             self.default = "required"
@@ -243,34 +221,11 @@ def _default_words(default: Any) -> str:
 def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
     """All leaves of a settings class, depth first, in the order of declaration."""
     for name, field in cls.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             yield from settings(section, f"{prefix}{name}.")
         else:
             yield Setting(prefix + name, field)
-
-
-def _section(annotation: Any) -> type[Config] | None:
-    is_class = isinstance(annotation, type)
-    return annotation if is_class and issubclass(annotation, Config) else None
-
-
-def _type_words(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _type_words(get_args(annotation)[0])
-    if origin is Literal:
-        return "|".join(str(value) for value in get_args(annotation))
-    if origin in (Union, types.UnionType):
-        inner = [_type_words(a) for a in get_args(annotation) if a is not type(None)]
-        return " or ".join(inner)
-    if origin is not None:
-        inner = [_type_words(a) for a in get_args(annotation) if a is not Ellipsis]
-        name = {tuple: "list", dict: "mapping"}.get(origin, origin.__name__)
-        return f"{name} of {', '.join(inner)}"
-    return {str: "text", int: "integer", float: "number", bool: "true|false"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -351,12 +306,23 @@ def parse(
             if not separator and (value := next(words, "")) == "":
                 raise ConfigError(f"{option} needs a value: {option} VALUE")
             if option == "--config":
+                if config_file is not None:
+                    raise ConfigError(
+                        f"--config is given twice ({config_file}, {value}): put the settings of both in "
+                        "one file"
+                    )
                 config_file = value
             else:
                 overrides.append(f"{aliases[option]}={value}")
         elif word.startswith("-"):
             raise ConfigError(f"unknown option '{option}': settings are given as key=value")
         elif "" in aliases and not separator:
+            taken = next((o for o in overrides if o.startswith(f"{aliases['']}=")), None)
+            if taken is not None:
+                raise ConfigError(
+                    f"cannot read '{word}': {aliases['']} is given already ('{taken}'), and settings are "
+                    f"given as key=value; if it belongs to what is before it: '{overrides[-1]} {word}'"
+                )
             overrides.append(f"{aliases['']}={word}")
         else:
             overrides.append(word)

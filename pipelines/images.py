@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.external import COLUMN, PLACE, ExternalImages, UndecodableImage, image_bytes
 from pipelines.places import open_parquet
-from pipelines.schemas import OK, has_text, require_columns
+from pipelines.schemas import OK, check_status, has_text, require_columns
 from pipelines.storage import read_schema
 from vlv_model.errors import DataError
 from vlv_model.squares import Square
@@ -142,6 +142,7 @@ def _check_columns(
     if not pa.types.is_integer(schema.field("key").type):
         found = schema.field("key").type
         raise DataError(f"{path}: column 'key' is {found}, expected int64 as ingest writes it")
+    check_status(schema, str(path))
     for name in texts:
         kind = schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -156,6 +157,11 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
     for name in texts:
         usable &= has_text(table[name]).to_numpy()
     return usable
+
+
+def _signed(key: int) -> int:
+    """The int64 with the bits of a key, which others may store as uint64."""
+    return (key + 2**63) % 2**64 - 2**63
 
 
 class RowReader:
@@ -196,7 +202,7 @@ class RowReader:
         group = self._group(file, int(self.index.group[position]))
         rows = group.slice(int(self.index.row[position]), 1).to_pylist()
         key = int(self.index.keys[position])
-        if not rows or rows[0].pop("key") != key:
+        if not rows or _signed(rows[0].pop("key")) != key:
             raise DataError(
                 f"{self.index.files[file]} was changed while it was in use: the row of key {key} is "
                 "no longer in its place"

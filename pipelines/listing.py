@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -35,7 +37,7 @@ from pipelines.places import (
     write_parquet,
 )
 from pipelines.predicate import Where, small_columns
-from pipelines.schemas import OK, key_of, url_key
+from pipelines.schemas import OK, check_status, key_of, url_key
 from pipelines.shards import members
 from pipelines.sources import (
     Source,
@@ -87,11 +89,23 @@ def list_images(
             relist = again and there is not None and there["asked"] == asked
             if Table(output).exists and not relist:
                 return _listed(output), about  # refused by whoever compares what they are of
-            if not _write(output, source, key_column, where):
+            others: Counter[str] = Counter()
+            if not _write(output, source, key_column, where, others):
                 what = f"no row for which {where}" if where is not None else "no image"
-                raise DataError(f"{setting}={path} has {what}")
+                beside = f" (and {_suffixes(others)})" if others else ""
+                raise DataError(f"{setting}={path} has {what}{beside}")
+            if others:
+                print(
+                    f"warning: {setting}={path}: {others.total():,} files in its shards are no images by "
+                    f"their names and were passed over: {_suffixes(others)}",
+                    file=sys.stderr,
+                )
             write_atomically(made_of, json.dumps({"asked": asked, **about}))
     return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
+
+
+def _suffixes(counts: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in counts.most_common(5))
 
 
 def _listed(output: Path) -> list[Path]:
@@ -107,8 +121,10 @@ def _digest(source: Source) -> str | None:
     return digest.hexdigest()[:16] if source.files else None
 
 
-def _write(output: Path, source: Source, key_column: str | None, where: str | None) -> int:
-    """Write a listing anew; how many rows it has."""
+def _write(
+    output: Path, source: Source, key_column: str | None, where: str | None, others: Counter[str]
+) -> int:
+    """Write a listing anew; how many rows it has. `others` counts what is no image in shards."""
     remove_folder(output / FOLDER)
     if not is_url(output):
         (output / FOLDER).mkdir(parents=True)
@@ -126,7 +142,7 @@ def _write(output: Path, source: Source, key_column: str | None, where: str | No
         waiting.clear()
         written += 1
 
-    for table in _rows(source, key_column, condition):
+    for table in _rows(source, key_column, condition, others):
         waiting.append(table)
         rows += table.num_rows
         if sum(t.num_rows for t in waiting) >= _ROWS:
@@ -136,7 +152,9 @@ def _write(output: Path, source: Source, key_column: str | None, where: str | No
     return rows
 
 
-def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterator[pa.Table]:
+def _rows(
+    source: Source, key_column: str | None, where: Where | None, others: Counter[str]
+) -> Iterator[pa.Table]:
     if source.layout in ("table", "parquet"):
         for file in source.files:
             yield from _parquet_rows(source, file, key_column, where)
@@ -144,12 +162,15 @@ def _rows(source: Source, key_column: str | None, where: Where | None) -> Iterat
     if source.layout == "tar":
         with ThreadPoolExecutor(_SHARDS) as readers:
 
-            def listed(shard: Path) -> pa.Table:
-                return _table(members(shard, _below(shard, source.root)))
+            def listed(shard: Path) -> tuple[pa.Table, Counter[str]]:
+                counted: Counter[str] = Counter()  # of one thread
+                return _table(members(shard, _below(shard, source.root), counted)), counted
 
             for first in range(0, len(source.files), _SHARDS):
                 shards = readers.map(listed, source.files[first : first + _SHARDS])
-                yield from (_kept(table, where) for table in shards)
+                for table, counted in shards:
+                    others.update(counted)
+                    yield _kept(table, where)
         return
     files = _image_files(source)
     while batch := list(islice(files, 16_384)):
@@ -173,6 +194,8 @@ def _parquet_rows(
     if key_column is not None and key_column not in schema.names:
         raise DataError(f"data.key_column={key_column}: {file} has {', '.join(schema.names)}")
     key = key_column or ("key" if is_integer(schema, "key") else None)
+    if source.layout == "table":
+        check_status(schema, path)
     status = "status" if source.layout == "table" and "status" in schema.names else None
     title = next((name for name in _NAMES if name in schema.names), None)
     is_struct = pa.types.is_struct(schema.field(column).type)
@@ -224,7 +247,7 @@ def _key(value: Any, column: str | None) -> int:
 def _image_files(source: Source) -> Iterator[dict[str, Any]]:
     root = source.root
     if source.files:
-        yield from (_file_row(file.parent, file.name, None, root) for file in source.files)
+        yield from (_file_row(root, _below(file, root), None, root) for file in source.files)
     elif is_file(root):
         yield listed_row(root.name, str(root), None, None)
     else:
@@ -249,4 +272,6 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 def _below(path: Path, root: Path) -> str:
     """The path below `root`, with slashes; empty for the root itself."""
+    if is_url(path):  # whose parts leave out folders without a name: two paths would be one
+        return str(path)[len(str(root).rstrip("/")) + 1 :]
     return "/".join(path.parts[len(root.parts) :])

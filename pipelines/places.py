@@ -43,6 +43,7 @@ _ANSWERS = (
 )  # fmt: skip
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
 _SIGNATURE = 28  # bytes of it behind the footer of an encrypted Parquet file whose footer is not
+_SLASHES = re.compile(r"/+")
 _WILDCARD = re.compile(r"[*?[]")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # what `_whole` names
 
@@ -121,7 +122,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the store tells of all that lies at a URL, by name, sorted; none where nothing does."""
+    """What the store tells of all that lies at a URL, by name, sorted; none where nothing does.
+
+    In a store a folder may have an empty name, as in `s3://bucket/a//b.jpg`. It is not listed; all
+    files below it are, by names that begin with a slash (`/b.jpg`), as `folder / name` takes them.
+    """
     remote: Any = folder
     try:
         found = patiently(lambda: remote.fs.ls(remote.path, detail=True), folder)
@@ -129,6 +134,10 @@ def entries(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     inside = len(remote.path.rstrip("/")) + 1
     named = {one["name"][inside:].rstrip("/"): one for one in found}
+    if "" in named:
+        below = patiently(lambda: remote.fs.find(remote.path, detail=True), folder)
+        inner = {path[inside:]: one for path, one in below.items()}
+        named |= {name: one for name, one in inner.items() if name[:1] == "/" != name[-1:]}
     return {name: named[name] for name in sorted(named) if name}
 
 
@@ -139,7 +148,9 @@ def stamp_of(files: Sequence[Path]) -> str:
         remote = entries(folder) if is_url(folder) else {}
         for file in some:
             if is_url(file):
-                about = remote.get(file.name, {})
+                # pathlib's parent and name leave out a folder whose name is empty.
+                below = str(file)[len(str(folder).rstrip("/")) + 1 :]
+                about = remote.get(below, {})
                 written = about.get("ETag") or about.get("LastModified") or about.get("mtime")
                 told = f"{about.get('size')} {written}"
             else:
@@ -209,10 +220,16 @@ def _is_meant(file: Path, pattern: str) -> bool:
 
 def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """fsspec's own glob passes over what a store does not answer for, and may return a part."""
-    if "**" in names:
+    if "**" in names or "" in names:
         whole = re.compile(glob_translate("/".join(names)))
         inside = len(str(folder).rstrip("/")) + 1
-        yield from (file for file in files_below(folder) if whole.match(str(file)[inside:]))
+        for file in files_below(folder):
+            below = str(file)[inside:]
+            # `**` stands for folders without a name, too.
+            if whole.match(below) or (
+                "" not in names and whole.match(_SLASHES.sub("/", below).lstrip("/"))
+            ):
+                yield file
         return
     wanted = re.compile(fnmatch.translate(names[0]))
     for name, one in entries(folder).items():

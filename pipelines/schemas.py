@@ -193,3 +193,16 @@ def require_columns(found: pa.Schema, needed: list[str], where: str) -> None:
             f"{where} has no column {', '.join(map(repr, missing))}; "
             f"it has {', '.join(found.names) or 'no columns'}"
         )
+
+
+def check_status(found: pa.Schema, where: str) -> None:
+    """Raise DataError for a `status` that is no text, as a code of HTTP: it is not what ours means."""
+    if "status" not in found.names:
+        return
+    kind = found.field("status").type
+    texts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    if not any(is_kind(kind) for is_kind in texts) and not pa.types.is_dictionary(kind):
+        raise DataError(
+            f"{where}: column 'status' is {kind}, expected text, 'ok' in the rows that are used: "
+            "rename it"
+        )

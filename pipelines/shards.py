@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -20,15 +21,25 @@ _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x
 _DAMAGES = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError)
 
 
-def members(shard: Path, below: str) -> list[dict[str, Any]]:
+_COMPANIONS = frozenset([
+    ".json", ".jsonl", ".txt", ".text", ".caption", ".transcript", ".cls", ".cls2", ".cbor", ".csv", ".tsv",
+    ".npy", ".npz", ".pth", ".pt", ".pyd", ".pickle", ".pkl", ".parquet", ".yaml", ".yml", ".xml", ".html",
+    ".md", ".index", ".inx", ".id", ".ten", ".tb", ".mp", ".msg", ".safetensors",
+])  # fmt: skip
+"""Suffixes of what lies beside the images of a sample, in WebDataset's shards and others."""
+
+
+def members(shard: Path, below: str, others: Counter[str] | None = None) -> list[dict[str, Any]]:
     """A row (`LISTED_ROW`) for each image of a tar shard, which is called `below` in their names.
 
-    One that is damaged gives its sound part, and a row that says so. Raises DataError for one that is
+    Files that are neither images by their names nor what lies beside them are counted in `others`,
+    by suffix. A shard that is damaged gives its sound part, and a row that says so. Raises DataError for one that is
     compressed, or cannot be read.
     """
     path = str(shard)
     rows: list[dict[str, Any]] = []
     taken: set[str] = set()
+    counted: Counter[str] = Counter() if others is None else others
     places: dict[str, tuple[int, int]] = {}  # of what links may name
     links: list[tuple[str, str]] = []
 
@@ -51,8 +62,12 @@ def members(shard: Path, below: str) -> list[dict[str, Any]]:
                     if member.isreg():
                         size = member.size if end <= total else DAMAGED
                         places[posixpath.normpath(member.name)] = (member.offset_data, size)
+                    hidden = posixpath.basename(member.name)[:1] == "."
                     # As in a folder: hidden files are no images, but what macOS keeps of them.
-                    if not is_image(member.name) or posixpath.basename(member.name)[0] == ".":
+                    if not is_image(member.name) or hidden:
+                        suffix = posixpath.splitext(member.name)[1].lower()
+                        if member.isreg() and not hidden and suffix not in _COMPANIONS:
+                            counted[suffix] += 1
                         continue
                     if member.isreg():
                         rows.append(listed_row(title(member), path, member.offset_data, size))

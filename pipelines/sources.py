@@ -141,6 +141,8 @@ def _look(folder: Path) -> _Found:
 def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
     """Each folder below with its files' names and, in an object store, sizes; one at a time.
 
+    A name may begin with a slash there: see `pipelines.places.entries`.
+
     Of a table of ours below there is `_table.json` alone: what lies in it is the work of a job, as
     captions with their images beside those they were made of. Raises DataError for a folder that
     cannot be read, and for a link to one outside, whose images would be missing.
@@ -156,7 +158,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
                 continue
             yield (
                 inside,
-                [(n, o["size"]) for n, o in found.items() if o["type"] == "file" and n[0] != "."],
+                [(n, o["size"]) for n, o in found.items() if o["type"] == "file" and _is_shown(n)],
             )
             waiting += [inside / name for name in reversed(folders) if not is_hidden(name)]
         return
@@ -170,6 +172,12 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
             if os.path.islink(link):
                 _check_inside(link, folder)
         yield Path(path), [(name, None) for name in sorted(names) if name[0] != "."]
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a file is one that is meant, by its name and those of the folders in it."""
+    *folders, last = name.split("/")
+    return not last.startswith(".") and not any(map(is_hidden, folders))
 
 
 def _refuse(error: OSError) -> None:

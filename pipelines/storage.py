@@ -233,8 +233,23 @@ class Table:
         return self.folder / "_commits" / f"{chunk:06d}.json"
 
 
+def _is_table(folder: Path) -> bool:
+    try:
+        return Table(folder).exists
+    except OSError:  # a store may let us see our own folder alone
+        return False
+
+
 def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
-    """Raise RunError when `folder` is not a folder, or holds what no job of ours left there."""
+    """Raise RunError when `folder` is not a folder, or holds what no job of ours left there.
+
+    Also when it lies in a table: readers of that one would take its rows for their own.
+    """
+    if outer := next((one for one in folder.parents if _is_table(one)), None):
+        raise RunError(
+            f"{setting}={folder} lies in the table {outer}, whose readers would take its files for rows "
+            f"of theirs: choose a folder beside it"
+        )
     make_folder(folder, setting)
     names = names_in(folder)
     # Hidden files of 32 hex digits are temporary ones of `write_atomically`.

@@ -83,8 +83,10 @@ class IngestData(Config):
         description="list of URLs: a Parquet, CSV, TSV or JSONL file, a folder of them, or a glob"
     )
     output: OutputPlace = Field(description="folder of the image table")
-    columns: dict[str, str] = Field(
-        {}, description="spellings of columns that are not known: {their name: our name}"
+    columns: dict[str, str | None] = Field(
+        {},
+        description="spellings of columns that are not known: {their name: our name}; "
+        "{their name: none} leaves a column out",
     )
 
 

@@ -94,7 +94,8 @@ def check_columns(config: FilterConfig, found: pa.Schema, columns: set[str], whe
 def metadata_failures(config: FilterConfig, rows: pa.Table) -> dict[str, pa.Array]:
     """For each rule that is set and has its columns: which of `rows` fail it, booleans [n].
 
-    `rows` has our names; scores and sizes are float64.
+    `rows` has our names; sizes are float64. Scores are judged as float32, as tables store them, and
+    so are their limits: a score that a list gives as 0.45 is equal to a limit of 0.45.
     """
     passes = {}
     for rule in config.rules():
@@ -119,12 +120,14 @@ def none_passes(config: FilterConfig, least: pa.Table, greatest: pa.Table) -> bo
 
 def _passes(config: FilterConfig, rule: str, columns: list[pa.ChunkedArray]) -> pa.Array:
     columns = [pc.if_else(pc.is_nan(column), None, column) for column in columns]
-    if rule == "aesthetic":
-        return pc.greater_equal(columns[0], config.min_aesthetic)
-    if rule == "pwatermark":
-        return pc.less(columns[0], config.max_pwatermark)
-    if rule == "punsafe":
-        return pc.less(columns[0], config.max_punsafe)
+    limits = {
+        "aesthetic": config.min_aesthetic,
+        "pwatermark": config.max_pwatermark,
+        "punsafe": config.max_punsafe,
+    }
+    if rule in limits:
+        limit, score = pa.scalar(limits[rule], pa.float32()), columns[0].cast(pa.float32())
+        return pc.less(score, limit) if rule in _BETTER_LOW else pc.greater_equal(score, limit)
     width, height = columns
     if rule == "short_side":
         short = pc.min_element_wise(width, height, skip_nulls=False)

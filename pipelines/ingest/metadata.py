@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,8 +26,9 @@ from vlv_model.errors import ConfigError, DataError
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "url": ("url", "image_url", "img_url"),
     "alt_text": ("text", "alt_text", "caption", "alt"),
-    "width": ("width", "original_width"),
-    "height": ("height", "original_height"),
+    # Beside an original's size, `width` is that of a stored copy, as img2dataset writes it.
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
     "similarity": ("similarity",),
     "pwatermark": ("pwatermark", "watermark"),
     "punsafe": ("punsafe", "unsafe"),
@@ -43,22 +45,32 @@ _TYPES = {name: METADATA_ROW.field(name).type for name in METADATA_ROW.names} | 
 }
 
 
-def our_columns(schema: pa.Schema, extra: Mapping[str, str], where: str) -> dict[str, str]:
+LEFT_OUT = (None, "none")
+"""What `data.columns` gives in place of our name for a column that is not to be read."""
+
+OddValues = dict[str, tuple[int, str]]
+"""By the file's name of a column: how many values were taken as missing, and where the first is."""
+
+
+def our_columns(schema: pa.Schema, extra: Mapping[str, str | None], where: str) -> dict[str, str]:
     """Which of a file's columns is which of ours: {our name: the file's name}.
 
-    `extra` (`data.columns`: {the file's name: our name}) goes before the table of spellings.
-    Raises ConfigError for a name that is not ours, DataError for one that the file has not, and
+    `extra` (`data.columns`: {the file's name: our name, or none to leave the column out}) goes
+    before the table of spellings. Raises ConfigError for a name that is not ours, DataError for one that the file has not, and
     for two columns that differ by case alone.
     """
-    if unknown := sorted(set(extra.values()) - set(COLUMN_NAMES)):
+    named = {theirs: ours for theirs, ours in extra.items() if ours not in LEFT_OUT}
+    if unknown := sorted(set(named.values()) - {*COLUMN_NAMES, None}, key=str):
         raise ConfigError(
-            f"data.columns: '{unknown[0]}' is no column of ours; they are {', '.join(COLUMN_NAMES)}"
+            f"data.columns: '{unknown[0]}' is no column of ours; they are {', '.join(COLUMN_NAMES)}, "
+            "and none for a column that is left out"
         )
     require_columns(schema, list(extra), f"{where} (data.columns)")
     by_lower: dict[str, list[str]] = {}
     for name in schema.names:
-        by_lower.setdefault(name.strip().lower(), []).append(name)
-    found = {ours: theirs for theirs, ours in extra.items()}
+        if name not in extra or name in named:
+            by_lower.setdefault(name.strip().lower(), []).append(name)
+    found = {ours: theirs for theirs, ours in named.items() if ours}
     for ours, spellings in COLUMN_NAMES.items():
         theirs = next((by_lower[name] for name in spellings if name in by_lower), [])
         if ours not in found and len(theirs) > 1:
@@ -69,13 +81,21 @@ def our_columns(schema: pa.Schema, extra: Mapping[str, str], where: str) -> dict
     return found
 
 
-def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) -> Iterator[pa.Table]:
+def read_batches(
+    file: Path,
+    extra: Mapping[str, str | None],
+    filters: FilterConfig,
+    odd: OddValues | None = None,
+) -> Iterator[pa.Table]:
     """The rows of one metadata file under our names and types, a batch at a time.
 
     A batch without `url` is of rows that all have a URL and all fail a filter: it has what the
-    filters read. Raises DataError for a file that cannot be read, lacks `url` or a filter's
-    column, or has values of another kind than its columns should have.
+    filters read. An odd text in a column that no filter reads is taken as missing, and counted in
+    `odd`. Raises DataError for a file that cannot be read, lacks `url` or a filter's column, or has
+    values of another kind than its columns should have.
     """
+    odd = {} if odd is None else odd
+    judged = {name for rule in filters.rules() for name in RULE_COLUMNS[rule]}
     found: dict[str, str] = {}
     tables = None
     if format_of(file) == ".parquet":
@@ -88,12 +108,15 @@ def read_batches(file: Path, extra: Mapping[str, str], filters: FilterConfig) ->
             found = _our_columns(batch.schema, extra, filters, file) | found
         known = {ours: theirs for ours, theirs in found.items() if theirs in batch.column_names}
         yield pa.table(
-            {ours: _cast(batch[theirs], ours, theirs, file) for ours, theirs in known.items()}
+            {
+                ours: _cast(batch[theirs], ours, theirs, file, None if ours in judged else odd)
+                for ours, theirs in known.items()
+            }
         )
 
 
 def _our_columns(
-    schema: pa.Schema, extra: Mapping[str, str], filters: FilterConfig, file: Path
+    schema: pa.Schema, extra: Mapping[str, str | None], filters: FilterConfig, file: Path
 ) -> dict[str, str]:
     """`our_columns` of a file that has what is needed of it."""
     found = our_columns(schema, extra, str(file))
@@ -147,7 +170,11 @@ def _none_is_blank(urls: pq.Statistics | None) -> bool:
     return is_text and bool(urls.min_raw >= b"!" and urls.max_raw < b"\x7f")
 
 
-def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.ChunkedArray:
+def _cast(
+    column: pa.ChunkedArray, ours: str, theirs: str, file: Path, odd: OddValues | None = None
+) -> pa.ChunkedArray:
+    """A column under our type. With `odd`, of a column that nobody judges by: see `read_batches`."""
+    where = f"{file}: column '{theirs}'"
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if ours in PROVENANCE.names and not _is_text(column.type):
@@ -158,15 +185,41 @@ def _cast(column: pa.ChunkedArray, ours: str, theirs: str, file: Path) -> pa.Chu
             for value in values
         ]
         return pa.chunked_array([pa.array(texts, pa.string())])
-    if pa.types.is_string(_TYPES[ours]):
-        return as_text(column, f"{file}: column '{theirs}'")
+    kind = _TYPES[ours]
     try:
-        return _numbers(column, _TYPES[ours], f"{file}: column '{theirs}'")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if pa.types.is_string(kind):
+            return as_text(column, where)
+        return _numbers(column, kind, where)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DataError) as error:
+        if odd is not None and _is_text(column.type) and ours not in ("url", "alt_text"):
+            return _without_odd_values(column, kind, theirs, where, odd)
+        if odd is not None and ours in ("width", "height"):  # only filters read them
+            return pa.chunked_array([pa.nulls(len(column), kind)])
+        if isinstance(error, DataError):
+            raise
         raise DataError(
-            f"{file}: column '{theirs}' is {column.type} and cannot be read as {_TYPES[ours]} "
-            f"({str(error)[:120]}); rename it, or map another one in data.columns"
+            f"{where} is {column.type} and cannot be read as {kind} "
+            f"({str(error)[:120]}); rename it, map another one in data.columns, or leave it out: "
+            f"data.columns='{{{theirs}: none}}'"
         ) from None
+
+
+def _without_odd_values(
+    column: pa.ChunkedArray, kind: pa.DataType, theirs: str, where: str, odd: OddValues
+) -> pa.ChunkedArray:
+    """Texts value by value as `kind`; those that cannot be read are null, and counted in `odd`."""
+    found: list[Any] = []
+    for value in column.cast(pa.binary()).to_pylist():
+        one = pa.chunked_array([pa.array([value], pa.binary())])
+        try:
+            whole = as_text(one, where) if pa.types.is_string(kind) else _numbers(one, kind, where)
+            found += whole.to_pylist()
+        except (pa.ArrowInvalid, DataError):
+            found.append(None)
+            shown = value.decode("utf-8", "replace")[:40]
+            count, first = odd.get(theirs, (0, f"{shown!r} in {where.rpartition(': column ')[0]}"))
+            odd[theirs] = (count + 1, first)
+    return pa.chunked_array([pa.array(found, kind)])
 
 
 def _numbers(column: pa.ChunkedArray, kind: pa.DataType, where: str) -> pa.ChunkedArray:

@@ -12,6 +12,7 @@ Memory does not grow with the list (pipelines/buckets.py).
 from __future__ import annotations
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from pipelines.ingest.known_rows import (
     known_rows,
 )
 from pipelines.ingest.list_files import input_bytes
-from pipelines.ingest.metadata import read_batches
+from pipelines.ingest.metadata import OddValues, read_batches
 from pipelines.places import write_parquet
 from pipelines.schemas import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
 from pipelines.storage import Table
@@ -65,7 +66,7 @@ def chunk_file(folder: Path, chunk: int) -> Path:
 def read_list(
     files: list[Path],
     filters: FilterConfig,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str | None],
     plan: Plan,
     blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
     sorting: Sorting = Buckets,
@@ -107,7 +108,7 @@ def read_list(
 def passing(
     files: list[Path],
     filters: FilterConfig,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str | None],
     plan: Plan,
     dropped: Counter[str],
     failing: Counter[str],
@@ -115,16 +116,24 @@ def passing(
 ) -> Iterator[pa.Table]:
     """The rows of `files` that have a URL and pass the filters, as they come; see `read_list`.
 
-    The others are counted: `dropped` by the first rule that they fail, `failing` by each.
+    The others are counted: `dropped` by the first rule that they fail, `failing` by each. Odd values
+    that were taken as missing get one line of warning for each column.
     """
     # Row groups that no row of passes are read too where the table may have some of the rows.
     every = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
+    odd: OddValues = {}
     for file in files:
-        for batch in read_batches(file, columns, every):
+        for batch in read_batches(file, columns, every, odd):
             if known:
                 check_columns(filters, batch.schema, set(batch.column_names), str(file))
             plan.read += batch.num_rows
             yield _planned(batch, filters, dropped, failing, known)
+    for name, (count, first) in odd.items():
+        print(
+            f"warning: column '{name}' of the list: {count:,} values that cannot be read were taken "
+            f"as missing (the first: {first}), as no filter reads them",
+            file=sys.stderr,
+        )
 
 
 def first_plan(

@@ -1,8 +1,10 @@
 """The files that lists of URLs come in, a batch of rows at a time: Parquet, CSV and JSONL.
 
 CSV and JSONL (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings;
-blank lines are passed over. A file that is damaged, or is not what its name says, ends as one
-DataError that names it: so does a line of CSV that could be read in several ways.
+blank lines are passed over. In CSV a text may stand in quotes; a TSV has no quoting: a quote is a
+character as any other. A list of two columns without a line of names, as CC3M and CC12M are
+published, is read as addresses and captions. A file that is damaged, or is not what its name says,
+ends as one DataError that names it: so does a line of CSV that could be read in several ways.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +33,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
 
 _BATCH_ROWS = 16_384
 _MAX_FIELD = 1 << 24  # characters of one CSV field
+_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)  # what no name of a column begins with
 # What opening, decompressing and decoding a text file can raise.
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
@@ -88,35 +92,71 @@ def _text(file: Path) -> IO[str]:
 
 def _csv(file: Path) -> Iterator[pa.Table]:
     csv.field_size_limit(_MAX_FIELD)
+    is_tsv = format_of(file) == ".tsv"
     try:
         with _text(file) as lines:
-            delimiter = "\t" if format_of(file) == ".tsv" else ","
             # Not strict, a quote that nothing closes takes all lines behind it for one text.
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            rows = (row for row in reader if row)
-            names = next(rows, [])
+            reader = csv.reader(lines, strict=True)
+            if is_tsv:
+                reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            names, rows = _names((row for row in reader if row), file)
             _refuse_repeats(names, file)
             yield pa.table({name: pa.array([], pa.string()) for name in names})
-            while batch := list(islice(_of_width(rows, len(names), reader), _BATCH_ROWS)):
+            wide = _of_width(_of_one_line(rows, len(names)) if is_tsv else rows, len(names))
+            while batch := list(islice(wide, _BATCH_ROWS)):
                 columns = {
                     name: pa.array([row[i] if i < len(row) else None for row in batch], pa.string())
                     for i, name in enumerate(names)
                 }
                 yield pa.table(columns)
     except csv.Error as error:
+        advice = (
+            "a TSV has one row a line, without quoting: write texts with tabs or line breaks as CSV "
+            "or Parquet"
+            if is_tsv
+            else "texts with a delimiter or a quote in them have to be quoted, and the quotes within "
+            "doubled"
+        )
+        kind = "TSV" if is_tsv else "CSV"
         raise DataError(
-            f"{file} line {reader.line_num} cannot be read as CSV: {error}: texts with a "
-            "delimiter or a quote in them have to be quoted, and the quotes within doubled"
+            f"{file} line {reader.line_num} cannot be read as {kind}: {error}: {advice}"
         ) from None
     except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read as CSV: {_why(error)}") from None
 
 
-def _of_width(rows: Iterable[list[str]], width: int, reader: Any) -> Iterator[list[str]]:
+def _names(rows: Iterator[list[str]], file: Path) -> tuple[list[str], Iterator[list[str]]]:
+    """The names of a file's columns, and its rows. DataError where names are needed and missing."""
+    first = next(rows, [])
+    addresses = [i for i, value in enumerate(first) if _ADDRESS.match(value)]
+    if not addresses:
+        return first, rows
+    if len(first) > 2 or len(addresses) > 1:
+        raise DataError(
+            f"{file} has no line with the names of its columns (its first line has "
+            f"'{first[addresses[0]][:60]}'): put one before it, with url for the addresses"
+        )
+    names = ["caption"] * len(first)
+    names[addresses[0]] = "url"
+    return names, chain([first], rows)
+
+
+def _of_width(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
     """The rows, of which none has a value beyond the header; short ones are filled up later."""
     for row in rows:
         if len(row) > width and any(row[width:]):  # a text with a comma, cut into two
             raise csv.Error(f"{len(row)} values under a header of {width} names")
+        yield row
+
+
+def _of_one_line(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
+    """The rows of a TSV, of which none is the rest of a quoted text that goes over two lines."""
+    before: list[str] = []
+    for row in rows:
+        opened = bool(before) and before[-1].startswith('"') and before[-1].count('"') % 2 == 1
+        if opened and len(row) < width and row[0].count('"') % 2 == 1:
+            raise csv.Error("it seems to be the rest of a text in quotes of the line before")
+        before = row
         yield row
 
 

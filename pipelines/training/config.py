@@ -150,7 +150,9 @@ class TrainConfig(Config):
     )
     prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
-        "auto", description="Weights & Biases; auto: online where an API key is set, else offline"
+        "auto",
+        description="Weights & Biases; auto: online where there is an API key (WANDB_API_KEY, or "
+        "`wandb login`), else offline; WANDB_MODE in the environment wins, but for disabled",
     )
     wandb_project: str = Field("vlv", min_length=1, description="project at Weights & Biases")
     wandb_name: str | None = Field(

@@ -24,6 +24,7 @@ from pipelines import telemetry
 from pipelines.places import write_atomically
 from pipelines.report.gallery import GalleryItem
 from pipelines.training.samples import Sampler
+from pipelines.training.wandb_run import give_up, start_wandb
 
 FILE = "metrics.jsonl"
 
@@ -110,7 +111,7 @@ class MetricsSink:
         self.stage = stage
         self._tags = {"stage": stage, "run": run_dir.name}
         self.steps = train["steps"]
-        self.run = _start_wandb(run_dir, stage, config)
+        self.run = start_wandb(run_dir, stage, config)
         self._thread = threading.Thread(target=self._drain, name="metrics", daemon=True)
         self._ended = threading.Event()
 
@@ -128,7 +129,10 @@ class MetricsSink:
         if self.sampler and not failure:
             self.sampler.end(self._show)
         if self.run is not None:
-            self.run.finish()
+            try:
+                self.run.finish()
+            except Exception as error:  # behind the last step, it must not fail the training
+                give_up(error)
 
     def _drain(self) -> None:
         from ray.util.queue import Empty
@@ -165,7 +169,7 @@ class MetricsSink:
             self._heldout = f", held-out {event['heldout_loss']:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
-            self.run.log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
+            self._log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
 
     def _show(self, step: int, items: list[GalleryItem]) -> None:
         """Samples: pictures beside their originals, or originals with their captions."""
@@ -182,25 +186,11 @@ class MetricsSink:
             if item.reconstruction:
                 made = Image.open(io.BytesIO(item.reconstruction))
                 images.append(wandb.Image(made, caption="reconstruction"))
-        self.run.log({"step": step, f"{self.stage}/samples": images})
+        self._log({"step": step, f"{self.stage}/samples": images})
 
-
-def _start_wandb(run_dir: Path, stage: str, config: dict[str, Any]) -> Any:
-    train = config["train"]
-    mode = train["wandb"]
-    if mode == "disabled":
-        return None
-    import wandb
-
-    key = os.environ.get("WANDB_API_KEY")
-    run = wandb.init(
-        project=train["wandb_project"],
-        name=train["wandb_name"] or f"{stage}-{run_dir.name}",
-        dir=run_dir,
-        config=config,
-        mode="online" if mode == "auto" and key else "offline",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    )
-    # Our own step: W&B's may not go back, as it does after a restart from a checkpoint.
-    run.define_metric("*", step_metric="step")
-    return run
+    def _log(self, values: dict[str, Any]) -> None:
+        try:
+            self.run.log(values)
+        except Exception as error:  # its process may have ended
+            self.run = None
+            give_up(error)

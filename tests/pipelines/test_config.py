@@ -22,6 +22,7 @@ class Inner(Config):
 class Outer(Config):
     run_dir: OutputPath = Field(description="where")
     name: str | None = Field(None, description="what it is called")
+    words: dict[str, int] = Field({}, description="how often")
     train: Inner = Inner()
 
 
@@ -80,6 +81,104 @@ def test_unreadable_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     assert str(file) in str(error.value)
 
 
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"run_dir: /a\n{text}")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train: {steps: 1}\nname: x\ntrain: {schedule: linear}\n", "'train' .*lines 2 and 4"),
+        ("train:\n  steps: 1\n  steps: 1\n", "'train.steps' .*lines 3 and 4"),
+        ("train.steps: 1\ntrain:\n  steps: 2\n", "'train.steps' .*lines 2 and 4"),
+        ("words: {a: 1, a: 2}\n", "'words.a' .*lines 2 and 2"),
+        ("train:\n  steps: many\n", r"train.steps='many': .* \(--config .* line 3\)$"),
+        ("train:\n\n  stpes: 1\n", r"unknown setting 'train.stpes': .* \(--config .* line 4\)$"),
+        ("trian.steps: 1\n", r"unknown setting 'trian.steps': .*line 2\)$"),
+        ("train: 5\ntrain.steps: 1\n", r"'train' is a single value, .*line 3\)$"),
+        ("train:\n  steps:\n  schedule:\n", r"train.schedule=None: .*line 4\)$"),
+    ],
+)
+def test_nothing_in_a_file_is_passed_over(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        load(Outer, str(written(tmp_path, text)), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n#  steps: 7\n", Inner()),
+        ("train.steps: 7\n", Inner(steps=7)),
+        ("train.steps: 7\ntrain: {schedule: linear}\n", Inner(steps=7, schedule="linear")),
+        ("train: {steps: none}\n", Inner()),
+        ("train: {steps: null}\n", Inner()),
+        ("train: {learning_rate: 1e-4}\n", Inner(learning_rate=1e-4)),
+        (
+            "train: {<<: {steps: 1, schedule: linear}, steps: 2}\n",
+            Inner(steps=2, schedule="linear"),
+        ),
+    ],
+)
+def test_a_file_means_what_it_says(tmp_path: Path, text: str, expected: Inner) -> None:
+    assert load(Outer, str(written(tmp_path, text)), []).train == expected
+
+
+def test_the_line_of_a_file_is_not_blamed_for_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps='many'") as raised:
+        load(Outer, str(written(tmp_path, "train: {steps: 5}\n")), ["train.steps=many"])
+    assert "--config" not in str(raised.value)
+
+
+class Words(Config):
+    resize: Literal["keep", "no"] = "keep"
+    precision: Literal["on", "off", "none"] | None = "on"
+    limit: float | None = 3.0
+    enlarge: bool = True
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("resize", "no"),
+        ("precision", "off"),
+        ("precision", "none"),  # a word of this choice
+        ("limit", None),
+        ("enlarge", False),
+    ],
+)
+def test_words_that_yaml_takes_for_others(tmp_path: Path, setting: str, value: object) -> None:
+    text = {None: "none", False: "no"}.get(value, value)  # type: ignore[call-overload]
+    assert getattr(load(Words, None, [f"{setting}={text}"]), setting) == value
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{setting}: {text}\n")
+    assert getattr(load(Words, str(file), []), setting) == value
+
+
+def test_two_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config is given twice \(a\.yaml, b\.yaml\)"):
+        parse(Outer, ["--config", "a.yaml", "--config=b.yaml"], "job", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["run_dir=/a", "b"], "cannot read 'b': .*key=value.*what is before it: 'run_dir=/a b'"),
+        (
+            ["linear", "b"],
+            "cannot read 'b': train.schedule is given already .*'train.sch.*=linear b'",
+        ),
+        (["linear", "run_dir=/a", "b"], "cannot read 'b': .*what is before it: 'run_dir=/a b'"),
+        (["train.schedule=linear", "cosine"], "cannot read 'cosine': .* given already"),
+    ],
+)
+def test_a_second_word_is_one_line(words: list[str], line: str) -> None:
+    aliases = {"": "train.schedule"} if "b" not in words[1:2] or "linear" in words else {}
+    with pytest.raises(ConfigError, match=line):
+        parse(Outer, words, "job", "", aliases)
+
+
 @given(st.text(), st.text())
 def test_any_override_gives_a_config_or_one_line(key: str, value: str) -> None:
     line = "fine"
@@ -98,7 +197,7 @@ def test_dump_can_be_loaded_again() -> None:
 def test_help_shows_every_setting_with_type_default_and_meaning() -> None:
     text = help_text(Outer, "job", "Does it.")
     assert [s.key for s in settings(Outer)] == [
-        "run_dir", "name", "train.learning_rate", "train.schedule", "train.steps"
+        "run_dir", "name", "words", "train.learning_rate", "train.schedule", "train.steps"
     ]  # fmt: skip
     for words in (
         "run_dir (text, required)",

@@ -192,6 +192,23 @@ def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Pa
     assert keyed == states
 
 
+def test_unsigned_keys_keep_their_bits(tmp_path: Path) -> None:
+    keys = [2**63 + 5, 2**64 - 1, 0, 7]
+    rows = {"key": pa.array(keys, pa.uint64()), "image": [png(colour) for colour in COLOURS]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    found = {row["key"]: colour_of(row) for row in read(tmp_path / "t.parquet", tmp_path / "out")}
+    assert sorted(found) == [-(2**63) + 5, -1, 0, 7]
+    assert found[-1] == (0, 128, 0)
+
+
+@pytest.mark.parametrize("where", [None, "key > 0"])
+def test_a_status_that_is_not_ours_is_one_line(tmp_path: Path, where: str | None) -> None:
+    rows = {"key": [1, 2], "image": [png("red")] * 2, "status": [200, 404]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: column 'status' is int64, expected text"):
+        read(tmp_path / "t.parquet", tmp_path / "out", where=where)
+
+
 def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     images = pa.array([png("red"), png("blue")], pa.binary())
     pq.write_table(pa.table({"image": images, "id": ["a", "a"]}), tmp_path / "in.parquet")
@@ -236,6 +253,23 @@ def test_a_damaged_shard_gives_what_is_sound_and_says_so(shards: Path, tmp_path:
     states = [row["status"] for row in rows]
     assert sorted(states) == ["decode:shard", "decode:shard", "ok"]
     assert "damaged from byte" in next(r["error"] for r in rows if r["status"] != "ok")
+
+
+def test_members_of_an_unknown_suffix_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {"0.png": png("red"), "0.json": b"{}", "0.txt": b"a", "1.raw": b"1", "2.RAW": b"2"}
+    shard(tmp_path / "0.tar", {**members, "._0.raw": b"", "3": b"3", "d/0.cls": b"7"})
+    (row,) = read(tmp_path / "0.tar", tmp_path / "out")
+    assert row["name"] == "0.tar/0.png"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "3 files in its shards are no images by their names and were passed over: "
+        "2 .raw, 1 without suffix"
+    )
+    shard(tmp_path / "1.tar", {"1.raw": b"1"})
+    with pytest.raises(DataError, match=r"has no image \(and 1 \.raw\)"):
+        read(tmp_path / "1.tar", tmp_path / "none")
 
 
 def test_a_shard_that_is_compressed_is_refused(shards: Path, tmp_path: Path) -> None:

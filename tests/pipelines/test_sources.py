@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines import external
 from pipelines.schemas import key_of
-from tests.pipelines.foreign import png, read, shard, write_folder
+from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
 from vlv_model.errors import DataError
 
 
@@ -104,3 +104,34 @@ def test_a_mixture_of_kinds_loses_none_in_silence(folder: Path, tmp_path: Path) 
     (tmp_path / "packed/1.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(DataError, match=r"1\.tar\.gz"):
         read(tmp_path / "packed", tmp_path / "gz")
+
+
+def test_objects_below_two_slashes_are_images_of_their_own(bucket: str, tmp_path: Path) -> None:
+    """A store allows folders without a name; their images are neither lost nor taken for others."""
+    import s3fs
+
+    store = s3fs.S3FileSystem()
+    colours = {"a.png": "red", "/a.png": "green", "d//a.png": "blue", "//e/a.png": "white"}
+    for name, colour in colours.items():
+        store.pipe_file(f"{bucket}/images/{name}", png(colour))
+    for hidden in ("/.b.png", "/_logs/b.png"):
+        store.pipe_file(f"{bucket}/images/{hidden}", png("red"))
+    rows = {row["name"]: row for row in read(f"{bucket}/images", tmp_path / "out")}
+    assert set(rows) == set(colours)
+    assert [colour_of(rows[name]) for name in ("a.png", "/a.png")] == [(255, 0, 0), (0, 128, 0)]
+    assert len({row["key"] for row in rows.values()}) == 4
+    by_glob = read(f"{bucket}/images/**/*.png", tmp_path / "glob")
+    assert {row["name"] for row in by_glob} == set(colours)
+    (one,) = read(f"{bucket}/images//*.png", tmp_path / "one")
+    assert colour_of(one) == (0, 128, 0)
+
+
+def test_shards_below_two_slashes_are_found(bucket: str, tmp_path: Path) -> None:
+    import s3fs
+
+    shard(tmp_path / "0.tar", {"0.png": png("red")})
+    for name in ("0.tar", "/0.tar", "d//0.tar"):
+        s3fs.S3FileSystem().put_file(str(tmp_path / "0.tar"), f"{bucket}/tars/{name}")
+    for given, out in ((f"{bucket}/tars", "all"), (f"{bucket}/tars/**/*.tar", "glob")):
+        names = {row["name"] for row in read(given, tmp_path / out)}
+        assert names == {"0.tar/0.png", "/0.tar/0.png", "d//0.tar/0.png"}

@@ -63,6 +63,15 @@ def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
         Table(tmp_path).check_free("image", {})
 
 
+def test_a_table_in_a_table_is_refused(folder: Path) -> None:
+    outer = begun(folder / "images")
+    for inner in ("captions", "deep/er/captions"):
+        with pytest.raises(RunError, match=r"captions lies in the table .*/images, whose readers"):
+            Table(outer.folder / inner).check_free("caption", {})
+        assert not (outer.folder / inner.split("/")[0]).exists()
+    assert not Table(folder / "captions").check_free("caption", {})  # beside it
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
 def test_a_missing_or_empty_dataset_is_one_line(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     make(tmp_path / "t")

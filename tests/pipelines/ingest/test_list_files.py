@@ -26,6 +26,18 @@ def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
         input_files(str(tmp_path / "empty"))
 
 
+def test_lists_below_two_slashes_are_found(bucket: str) -> None:
+    import s3fs
+
+    names = ["a.csv", "/b.csv", "x//c.csv"]
+    for name in names:
+        s3fs.S3FileSystem().pipe_file(f"{bucket}/lists/{name}", b"url\nhttp://a/\n")
+    for pattern in ("", "/**/*.csv"):
+        found = [str(file) for file in input_files(f"{bucket}/lists{pattern}")]
+        assert sorted(found) == sorted(f"{bucket}/lists/{name}" for name in names)
+    assert len(fingerprint(input_files(f"{bucket}/lists"))) == 3
+
+
 def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
     file = tmp_path / "l.csv"
     file.write_text("url\nhttp://127.0.0.1:4000/\n")

@@ -53,7 +53,10 @@ def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
         pq.write_table(pa.Table.from_pylist(full), file)
     elif ".csv" in file.name or ".tsv" in file.name:
         with opener(file, "wt", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, names, delimiter="\t" if ".tsv" in file.name else ",")
+            options: dict[str, Any] = {}
+            if ".tsv" in file.name:  # which has no quoting
+                options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            writer = csv.DictWriter(stream, names, **options)
             writer.writeheader()
             writer.writerows(full)
     else:
@@ -92,11 +95,14 @@ def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
     "name", ["l.parquet", "l.csv", "l.tsv", "l.csv.gz", "l.jsonl", "l.ndjson.gz"]
 )
 def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
-    rows = read_all(write_list(tmp_path / name, ROWS))
+    text = 'two, "quoted"\nlines'
+    if name == "l.tsv":  # where a line break ends the row
+        text = 'two, "quoted" lines'
+    rows = read_all(write_list(tmp_path / name, [ROWS[0], {**ROWS[1], "TEXT": text}, ROWS[2]]))
     assert [row["url"] for row in rows] == [row["URL"] for row in ROWS]
     assert [row["aesthetic"] for row in rows] == [6.5, None, 4.0]
     assert [row["width"] for row in rows] == [600.0, 80.0, None]
-    assert rows[1]["alt_text"] == 'two, "quoted"\nlines'
+    assert rows[1]["alt_text"] == text
     assert not rows[2]["alt_text"]
 
 
@@ -164,7 +170,6 @@ def test_columns_may_be_mapped_by_hand(tmp_path: Path) -> None:
     [
         ("l.csv", b"picture,TEXT\nhttp://a/,x\n", "no column 'url'; it has picture, TEXT"),
         ("l.csv", b"", "no column 'url'; it has no columns"),
-        ("l.csv", b"url,WIDTH\nhttp://a/,wide\n", "column 'WIDTH' is string and cannot be read as"),
         ("l.csv", b"url\n\xff\xfe\n", "cannot be read as CSV"),
         ("l.jsonl", b'{"url": "http://a/"}\n{"url"\n', "line 2 is not a JSON object"),
         ("l.jsonl", b"7\n", "line 1 is not a JSON object"),
@@ -242,6 +247,89 @@ def test_columns_that_differ_by_case_alone_are_told_apart_by_hand(tmp_path: Path
     with pytest.raises(DataError, match=r"has 'URL' and 'url': say which is url in data\.columns"):
         read_all(file)
     assert read_all(file, columns={"url": "url"}) == [{"url": "http://b/"}]
+
+
+# ----------------------------------------------------------------------------- as they are published
+
+
+def test_of_two_sizes_that_of_the_original_counts(tmp_path: Path) -> None:
+    """img2dataset writes the size of its stored copy as `width`."""
+    sizes = {"width": 256, "height": 192, "original_width": 1024, "original_height": 768}
+    rows = [{"url": "http://a/", "status": "success", **sizes}]
+    (row,) = read_all(write_list(tmp_path / "l.parquet", rows), min_short_side=512)
+    assert (row["width"], row["height"]) == (1024, 768)
+    assert make_plan(tmp_path, rows, min_short_side=512).fetched == 1
+
+
+def test_an_odd_value_counts_as_missing_where_no_filter_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"url": "http://a/", "WIDTH": "wide", "hash": "1e2af", "punsafe": 0.1, "similarity": " "},
+        {"url": "http://b/", "WIDTH": "640", "hash": str(2**62 + 1), "punsafe": 0.1},
+    ]
+    plan = make_plan(tmp_path, rows, max_punsafe=0.5)
+    assert {row["url"]: row["hash"] for row in planned(tmp_path, plan)} == {
+        "http://a/": None,
+        "http://b/": 2**62 + 1,
+    }
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert f"column 'WIDTH' of the list: 1 values that cannot be read were taken as missing (the first: 'wide' in {tmp_path}" in warnings[0]  # fmt: skip
+    with pytest.raises(DataError, match="column 'WIDTH' is string and cannot be read as double"):
+        make_plan(tmp_path, rows, min_aspect_ratio=0.5, optional=["aspect_ratio"])
+
+
+def test_sizes_of_any_type_are_passed_over_where_no_filter_reads_them(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a/"], "width": [[1, 2]]}), tmp_path / "l.parquet")
+    assert read_all(tmp_path / "l.parquet") == [{"url": "http://a/", "width": None}]
+
+
+def test_bytes_that_are_no_text_do_not_refuse_a_list_for_its_licences(tmp_path: Path) -> None:
+    licences = pa.array([b"CC0", b"\xff", None])
+    table = pa.table({"url": ["http://a/", "http://b/", "http://c/"], "license": licences})
+    pq.write_table(table, tmp_path / "l.parquet")
+    assert [row["license"] for row in read_all(tmp_path / "l.parquet")] == ["CC0", None, None]
+
+
+@pytest.mark.parametrize("nothing", [None, "none"])
+def test_a_column_may_be_left_out(tmp_path: Path, nothing: str | None) -> None:
+    file = tmp_path / "l.parquet"
+    times = pa.array([0], pa.timestamp("us"))
+    pq.write_table(pa.table({"url": ["http://a/"], "hash": times, "TEXT": ["x"]}), file)
+    with pytest.raises(DataError, match=r"leave it out: data\.columns='{hash: none}'"):
+        read_all(file)
+    (row,) = read_all(file, columns={"hash": nothing})
+    assert row == {"url": "http://a/", "alt_text": "x"}
+    # The next spelling takes its place.
+    write_list(tmp_path / "l.csv", [{"url": "http://a/", "text": "x", "caption": "y"}])
+    (row,) = read_all(tmp_path / "l.csv", columns={"text": nothing})
+    assert row["alt_text"] == "y"
+    with pytest.raises(DataError, match="no column 'hsah'"):
+        read_all(file, columns={"hsah": nothing})
+
+
+@pytest.mark.parametrize("name", ["l.parquet", "l.csv", "l.jsonl"])
+@pytest.mark.parametrize("limit", [0.1, 0.45, 0.7, 0.9, 4.4, 6.1])
+def test_a_score_equal_to_its_limit_is_judged_as_written(
+    tmp_path: Path, name: str, limit: float
+) -> None:
+    below, above = round(limit - 0.01, 2), round(limit + 0.01, 2)
+    rows = [{"url": f"http://a/{s}", "aesthetic": s, "punsafe": s} for s in (below, limit, above)]
+    file = write_list(tmp_path / name, rows)
+    if name == "l.parquet":  # as LAION stores them, and with their statistics
+        narrow = pa.table(rows_of_float32(rows))
+        pq.write_table(narrow, file, row_group_size=1)
+    (tmp_path / "table").mkdir()
+    plan = plan_of([file], tmp_path, 4, min_aesthetic=limit)
+    assert plan.dropped == {"filtered:aesthetic": 1}
+    plan = plan_of([file], tmp_path, 4, max_punsafe=limit)
+    assert plan.dropped == {"filtered:punsafe": 2}
+
+
+def rows_of_float32(rows: list[dict[str, Any]]) -> dict[str, pa.Array]:
+    scores = {n: pa.array([row[n] for row in rows], pa.float32()) for n in ("aesthetic", "punsafe")}
+    return {"url": pa.array([row["url"] for row in rows]), **scores}
 
 
 # ------------------------------------------------------------------------------------------ plan

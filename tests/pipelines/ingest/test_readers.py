@@ -140,6 +140,38 @@ def test_a_line_that_could_be_read_in_several_ways(tmp_path: Path, content: str,
     assert re.search(why, refused(tmp_path / "l.csv"))
 
 
+@pytest.mark.parametrize("name", ["l.tsv", "l.TSV.gz"])
+def test_quotes_in_a_tsv_are_text(tmp_path: Path, name: str) -> None:
+    """Captions of the web open quotes and do not close them; CSV keeps its quoting."""
+    texts = ['"Untitled, oil', "a dog", '"Best" pipe', 'a TV of 24"', '"all of it"', "it's"]
+    lines = ["url\tcaption", *(f"http://a/{i}\t{text}" for i, text in enumerate(texts)), ""]
+    content = "\r\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert [row["alt_text"] for row in read_all(tmp_path / name)] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("url\ta\tcaption\nhttp://a/1\tx\ta\tb\n", "line 2 .*as TSV: 4 values under .* 3"),
+        ('url\ta\tcaption\nhttp://a/1\tx\t"two\nlines"\n', "line 3 .*rest of a text in quotes"),
+        ("7\tx\thttp://a/1\n8\ty\thttp://a/2\n", "no line with the names .*'http://a/1'"),
+    ],
+)
+def test_a_tsv_that_could_be_read_in_several_ways(tmp_path: Path, content: str, why: str) -> None:
+    (tmp_path / "l.tsv").write_text(content)
+    assert re.search(why, refused(tmp_path / "l.tsv"))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_addresses_and_captions_need_no_names(tmp_path: Path, swapped: bool) -> None:
+    """CC3M and CC12M are published so, the one with the captions first."""
+    rows = [("https://a/1", 'a "dog'), ("http://a/2", "a cat")]
+    order = -1 if swapped else 1
+    (tmp_path / "l.tsv").write_text("".join("\t".join(row[::order]) + "\n" for row in rows))
+    assert [(row["url"], row["alt_text"]) for row in read_all(tmp_path / "l.tsv")] == rows
+
+
 @pytest.mark.parametrize("name", ["l.csv", "l.csv.GZ"])
 def test_csv_as_people_write_it(tmp_path: Path, name: str) -> None:
     lines = ["", " URL , TEXT, WIDTH", "http://a/1, x, 600 ,,", "", "http://a/2", ""]
