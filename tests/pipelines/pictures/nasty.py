@@ -133,7 +133,6 @@ def _too_large() -> dict[str, bytes]:
 def _unsupported() -> dict[str, bytes]:
     return {
         "drawing.svg": b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>",
-        "telephone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
         "layers.psd": b"8BPS\0\1" + bytes(100),
     }
 
