@@ -81,6 +81,18 @@ def _own(sizes: dict[str, Any]) -> dict[str, Any]:
         "name": "own",
         "image": "busybox:1.37",
         "command": ["sh", "-c", _MAKE_OWNER],
+        "resources": {
+            "requests": {"cpu": "10m", "memory": "16Mi"},
+            "limits": {"cpu": "100m", "memory": "16Mi"},
+        },
+        # Root, who may change an owner and nothing else.
+        "securityContext": {
+            "runAsUser": 0,
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"], "add": ["CHOWN", "DAC_READ_SEARCH"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "volumeMounts": [{"name": "shared", "mountPath": "/shared"}],
     }
     return {
@@ -92,6 +104,7 @@ def _own(sizes: dict[str, Any]) -> dict[str, Any]:
             "template": {
                 "spec": {
                     "restartPolicy": "Never",
+                    "automountServiceAccountToken": False,
                     "containers": [container],
                     "volumes": [{"name": "shared", "nfs": {"server": address, "path": path}}],
                 }
