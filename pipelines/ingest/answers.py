@@ -8,7 +8,6 @@ import socket
 import ssl
 import time
 import unicodedata
-import zlib
 from typing import Literal, get_args
 
 import aiohttp
@@ -27,6 +26,11 @@ FailureClass = Literal[
     "http_410",
     "http_429",
     "http_5xx",
+    "http_other",  # a status that brings no picture, such as 204, 304 or 999
+    "redirects",  # too many of them, or one that leads nowhere
+    "partial",  # status 206 of a part
+    "protocol",  # no HTTP, or an answer that may mean two things
+    "encoding",  # a Content-Encoding that cannot be undone
     "too_large",
     "not_an_image",
     "opted_out",
@@ -42,8 +46,8 @@ TRANSIENT = frozenset(["timeout", "refused", "http_429", "http_5xx"])
 
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
-_MAX_MEMBERS = 16  # each of them costs a copy of what follows it
 _BLOCKED = "blocked address"
+_RANGE = re.compile(r"\s*bytes[\s=]+([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\s*", re.IGNORECASE)
 
 
 class DownloadError(Exception):
@@ -98,14 +102,24 @@ def _to_the_letter(url: str) -> URL:
 
 
 def http_class(code: int) -> FailureClass:
-    """The class of an HTTP status that is neither 200 nor a redirect."""
+    """The class of an HTTP status that is neither success nor a redirect."""
     if code == 404:
         return "http_404"
     if code == 410:
         return "http_410"
     if code == 429:
         return "http_429"
-    return "http_4xx" if 400 <= code < 500 else "http_5xx" if 500 <= code < 600 else "other"
+    return "http_4xx" if 400 <= code < 500 else "http_5xx" if 500 <= code < 600 else "http_other"
+
+
+def check_range(content_range: str | None) -> None:
+    """DownloadError `partial` where a Content-Range does not say that all of the file is there.
+
+    Source: RFC 9110 section 14.4, `bytes first-last/complete`.
+    """
+    match = _RANGE.fullmatch(content_range or "")
+    if match is None or int(match[1]) != 0 or int(match[2]) + 1 != int(match[3]):
+        raise DownloadError("partial", f"HTTP 206, Content-Range: {content_range}")
 
 
 def retry_after(header: str | None) -> float:
@@ -135,15 +149,17 @@ def classify(error: Exception) -> DownloadError:
             return DownloadError("dns", message, transient=temporary)
         case aiohttp.ClientConnectorError() if isinstance(error.os_error, socket.gaierror):
             return DownloadError("dns", message)  # such as an IPv6 address with an unknown zone
+        case socket.gaierror():
+            return DownloadError("dns", message, transient=error.errno == socket.EAI_AGAIN)
         case aiohttp.ClientSSLError() | ssl.SSLError():
             return DownloadError("tls", message)
         case aiohttp.InvalidURL() | UnicodeError():
             return DownloadError("bad_url", message)
         case aiohttp.ClientConnectorError() if _BLOCKED in str(error.os_error):
             return DownloadError("blocked_address", str(error.os_error))
-        case BlockedAddressError():
+        case OSError() if isinstance(error, BlockedAddressError) or _BLOCKED in message:
             return DownloadError("blocked_address", message)
-        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
+        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | OSError():
             return DownloadError("refused", message)
         case _:
             return DownloadError("other", f"{type(error).__name__}: {message}")
@@ -159,30 +175,3 @@ def check_image(head: bytes | bytearray, content_type: str) -> None:
     """Raise `not_an_image` for a body that neither begins like an image nor is called one."""
     if image_format(head) is None and not (head and content_type.startswith("image/")):
         raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")
-
-
-def is_packed(encoding: str) -> bool:
-    """Whether a Content-Encoding, which we ask nobody for, is one that `decompress` undoes."""
-    return encoding.strip().lower() in ("gzip", "x-gzip", "deflate")
-
-
-def decompress(body: bytes | bytearray, cap: int) -> bytes:
-    """Undo Content-Encoding gzip (of any number of members) or deflate, with zlib's header or
-    without; never makes more than `cap` + 1 bytes.
-    """
-    # A bare deflate stream has 8 there only in padding that is not zero.
-    wrapped = body[:2] == b"\x1f\x8b" or (len(body) > 0 and body[0] & 15 == 8)
-    wbits = zlib.MAX_WBITS | 32 if wrapped else -zlib.MAX_WBITS
-    data, rest = bytearray(), bytes(body)
-    try:
-        for _ in range(_MAX_MEMBERS):
-            unpacker = zlib.decompressobj(wbits=wbits)
-            data += unpacker.decompress(rest, cap + 1 - len(data))
-            if len(data) > cap:
-                raise DownloadError("too_large", f"more than {cap} bytes when decompressed")
-            rest = unpacker.unused_data
-            if not rest.startswith(b"\x1f\x8b"):
-                return bytes(data)
-    except zlib.error as error:
-        raise DownloadError("other", f"cannot decompress: {error}") from None
-    raise DownloadError("other", f"cannot decompress: more than {_MAX_MEMBERS} gzip members")
