@@ -144,12 +144,20 @@ def _told_of_refusal(response: aiohttp.ClientResponse) -> Iterator[None]:
             content.set_exception(error)
 
     if closed is not None:
+        closed.remove_done_callback(_seen)
+        closed.add_done_callback(_seen)
         closed.add_done_callback(end)
     try:
         yield
     finally:
         if closed is not None:
             closed.remove_done_callback(end)  # the connection may serve thousands of requests
+
+
+def _seen(closed: asyncio.Future[None]) -> None:
+    """Else asyncio reports each connection that was reset as an error that nobody saw."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 class _Connector(aiohttp.TCPConnector):
