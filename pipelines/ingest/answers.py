@@ -20,6 +20,7 @@ FailureClass = Literal[
     "dns",
     "refused",  # also reset, or cut in the middle of the body
     "timeout",
+    "host_down",  # not asked: its host gave nothing but time-outs
     "tls",
     "http_4xx",
     "http_404",
@@ -41,8 +42,9 @@ FailureClass = Literal[
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `download:` in a row's status."""
 
-TRANSIENT = frozenset(["timeout", "refused", "http_429", "http_5xx"])
-"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too."""
+TRANSIENT = frozenset(["timeout", "host_down", "refused", "http_429", "http_5xx"])
+"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too. An attempt
+of the same run does not mend `host_down`."""
 
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
@@ -58,7 +60,7 @@ class DownloadError(Exception):
     ) -> None:
         super().__init__(message)
         self.kind = kind
-        self.transient = transient or kind in TRANSIENT
+        self.transient = transient or (kind in TRANSIENT and kind != "host_down")
         self.retry_after = retry_after
 
 

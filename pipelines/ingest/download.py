@@ -26,6 +26,7 @@ from pipelines.ingest.addresses import public_socket
 from pipelines.ingest.answers import DownloadError, classify, clean, parse_url
 from pipelines.ingest.download_config import PER_CPU, DownloadConfig
 from pipelines.ingest.exchange import Exchange
+from pipelines.ingest.hosts import Hosts
 from pipelines.ingest.pacing import Room, Share, Window
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
@@ -33,6 +34,7 @@ from pipelines.telemetry import INGEST_BYTES
 T = TypeVar("T")
 
 _DNS_THREADS = 32
+_LEAST_TIMEOUTS = 8  # of a host in a row, before it is given up
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Downloader:
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
+        least = max(_LEAST_TIMEOUTS, 2 * config.concurrency_per_host)
+        self.health = Hosts(config.host_timeouts or least)
         self.slots = slots or Window(config.concurrency or PER_CPU)
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
@@ -136,20 +140,32 @@ class Downloader:
         left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
             # Each hop takes a slot of its own host: many hosts may lead to one.
-            async with self._host_slots(target.raw_host or ""), self.slots:
-                async with Share(self.room, left) as share:
-                    began = time.monotonic()
-                    found = await self.exchange.ask(target, share)
-                    left -= time.monotonic() - began
-                    if isinstance(found, bytes):
-                        share.kept = len(found)
-                if isinstance(found, bytes):
-                    if self.room.is_free:  # else it is not the line that they wait for
-                        self.slots.grow()
-                    INGEST_BYTES.add(len(found))
-                    return found
-                target = found
+            async with self._host_slots(target.raw_host or ""):
+                self.health.check(target)
+                async with self.slots:
+                    found, seconds = await self._hop(target, left)
+            if isinstance(found, bytes):
+                return found
+            left -= seconds
+            target = found
         raise DownloadError("redirects", f"more than {self.config.max_redirects} redirects")
+
+    async def _hop(self, target: URL, left: float) -> tuple[bytes | URL, float]:
+        """The body, or where a redirect leads; and the seconds that it took of those `left`."""
+        # Where hosts before it have used up the time, a time-out is not the fault of this one.
+        is_fair = left >= min(self.config.read_timeout, self.config.total_timeout)
+        with self.health.asked(target, counts=is_fair):
+            async with Share(self.room, left) as share:
+                began = time.monotonic()
+                found = await self.exchange.ask(target, share)
+                seconds = time.monotonic() - began
+                if isinstance(found, bytes):
+                    share.kept = len(found)
+        if isinstance(found, bytes):
+            if self.room.is_free:  # else it is not the line that they wait for
+                self.slots.grow()
+            INGEST_BYTES.add(len(found))
+        return found, seconds
 
 
 def _allow_open_files(needed: int) -> None:

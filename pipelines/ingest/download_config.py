@@ -29,6 +29,13 @@ class DownloadConfig(Config):
     connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
     read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
     total_timeout: float = Field(30.0, gt=0, description="seconds for one attempt, with redirects")
+    host_timeouts: int | None = Field(
+        None,
+        ge=1,
+        description="time-outs in a row after which a host without an answer is down: its URLs "
+        "then fail as host_down, unasked but for one a minute, in each process; default: twice "
+        "concurrency_per_host, and no fewer than 8",
+    )
     retries: int = Field(
         1, ge=0, description="further attempts after timeout, refused, http_429, http_5xx"
     )
