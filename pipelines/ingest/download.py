@@ -9,6 +9,7 @@ A `Downloader` is an event loop in a thread of its own and one pool of connectio
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import resource
 import threading
@@ -28,6 +29,7 @@ from pipelines.ingest.download_config import PER_CPU, DownloadConfig
 from pipelines.ingest.exchange import Exchange
 from pipelines.ingest.hosts import Hosts
 from pipelines.ingest.pacing import Room, Share, Window
+from pipelines.ingest.turns import Turns
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
 
@@ -63,9 +65,8 @@ class Downloader:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="downloads", daemon=True).start()
         # A host's slots live as long as a request holds them: millions of hosts leave no trace.
-        self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
-            weakref.WeakValueDictionary()
-        )
+        self.hosts: weakref.WeakValueDictionary[str, Turns] = weakref.WeakValueDictionary()
+        self.calls = itertools.count()
         least = max(_LEAST_TIMEOUTS, 2 * config.concurrency_per_host)
         self.health = Hosts(config.host_timeouts or least)
         self.slots = slots or Window(config.concurrency or PER_CPU)
@@ -77,10 +78,15 @@ class Downloader:
         self.session = self.exchange.session
 
     def each(self, urls: Sequence[str], use: Callable[[Fetched], Awaitable[T]]) -> list[T]:
-        """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`."""
+        """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`.
+
+        Of several calls at the same time the first has the slots, for its retries too: else none of
+        the chunks that are in work would be done before nearly all of them are.
+        """
+        rank = next(self.calls)
 
         async def one(url: str) -> T:
-            fetched = await self.fetch(url)
+            fetched = await self.fetch(url, rank)
             try:
                 return await use(fetched)
             finally:
@@ -106,12 +112,14 @@ class Downloader:
 
     # ------------------------------------------------------------------------------ one URL
 
-    async def fetch(self, url: str) -> Fetched:
-        """Fetch one URL with retries. Never raises: whatever the web does becomes a status."""
+    async def fetch(self, url: str, rank: int = 0) -> Fetched:
+        """Fetch one URL with retries; the lowest `rank` has the slots first. Never raises: whatever
+        the web does becomes a status.
+        """
         attempt = 0
         while True:
             try:
-                return Fetched(await self._attempt(parse_url(url)), OK)
+                return Fetched(await self._attempt(parse_url(url), rank), OK)
             except TimeoutError as error:
                 limit = f"not done in {self.config.total_timeout:g} seconds"
                 failure = DownloadError("timeout", str(error) or limit)
@@ -123,9 +131,9 @@ class Downloader:
             await asyncio.sleep(delay)
             attempt += 1
 
-    def _host_slots(self, host: str) -> asyncio.Semaphore:
+    def _host_slots(self, host: str) -> Turns:
         host = host.lower().rstrip(".")
-        return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))
+        return self.hosts.setdefault(host, Turns(self.config.concurrency_per_host))
 
     def _delay(self, failure: DownloadError, attempt: int) -> float | None:
         """Seconds until the next attempt, or None when there is to be none."""
@@ -136,13 +144,13 @@ class Downloader:
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
 
-    async def _attempt(self, target: URL) -> bytes:
+    async def _attempt(self, target: URL, rank: int) -> bytes:
         left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
             # Each hop takes a slot of its own host: many hosts may lead to one.
-            async with self._host_slots(target.raw_host or ""):
+            async with self._host_slots(target.raw_host or "").turn(rank):
                 self.health.check(target)
-                async with self.slots:
+                async with self.slots.turn(rank):
                     found, seconds = await self._hop(target, left)
             if isinstance(found, bytes):
                 return found

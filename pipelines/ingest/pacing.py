@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+from pipelines.ingest.turns import Turns
 from pipelines.telemetry import INGEST_REQUESTS
 
 MAX_WAITING = 128 << 20
@@ -36,17 +39,20 @@ class Window:
         self.most, self.least, self.patience = most, least, patience
         self.size = min(most, first)
         self.taken = 0  # requests in flight
-        self._free = asyncio.Semaphore(self.size)
+        self._free = Turns(self.size)
         self._surplus = 0  # slots that are taken and will not be given back
         self._shrunk = -self.patience
 
-    async def __aenter__(self) -> None:
-        await self._free.acquire()
+    @asynccontextmanager
+    async def turn(self, rank: int = 0) -> AsyncIterator[None]:
+        """Hold a slot, which the waiters of the lowest rank get first."""
+        await self._free.acquire(rank)
         self._count(1)
-
-    async def __aexit__(self, *_: object) -> None:
-        self._count(-1)
-        self._give_back()
+        try:
+            yield
+        finally:
+            self._count(-1)
+            self._give_back()
 
     def _count(self, more: int) -> None:
         self.taken += more
