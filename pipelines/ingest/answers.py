@@ -49,7 +49,9 @@ of the same run does not mend `host_down`."""
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
 _BLOCKED = "blocked address"
-_RANGE = re.compile(r"\s*bytes[\s=]+([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\s*", re.IGNORECASE)
+_RANGE = re.compile(
+    r"\s*(?:bytes[\s=]+)?([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\s*", re.IGNORECASE
+)
 
 
 class DownloadError(Exception):
@@ -161,6 +163,8 @@ def classify(error: Exception) -> DownloadError:
             return DownloadError("blocked_address", str(error.os_error))
         case OSError() if isinstance(error, BlockedAddressError) or _BLOCKED in message:
             return DownloadError("blocked_address", message)
+        case aiohttp.ServerDisconnectedError():  # its message has all headers that came
+            return DownloadError("refused", "closed before the end of the headers")
         case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | OSError():
             return DownloadError("refused", message)
         case _:

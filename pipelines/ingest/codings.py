@@ -7,6 +7,7 @@ taken as it is.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -26,11 +27,13 @@ def codings(headers: MultiMapping[str]) -> list[str]:
     Source: RFC 9110 section 8.4, RFC 9112 section 6.1. Other names are passed over: `identity`,
     and `aws-chunked`, `binary` or `utf-8`, which tools store with a file that is not coded.
     """
-    found = []
-    for header in ("Content-Encoding", "Transfer-Encoding"):
-        for value in headers.getall(header, ()):
-            found += [name for name in map(str.strip, value.lower().split(",")) if name in _UNDO]
-    return found
+    names = words(headers, "Content-Encoding") + words(headers, "Transfer-Encoding")
+    return [name for name in names if name in _UNDO]
+
+
+def words(headers: MultiMapping[str], header: str) -> list[str]:
+    """The words of all headers of a name, in lower case, however they are separated or quoted."""
+    return re.findall("[a-z-]+", " ".join(headers.getall(header, ())).lower())
 
 
 def unpacked(body: bytes | bytearray, names: Sequence[str], cap: int) -> bytes:

@@ -34,7 +34,6 @@ from pipelines.ingest.reading import Answer, UntidyError, read_body
 
 _DNS_CACHE_SECONDS = 300
 _IDLE_SECONDS = 1.0  # each of the many hosts that are asked but once costs an open file for so long
-_WHOLE = (200, 201, 203)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -95,7 +94,7 @@ class Exchange:
         status, headers = answer.status, answer.headers
         location = headers.get("Location")
         redirects = status in _REDIRECTS or (status == 300 and location)
-        if not redirects and status not in (*_WHOLE, 206):
+        if not redirects and (not 200 <= status < 300 or status == 204):
             raise DownloadError(
                 http_class(status),
                 f"HTTP {status} {answer.reason}".rstrip(),
@@ -118,7 +117,9 @@ class Exchange:
 
 
 def _strict(response: aiohttp.ClientResponse) -> Answer:
-    """What aiohttp made of an answer."""
+    """What aiohttp made of an answer; UntidyError where it does not see that it is chunked."""
+    if response.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+        raise UntidyError
     return Answer(
         response.status,
         response.reason or "",

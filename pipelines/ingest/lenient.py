@@ -24,6 +24,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from pipelines.ingest.answers import DownloadError
+from pipelines.ingest.codings import words
 from pipelines.ingest.reading import Answer, CutShortError
 from pipelines.pictures.formats import image_format
 
@@ -33,12 +34,16 @@ MAX_HEADERS = 256 << 10
 """Bytes of all headers of an answer together, as in browsers."""
 _MAX_HEADER_LINES = 2000  # in memory each of them takes far more than its bytes
 _MAX_LINE = 4096  # bytes of a line between chunks
+_LONG_HEADERS = f"headers of more than {MAX_HEADERS} bytes or {_MAX_HEADER_LINES} lines"
+_LONG_LINE = f"a chunk's line of more than {_MAX_LINE} bytes"
 _MAX_INTERIM = 8  # answers of status 1xx before the one that counts
 _PIECE = 64 << 10  # bytes that are read at once
-_MOST_DIGITS = 18  # of a length; more of them are too many bytes in any case
 # ICY is what radio servers say. The version is of no use: we ask for one answer and the end.
-_STATUS = re.compile(rb"(?:HTTP(?:/[\d.]+)?|ICY)\s+(\d{3})(?!\d)\s*(.*)", re.IGNORECASE | re.DOTALL)
-_CHUNK = re.compile(rb"\s*([0-9a-fA-F]{1,16})\s*(?:;.*)?", re.DOTALL)
+_STATUS = re.compile(
+    rb"(?:HTTP(?:/\s*[\d.]+)?|ICY)\s+0*([1-9]\d\d)(?!\d)\s*(.*)", re.IGNORECASE | re.DOTALL
+)
+_CHUNK = re.compile(rb"\s*([0-9a-fA-F]{1,16})(?:[\s;].*)?", re.DOTALL)
+_LENGTH = re.compile(r"\s*0*([0-9]{1,18})\s*", re.ASCII)  # longer ones are -1 or such, unsigned
 
 
 class LenientClient:
@@ -124,7 +129,7 @@ class _Wire:
         self.held += piece
         return bool(piece)
 
-    async def line(self, most: int) -> bytes | None:
+    async def line(self, most: int, too_long: str) -> bytes | None:
         """The next line without its end, of `most` bytes; None where the connection ends."""
         looked = 0
         while (end := self.held.find(b"\n", looked)) < 0 and len(self.held) <= most:
@@ -132,7 +137,7 @@ class _Wire:
             if not await self.fill():
                 return None
         if end < 0 or end > most:
-            raise DownloadError("protocol", f"a line of more than {most} bytes")
+            raise DownloadError("protocol", too_long)
         line = bytes(self.held[:end])
         del self.held[: end + 1]
         return line.removesuffix(b"\r")
@@ -149,10 +154,10 @@ class _Wire:
 async def _answer(wire: _Wire) -> Answer:
     for _ in range(_MAX_INTERIM + 1):
         left = MAX_HEADERS
-        line = await wire.line(left)
+        line = await wire.line(left, _LONG_HEADERS)
         while line is not None and not line.strip():  # such as what a body before it had left
             left -= len(line) + 1
-            line = await wire.line(left)
+            line = await wire.line(left, _LONG_HEADERS)
         if line is None:
             raise DownloadError("refused", "closed without an answer")
         match = _STATUS.fullmatch(line.strip())
@@ -176,12 +181,11 @@ async def _headers(wire: _Wire, left: int) -> CIMultiDict[str]:
     """
     found: list[tuple[str, str]] = []
     lines = 0
-    while line := await wire.line(left):
+    while line := await wire.line(left, _LONG_HEADERS):
         left -= len(line) + 1
         lines += 1
         if left <= 0 or lines > _MAX_HEADER_LINES:
-            most = f"{MAX_HEADERS} bytes or {_MAX_HEADER_LINES} lines"
-            raise DownloadError("protocol", f"headers of more than {most}")
+            raise DownloadError("protocol", _LONG_HEADERS)
         text = line.replace(b"\0", b"").decode("utf-8", "surrogateescape")
         name, colon, value = text.partition(":")
         if text[0:1] in (" ", "\t") and found:  # it goes on from the line before
@@ -197,8 +201,7 @@ async def _framing(
     wire: _Wire, headers: CIMultiDict[str]
 ) -> tuple[int | None, AsyncIterator[bytes]]:
     """The length of a body, where it is known, and its pieces (RFC 9112 section 6.3)."""
-    codings = ",".join(headers.getall("Transfer-Encoding", ())).lower().split(",")
-    if "chunked" in map(str.strip, codings):
+    if "chunked" in words(headers, "Transfer-Encoding"):
         if wire.held or await wire.fill():
             # No image begins like a chunk's size, so this one is chunked by name alone.
             if image_format(wire.held) is None:
@@ -212,16 +215,10 @@ async def _framing(
 def _length(headers: CIMultiDict[str]) -> int | None:
     """What all Content-Length headers agree on; None without a number in them."""
     values = ",".join(headers.getall("Content-Length", ())).split(",")
-    numbers = {value.strip().lstrip("0") or "0" for value in values if _is_number(value.strip())}
-    if len(numbers) > 1:
-        raise DownloadError("protocol", f"Content-Length: {', '.join(sorted(numbers))}")
-    for number in numbers:
-        return int(number) if len(number) <= _MOST_DIGITS else 10**_MOST_DIGITS
-    return None
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
+    lengths = {int(match[1]) for match in map(_LENGTH.fullmatch, values) if match is not None}
+    if len(lengths) > 1:
+        raise DownloadError("protocol", f"Content-Length: {', '.join(map(str, sorted(lengths)))}")
+    return lengths.pop() if lengths else None
 
 
 async def _exactly(wire: _Wire, length: int) -> AsyncIterator[bytes]:
@@ -240,7 +237,7 @@ async def _to_the_end(wire: _Wire) -> AsyncIterator[bytes]:
 
 async def _chunks(wire: _Wire) -> AsyncIterator[bytes]:
     """The data of chunks (RFC 9112 section 7.1); trailers stay unread."""
-    while (line := await wire.line(_MAX_LINE)) is not None:
+    while (line := await wire.line(_MAX_LINE, _LONG_LINE)) is not None:
         match = _CHUNK.fullmatch(line)
         if match is None:
             raise DownloadError("protocol", f"a chunk's size is {line[:16]!r}")
@@ -249,6 +246,6 @@ async def _chunks(wire: _Wire) -> AsyncIterator[bytes]:
             return
         async for piece in _exactly(wire, size):
             yield piece
-        if await wire.line(_MAX_LINE):
+        if await wire.line(_MAX_LINE, _LONG_LINE):
             raise DownloadError("protocol", "a chunk is longer than its size")
     raise CutShortError("closed before the last chunk")
