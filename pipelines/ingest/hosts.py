@@ -2,6 +2,9 @@
 
 One dead host may have ten thousand addresses in a list, and each of them would hold one of its few
 slots for `total_timeout`, twice. Once in a while one request looks whether it is back.
+
+URLs of a host that is down fail as fast as they come. So a host that has answered before gets
+minutes of grace: else half a minute without a line would cost all of a list that it has most of.
 """
 
 from __future__ import annotations
@@ -18,64 +21,83 @@ from pipelines.ingest.answers import DownloadError, classify
 
 LOOK_SECONDS = 60.0
 """How long the URLs of a host that is down fail without a request, between two that look again."""
+GRACE_SECONDS = 300.0
+"""How long a host that has answered has to be silent before it may be down."""
 _MOST = 10_000  # hosts that are remembered; what is forgotten is learned again
 
 # They say nothing of the host: no answer came, and no time was lost.
 _NEUTRAL = ("refused", "tls", "dns", "blocked_address", "bad_url")
 
+_Name = tuple[str, int | None]
+
 
 @dataclass
-class _Silence:
-    time_outs: int = 0  # in a row
+class _Host:
+    answered: float | None = None  # when it last did
+    time_outs: int = 0  # in a row, since then
     look_at: float = 0.0  # when the next request may look again, once the host is down
 
 
 class Hosts:
-    """Remembers the hosts (with their ports) that have not answered since their last time-out."""
+    """Remembers of the hosts (with their ports) that were asked last whether they answered."""
 
-    def __init__(self, limit: int, look_seconds: float = LOOK_SECONDS, most: int = _MOST) -> None:
-        """`limit` time-outs in a row are evidence that a host is down; the `most` hosts are
-        remembered whose time-outs are the latest.
-        """
-        self.limit, self.look_seconds, self.most = limit, look_seconds, most
-        self.silent: OrderedDict[tuple[str, int | None], _Silence] = OrderedDict()
+    def __init__(
+        self,
+        limit: int,
+        look_seconds: float = LOOK_SECONDS,
+        grace_seconds: float = GRACE_SECONDS,
+        most: int = _MOST,
+    ) -> None:
+        """`limit` time-outs in a row are evidence that a host is down; `most` hosts are kept."""
+        self.limit, self.most = limit, most
+        self.look_seconds, self.grace_seconds = look_seconds, grace_seconds
+        self.known: OrderedDict[_Name, _Host] = OrderedDict()
 
     def check(self, target: URL) -> None:
         """Raise DownloadError `host_down` where nothing is to be asked of the host of `target`."""
-        silence = self.silent.get(_host(target))
-        if silence is None or silence.time_outs < self.limit:
+        host = self.known.get(_name(target))
+        if host is None or host.time_outs < self.limit:
             return
         now = time.monotonic()
-        if now < silence.look_at:
-            count = silence.time_outs
-            raise DownloadError("host_down", f"{count} time-outs in a row, and no answer")
-        silence.look_at = now + self.look_seconds
+        if host.answered is not None and now - host.answered < self.grace_seconds:
+            return
+        if now < host.look_at:
+            raise DownloadError("host_down", f"{host.time_outs} time-outs in a row, and no answer")
+        host.look_at = now + self.look_seconds
 
     @contextmanager
     def asked(self, target: URL, counts: bool = True) -> Iterator[None]:
         """Note how a request ends; a time-out is the host's only where it `counts`."""
-        host = _host(target)
+        name = _name(target)
         try:
             yield
         except Exception as error:
             failure = classify(error)
             late = failure.kind == "timeout" or (failure.kind == "dns" and failure.transient)
             if late and counts:
-                self._note(host)
+                self._timed_out(name)
             elif not late and failure.kind not in _NEUTRAL:
-                self.silent.pop(host, None)
+                self._answered(name)
             raise
-        self.silent.pop(host, None)
+        self._answered(name)
 
-    def _note(self, host: tuple[str, int | None]) -> None:
-        silence = self.silent.setdefault(host, _Silence())
-        self.silent.move_to_end(host)
-        silence.time_outs += 1
-        if silence.time_outs == self.limit:
-            silence.look_at = time.monotonic() + self.look_seconds
-        if len(self.silent) > self.most:
-            self.silent.popitem(last=False)
+    def _answered(self, name: _Name) -> None:
+        host = self._get(name)
+        host.answered, host.time_outs = time.monotonic(), 0
+
+    def _timed_out(self, name: _Name) -> None:
+        host = self._get(name)
+        host.time_outs += 1
+        if host.time_outs == self.limit:
+            host.look_at = time.monotonic() + self.look_seconds
+
+    def _get(self, name: _Name) -> _Host:
+        host = self.known.setdefault(name, _Host())
+        self.known.move_to_end(name)
+        if len(self.known) > self.most:
+            self.known.popitem(last=False)
+        return host
 
 
-def _host(target: URL) -> tuple[str, int | None]:
+def _name(target: URL) -> _Name:
     return (target.raw_host or "").lower().rstrip("."), target.port
