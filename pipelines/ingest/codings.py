@@ -33,7 +33,8 @@ def codings(headers: MultiMapping[str]) -> list[str]:
 
 def words(headers: MultiMapping[str], header: str) -> list[str]:
     """The words of all headers of a name, in lower case, however they are separated or quoted."""
-    return re.findall("[a-z-]+", " ".join(headers.getall(header, ())).lower())
+    values = headers.getall(header, ())
+    return re.findall("[a-z-]+", " ".join(values).lower()) if values else []
 
 
 def unpacked(body: bytes | bytearray, names: Sequence[str], cap: int) -> bytes:

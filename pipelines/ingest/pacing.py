@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from pipelines.ingest.turns import Turns
+from pipelines.ingest.turns import Turn, Turns
 from pipelines.telemetry import INGEST_REQUESTS
 
 MAX_WAITING = 128 << 20
@@ -43,16 +41,19 @@ class Window:
         self._surplus = 0  # slots that are taken and will not be given back
         self._shrunk = -self.patience
 
-    @asynccontextmanager
-    async def turn(self, rank: int = 0) -> AsyncIterator[None]:
-        """Hold a slot, which the waiters of the lowest rank get first."""
+    async def acquire(self, rank: int = 0) -> None:
+        """Take a slot, which the waiters of the lowest rank get first."""
         await self._free.acquire(rank)
         self._count(1)
-        try:
-            yield
-        finally:
-            self._count(-1)
-            self._give_back()
+
+    def release(self) -> None:
+        """Give a slot back."""
+        self._count(-1)
+        self._give_back()
+
+    def turn(self, rank: int = 0) -> Turn:
+        """Hold a slot: `async with window.turn(rank)`."""
+        return Turn(self, rank)
 
     def _count(self, more: int) -> None:
         self.taken += more

@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import Protocol
+
+
+class Slots(Protocol):
+    """What a `Turn` is taken of."""
+
+    async def acquire(self, rank: int = 0) -> None: ...
+
+    def release(self) -> None: ...
 
 
 class Turns:
@@ -44,11 +51,19 @@ class Turns:
                 self.free -= 1
                 turn.set_result(None)
 
-    @asynccontextmanager
-    async def turn(self, rank: int) -> AsyncIterator[None]:
-        """Hold a slot."""
-        await self.acquire(rank)
-        try:
-            yield
-        finally:
-            self.release()
+    def turn(self, rank: int) -> Turn:
+        """Hold a slot: `async with turns.turn(rank)`."""
+        return Turn(self, rank)
+
+
+class Turn:
+    """A slot that is held; not a generator, as each request has two of them."""
+
+    def __init__(self, turns: Slots, rank: int) -> None:
+        self.turns, self.rank = turns, rank
+
+    async def __aenter__(self) -> None:
+        await self.turns.acquire(self.rank)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.turns.release()
