@@ -162,13 +162,17 @@ class Downloader:
         """The body, or where a redirect leads; and the seconds that it took of those `left`."""
         # Where hosts before it have used up the time, a time-out is not the fault of this one.
         is_fair = left >= min(self.config.read_timeout, self.config.total_timeout)
-        with self.health.asked(target, counts=is_fair):
+        try:
             async with Share(self.room, left) as share:
                 began = time.monotonic()
                 found = await self.exchange.ask(target, share)
                 seconds = time.monotonic() - began
                 if isinstance(found, bytes):
                     share.kept = len(found)
+        except Exception as error:
+            self.health.failed(target, error, counts=is_fair)
+            raise
+        self.health.answered(target)
         if isinstance(found, bytes):
             if self.room.is_free:  # else it is not the line that they wait for
                 self.slots.grow()

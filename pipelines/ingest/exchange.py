@@ -9,8 +9,8 @@ So an untidy server costs a second request, and a tidy one nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -84,8 +84,11 @@ class Exchange:
         """The body, or where a redirect leads. Raises DownloadError and what connections raise."""
         try:
             async with self.session.get(target, allow_redirects=False) as response:
-                with _told_of_refusal(response):
+                unwatch = _tell_of_refusal(response)
+                try:
                     return await self._judge(target, _strict(response), share)
+                finally:
+                    unwatch()
         except (aiohttp.ClientResponseError, HttpProcessingError, UntidyError):
             async with self.lenient.get(target) as answer:
                 return await self._judge(target, answer, share)
@@ -129,30 +132,31 @@ def _strict(response: aiohttp.ClientResponse) -> Answer:
     )
 
 
-@contextmanager
-def _told_of_refusal(response: aiohttp.ClientResponse) -> Iterator[None]:
-    """Raise HttpProcessingError where a body is read that the parser refuses half-way.
+def _tell_of_refusal(response: aiohttp.ClientResponse) -> Callable[[], object]:
+    """Raise HttpProcessingError where a body is read that the parser refuses half-way, until what
+    is returned is called: the connection may serve thousands of requests.
 
     By itself aiohttp closes the connection then, and who reads would wait until the last time-out.
     """
-    content = response.content
-    protocol = response.connection.protocol if response.connection is not None else None
+    connection, content = response.connection, response.content
+    protocol = connection.protocol if connection is not None else None
     closed = protocol.closed if protocol is not None else None
+    if protocol is None or closed is None:  # all of the body has come
+        return _nothing
 
     def end(_: asyncio.Future[None]) -> None:
-        error = protocol.exception() if protocol is not None else None
+        error = protocol.exception()
         if isinstance(error, HttpProcessingError) and not content.is_eof():
             content.set_exception(error)
 
-    if closed is not None:
-        closed.remove_done_callback(_seen)
-        closed.add_done_callback(_seen)
-        closed.add_done_callback(end)
-    try:
-        yield
-    finally:
-        if closed is not None:
-            closed.remove_done_callback(end)  # the connection may serve thousands of requests
+    closed.remove_done_callback(_seen)
+    closed.add_done_callback(_seen)
+    closed.add_done_callback(end)
+    return partial(closed.remove_done_callback, end)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _seen(closed: asyncio.Future[None]) -> None:

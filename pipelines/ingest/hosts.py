@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from yarl import URL
@@ -65,25 +63,21 @@ class Hosts:
             raise DownloadError("host_down", f"{host.time_outs} time-outs in a row, and no answer")
         host.look_at = now + self.look_seconds
 
-    @contextmanager
-    def asked(self, target: URL, counts: bool = True) -> Iterator[None]:
-        """Note how a request ends; a time-out is the host's only where it `counts`."""
-        name = _name(target)
-        try:
-            yield
-        except Exception as error:
-            failure = classify(error)
-            late = failure.kind == "timeout" or (failure.kind == "dns" and failure.transient)
-            if late and counts:
-                self._timed_out(name)
-            elif not late and failure.kind not in _NEUTRAL:
-                self._answered(name)
-            raise
-        self._answered(name)
-
-    def _answered(self, name: _Name) -> None:
-        host = self._get(name)
+    def answered(self, target: URL) -> None:
+        """Note an answer."""
+        host = self._get(_name(target))
         host.answered, host.time_outs = time.monotonic(), 0
+
+    def failed(self, target: URL, error: Exception, counts: bool = True) -> None:
+        """Note how a request failed: many an error is an answer, and a time-out is the host's only
+        where it `counts`.
+        """
+        failure = classify(error)
+        if failure.kind == "timeout" or (failure.kind == "dns" and failure.transient):
+            if counts:
+                self._timed_out(_name(target))
+        elif failure.kind not in _NEUTRAL:
+            self.answered(target)
 
     def _timed_out(self, name: _Name) -> None:
         host = self._get(name)

@@ -22,14 +22,13 @@ def _ask(hosts: Hosts, target: URL, error: Exception | None, counts: bool = True
     """How a request ends: in `error` or an answer, or unasked."""
     try:
         hosts.check(target)
-        with hosts.asked(target, counts):
-            if error is not None:
-                raise error
     except DownloadError as refused:
         return refused.kind
-    except Exception:
-        return "failed"
-    return "ok"
+    if error is None:
+        hosts.answered(target)
+        return "ok"
+    hosts.failed(target, error, counts)
+    return "failed"
 
 
 def test_time_outs_in_a_row_are_evidence() -> None:
