@@ -8,7 +8,6 @@ import socket
 import ssl
 import time
 import unicodedata
-import zlib
 from typing import Literal, get_args
 
 import aiohttp
@@ -21,12 +20,18 @@ FailureClass = Literal[
     "dns",
     "refused",  # also reset, or cut in the middle of the body
     "timeout",
+    "host_down",  # not asked: its host gave nothing but time-outs
     "tls",
     "http_4xx",
     "http_404",
     "http_410",
     "http_429",
     "http_5xx",
+    "http_other",  # a status that brings no picture, such as 204, 304 or 999
+    "redirects",  # too many of them, or one that leads nowhere
+    "partial",  # status 206 of a part
+    "protocol",  # no HTTP, or an answer that may mean two things
+    "encoding",  # a Content-Encoding that cannot be undone
     "too_large",
     "not_an_image",
     "opted_out",
@@ -37,13 +42,16 @@ FailureClass = Literal[
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `download:` in a row's status."""
 
-TRANSIENT = frozenset(["timeout", "refused", "http_429", "http_5xx"])
-"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too."""
+TRANSIENT = frozenset(["timeout", "host_down", "refused", "http_429", "http_5xx"])
+"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too. An attempt
+of the same run does not mend `host_down`."""
 
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
-_MAX_MEMBERS = 16  # each of them costs a copy of what follows it
 _BLOCKED = "blocked address"
+_RANGE = re.compile(
+    r"\s*(?:bytes[\s=]+)?([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\s*", re.IGNORECASE
+)
 
 
 class DownloadError(Exception):
@@ -54,7 +62,7 @@ class DownloadError(Exception):
     ) -> None:
         super().__init__(message)
         self.kind = kind
-        self.transient = transient or kind in TRANSIENT
+        self.transient = transient or (kind in TRANSIENT and kind != "host_down")
         self.retry_after = retry_after
 
 
@@ -98,14 +106,24 @@ def _to_the_letter(url: str) -> URL:
 
 
 def http_class(code: int) -> FailureClass:
-    """The class of an HTTP status that is neither 200 nor a redirect."""
+    """The class of an HTTP status that is neither success nor a redirect."""
     if code == 404:
         return "http_404"
     if code == 410:
         return "http_410"
     if code == 429:
         return "http_429"
-    return "http_4xx" if 400 <= code < 500 else "http_5xx" if 500 <= code < 600 else "other"
+    return "http_4xx" if 400 <= code < 500 else "http_5xx" if 500 <= code < 600 else "http_other"
+
+
+def check_range(content_range: str | None) -> None:
+    """DownloadError `partial` where a Content-Range does not say that all of the file is there.
+
+    Source: RFC 9110 section 14.4, `bytes first-last/complete`.
+    """
+    match = _RANGE.fullmatch(content_range or "")
+    if match is None or int(match[1]) != 0 or int(match[2]) + 1 != int(match[3]):
+        raise DownloadError("partial", f"HTTP 206, Content-Range: {content_range}")
 
 
 def retry_after(header: str | None) -> float:
@@ -135,15 +153,19 @@ def classify(error: Exception) -> DownloadError:
             return DownloadError("dns", message, transient=temporary)
         case aiohttp.ClientConnectorError() if isinstance(error.os_error, socket.gaierror):
             return DownloadError("dns", message)  # such as an IPv6 address with an unknown zone
+        case socket.gaierror():
+            return DownloadError("dns", message, transient=error.errno == socket.EAI_AGAIN)
         case aiohttp.ClientSSLError() | ssl.SSLError():
             return DownloadError("tls", message)
         case aiohttp.InvalidURL() | UnicodeError():
             return DownloadError("bad_url", message)
         case aiohttp.ClientConnectorError() if _BLOCKED in str(error.os_error):
             return DownloadError("blocked_address", str(error.os_error))
-        case BlockedAddressError():
+        case OSError() if isinstance(error, BlockedAddressError) or _BLOCKED in message:
             return DownloadError("blocked_address", message)
-        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
+        case aiohttp.ServerDisconnectedError():  # its message has all headers that came
+            return DownloadError("refused", "closed before the end of the headers")
+        case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | OSError():
             return DownloadError("refused", message)
         case _:
             return DownloadError("other", f"{type(error).__name__}: {message}")
@@ -159,30 +181,3 @@ def check_image(head: bytes | bytearray, content_type: str) -> None:
     """Raise `not_an_image` for a body that neither begins like an image nor is called one."""
     if image_format(head) is None and not (head and content_type.startswith("image/")):
         raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")
-
-
-def is_packed(encoding: str) -> bool:
-    """Whether a Content-Encoding, which we ask nobody for, is one that `decompress` undoes."""
-    return encoding.strip().lower() in ("gzip", "x-gzip", "deflate")
-
-
-def decompress(body: bytes | bytearray, cap: int) -> bytes:
-    """Undo Content-Encoding gzip (of any number of members) or deflate, with zlib's header or
-    without; never makes more than `cap` + 1 bytes.
-    """
-    # A bare deflate stream has 8 there only in padding that is not zero.
-    wrapped = body[:2] == b"\x1f\x8b" or (len(body) > 0 and body[0] & 15 == 8)
-    wbits = zlib.MAX_WBITS | 32 if wrapped else -zlib.MAX_WBITS
-    data, rest = bytearray(), bytes(body)
-    try:
-        for _ in range(_MAX_MEMBERS):
-            unpacker = zlib.decompressobj(wbits=wbits)
-            data += unpacker.decompress(rest, cap + 1 - len(data))
-            if len(data) > cap:
-                raise DownloadError("too_large", f"more than {cap} bytes when decompressed")
-            rest = unpacker.unused_data
-            if not rest.startswith(b"\x1f\x8b"):
-                return bytes(data)
-    except zlib.error as error:
-        raise DownloadError("other", f"cannot decompress: {error}") from None
-    raise DownloadError("other", f"cannot decompress: more than {_MAX_MEMBERS} gzip members")

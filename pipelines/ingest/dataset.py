@@ -31,7 +31,7 @@ from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.blocked import Blocked
-from pipelines.ingest.download import DownloadConfig, share_of
+from pipelines.ingest.download_config import DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of

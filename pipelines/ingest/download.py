@@ -9,6 +9,7 @@ A `Downloader` is an event loop in a thread of its own and one pool of connectio
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import resource
 import threading
@@ -19,104 +20,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
 from aiohttp import SocketFactoryType
-from pydantic import Field
 from yarl import URL
 
-from pipelines.ingest.addresses import Resolver, public_socket
-from pipelines.ingest.answers import (
-    DownloadError,
-    check_image,
-    classify,
-    clean,
-    decompress,
-    http_class,
-    is_packed,
-    parse_url,
-    redirected,
-    retry_after,
-)
-from pipelines.ingest.optout import AGENT, agent_of, opted_out
+from pipelines.ingest.addresses import public_socket
+from pipelines.ingest.answers import DownloadError, classify, clean, parse_url
+from pipelines.ingest.download_config import PER_CPU, DownloadConfig
+from pipelines.ingest.exchange import Exchange
+from pipelines.ingest.hosts import Hosts
 from pipelines.ingest.pacing import Room, Share, Window
-from pipelines.pictures.formats import sniffed
+from pipelines.ingest.turns import Turns
 from pipelines.schemas import DOWNLOAD, OK, status
 from pipelines.telemetry import INGEST_BYTES
-from vlv_model.config import Config
 
 T = TypeVar("T")
 
-_DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
-_IDLE_SECONDS = 1.0  # each of the many hosts that are asked but once costs an open file for so long
-_REDIRECTS = (301, 302, 303, 307, 308)
-
-
-_PRINTABLE = r"^[ -~]+$"  # what a header may hold
-
-
-class DownloadConfig(Config):
-    """How the web is asked."""
-
-    concurrency: int | None = Field(
-        None,
-        ge=1,
-        description="most requests in flight, of the whole job, which begins with fewer and halves "
-        "them while bodies stall; default: 256 for each CPU",
-    )
-    concurrency_per_host: int = Field(
-        16,
-        ge=1,
-        description="requests in flight to one host, of the whole job (but one for each process)",
-    )
-    connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
-    read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
-    total_timeout: float = Field(30.0, gt=0, description="seconds for one attempt, with redirects")
-    retries: int = Field(
-        1, ge=0, description="further attempts after timeout, refused, http_429, http_5xx"
-    )
-    retry_delay: float = Field(
-        1.0, gt=0, description="seconds before the first retry, doubled for each one, jittered"
-    )
-    max_retry_after: float = Field(
-        30.0,
-        ge=0,
-        description="longest Retry-After that is waited for; beyond it there is no retry",
-    )
-    max_redirects: int = Field(5, ge=0, description="redirects that are followed")
-    max_bytes: int = Field(
-        32 << 20, ge=1, description="largest body, in bytes, as sent and after decompression"
-    )
-    allow_private: bool = Field(
-        False, description="connect to loopback and private addresses too; for tests only"
-    )
-    respect_optout: bool = Field(
-        True, description="honour X-Robots-Tag: noai, noimageai, noindex, noimageindex"
-    )
-    user_agent: str = Field(
-        f"{AGENT}/1.0 (VLV image dataset ingest; honours X-Robots-Tag: noai)",
-        pattern=_PRINTABLE,
-        description="User-Agent header, followed by `contact`",
-    )
-    contact: str | None = Field(
-        None,
-        pattern=_PRINTABLE,
-        description="URL or e-mail address where you can be reached, told to every server that is "
-        "asked: give one before you ask the open web",
-    )
-
-
-_PER_CPU = 256  # requests in flight: most of the web answers late, and some of it never
-
-
-def share_of(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:
-    """What each of `processes` downloaders of a job on `cpus` CPUs may do."""
-    total = config.concurrency or int(_PER_CPU * cpus)
-    return config.model_copy(
-        update={
-            "concurrency": max(1, total // processes),
-            "concurrency_per_host": max(1, config.concurrency_per_host // processes),
-        }
-    )
+_DNS_THREADS = 32
+_LEAST_TIMEOUTS = 8  # of a host in a row, before it is given up
 
 
 @dataclass(frozen=True)
@@ -145,22 +65,28 @@ class Downloader:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="downloads", daemon=True).start()
         # A host's slots live as long as a request holds them: millions of hosts leave no trace.
-        self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
-            weakref.WeakValueDictionary()
-        )
-        self.slots = slots or Window(config.concurrency or _PER_CPU)
+        self.hosts: weakref.WeakValueDictionary[str, Turns] = weakref.WeakValueDictionary()
+        self.calls = itertools.count()
+        least = max(_LEAST_TIMEOUTS, 2 * config.concurrency_per_host)
+        self.health = Hosts(config.host_timeouts or least)
+        self.slots = slots or Window(config.concurrency or PER_CPU)
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
         _allow_open_files(2 * self.slots.most)
         self.room = room or Room()
-        self.agents = (AGENT, agent_of(config.user_agent))
-        self.session = self._run(self._open_session())
+        self.exchange = self._run(self._open_exchange())
+        self.session = self.exchange.session
 
     def each(self, urls: Sequence[str], use: Callable[[Fetched], Awaitable[T]]) -> list[T]:
-        """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`."""
+        """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`.
+
+        Of several calls at the same time the first has the slots, for its retries too: else none of
+        the chunks that are in work would be done before nearly all of them are.
+        """
+        rank = next(self.calls)
 
         async def one(url: str) -> T:
-            fetched = await self.fetch(url)
+            fetched = await self.fetch(url, rank)
             try:
                 return await use(fetched)
             finally:
@@ -179,40 +105,21 @@ class Downloader:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def _open_session(self) -> aiohttp.ClientSession:
-        connector = _Connector(
-            keepalive_timeout=_IDLE_SECONDS,
-            limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
-            resolver=Resolver(),
-            ttl_dns_cache=_DNS_CACHE_SECONDS,
-            socket_factory=None if self.config.allow_private else self.socket_factory,
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=self.config.connect_timeout,
-                sock_read=self.config.read_timeout,
-            ),
-            auto_decompress=False,  # `decompress` bounds it
-            read_bufsize=self.room.allowance // 2,  # a connection stops reading at twice that
-            headers={
-                "User-Agent": self.config.user_agent
-                + (f" (+{self.config.contact})" if self.config.contact else ""),
-                "Accept": "image/*,*/*;q=0.5",
-                "Accept-Encoding": "identity",
-            },
-        )
+    async def _open_exchange(self) -> Exchange:
+        factory = None if self.config.allow_private else self.socket_factory
+        # A connection stops reading at twice half an allowance.
+        return Exchange(self.config, self.slots, factory, self.room.allowance // 2)
 
     # ------------------------------------------------------------------------------ one URL
 
-    async def fetch(self, url: str) -> Fetched:
-        """Fetch one URL with retries. Never raises: whatever the web does becomes a status."""
+    async def fetch(self, url: str, rank: int = 0) -> Fetched:
+        """Fetch one URL with retries; the lowest `rank` has the slots first. Never raises: whatever
+        the web does becomes a status.
+        """
         attempt = 0
         while True:
             try:
-                return Fetched(await self._attempt(parse_url(url)), OK)
+                return Fetched(await self._attempt(parse_url(url), rank), OK)
             except TimeoutError as error:
                 limit = f"not done in {self.config.total_timeout:g} seconds"
                 failure = DownloadError("timeout", str(error) or limit)
@@ -224,9 +131,9 @@ class Downloader:
             await asyncio.sleep(delay)
             attempt += 1
 
-    def _host_slots(self, host: str) -> asyncio.Semaphore:
+    def _host_slots(self, host: str) -> Turns:
         host = host.lower().rstrip(".")
-        return self.hosts.setdefault(host, asyncio.Semaphore(self.config.concurrency_per_host))
+        return self.hosts.setdefault(host, Turns(self.config.concurrency_per_host))
 
     def _delay(self, failure: DownloadError, attempt: int) -> float | None:
         """Seconds until the next attempt, or None when there is to be none."""
@@ -237,81 +144,40 @@ class Downloader:
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
 
-    async def _attempt(self, target: URL) -> bytes:
+    async def _attempt(self, target: URL, rank: int) -> bytes:
         left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
             # Each hop takes a slot of its own host: many hosts may lead to one.
-            async with self._host_slots(target.raw_host or ""), self.slots:
-                async with Share(self.room, left) as share:
-                    began = time.monotonic()
-                    found = await self._hop(target, share)
-                    left -= time.monotonic() - began
-                    if isinstance(found, bytes):
-                        share.kept = len(found)
+            async with self._host_slots(target.raw_host or "").turn(rank):
+                self.health.check(target)
+                async with self.slots.turn(rank):
+                    found, seconds = await self._hop(target, left)
+            if isinstance(found, bytes):
+                return found
+            left -= seconds
+            target = found
+        raise DownloadError("redirects", f"more than {self.config.max_redirects} redirects")
+
+    async def _hop(self, target: URL, left: float) -> tuple[bytes | URL, float]:
+        """The body, or where a redirect leads; and the seconds that it took of those `left`."""
+        # Where hosts before it have used up the time, a time-out is not the fault of this one.
+        is_fair = left >= min(self.config.read_timeout, self.config.total_timeout)
+        try:
+            async with Share(self.room, left) as share:
+                began = time.monotonic()
+                found = await self.exchange.ask(target, share)
+                seconds = time.monotonic() - began
                 if isinstance(found, bytes):
-                    if self.room.is_free:  # else it is not the line that they wait for
-                        self.slots.grow()
-                    INGEST_BYTES.add(len(found))
-                    return found
-                target = found
-        raise DownloadError("other", f"more than {self.config.max_redirects} redirects")
-
-    async def _hop(self, target: URL, share: Share) -> bytes | URL:
-        """The body, or where a redirect leads."""
-        async with self.session.get(target, allow_redirects=False) as response:
-            if response.status not in (200, *_REDIRECTS):
-                raise DownloadError(
-                    http_class(response.status),
-                    f"HTTP {response.status} {response.reason or ''}".rstrip(),
-                    retry_after=retry_after(response.headers.get("Retry-After")),
-                )
-            tags = response.headers.getall("X-Robots-Tag", ())
-            if self.config.respect_optout and (directive := opted_out(tags, self.agents)):
-                raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
-            if response.status == 200:
-                try:
-                    return await self._body(response, share)
-                except (TimeoutError, asyncio.CancelledError):
-                    self.slots.shrink()
-                    raise
-            location = response.headers.get("Location")
-            if not location:
-                raise DownloadError("other", f"HTTP {response.status} without Location")
-            return redirected(target, location)
-
-    async def _body(self, response: aiohttp.ClientResponse, share: Share) -> bytes:
-        cap = self.config.max_bytes
-        if (response.content_length or 0) > cap:
-            raise DownloadError("too_large", f"{response.content_length} bytes announced")
-        packed = is_packed(response.headers.get("Content-Encoding", ""))
-        body = bytearray()
-        looked = False
-        async for piece in response.content.iter_any():
-            body += piece
-            if len(body) > cap:
-                raise DownloadError("too_large", f"more than {cap} bytes")
-            if not packed and not looked and len(body) >= sniffed(body):
-                check_image(body, response.content_type)  # before the rest is read
-                looked = True
-            await share.grown(len(body))
-        data = decompress(body, cap) if packed else bytes(body)
-        if not looked:
-            check_image(data, response.content_type)
-        return data
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Uses no connection again on which something came that nobody had asked for."""
-
-    async def _get(self, key: Any, traces: Any) -> Any:
-        # It would be taken for the answer to the next request: another URL's picture, or the 408
-        # with which servers close what is idle.
-        while (connection := await super()._get(key, traces)) is not None:
-            # A handler is false while it has no messages: it is asked for None by name.
-            if connection.protocol is not None and not connection.protocol.should_close:
-                break
-            connection.close()
-        return connection
+                    share.kept = len(found)
+        except Exception as error:
+            self.health.failed(target, error, counts=is_fair)
+            raise
+        self.health.answered(target)
+        if isinstance(found, bytes):
+            if self.room.is_free:  # else it is not the line that they wait for
+                self.slots.grow()
+            INGEST_BYTES.add(len(found))
+        return found, seconds
 
 
 def _allow_open_files(needed: int) -> None:

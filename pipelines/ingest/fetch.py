@@ -18,7 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.ingest.download import DownloadConfig, Downloader, Fetched
+from pipelines.ingest.download import Downloader, Fetched
+from pipelines.ingest.download_config import DownloadConfig
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.isolation import Decoder
 from pipelines.pictures.encode import ImageConfig

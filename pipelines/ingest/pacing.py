@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import Any
 
+from pipelines.ingest.turns import Turn, Turns
 from pipelines.telemetry import INGEST_REQUESTS
 
 MAX_WAITING = 128 << 20
@@ -36,17 +37,23 @@ class Window:
         self.most, self.least, self.patience = most, least, patience
         self.size = min(most, first)
         self.taken = 0  # requests in flight
-        self._free = asyncio.Semaphore(self.size)
+        self._free = Turns(self.size)
         self._surplus = 0  # slots that are taken and will not be given back
         self._shrunk = -self.patience
 
-    async def __aenter__(self) -> None:
-        await self._free.acquire()
+    async def acquire(self, rank: int = 0) -> None:
+        """Take a slot, which the waiters of the lowest rank get first."""
+        await self._free.acquire(rank)
         self._count(1)
 
-    async def __aexit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Give a slot back."""
         self._count(-1)
         self._give_back()
+
+    def turn(self, rank: int = 0) -> Turn:
+        """Hold a slot: `async with window.turn(rank)`."""
+        return Turn(self, rank)
 
     def _count(self, more: int) -> None:
         self.taken += more

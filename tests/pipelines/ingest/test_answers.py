@@ -22,12 +22,12 @@ from pipelines.ingest.answers import (
     check_image,
     classify,
     clean,
-    decompress,
     http_class,
     parse_url,
     redirected,
     retry_after,
 )
+from pipelines.ingest.codings import decompress
 from pipelines.ingest.optout import AGENT, OPT_OUT, agent_of, opted_out
 from pipelines.pictures.formats import image_format
 
@@ -224,7 +224,7 @@ def test_any_location_is_a_url_or_a_classified_failure(text: str) -> None:
 def test_status_classes() -> None:
     codes = {404: "http_404", 410: "http_410", 429: "http_429", 403: "http_4xx", 503: "http_5xx"}
     assert {code: http_class(code) for code in codes} == codes
-    assert http_class(204) == http_class(304) == http_class(700) == "other"
+    assert http_class(204) == http_class(304) == http_class(700) == "http_other"
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
@@ -297,7 +297,7 @@ def test_any_body_is_decompressed_or_refused(body: bytes, start: bytes) -> None:
         found = f"{len(decompress(start + body, 500)) <= 500}"
     except DownloadError as refused:
         found = refused.kind
-    assert found in ("True", "other", "too_large")
+    assert found in ("True", "encoding", "too_large")
 
 
 def test_bodies_that_are_no_images() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from pipelines.ingest.addresses import public_socket
-from pipelines.ingest.download import DownloadConfig, Fetched, share_of
+from pipelines.ingest.download import Fetched
+from pipelines.ingest.download_config import DownloadConfig, share_of
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
 
@@ -164,7 +165,7 @@ def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) ->
     downloader = open_downloader(max_redirects=3)
     paths = ("/1", "/loop", "/nowhere", "/shy", "/404")
     found = statuses(downloader, *map(site.url, paths))
-    kinds = ["other", "other", "opted_out", "http_404"]
+    kinds = ["redirects", "redirects", "opted_out", "http_404"]
     assert found == ["ok", *(f"download:{kind}" for kind in kinds)]
     assert site.requests["/loop"] == 4
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ingest.download import DownloadConfig
+from pipelines.ingest.download_config import DownloadConfig
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.ingest.download import Fetched
 from pipelines.ingest.pacing import Room, Share, Window
+from pipelines.ingest.turns import Turns
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
 
 
@@ -78,6 +79,53 @@ def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
     for thread in threads:
         thread.join()
     assert site.most_in_flight > 4
+
+
+def test_slots_go_to_the_lowest_rank_and_then_in_turn() -> None:
+    """And not to those who gave up, before or just when they were given one."""
+
+    async def waits() -> None:
+        turns, order = Turns(1), list[tuple[int, int]]()
+        await turns.acquire()
+        assert turns.locked()
+
+        async def take(rank: int, number: int) -> None:
+            async with turns.turn(rank):
+                order.append((rank, number))
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(take(rank, n)) for n in range(3) for rank in (2, 1, 0)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()  # (2, 0)
+        turns.release()
+        tasks[2].cancel()  # (0, 0), whose turn it is
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
+        assert not turns.locked()
+        await turns.acquire()
+        assert turns.locked()
+
+    asyncio.run(waits())
+
+
+def test_a_retry_comes_before_the_rows_of_later_chunks(site: Site, open_downloader: Any) -> None:
+    """Else a chunk of many retries is committed when all the others are done."""
+    asked: list[str] = []
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        if asked == ["/?old"]:
+            later.start()
+        time.sleep(0.05)
+        reply(503 if asked == ["/?old"] else 200)(handler)
+
+    site.answers = {"/": note}
+    downloader = open_downloader(concurrency=1, concurrency_per_host=1, read_timeout=5, retries=1)
+    urls = [site.url(f"/?new{i}") for i in range(12)]
+    later = threading.Thread(target=fetch_all, args=(downloader, *urls))
+    assert statuses(downloader, site.url("/?old")) == ["ok"]
+    assert asked.index("/?old", 1) <= 4
+    later.join()
 
 
 def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
@@ -233,8 +281,8 @@ def test_requests_in_flight_are_counted_also_when_they_fail() -> None:
         window = Window(4)
         seen = []
         with contextlib.suppress(OSError):
-            async with window:
-                async with window:
+            async with window.turn():
+                async with window.turn():
                     seen.append(window.taken)
                 raise OSError
         return [*seen, window.taken]
