@@ -84,7 +84,9 @@ def _refusal_by_system(error: BaseException) -> str | None:
     """The line for an error that a disk or a machine's memory brought about, on a worker or here."""
     # Arrow's and fsspec's words for it are as many as their layers.
     if isinstance(error, OSError) and error.errno in _REFUSED_BY_SYSTEM:
-        return f"{os.strerror(error.errno)}: {error.filename or 'writing'}"
+        # Ray Data adds its advice where the name of the file was.
+        named = error.filename and not str(error.filename).startswith(_RAYS_POSTSCRIPT.strip())
+        return f"{os.strerror(error.errno)}: {error.filename if named else 'writing'}"
     kind = type(error)  # by its name, as Ray need not be imported
     if kind.__module__.partition(".")[0] == "ray" and kind.__name__ == "OutOfMemoryError":
         found = _FULL_MEMORY.search(str(error))

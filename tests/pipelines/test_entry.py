@@ -39,6 +39,12 @@ def test_a_full_disk_is_one_line(wrap, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "error: No space left on device: writing\n"
 
 
+def test_rays_advice_is_no_name_of_a_file(monkeypatch, capsys) -> None:
+    advice = "Failed to apply UDF transform after 1/1 attempts.\nTo change retry attempts, …"
+    assert ended(wrapped(OSError(errno.ENOSPC, "full", advice)), monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: No space left on device: writing\n"
+
+
 def test_the_file_is_named_where_it_is_known(monkeypatch, capsys) -> None:
     error = wrapped(OSError(errno.EACCES, "Permission denied", str(Path("/data/x"))))
     assert ended(error, monkeypatch) == BAD_INPUT
