@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import resource
 import threading
 import time
 import weakref
@@ -37,6 +36,7 @@ from pipelines.ingest.answers import (
     redirected,
     retry_after,
 )
+from pipelines.ingest.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.optout import AGENT, agent_of, opted_out
 from pipelines.ingest.pacing import Room, Share, Window
 from pipelines.pictures.formats import sniffed
@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 _DNS_THREADS, _DNS_CACHE_SECONDS = 32, 300
 _IDLE_SECONDS = 1.0  # each of the many hosts that are asked but once costs an open file for so long
+_FEW_FILES_IDLE_SECONDS = 0.05  # where the machine allows few of them
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -61,7 +62,8 @@ class DownloadConfig(Config):
         None,
         ge=1,
         description="most requests in flight, of the whole job, which begins with fewer and halves "
-        "them while bodies stall; default: 256 for each CPU",
+        "them while bodies stall; fewer where the machine allows few open files; default: 256 for each "
+        "CPU",
     )
     concurrency_per_host: int = Field(
         16,
@@ -148,10 +150,13 @@ class Downloader:
         self.hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        self.slots = slots or Window(config.concurrency or _PER_CPU)
+        most = slots.most if slots else config.concurrency or _PER_CPU
+        fit = requests_that_fit(most)
+        self.slots = slots or Window(fit)
+        self.idle_seconds = _IDLE_SECONDS if fit == most else _FEW_FILES_IDLE_SECONDS
+        warn_of_proxies()
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
-        _allow_open_files(2 * self.slots.most)
         self.room = room or Room()
         self.agents = (AGENT, agent_of(config.user_agent))
         self.session = self._run(self._open_session())
@@ -181,7 +186,7 @@ class Downloader:
 
     async def _open_session(self) -> aiohttp.ClientSession:
         connector = _Connector(
-            keepalive_timeout=_IDLE_SECONDS,
+            keepalive_timeout=self.idle_seconds,
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
             resolver=Resolver(),
             ttl_dns_cache=_DNS_CACHE_SECONDS,
@@ -312,11 +317,3 @@ class _Connector(aiohttp.TCPConnector):
                 break
             connection.close()
         return connection
-
-
-def _allow_open_files(needed: int) -> None:
-    """Raise this process's own limit, which is often 1,024, as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = needed + 1024 if hard == resource.RLIM_INFINITY else min(hard, needed + 1024)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

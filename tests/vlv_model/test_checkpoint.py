@@ -216,5 +216,7 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(CheckpointError, match=rf"^'{tmp_path}' cannot be written: .* No space left"):
+    with pytest.raises(
+        CheckpointError, match=rf"^'{tmp_path}' cannot be written: .* No space left"
+    ):
         put_checkpoint(tmp_path, {}, {})
