@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipelines.places import refuse_full
+
 _BUCKET_BYTES = 16 << 20  # of input behind one bucket
 _MAX_BUCKETS = 512  # each is an open file while rows are added
 _WAITING_ROWS = 100_000  # rows in memory before they are written to their buckets
@@ -72,8 +74,12 @@ class Buckets:
         self._waiting, self._num_waiting = [], 0
         starts = np.searchsorted(rows["key"].to_numpy(), self.starts).tolist()
         ends = [*starts[1:], rows.num_rows]
-        for stream, start, end in zip(self._streams, starts, ends, strict=True):
-            stream.write_table(rows.slice(start, end - start))
+        try:
+            for stream, start, end in zip(self._streams, starts, ends, strict=True):
+                stream.write_table(rows.slice(start, end - start))
+        except OSError as error:
+            refuse_full(error, f"{self._folder.name} (temporary files, where TMPDIR says)")
+            raise
 
 
 def _sort(rows: pa.Table) -> pa.Table:

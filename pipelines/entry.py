@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from pipelines.config import parse
+from pipelines.endings import Asked, interrupted_by_signals, say_interrupted, status_of
 from vlv_model.config import Config
 from vlv_model.errors import VLVError
 
@@ -38,7 +39,8 @@ def main(
     description: str,
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
-    """Run a job from its command line and return its exit status: 0, 2 for bad input, 130.
+    """Run a job from its command line and return its exit status: 0, 2 for bad input, 130 by Ctrl-C,
+    143 by SIGTERM, 129 by SIGHUP.
 
     Where the job's own Ray is killed, the process ends with 3 (pipelines.runtime).
 
@@ -48,12 +50,22 @@ def main(
     usage = f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
     if "" in aliases:
         usage += f" {aliases[''].upper()}"
+    asked = Asked()
     try:
-        run(parse(cls, sys.argv[1:], usage, description, aliases))
+        with interrupted_by_signals() as asked:
+            run(parse(cls, sys.argv[1:], usage, description, aliases))
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
-        return INTERRUPTED
+        say_interrupted()
+        return asked.status or INTERRUPTED
+    except SystemExit as ended:
+        if (status := status_of(ended)) is None:
+            raise
+        say_interrupted()
+        return status
     except Exception as error:
+        if asked.status is not None:  # what was unwound for it may have failed
+            say_interrupted()
+            return asked.status
         for cause in causes_of(error):
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):
                 line = str(cause).partition(_RAYS_POSTSCRIPT)[0]
@@ -72,7 +84,9 @@ def _refusal_by_system(error: BaseException) -> str | None:
     """The line for an error that a disk or a machine's memory brought about, on a worker or here."""
     # Arrow's and fsspec's words for it are as many as their layers.
     if isinstance(error, OSError) and error.errno in _REFUSED_BY_SYSTEM:
-        return f"{os.strerror(error.errno)}: {error.filename or 'writing'}"
+        # Ray Data adds its advice where the name of the file was.
+        named = error.filename and not str(error.filename).startswith(_RAYS_POSTSCRIPT.strip())
+        return f"{os.strerror(error.errno)}: {error.filename if named else 'writing'}"
     kind = type(error)  # by its name, as Ray need not be imported
     if kind.__module__.partition(".")[0] == "ray" and kind.__name__ == "OutOfMemoryError":
         found = _FULL_MEMORY.search(str(error))

@@ -8,6 +8,7 @@ tools read them (AWS_ENDPOINT_URL, …).
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -41,6 +42,7 @@ _ANSWERS = (
     FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
     VLVError, ValueError, TypeError, AttributeError, LookupError,
 )  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIECE = 1 << 20  # bytes of a column that are read at a time; of a remote file eight times as many
 _SIGNATURE = 28  # bytes of it behind the footer of an encrypted Parquet file whose footer is not
 _SLASHES = re.compile(r"/+")
@@ -270,15 +272,33 @@ def _unanswered(path: Path, problem: Exception) -> RunError:
     )
 
 
+class FullDisk(RunError, OSError):
+    """A disk, or a user's share of it, is full; the message names the path."""
+
+
+def refuse_full(error: OSError, path: str | Path) -> None:
+    """Raise FullDisk for an error of writing to `path` that says so; return for any other."""
+    if error.errno in _FULL:
+        raise FullDisk(
+            f"{path} cannot be written: {os.strerror(error.errno)}: make room there, then the same "
+            "command continues where this one stopped"
+        ) from error
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file beside a local path, which takes its place at the end, or goes where that fails."""
+    """A file beside a local path, which takes its place at the end, or goes where that fails.
+
+    Raises FullDisk, which names the path, where the disk is full: Arrow's error does not.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # of a full disk it would hold the rest
+        if isinstance(error, OSError):
+            refuse_full(error, path)
         raise
 
 

@@ -11,20 +11,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from pipelines.cluster import Cluster, InProcess, RayCluster
+from pipelines.endings import interrupted_by_signals
 from vlv_model.config import Config
 from vlv_model.errors import RunError, one_line
 
 RAY_LOST = 3  # exit status where the embedded Ray died
 _NEEDED = ("raylet", "gcs_server")  # processes without which there is no Ray
 _GLANCE = 0.02  # seconds in which what has happened is seen
-_UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM
+_UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM or SIGHUP
 _ANSWER = 20.0  # seconds that a head is given to take a connection
 
 
@@ -172,7 +172,7 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
                 "memory and disk to spare, or give a running cluster by ray.address"
             ) from error
     try:
-        with _ending_with_ray() if not config.cluster else nullcontext():
+        with _told_to_end() if config.cluster else _ending_with_ray():
             yield RayCluster()
     finally:
         ray.shutdown()
@@ -194,7 +194,7 @@ def _ending_with_ray() -> Iterator[None]:
         status = process.wait()
         if over.is_set():
             return
-        in_good_order = status in (0, -signal.SIGTERM)
+        in_good_order = status in (0, -signal.SIGTERM, -signal.SIGHUP)
         if in_good_order and told() and over.wait(_UNWINDING):
             return
         saying.acquire()  # for good: once is enough
@@ -242,35 +242,25 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
 
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    asked, status = False, 128 + signal.SIGTERM
-    others = signal.getsignal(signal.SIGTERM)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, signal.SIG_IGN)
+    def raises() -> bool:
         # An error of the Ray that is gone, which came first, is unwinding already.
         error = sys.exc_info()[1]
-        if not isinstance(error, RayError) or isinstance(error, GetTimeoutError | RayTaskError):
-            sys.exit(status)
+        return not isinstance(error, RayError) or isinstance(error, GetTimeoutError | RayTaskError)
 
     ours, signals = socket.socketpair()
-    with ours, signals:
+    with ours, signals, interrupted_by_signals(raises) as asked:
         signals.setblocking(False)
         before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, end)
         try:
             yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
-        except Exception:
-            if asked:
-                sys.exit(status)
+        except (Exception, KeyboardInterrupt):
+            if asked.status:
+                sys.exit(asked.status)
             raise
         finally:
             signal.set_wakeup_fd(before)
-            if not asked:
-                signal.signal(signal.SIGTERM, others)
-        if asked:  # and what it raised was swallowed
-            sys.exit(status)
+        if asked.status:  # and what it raised was swallowed
+            sys.exit(asked.status)
 
 
 def check_resources(

@@ -139,9 +139,12 @@ def put_checkpoint(
     """Write weights and checkpoint.json into a folder; arguments as in `write_checkpoint`."""
     from safetensors.torch import save_file  # here: the files are told of without torch
 
-    save_file(dict(weights), folder / WEIGHTS_FILE)
-    for name, tensors in (more_files or {}).items():
-        save_file(dict(tensors), folder / name)
+    try:
+        save_file(dict(weights), folder / WEIGHTS_FILE)
+        for name, tensors in (more_files or {}).items():
+            save_file(dict(tensors), folder / name)
+    except SafetensorError as error:  # a full disk, for one
+        raise CheckpointError(f"'{folder}' cannot be written: {one_line(error)}") from None
     info = CheckpointInfo(
         format_version=FORMAT_VERSION,
         tensors={name: list(tensor.shape) for name, tensor in weights.items()},

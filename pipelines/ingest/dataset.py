@@ -38,6 +38,7 @@ from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.known_rows import KnownKeys, with_marks
 from pipelines.ingest.list_files import fingerprint, input_files
+from pipelines.ingest.machine import warn_of_proxies
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
@@ -161,6 +162,7 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     table.check_free(KIND, config.identity(), IMAGE_ROW.names)
     with exclusive(table.folder, "data.output"):
         run = _open_run(config, table)
+        warn_of_proxies()
         if config.download.allow_private:
             print(
                 "warning: download.allow_private=true: URLs may reach this machine and its network",

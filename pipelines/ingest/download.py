@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import resource
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ from pipelines.ingest.answers import DownloadError, classify, clean, parse_url
 from pipelines.ingest.download_config import PER_CPU, DownloadConfig
 from pipelines.ingest.exchange import Exchange
 from pipelines.ingest.hosts import Hosts
+from pipelines.ingest.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.pacing import Room, Share, Window
 from pipelines.ingest.turns import Turns
 from pipelines.schemas import DOWNLOAD, OK, status
@@ -69,10 +69,13 @@ class Downloader:
         self.calls = itertools.count()
         least = max(_LEAST_TIMEOUTS, 2 * config.concurrency_per_host)
         self.health = Hosts(config.host_timeouts or least)
-        self.slots = slots or Window(config.concurrency or PER_CPU)
+        most = slots.most if slots else config.concurrency or PER_CPU
+        fit = requests_that_fit(most)
+        self.has_few_files = fit < most
+        self.slots = slots or Window(fit)
+        warn_of_proxies()
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
-        _allow_open_files(2 * self.slots.most)
         self.room = room or Room()
         self.exchange = self._run(self._open_exchange())
         self.session = self.exchange.session
@@ -108,7 +111,8 @@ class Downloader:
     async def _open_exchange(self) -> Exchange:
         factory = None if self.config.allow_private else self.socket_factory
         # A connection stops reading at twice half an allowance.
-        return Exchange(self.config, self.slots, factory, self.room.allowance // 2)
+        buffer = self.room.allowance // 2
+        return Exchange(self.config, self.slots, factory, buffer, self.has_few_files)
 
     # ------------------------------------------------------------------------------ one URL
 
@@ -178,11 +182,3 @@ class Downloader:
                 self.slots.grow()
             INGEST_BYTES.add(len(found))
         return found, seconds
-
-
-def _allow_open_files(needed: int) -> None:
-    """Raise this process's own limit, which is often 1,024, as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = needed + 1024 if hard == resource.RLIM_INFINITY else min(hard, needed + 1024)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -19,7 +19,8 @@ class DownloadConfig(Config):
         None,
         ge=1,
         description="most requests in flight, of the whole job, which begins with fewer and halves "
-        "them while bodies stall; default: 256 for each CPU",
+        "them while bodies stall; fewer where the machine allows few open files; default: 256 for each "
+        "CPU",
     )
     concurrency_per_host: int = Field(
         16,

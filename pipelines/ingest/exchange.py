@@ -34,6 +34,7 @@ from pipelines.ingest.reading import Answer, UntidyError, read_body
 
 _DNS_CACHE_SECONDS = 300
 _IDLE_SECONDS = 1.0  # each of the many hosts that are asked but once costs an open file for so long
+_FEW_FILES_IDLE_SECONDS = 0.05  # where the machine allows few of them
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -46,9 +47,10 @@ class Exchange:
         slots: Window,
         socket_factory: SocketFactoryType | None,
         buffer: int,
+        has_few_files: bool = False,
     ) -> None:
         """`slots` shrink where a body stalls; `socket_factory` refuses the addresses that are not
-        to be reached; a connection stops reading at twice `buffer` bytes.
+        to be reached; a connection stops reading at twice `buffer` bytes, and idles shortly where `has_few_files`.
         """
         self.config, self.slots = config, slots
         self.agents = (AGENT, agent_of(config.user_agent))
@@ -60,7 +62,7 @@ class Exchange:
         }
         resolver = Resolver()
         connector = _Connector(
-            keepalive_timeout=_IDLE_SECONDS,
+            keepalive_timeout=_FEW_FILES_IDLE_SECONDS if has_few_files else _IDLE_SECONDS,
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
             resolver=resolver,
             ttl_dns_cache=_DNS_CACHE_SECONDS,

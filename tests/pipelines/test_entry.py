@@ -1,6 +1,8 @@
 """How a job says what went wrong: in one line, however deep the cause lies."""
 
 import errno
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +36,12 @@ def wrapped(cause: BaseException) -> RuntimeError:
 def test_a_full_disk_is_one_line(wrap, monkeypatch, capsys) -> None:
     arrows = OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left")
     assert ended(wrap(arrows), monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: No space left on device: writing\n"
+
+
+def test_rays_advice_is_no_name_of_a_file(monkeypatch, capsys) -> None:
+    advice = "Failed to apply UDF transform after 1/1 attempts.\nTo change retry attempts, …"
+    assert ended(wrapped(OSError(errno.ENOSPC, "full", advice)), monkeypatch) == BAD_INPUT
     assert capsys.readouterr().err == "error: No space left on device: writing\n"
 
 
@@ -85,3 +93,63 @@ def test_a_fault_while_a_refusal_was_handled_keeps_its_traceback(monkeypatch) ->
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch) -> None:
     with pytest.raises(OSError, match="odd"):
         ended(OSError(errno.EIO, "odd"), monkeypatch)
+
+
+SLEEPER = """
+import signal, sys, time
+from pipelines.entry import main
+from vlv_model.config import Config
+
+class Nothing(Config): pass
+
+def run(_):
+    try:
+        print("at work", flush=True)
+        time.sleep(0.5 if "ignored" in sys.argv[0] else 1000)
+    finally:
+        print("unwound", flush=True)
+
+if "ignored" in sys.argv[0]:  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(main(Nothing, run, "A job."))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "status"),
+    [
+        ("job", signal.SIGINT, 130),
+        ("job", signal.SIGTERM, 143),
+        ("job", signal.SIGHUP, 129),
+        ("ignored", signal.SIGHUP, 0),
+    ],
+)
+def test_a_signal_ends_a_job_in_good_order(
+    name: str, number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}.py").write_text(SLEEPER)
+    job = subprocess.Popen(
+        [sys.executable, str(tmp_path / f"{name}.py")],
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "at work\n"
+    job.send_signal(number)
+    out, said = job.communicate(timeout=60)
+    line = "interrupted: the same command continues where this one stopped\n"
+    assert (job.returncode, out, said) == (status, "unwound\n", line if status else "")
+
+
+@pytest.mark.parametrize("code", [3, 0, "bye", None])
+def test_other_exits_are_left_alone(code: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as left:
+        ended(SystemExit(code), monkeypatch)
+    assert left.value.code == code
+
+
+def test_rays_own_exit_while_it_starts_is_the_signals(monkeypatch, capsys) -> None:
+    assert ended(SystemExit(signal.SIGTERM), monkeypatch) == 143
+    assert capsys.readouterr().err.startswith("interrupted: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -161,7 +162,24 @@ def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
         patch.setattr("builtins.open", lambda *a, **k: full.open("wb", buffering=0))
         with pytest.raises(OSError, match="No space left"):
             write()
+        with pytest.raises(
+            RunError, match=rf"^{target} cannot be written: No space left on device: "
+        ):
+            write()
     assert [p.name for p in tmp_path.iterdir()] == ["before"]
+
+
+def test_parquet_on_a_full_disk_names_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # as Arrow says it
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(
+        RunError, match=r"/part\.parquet cannot be written: No space left on device"
+    ):
+        write_parquet(tmp_path / "part.parquet", ROWS)
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(

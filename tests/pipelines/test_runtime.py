@@ -64,8 +64,8 @@ import psutil, ray
 from pipelines.runtime import RayConfig, ray_session
 
 @ray.remote
-def work():
-    time.sleep(float(sys.argv[2]))
+def work(seconds):
+    time.sleep(seconds)
 
 def victims():
     for process in psutil.Process().children(recursive=True):
@@ -77,7 +77,7 @@ if __name__ == "__main__":
     with ray_session(RayConfig(num_cpus=1, object_store_gb=0.1)):
         try:
             ray.get(ray.remote(lambda: None).remote())
-            task = work.remote()  # the first call asks the GCS, which a signal must not meet
+            task = work.remote(float(sys.argv[2]))  # the first call asks the GCS, which a signal must not meet
             print("at work", flush=True)
             while not (found := list(victims())) and sys.argv[1] != "nothing":
                 time.sleep(0.1)  # an agent takes its name late
@@ -85,7 +85,7 @@ if __name__ == "__main__":
                 process.kill()
             while True:
                 ray.get(task)
-                task = work.remote()
+                task = work.remote(float(sys.argv[2]))
         finally:
             time.sleep(3)  # Ray's core, whose raylet is gone, sends a second signal meanwhile
             print("unwound", flush=True)
@@ -144,3 +144,19 @@ def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: 
         if "unwound\n" in out:
             return
     pytest.fail(f"was not unwound in three attempts: {said}")
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_waits_for_a_task_is_unwound_by_a_signal(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Ray's core, which the job waits in, makes an end of its own, or an abort, of a SystemExit."""
+    job = start_job(tmp_path, "nothing", 1000)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "at work\n"
+    job.send_signal(number)
+    out, said = job.communicate(timeout=300)
+    assert job.returncode == 128 + number, said
+    assert "unwound\n" in out
+    assert "Traceback" not in said

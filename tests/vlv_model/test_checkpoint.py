@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.vlv_model.checkpoints import metadata, refused, same_weights, tamper
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from vlv_model.checkpoint_files import write_checkpoint
+from vlv_model.checkpoint_files import put_checkpoint, write_checkpoint
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError
 from vlv_model.fingerprint import sha256_of
@@ -208,3 +209,14 @@ def test_the_empty_shells_that_zero_3_leaves_are_not_saved(tiny, tmp_path, train
     wrong = whole | {QUERIES: whole[QUERIES][0]}
     with pytest.raises(CheckpointError, match="another shape"):
         save_checkpoint(tmp_path / "b", trained_autoencoder, metadata(tiny), weights=wrong)
+
+
+def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        CheckpointError, match=rf"^'{tmp_path}' cannot be written: .* No space left"
+    ):
+        put_checkpoint(tmp_path, {}, {})
