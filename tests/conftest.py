@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -21,6 +22,14 @@ from xdist.scheduler import LoadScopeScheduling
 from pipelines.cluster import Cluster
 from pipelines.runtime import RayConfig, ray_session
 from tests.fork_server import fork_server
+
+# What starts in the background (nohup, a CI) ignores these, and so would all jobs that tests start.
+for number, handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Seconds of a busy machine are no verdict upon an example.
 settings.register_profile("vlv", deadline=None)

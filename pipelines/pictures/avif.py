@@ -11,6 +11,8 @@ from fractions import Fraction
 
 Box = tuple[int, int, int, int]
 
+_MOST_BOXES = 10_000  # a file has some tens
+
 
 def clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
     """Left, upper, right and lower edge of the picture's part, before it is turned; None for all of it.
@@ -30,6 +32,8 @@ def _clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
     parts = dict(_boxes(meta[b"iprp"]))
     properties = list(_boxes(parts[b"ipco"]))
     for index in _properties_of(primary, parts[b"ipma"]):
+        if not index:  # none
+            continue
         kind, content = properties[index - 1]
         if kind == b"clap":
             return _inside(struct.unpack_from(">IIIIiIiI", content), size)
@@ -38,7 +42,9 @@ def _clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     place = 0
-    while place + 8 <= len(data):
+    for _ in range(_MOST_BOXES):
+        if place + 8 > len(data):
+            return
         size, kind = struct.unpack_from(">I4s", data, place)
         head = 8
         if size == 1:

@@ -32,7 +32,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -202,9 +202,12 @@ class Opened:
         try:
             return Image.open(io.BytesIO(self._sound), formats=[self.kind])
         except UnidentifiedImageError:  # Pillow names the object in memory, another one each time
-            if self.kind == "JPEG" and (bare := without_metadata(self._sound)) != self._sound:
-                self._sound, self._is_clean = bare, False
-                return self._open()
+            for most in (False, True) if self.kind == "JPEG" else ():
+                bare = without_metadata(self._sound, most)
+                with suppress(UnidentifiedImageError):
+                    image = Image.open(io.BytesIO(bare), formats=[self.kind])
+                    self._sound, self._is_clean = bare, False
+                    return image
             raise DecodeError(
                 "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
             ) from None

@@ -18,6 +18,7 @@ _EXTRAS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 """Formats that packages beside Pillow decode, each with an extra of ours by its name in lower case."""
 
 _FEW_ZEROS, _SMALL_SHARE = 1024, 0.05  # bytes, and of what is packed
+_MOST_PARTS = 10_000
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -63,7 +64,9 @@ def ends_in_zeros(kind: str, data: bytes) -> bool:
         place, name, head = 0, b"mdat", ">I4s"
     else:
         return False
-    while place + 8 <= len(data):
+    for _ in range(_MOST_PARTS):
+        if place + 8 > len(data):
+            return False
         fields = struct.unpack_from(head, data, place)
         found, size = fields if kind == "WEBP" else (fields[1], fields[0] - 8)
         end = place + 8 + size if size >= 0 else len(data)

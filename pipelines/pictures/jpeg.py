@@ -9,20 +9,32 @@ what is wrong with headers is mended first; what decoders then warn of is damage
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_SOI, _EOI, _SOS, _COM, _TEM = 0xD8, 0xD9, 0xDA, 0xFE, 0x01
 _JFIF, _ICC, _ADOBE = 0xE0, 0xE2, 0xEE
 _LOSSLESS = 0xC3
 _SEQUENTIAL = (0xC0, 0xC1)
-_DECODED = (0xC0, 0xC1, 0xC2, _LOSSLESS, 0xC9, 0xCA)
+_SCALABLE = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}  # the last: JPEG-LS
 _SHORTEST = {_JFIF: 14, _ADOBE: 12, _ICC: 14}  # bytes of a header that says something
 _NAMES = {_JFIF: b"JFIF\0", _ADOBE: b"Adobe", _ICC: b"ICC_PROFILE\0"}
 _ADOBE_TRANSFORM = 11  # its place: 0 none, 1 YCbCr, 2 YCCK
 _PADDING, _ODD_BYTES = 64, 2  # bytes before the end that are not taken for damage
-# Markers of a JPEG; those with a length after them but for SOI, EOI and TEM.
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# A marker, after any number of 0xFF; not the zero that 0xFF has behind it within a scan, nor restarts.
+_MARKER = re.compile(rb"\xff++[\x01-\xcf\xd8-\xfe]")
+_LATER_MARKER = re.compile(rb"(?<!\xff)" + _MARKER.pattern)  # each run of 0xFF is looked at once
+_MOST_SEGMENTS = 100_000
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A marker and what belongs to it: data[body:end]."""
+
+    marker: int
+    body: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -39,106 +51,104 @@ class Headers:
     @property
     def is_decoded(self) -> bool:
         """Whether decoders know this coding: neither hierarchical JPEG nor JPEG-LS."""
-        return self.frame is None or self.frame in _DECODED
+        return self.frame is None or self.frame in (*_SCALABLE, _LOSSLESS)
 
     @property
     def is_scalable(self) -> bool:
         """Whether it can be decoded at a fraction of its size. A lossless one comes whole, and
         libjpeg-turbo writes it beyond the end of a buffer for a part."""
-        return self.frame != _LOSSLESS
+        return self.frame in _SCALABLE
 
 
 def read_headers(data: bytes) -> Headers:
-    """The headers of a file that begins as a JPEG. Damage that it does not mend is left as it is."""
+    """The headers of a file that begins as a JPEG. Damage that it does not mend is left as it is.
+
+    Raises ValueError for one with segments without end.
+    """
     kept, frame, components, place = [data[:2]], None, 0, 2
     adobe: int | None = None  # its place among `kept`
-    while True:
-        start = place
-        marker, place = _next_marker(data, place)
-        if marker in (None, _SOI, _EOI) or place + 2 > len(data):
-            kept.append(data[start:])
+    for segment in _segments(data):
+        marker, body = segment.marker, data[segment.body : segment.end]
+        if marker in (_SOI, _EOI):
             break
-        if marker == _TEM or 0xD0 <= marker <= 0xD7:  # they have no length, and no meaning here
+        place = segment.end
+        if marker == _TEM:  # it has no meaning here
             continue
-        end = place + int.from_bytes(data[place : place + 2], "big")
-        if not place + 2 <= end <= len(data):
-            kept.append(data[start:])
-            break
-        segment = data[place + 2 : end]
-        place = end
         if marker == _SOS:
-            if frame in _SEQUENTIAL:
-                segment = _whole_spectrum(segment)
-            kept += [_segment(marker, segment), data[end:]]
+            kept.append(_segment(marker, _whole_spectrum(body) if frame in _SEQUENTIAL else body))
             break
         if marker in _FRAMES and frame is None:
-            frame, components = marker, segment[5] if len(segment) > 5 else 0
-        if (mended := _mended(marker, segment)) is not None:
+            frame, components = marker, body[5] if len(body) > 5 else 0
+        if (mended := _mended(marker, body)) is not None:
             if marker == _ADOBE and mended.startswith(_NAMES[_ADOBE]):
                 adobe = len(kept)
             kept.append(_segment(marker, mended))
+    kept.append(data[place:])
     if adobe is not None:
         kept[adobe] = _known_transform(kept[adobe], components)
     sound = b"".join(kept)
     return Headers(frame, data if sound == data else sound)
 
 
-def without_metadata(data: bytes) -> bytes:
-    """The file without headers of applications but JFIF's and Adobe's, which say its colours."""
+def without_metadata(data: bytes, most: bool) -> bytes:
+    """The file without headers of applications but those that say its colours (JFIF's and Adobe's)
+    and, unless `most` of them go, its orientation and its profile."""
+    needed = [_NAMES[_JFIF], _NAMES[_ADOBE]] + ([] if most else [b"Exif\0\0", _NAMES[_ICC]])
     kept, place = [data[:2]], 2
-    while True:
-        start = place
-        marker, place = _next_marker(data, place)
-        end = place + int.from_bytes(data[place : place + 2], "big")
-        if marker in (None, _SOI, _EOI, _SOS) or end > len(data):
-            return b"".join([*kept, data[start:]])
-        is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
-        colours = data[place + 2 : end].startswith((_NAMES[_JFIF], _NAMES[_ADOBE]))
-        if not is_metadata or colours:
-            kept.append(data[start:end])
-        place = end
+    for segment in _segments(data):
+        marker, body = segment.marker, data[segment.body : segment.end]
+        if marker in (_SOI, _EOI, _SOS):
+            break
+        is_metadata = 0xE0 <= marker <= 0xEF or marker == _COM
+        if not is_metadata or body.startswith(tuple(needed)):
+            kept.append(data[place : segment.end])
+        place = segment.end
+    return b"".join([*kept, data[place:]])
 
 
 def has_more_scans(data: bytes, most: int) -> bool:
     """Whether there are more scans than that: a few kilobytes may go over all pixels thousands of times."""
     if data.count(bytes([0xFF, _SOS])) <= most:  # which may be in what is no scan, too
         return False
-    place = scans = 0
-    while scans <= most and (found := _MARKER.search(data, place)):
-        kind, place = found[0][1], found.end()
-        scans += kind == _SOS
-        if kind == _EOI:
-            return False
-        if kind not in (_SOI, _TEM):
-            place += int.from_bytes(data[place : place + 2], "big")
+    scans = 0
+    for segment in _segments(data):
+        scans += segment.marker == _SOS
+        if segment.marker == _EOI or scans > most:
+            break
     return scans > most
 
 
 def without_padding(data: bytes, count: int) -> bytes | None:
     """The file without `count` bytes before its end, where they are what cameras pad with: a byte or
     two of any kind, some more zeros. None where they are more like lost pixels."""
-    place = 2
-    while (found := _MARKER.search(data, place)) and found[0][1] != _EOI:
-        place = found.end()
-        if found[0][1] not in (_SOI, _TEM):
-            place += int.from_bytes(data[place : place + 2], "big")
-    if not found:
+    ends = (segment.body - 2 for segment in _segments(data) if segment.marker == _EOI)
+    if (end := next(ends, None)) is None:
         return None
-    padding = data[found.start() - count : found.start()]
+    padding = data[end - count : end]
     if count > _PADDING or (count > _ODD_BYTES and padding.strip(b"\0")):
         return None
-    return data[: found.start() - count] + data[found.start() :]
+    return data[: end - count] + data[end:]
 
 
-def _next_marker(data: bytes, place: int) -> tuple[int | None, int]:
-    """The next marker's kind, and the place behind it; bytes before it are passed over."""
-    while (at := data.find(b"\xff", place)) >= 0:
-        while at < len(data) and data[at] == 0xFF:  # which may stand as often as it likes
-            at += 1
-        if at < len(data) and data[at] != 0:
-            return data[at], at + 1
-        place = at + 1
-    return None, len(data)
+def _segments(data: bytes) -> Iterator[_Segment]:
+    """All segments, in order, as libjpeg finds them: one whose length is too small is an empty one.
+
+    Bytes between them are passed over, pixels too. Ends before one that is cut off.
+    """
+    place = 2
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.match(data, place) or _LATER_MARKER.search(data, place)
+        if not found:
+            return
+        marker, body, end = data[found.end() - 1], found.end(), found.end()
+        if marker not in (_SOI, _EOI, _TEM):
+            length = int.from_bytes(data[body : body + 2], "big")
+            body, end = body + 2, body + max(2, length)
+            if end > len(data):
+                return
+        yield _Segment(marker, body, end)
+        place = end
+    raise ValueError(f"more than {_MOST_SEGMENTS:,} segments")
 
 
 def _segment(marker: int, content: bytes) -> bytes:

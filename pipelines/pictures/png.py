@@ -29,7 +29,11 @@ _LARGEST_TEXT = 1 << 20  # of one chunk, which is what Pillow unpacks of it
 _NEEDED = frozenset([b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"])
 _READ = frozenset([b"eXIf", b"acTL", b"fcTL", b"fdAT"])  # orientation; whether it is animated
 _SIZES = {b"gAMA": 4, b"cHRM": 32, b"pHYs": 9, b"sRGB": 1}
-_TEXTS = {b"zTXt": 2, b"iTXt": 5}  # and how far behind the keyword packed text may begin
+# How far behind the keyword's zero text begins, or packed text may.
+_TEXTS = {b"tEXt": 1, b"zTXt": 2, b"iTXt": 5, b"iCCP": 2}
+_MOST_TEXT = 64 << 20  # of all of them, again as Pillow
+_ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that may say what is up
+_MOST_CHUNKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,15 @@ class Chunks:
 
 
 def read_chunks(data: bytes) -> Chunks:
-    """Raises ValueError where a chunk of the picture is damaged. What is cut off is judged later."""
+    """Raises ValueError where a chunk of the picture is damaged, or there is no end of chunks. What is
+    cut off is judged later."""
     seen, place, kept = memoryview(data), 8, [data[:8]]
     packed: list[memoryview] = []
-    profile, is_clean, kind = None, True, b""
-    while place + 8 <= len(data) and kind != b"IEND":
+    texts, profiles = _Texts(), []
+    is_clean, kind = True, b""
+    for _ in range(_MOST_CHUNKS):
+        if place + 8 > len(data) or kind == b"IEND":
+            break
         size, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + size
         content = seen[place + 8 : min(end - 4, len(data))]
@@ -89,15 +97,19 @@ def read_chunks(data: bytes) -> Chunks:
         is_whole = zlib.crc32(seen[place + 4 : end - 4]) == int.from_bytes(seen[end - 4 : end])
         if kind in _NEEDED and not is_whole:
             raise ValueError(f"the checksum of a chunk {kind.decode()} is not that of its bytes")
-        if kind in _NEEDED or (kind in _READ and is_whole):
+        is_modest = texts.take(kind, content) if is_whole else False
+        is_clean = is_clean and is_modest and len(content) == _SIZES.get(kind, len(content))
+        is_read = kind in _READ or (is_modest and bytes(content[:40]).startswith(_ORIENTED))
+        if kind in _NEEDED or (is_whole and is_read):
             kept.append(data[place:end])
-        elif kind == b"iCCP" and is_whole:
-            profile = _profile(bytes(content))
-        is_clean = is_clean and is_whole and _is_modest(kind, content)
+        elif kind == b"iCCP" and is_whole and not profiles:
+            profiles.append(_profile(bytes(content)))
         place = end
+    else:
+        raise ValueError(f"more than {_MOST_CHUNKS:,} chunks")
     if kind != b"IEND":
         kept.append(data[place:])
-    return Chunks(b"".join(kept), profile, is_clean, tuple(packed))
+    return Chunks(b"".join(kept), profiles[0] if profiles else None, is_clean, tuple(packed))
 
 
 def _profile(content: bytes) -> bytes | None:
@@ -110,20 +122,28 @@ def _profile(content: bytes) -> bytes | None:
     return profile if unpacking.eof else None
 
 
-def _is_modest(kind: bytes, content: bytes | memoryview) -> bool:
-    """Whether other readers open a chunk of metadata as it is."""
-    if kind in _SIZES:
-        return len(content) == _SIZES[kind]
-    if kind == b"tEXt":
-        return len(content) <= _LARGEST_TEXT
-    if kind in _TEXTS or kind == b"iCCP":
-        content = bytes(content)
-        text = content[content.find(b"\0") + _TEXTS.get(kind, 2) :]
+class _Texts:
+    """How much text there is, of which other readers refuse a file with too much."""
+
+    def __init__(self) -> None:
+        self.left = _MOST_TEXT
+
+    def take(self, kind: bytes, content: memoryview) -> bool:
+        """Whether other readers open a chunk, behind those before it."""
+        if kind not in _TEXTS:
+            return True
+        size = self._size(kind, bytes(content)) if self.left > 0 else _LARGEST_TEXT + 1
+        self.left -= size
+        return size <= _LARGEST_TEXT and self.left >= 0
+
+    def _size(self, kind: bytes, content: bytes) -> int:
+        text = content[content.find(b"\0") + _TEXTS[kind] :]
+        if kind == b"tEXt":
+            return len(text)
         try:
-            return len(zlib.decompressobj().decompress(text, _LARGEST_TEXT + 1)) <= _LARGEST_TEXT
+            return len(zlib.decompressobj().decompress(text, _LARGEST_TEXT + 1))
         except zlib.error:  # not packed, as an iTXt may be
-            return kind == b"iTXt" and len(content) <= _LARGEST_TEXT
-    return True
+            return len(text) if kind == b"iTXt" else _LARGEST_TEXT + 1
 
 
 def settle_transparency(image: Image.Image, depth: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.pictures.encode import ImageConfig
@@ -43,6 +43,9 @@ HEADERS: dict[str, bytes] = {
     "a short block of Photoshop's": WHOLE[2:_JFIF_END] + segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
     "an empty block of Photoshop's": WHOLE[2:_JFIF_END] + segment(0xED, b""),
     "pictures that are none": WHOLE[2:_JFIF_END] + segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\xff\xff" + bytes(9)),
+    "an empty segment of length 0": WHOLE[2:_JFIF_END] + b"\xff\xe1\0\0",
+    "an empty comment of length 1": WHOLE[2:_JFIF_END] + b"\xff\xfe\0\1",
+    "a number of lines of length 0": WHOLE[2:_JFIF_END] + b"\xff\xdc\0\0",
     "broken EXIF": WHOLE[2:_JFIF_END] + segment(0xE1, b"Exif\0\0MM"),
 }  # fmt: skip
 
@@ -145,6 +148,35 @@ def test_a_lossless_jpeg_is_decoded_whole_and_within_its_buffer() -> None:
         env={"MALLOC_PERTURB_": "165", "PYTHONMALLOC": "malloc", "PATH": "/usr/bin"},
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
+
+
+@pytest.mark.parametrize("marker", [0xE1, 0xFE, 0xDC])
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_segment_without_a_length_hides_no_kind(marker: int, length: int) -> None:
+    grey = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    data = lossless_jpeg(grey)
+    headers = read_headers(data[:2] + bytes([0xFF, marker, 0, length]) + data[2:])
+    assert (headers.frame, headers.is_scalable) == (0xC3, False)
+    assert not read_headers(b"\xff\xd8\xff").is_scalable
+
+
+def test_a_header_that_cannot_be_read_costs_no_other_one() -> None:
+    """Its orientation and its profile stay."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = encoded(photo(90, 60), "JPEG", exif=exif, icc_profile=profile)
+    odd = data[:2] + segment(0xED, b"Photoshop 3.0\x008BIM\3\xed") + data[2:]
+    found = Opened(odd)
+    assert (found.width, found.height) == (60, 90)
+    assert found.image.info["icc_profile"] == profile
+
+
+def test_segments_without_end_are_refused() -> None:
+    for many in (b"\xff\xfe\0\2" * 300_000, b"\xff" * 3_000_000):
+        with pytest.raises(DecodeError) as raised:
+            Opened(WHOLE[:2] + many + b"\xff\xe0")
+        assert raised.value.kind == "corrupt"
 
 
 def test_half_a_lossless_jpeg_is_corrupt() -> None:

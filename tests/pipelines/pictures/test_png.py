@@ -8,7 +8,7 @@ import zlib
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.pictures.decode import DecodeError
+from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.pictures.encode import ImageConfig
 from pipelines.pictures.png import read_chunks
 from tests.pipelines.pictures.files import encoded, photo, photograph, pixels, png, png_chunk, store
@@ -151,3 +151,34 @@ def test_pixels_may_be_packed_without_end() -> None:
     rows = b"".join(b"\0" + bytes([200, 100, 50]) * 8 for _ in range(8))
     data = png((8, 8, 8, 2), rows + bytes(50_000_000))
     assert (pixels(data) == [200, 100, 50]).all()
+
+
+def test_orientation_may_be_in_a_text() -> None:
+    """As ImageMagick writes it, and as XMP."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes()
+    if not raw.startswith(b"Exif\0\0"):
+        raw = b"Exif\0\0" + raw
+    magick = f"\nexif\n{len(raw):8}\n{raw.hex()}\n".encode()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    texts = (
+        png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(magick)),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    )
+    for chunk in texts:
+        found = Opened(WHOLE[:START] + chunk + WHOLE[START:])
+        assert (found.width, found.height) == (48, 64)
+
+
+def test_more_text_than_others_open_is_not_kept() -> None:
+    text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 20)))
+    data = WHOLE[:START] + text * 70 + WHOLE[START:]
+    assert store(data, KEPT).data == WHOLE
+
+
+def test_chunks_without_end_are_refused() -> None:
+    data = WHOLE[:START] + png_chunk(b"IDAT", b"") * 200_000 + WHOLE[START:]
+    with pytest.raises(DecodeError, match="chunks") as raised:
+        pixels(data)
+    assert raised.value.kind == "corrupt"
