@@ -11,11 +11,14 @@ from typing import Any
 
 from cluster.fence import LABEL, Document, named
 
-_NAME, _PORT, _USER = "vlv-redis", 6379, 999  # the user of Redis' own image
+_NAME, _PORT = "vlv-redis", 6379
 # Not the label of our other pods, which may all talk to each other.
 _ONLY = {"app.kubernetes.io/name": _NAME}
 
-_SERVE = 'exec redis-server --dir /data --appendonly yes --requirepass "$PASSWORD"'
+_SERVE = (
+    "mkdir -p /shared/redis && "
+    'exec redis-server --dir /shared/redis --appendonly yes --requirepass "$PASSWORD"'
+)
 
 
 def fault_tolerance() -> Document:
@@ -27,7 +30,7 @@ def fault_tolerance() -> Document:
 
 
 def redis_files(sizes: dict[str, Any]) -> list[Document]:
-    """Redis with a disk of its own, which the head alone may talk to."""
+    """Redis with its file on the shared disk, which the head alone may talk to."""
     container = {
         "name": "redis",
         "image": "redis:7.4-alpine",
@@ -50,31 +53,28 @@ def redis_files(sizes: dict[str, Any]) -> list[Document]:
             "capabilities": {"drop": ["ALL"]},
             "readOnlyRootFilesystem": True,
         },
-        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        "volumeMounts": [{"name": "shared", "mountPath": "/shared"}],
     }
     pod = {
         "automountServiceAccountToken": False,
         "securityContext": {
-            "fsGroup": _USER,
-            "runAsUser": _USER,
+            "runAsUser": 1000,  # whose the shared disk is
             "runAsNonRoot": True,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
-    }
-    disk = {
-        "metadata": {"name": "data"},
-        "spec": {
-            "accessModes": ["ReadWriteOnce"],
-            "resources": {"requests": {"storage": "1Gi"}},
-        },
+        "volumes": [
+            {
+                "name": "shared",
+                "persistentVolumeClaim": {"claimName": sizes["site"]["kubernetes_shared_disk"]},
+            }
+        ],
     }
     stateful_set = {
         "serviceName": _NAME,
         "replicas": 1,
         "selector": {"matchLabels": dict(_ONLY)},
         "template": {"metadata": {"labels": dict(_ONLY)}, "spec": pod},
-        "volumeClaimTemplates": [disk],
     }
     service = {"selector": dict(_ONLY), "ports": [{"name": "redis", "port": _PORT}]}
     head = {"matchLabels": {**LABEL, "app.kubernetes.io/component": "head"}}

@@ -106,6 +106,11 @@ def _allow(
     return {**statement, **({"Condition": condition} if condition else {})}
 
 
+def _unless(there: str, make: str) -> list[str]:
+    """A command of a script that may be run again: what is there is left as it is."""
+    return [f"{there} > /dev/null 2>&1 || \\", f"  {make}"]
+
+
 def _aws_script(site: dict[str, Any]) -> str:
     ec2_may = {
         "Effect": "Allow",
@@ -115,46 +120,61 @@ def _aws_script(site: dict[str, Any]) -> str:
     trust = shlex.quote(json.dumps(policy(ec2_may)))
     lines = [
         "# What Ray's launcher expects on AWS beside subnets with a NAT gateway: two instance profiles, a",
-        "# security group and the shared disk. Run it once; it prints what goes into sizes.yaml.",
+        "# security group and the shared disk. It may be run again; it prints what goes into sizes.yaml.",
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         f"export AWS_DEFAULT_REGION={site['aws_region']}",
         "# Without this role of the account no spot machine starts; it may be there.",
-        "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com || true",
+        "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com > /dev/null 2>&1 || true",
     ]
     for kind in ("head", "worker"):
         name = site[f"aws_{kind}_profile"]
+        profile = f"--instance-profile-name {name}"
         lines += [
-            f"aws iam create-role --role-name {name} --assume-role-policy-document {trust}",
+            *_unless(
+                f"aws iam get-role --role-name {name}",
+                f"aws iam create-role --role-name {name} --assume-role-policy-document {trust} > /dev/null",
+            ),
             f"aws iam put-role-policy --role-name {name} --policy-name vlv \\",
             f"  --policy-document file://aws-{kind}.json",
-            f"aws iam create-instance-profile --instance-profile-name {name}",
-            f"aws iam add-role-to-instance-profile --instance-profile-name {name} --role-name {name}",
+            *_unless(
+                f"aws iam get-instance-profile {profile}",
+                f"{{ aws iam create-instance-profile {profile} > /dev/null && \\\n"
+                f"    aws iam add-role-to-instance-profile {profile} --role-name {name}; }}",
+            ),
         ]
     tags = " ".join(f"Key={key},Value={value}" for key, value in site["tags"].items())
     subnets = " ".join(site["aws_private_subnets"])
     lines += [
         f"VPC=$(aws ec2 describe-subnets --subnet-ids {site['aws_private_subnets'][0]} \\",
         "  --query 'Subnets[0].VpcId' --output text)",
-        'GROUP=$(aws ec2 create-security-group --group-name vlv --description vlv --vpc-id "$VPC" \\',
-        "  --query GroupId --output text)",
-        "# Its own members alone get in: sessions come through SSM, which the machines call.",
-        'aws ec2 authorize-security-group-ingress --group-id "$GROUP" --protocol=-1 \\',
-        '  --source-group "$GROUP" > /dev/null',
-        f"DISK=$(aws efs create-file-system --encrypted --throughput-mode elastic --tags {tags} \\",
-        "  --query FileSystemId --output text)",
-        'until [ "$(aws efs describe-file-systems --file-system-id "$DISK" \\',
-        "  --query 'FileSystems[0].LifeCycleState' --output text)\" = available ]; do sleep 2; done",
+        "GROUP=$(aws ec2 describe-security-groups --query 'SecurityGroups[0].GroupId' --output text \\",
+        '  --filters Name=group-name,Values=vlv "Name=vpc-id,Values=$VPC")',
+        'if [ "$GROUP" = None ]; then',
+        '  GROUP=$(aws ec2 create-security-group --group-name vlv --description vlv --vpc-id "$VPC" \\',
+        "    --query GroupId --output text)",
+        "  # Its own members alone get in: sessions come through SSM, which the machines call.",
+        '  aws ec2 authorize-security-group-ingress --group-id "$GROUP" --protocol=-1 \\',
+        '    --source-group "$GROUP" > /dev/null',
+        "fi",
+        "disk() {",
+        '  aws efs describe-file-systems --creation-token vlv --query "FileSystems[0].$1" --output text',
+        "}",
+        'if [ "$(disk FileSystemId)" = None ]; then',
+        "  aws efs create-file-system --creation-token vlv --encrypted --throughput-mode elastic \\",
+        f"    --tags {tags} > /dev/null",
+        "fi",
+        'until [ "$(disk LifeCycleState)" = available ]; do sleep 2; done',
+        "DISK=$(disk FileSystemId)",
+        'TARGETS=$(aws efs describe-mount-targets --file-system-id "$DISK" --output text \\',
+        "  --query 'MountTargets[].SubnetId')",
         f"for SUBNET in {subnets}; do",
-        '  aws efs create-mount-target --file-system-id "$DISK" --subnet-id "$SUBNET" \\',
-        '    --security-groups "$GROUP" > /dev/null',
+        '  [[ "$TARGETS" == *"$SUBNET"* ]] || aws efs create-mount-target --file-system-id "$DISK" \\',
+        '    --subnet-id "$SUBNET" --security-groups "$GROUP" > /dev/null',
         "done",
-        "# The policy of the head names the group.",
         'echo "aws_security_group: $GROUP"',
         f'echo "aws_shared_disk: $DISK.efs.{site["aws_region"]}.amazonaws.com:/"',
-        'echo "Put both under site in cluster/sizes.yaml, render again, and then:"',
-        f'echo "aws iam put-role-policy --role-name {site["aws_head_profile"]} --policy-name vlv '
-        '--policy-document file://cluster/pools/aws-head.json"',
+        'echo "Put both under site in cluster/sizes.yaml, render again, and run this again: the head\'s policy names the group."',
     ]
     return SHELL + "\n".join(lines) + "\n"
 
@@ -192,16 +212,22 @@ def _gcp_script(site: dict[str, Any]) -> str:
     apis = ["artifactregistry", "cloudresourcemanager", "compute", "file", "iam", "secretmanager"]
     lines = [
         "# What Ray's launcher expects on GCP: accounts, the way out, firewall rules, the shared disk.",
-        "# Run it once; a network has one NAT, so leave that out where gke.sh made it.",
+        "# It may be run again. A network has one NAT: leave that out where gke.sh made it.",
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         f"gcloud services enable {here} {' '.join(f'{api}.googleapis.com' for api in apis)}",
-        f"gcloud iam roles create vlvHead {here} --file=gcp-head-role.yaml",
+        *_unless(
+            f"gcloud iam roles describe vlvHead {here}",
+            f"gcloud iam roles create vlvHead {here} --file=gcp-head-role.yaml",
+        ),
     ]
     for account in (head, worker):
         member = f"--member=serviceAccount:{account}"
         lines += [
-            f"gcloud iam service-accounts create {account.partition('@')[0]} {here}",
+            *_unless(
+                f"gcloud iam service-accounts describe {account} {here}",
+                f"{{ gcloud iam service-accounts create {account.partition('@')[0]} {here} && sleep 15; }}",
+            ),
             f"gcloud projects add-iam-policy-binding {project} {member} --condition=None \\",
             "  --role=roles/artifactregistry.reader",
             *(
@@ -216,6 +242,7 @@ def _gcp_script(site: dict[str, Any]) -> str:
                 "  --role=roles/secretmanager.secretAccessor",
             ]
     ours = f"{head},{worker}"
+    share = f"{site['filestore_instance']} {here} --zone={site['gcp_zone']}"
     lines += [
         f"gcloud projects add-iam-policy-binding {project} --member=serviceAccount:{head} \\",
         f"  --condition=None --role=projects/{project}/roles/vlvHead",
@@ -225,15 +252,23 @@ def _gcp_script(site: dict[str, Any]) -> str:
         f"gcloud compute networks subnets update {site['gcp_subnet']} {here} --region={region} \\",
         "  --enable-private-ip-google-access",
         "# SSH comes from Google's proxy for signed-in people (IAP) alone.",
-        f"gcloud compute firewall-rules create vlv-ssh {here} --network={network} --allow=tcp:22 \\",
-        f"  --source-ranges=35.235.240.0/20 --target-service-accounts={ours}",
-        f"gcloud compute firewall-rules create vlv-among {here} --network={network} \\",
-        "  --allow=tcp,udp,icmp \\",
-        f"  --source-service-accounts={ours} --target-service-accounts={ours}",
-        f"gcloud filestore instances create {site['filestore_instance']} {here} --zone={site['gcp_zone']} \\",
-        f"  --tier=BASIC_SSD --network=name={network} --file-share=name=shared,capacity=2.5TiB",
+        *_unless(
+            f"gcloud compute firewall-rules describe vlv-ssh {here}",
+            f"gcloud compute firewall-rules create vlv-ssh {here} --network={network} --allow=tcp:22 \\\n"
+            f"  --source-ranges=35.235.240.0/20 --target-service-accounts={ours}",
+        ),
+        *_unless(
+            f"gcloud compute firewall-rules describe vlv-among {here}",
+            f"gcloud compute firewall-rules create vlv-among {here} --network={network} \\\n"
+            f"  --allow=tcp,udp,icmp --source-service-accounts={ours} --target-service-accounts={ours}",
+        ),
+        *_unless(
+            f"gcloud filestore instances describe {share}",
+            f"gcloud filestore instances create {share} --tier=BASIC_SSD \\\n"
+            f"  --network=name={network} --file-share=name=shared,capacity=2560GiB",
+        ),
         'echo "Under site.gcp_shared_disk goes this address, and :/shared:"',
-        f"gcloud filestore instances describe {site['filestore_instance']} {here} --zone={site['gcp_zone']} \\",
+        f"gcloud filestore instances describe {share} \\",
         "  --format='value(networks[0].ipAddresses[0])'",
     ]
     return SHELL + "\n".join(lines) + "\n"
@@ -244,7 +279,13 @@ def nat(name: str, site: dict[str, Any]) -> list[str]:
     strangers' images."""
     where = f"--project={site['gcp_project']} --region={site['gcp_region']}"
     return [
-        f"gcloud compute routers create {name}-nat {where} --network={site['gcp_network']}",
-        f"gcloud compute routers nats create {name}-nat {where} --router={name}-nat \\",
-        "  --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges",
+        *_unless(
+            f"gcloud compute routers describe {name}-nat {where}",
+            f"gcloud compute routers create {name}-nat {where} --network={site['gcp_network']}",
+        ),
+        *_unless(
+            f"gcloud compute routers nats describe {name}-nat {where} --router={name}-nat",
+            f"gcloud compute routers nats create {name}-nat {where} --router={name}-nat \\\n"
+            "  --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges",
+        ),
     ]

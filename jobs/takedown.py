@@ -9,9 +9,10 @@ when what the other names match is gone.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
-from pipelines.entry import main
+from pipelines.entry import BAD_INPUT, main
 from pipelines.takedown import NothingMatched, TakedownConfig, take_down
 
 
@@ -36,6 +37,14 @@ def with_tables(words: Sequence[str]) -> list[str]:
     for before, word in zip(["", *words], words, strict=False):
         is_setting = "=" in word or word.startswith("-") or before == "--config"
         (others if is_setting else tables).append(word)
+    names = [word.partition("=")[0] for word in others if "=" in word] + ["table"] * bool(tables)
+    for name, times in Counter(names).items():
+        if times > 1:  # the last one would be done alone, and the others' rows stay
+            print(
+                f"error: {name} is given {times} times: give all in one, {name}=a,b",
+                file=sys.stderr,
+            )
+            raise SystemExit(BAD_INPUT)
     return [f"table={json.dumps(tables)}", *others] if tables else others
 
 

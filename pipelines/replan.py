@@ -78,16 +78,26 @@ def plan_again(
                 f"gone, {len(new):,} are new",
                 file=sys.stderr,
             )
-        blocked = Blocked.read(Table(path))
-        (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
-        remove_rows(table, blocked)
-        remove_files(table, blocked.keys)
+        _take_out(table, path)
         remove_folder(table.folder / DEATHS)  # which know rows by their places in a chunk
         chunks = _without_empty_ones(table, chunks)
         write_chunks(table.folder, chunks)
         kept = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
         kept |= {"planned_rows": sum(map(len, chunks)), "changes": changes_of(path), **notes}
         table.create(about["kind"], identity, len(chunks), **kept)
+
+
+def take_out(table: Table, path: str) -> None:
+    """Remove from `table` the rows that were taken down of the table at `path`, which it was made of."""
+    with exclusive(table.folder, "data.output"):
+        _take_out(table, path)
+
+
+def _take_out(table: Table, path: str) -> None:
+    blocked = Blocked.read(Table(path))
+    (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
+    remove_rows(table, blocked)
+    remove_files(table, blocked.keys)
 
 
 def _without_empty_ones(table: Table, chunks: list[np.ndarray]) -> list[np.ndarray]:

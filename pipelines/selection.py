@@ -30,7 +30,7 @@ from pipelines.listing import list_images
 from pipelines.locks import exclusive
 from pipelines.places import place, remove_folder, stamp_of
 from pipelines.plans import LAYOUT, lay_out, planned, read_plan
-from pipelines.replan import plan_again
+from pipelines.replan import plan_again, take_out
 from pipelines.runtime import PoolSize, RayConfig, bounds, check_resources, ray_session
 from pipelines.schemas import OK, status
 from pipelines.storage import Table
@@ -210,6 +210,8 @@ def open_table(
     # Of a table that is there the rows are only compared.
     write = None if there else (table.folder, data.rows_per_chunk)
     laid = lay_out(images, data.chosen(images, among and among()), write)
+    if not laid.rows and changed:
+        take_out(table, data.input)  # the rows of images that were taken down go all the same
     if not laid.rows and among is not None:
         raise DataError(f"no image of {data.input} is among those that are wanted")
     if not laid.rows:

@@ -49,6 +49,20 @@ class TakedownConfig(Config):
     def _one_or_several(cls, table: Any) -> Any:
         return [table] if isinstance(table, str) else table
 
+    @field_validator("urls")
+    @classmethod
+    def _with_their_commas(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        """A comma within an address parts no two of them: what is behind it begins like none."""
+        whole: list[str] = []
+        for url in urls:
+            if "://" not in url and not url.startswith("//"):
+                if not whole:
+                    raise ValueError(f"'{url}': expected an address such as http://a.org/b.jpg")
+                whole[-1] += f",{url}"
+            else:
+                whole.append(url)
+        return tuple(whole)
+
     @field_validator("domains")
     @classmethod
     def _are_domains(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,14 +145,19 @@ class _Names:
     addresses: dict[int, str]
     domains: dict[str, str]
     found: set[str]
+    as_given: dict[int, set[int]]  # by address, the keys of its URLs as the user spelled them
 
     @classmethod
     def of(cls, config: TakedownConfig) -> _Names:
+        as_given: dict[int, set[int]] = {}
+        for url in config.urls:
+            as_given.setdefault(address_of(url), set()).add(url_key(url))
         return cls(
             {key: f"keys={key}" for key in config.keys},
             {address_of(url): f"urls={canonical_url(url)}" for url in config.urls},
             {domain: f"domains={domain}" for domain in config.domains},
             set(),
+            as_given,
         )
 
     def missing(self) -> list[str]:
@@ -151,8 +170,9 @@ class _Names:
         noted = {name for key, name in self.keys.items() if key in before.keys}
         noted |= {name for end, name in self.domains.items() if end in before.domains}
         for address, name in self.addresses.items():
-            # The first versions noted the key of a URL alone.
-            if address in before.addresses or url_key(_value(name)) in before.keys:
+            # The first versions noted the key of a URL alone, as it was given.
+            given = {url_key(_value(name)), *self.as_given.get(address, ())}
+            if address in before.addresses or given & before.keys:
                 noted.add(name)
         self.found |= noted - before.unmatched
 

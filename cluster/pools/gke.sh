@@ -2,8 +2,10 @@
 # Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
 # A cluster whose NetworkPolicies are enforced (Dataplane V2), and a pool for each group.
 set -euo pipefail
-gcloud compute routers create vlv-nat --project=my-project --region=us-central1 --network=default
-gcloud compute routers nats create vlv-nat --project=my-project --region=us-central1 --router=vlv-nat \
+gcloud compute routers describe vlv-nat --project=my-project --region=us-central1 > /dev/null 2>&1 || \
+  gcloud compute routers create vlv-nat --project=my-project --region=us-central1 --network=default
+gcloud compute routers nats describe vlv-nat --project=my-project --region=us-central1 --router=vlv-nat > /dev/null 2>&1 || \
+  gcloud compute routers nats create vlv-nat --project=my-project --region=us-central1 --router=vlv-nat \
   --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges
 gcloud container clusters create vlv --project=my-project --region=us-central1 \
   --enable-dataplane-v2 --enable-ip-alias --enable-private-nodes --release-channel=regular \

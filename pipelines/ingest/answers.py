@@ -173,7 +173,8 @@ def classify(error: Exception) -> DownloadError:
 
 def clean(message: str) -> str:
     """A message that is safe in a log, a page and a table: no control characters, cut."""
-    text = "".join(" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in message)
+    cut = message[: 20 * MESSAGE_LENGTH]  # a server may say megabytes
+    text = "".join(" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in cut)
     return " ".join(text.split())[:MESSAGE_LENGTH]
 
 

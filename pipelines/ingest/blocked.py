@@ -22,7 +22,7 @@ FILE = "_takedown.json"
 class Blocked:
     """What a table must not have. `addresses` are those of `pipelines.urls`: all spellings of a URL.
 
-    `unmatched` are names, as a user gave them, that no row had when they were noted.
+    `unmatched` are names, URLs among them in their canonical form, that no row had when they were noted.
     """
 
     keys: frozenset[int] = frozenset()

@@ -31,14 +31,14 @@ from pipelines.config import InputPlace, OutputPlace, dump
 from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.blocked import Blocked
-from pipelines.ingest.download_config import DownloadConfig, share_of
+from pipelines.ingest.download_config import PER_CPU, DownloadConfig, share_of
 from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
 from pipelines.ingest.known_rows import KnownKeys, with_marks
 from pipelines.ingest.list_files import fingerprint, input_files
-from pipelines.ingest.machine import warn_of_proxies
+from pipelines.ingest.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.runs import FOLDER, Run, last_run, next_run
@@ -163,6 +163,9 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     with exclusive(table.folder, "data.output"):
         run = _open_run(config, table)
         warn_of_proxies()
+        requests_that_fit(
+            config.download.concurrency or PER_CPU
+        )  # a fetcher's warning is not shown
         if config.download.allow_private:
             print(
                 "warning: download.allow_private=true: URLs may reach this machine and its network",

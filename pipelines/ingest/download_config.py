@@ -33,9 +33,9 @@ class DownloadConfig(Config):
     host_timeouts: int | None = Field(
         None,
         ge=1,
-        description="time-outs in a row after which a host is down that has not answered yet, or not "
-        "for five minutes: its URLs fail as host_down, unasked but for one a minute, in each "
-        "process; default: twice concurrency_per_host, and no fewer than 8",
+        description="after so many time-outs in a row a host counts as down, if it has not answered in "
+        "the last five minutes; its URLs then fail as host_down without a request, and one a minute is "
+        "still tried (in each process); default: twice concurrency_per_host, and no fewer than 8",
     )
     retries: int = Field(
         1, ge=0, description="further attempts after timeout, refused, http_429, http_5xx"

@@ -23,7 +23,7 @@ GRACE_SECONDS = 300.0
 """How long a host that has answered has to be silent before it may be down."""
 _MOST = 10_000  # hosts that are remembered; what is forgotten is learned again
 
-# They say nothing of the host: no answer came, and no time was lost.
+# These failures do not tell whether the host is alive: no answer came, and no time was lost.
 _NEUTRAL = ("refused", "tls", "dns", "blocked_address", "bad_url")
 
 _Name = tuple[str, int | None]

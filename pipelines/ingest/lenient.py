@@ -36,6 +36,7 @@ _MAX_HEADER_LINES = 2000  # in memory each of them takes far more than its bytes
 _MAX_LINE = 4096  # bytes of a line between chunks
 _LONG_HEADERS = f"headers of more than {MAX_HEADERS} bytes or {_MAX_HEADER_LINES} lines"
 _LONG_LINE = f"a chunk's line of more than {_MAX_LINE} bytes"
+_TOLD_BY = 64  # bytes of a body that tell an image from a chunk's size
 _MAX_INTERIM = 8  # answers of status 1xx before the one that counts
 _PIECE = 64 << 10  # bytes that are read at once
 # ICY is what radio servers say. The version is of no use: we ask for one answer and the end.
@@ -202,7 +203,9 @@ async def _framing(
 ) -> tuple[int | None, AsyncIterator[bytes]]:
     """The length of a body, where it is known, and its pieces (RFC 9112 section 6.3)."""
     if "chunked" in words(headers, "Transfer-Encoding"):
-        if wire.held or await wire.fill():
+        while len(wire.held) < _TOLD_BY and b"\n" not in wire.held and await wire.fill():
+            pass
+        if wire.held:
             # No image begins like a chunk's size, so this one is chunked by name alone.
             if image_format(wire.held) is None:
                 return None, _chunks(wire)

@@ -8,8 +8,8 @@ import sys
 from functools import cache
 from urllib.request import getproxies_environment
 
-_OTHER_FILES = 1024  # beside requests, where there is no want of them: of Ray, decoders, libraries
-_RESERVED = 64  # of the same where there is: decoders and tables that are opened later
+_OTHER_FILES = 1024  # for Ray, decoders and libraries, where the limit is high
+_RESERVED = 64  # for decoders and tables that are opened later, where it is low
 _FILES = 2  # of a request: its connection, and the look-up of a name or a connection that idles
 _FILES_WHEN_FEW = 3  # both, to be safe
 

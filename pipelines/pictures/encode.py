@@ -21,8 +21,8 @@ ResizeMode = Literal["center_crop", "keep_ratio", "keep_ratio_largest", "border"
 
 # Times smaller: up to the first by a half-band filter, up to the second behind a Gauss of 3x3.
 _HALF_BAND_TO, _GAUSS_TO = 2.0, 3.0
-# Passes slow changes as they are and nothing of what alternates from pixel to pixel, which a smaller
-# picture cannot show; it is mixed in by as much as the picture is made smaller.
+# This filter leaves slow changes as they are and removes what alternates from pixel to pixel, which a
+# smaller picture cannot show. Its share grows with the factor by which the picture is made smaller.
 _HALF_BAND = np.array([-1, 4, 10, 4, -1], np.float32) / 16
 _UNFILTERED = np.array([0, 0, 1, 0, 0], np.float32)
 _ALL_OF_IT = 1.35  # times smaller

@@ -82,7 +82,7 @@ def read_chunks(data: bytes) -> Chunks:
     cut off is judged later."""
     seen, place, kept = memoryview(data), 8, [data[:8]]
     packed: list[memoryview] = []
-    texts, profiles = _Texts(), []
+    texts, profiles = _Texts(), list[bytes | None]()
     is_clean, kind = True, b""
     for _ in range(_MOST_CHUNKS):
         if place + 8 > len(data) or kind == b"IEND":

@@ -144,7 +144,7 @@ class StepReader:
     def read(self, step: int) -> list[tuple[int, Any]]:
         """The micro-batches of `step` that this worker uses, each with its number in the step.
 
-        One at least: where all rows of the worker are gone, one of which nothing counts.
+        At least one micro-batch: a worker without rows gets one of weight 0.
         """
         return self._finish(self._begin(step))
 

@@ -87,7 +87,7 @@ class Trainer:
         self.order = GlobalOrder(len(began[0]), train.seed, positions(began[0], rows))
         readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
-        # Without the removed ones; where none of them is left, of what is held out.
+        # Those that are left of the evaluated rows; if none is, the first held-out row.
         window = positions(began[1], holdout)[: train.eval_rows]
         self.heldout_rows: list[int] = window[window >= 0].tolist() or [0]
         threads = [Threads(reader, square, train.cpus_per_worker) for reader in readers]

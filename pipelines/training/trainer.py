@@ -113,8 +113,8 @@ def split(index: RowIndex, holdout: float) -> tuple[RowIndex, RowIndex]:
     if mask.all() or not mask.any():
         side = "training" if mask.all() else "held-out"
         raise DataError(
-            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: "
-            "give more rows or another share"
+            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: give more "
+            "rows or another share (of a run whose rows were all taken down: begin another run_dir)"
         )
     return index.select(~mask), index.select(mask)
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from jobs.takedown import run, with_tables
-from pipelines.config import build
+from pipelines.config import build, load
 from pipelines.entry import BAD_INPUT, main
 from pipelines.ingest.blocked import Blocked
 from pipelines.ingest.dataset import IngestConfig, ingest
@@ -207,6 +207,32 @@ def test_bare_words_are_tables() -> None:
     kept = ["urls=x", "--config", "y.yaml", "--print-config"]
     assert with_tables(words) == ['table=["/a,b", "c d"]', *kept]
     assert with_tables(kept) == kept
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["/a", "table=/b", "domains=x.org"],
+        ["/a", "domains=x.org", "domains=y.org"],
+        ["/a", "urls=http://x.org/", "derived=/c", "derived=/d"],
+    ],
+)
+def test_what_is_given_twice_is_an_error(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one would be taken alone, and what the others name would stay."""
+    with pytest.raises(SystemExit) as left:
+        with_tables(words)
+    assert left.value.code == 2
+    assert "is given 2 times: give all in one" in capsys.readouterr().err
+
+
+def test_a_comma_on_a_command_line_parts_addresses_alone() -> None:
+    words = ["table=/a", "urls=http://x.org/a,b.jpg,https://y.org/c?d=1,2"]
+    config = load(TakedownConfig, None, words)
+    assert config.urls == ("http://x.org/a,b.jpg", "https://y.org/c?d=1,2")
+    with pytest.raises(ConfigError, match="expected an address such as"):
+        load(TakedownConfig, None, ["table=/a", "urls=b.jpg"])
 
 
 def test_domains_are_compared_label_by_label() -> None:
