@@ -173,7 +173,7 @@ def test_a_header_that_cannot_be_read_costs_no_other_one() -> None:
 
 
 def test_segments_without_end_are_refused() -> None:
-    for many in (b"\xff\xfe\0\2" * 300_000, b"\xff" * 3_000_000):
+    for many in (b"\xff\xfe\0\2" * 110_000, b"\xff" * 1_000_000):
         with pytest.raises(DecodeError) as raised:
             Opened(WHOLE[:2] + many + b"\xff\xe0")
         assert raised.value.kind == "corrupt"

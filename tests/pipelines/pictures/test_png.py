@@ -178,7 +178,7 @@ def test_more_text_than_others_open_is_not_kept() -> None:
 
 
 def test_chunks_without_end_are_refused() -> None:
-    data = WHOLE[:START] + png_chunk(b"IDAT", b"") * 200_000 + WHOLE[START:]
+    data = WHOLE[:START] + png_chunk(b"IDAT", b"") * 110_000 + WHOLE[START:]
     with pytest.raises(DecodeError, match="chunks") as raised:
         pixels(data)
     assert raised.value.kind == "corrupt"
