@@ -147,7 +147,9 @@ def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: 
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.faults)]
+)
 def test_a_job_that_waits_for_a_task_is_unwound_by_a_signal(
     number: signal.Signals, tmp_path: Path
 ) -> None:

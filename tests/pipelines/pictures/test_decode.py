@@ -324,7 +324,7 @@ def test_a_download_that_was_never_filled_is_corrupt(kind: str, share: float) ->
     """As many zeros as there are bytes lacking; a WebP's and an AVIF's decoder makes a picture of them."""
     if kind == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
-    data = encoded(photograph(300, 200), kind)
+    data = encoded(photograph(600, 400), kind)
     cut = int(len(data) * share)
     assert failure(data[:cut] + bytes(len(data) - cut)) == "corrupt"
     store(data)

@@ -84,14 +84,9 @@ def begin(run_dir: Path, table: Path) -> OpenedRun:
     return run
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize(
-    "noted",
-    [
-        pytest.param(True, id="now"),
-        pytest.param(False, id="by an earlier version", marks=pytest.mark.faults),
-    ],
-)
+@pytest.mark.parametrize("noted", [True, False], ids=["now", "by an earlier version"])
 def test_losses_of_steps_without_a_removed_row_stay_to_the_bit(
     table: Path, tmp_path: Path, noted: bool
 ) -> None:
