@@ -9,7 +9,7 @@ from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT
 Document = dict[str, Any]
 
 LABEL = {"app.kubernetes.io/part-of": "vlv"}
-"""Of every object and pod of ours; the network policies go by it."""
+"""The label of all our objects and pods, by which the network policies select them."""
 
 
 def named(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Document) -> Document:

@@ -21,10 +21,10 @@ from pipelines.storage import Table
 
 
 def changes_of(path: str) -> dict[str, Any]:
-    """How many runs of ingest a table of ours has, a name for what was taken down of it, and how the
-    table that it was made of stood when it was last planned.
+    """What a table records of its changes: how many runs of ingest it has, a digest of its takedown
+    note, and how the table that it was made of stood when it was last planned.
 
-    Nothing of what is no table of ours, of which nothing is recorded.
+    Empty for other people's files, which record nothing.
     """
     table = Table(path)
     if not table.exists:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.config import OutputPlace
-from pipelines.ingest.blocked import Blocked, ascii_host, is_below
+from pipelines.ingest.blocked import Blocked, ascii_host, domains_of
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.locks import exclusive
 from pipelines.recaption.report import forget
@@ -184,7 +184,7 @@ class _Names:
         self.found |= {self.addresses[address] for address in there}
         if self.domains and "url" in rows.column_names:
             for host in {ascii_host(url) for url in rows["url"].to_pylist() if url is not None}:
-                self.found |= {n for end, n in self.domains.items() if is_below(host, end)}
+                self.found |= {self.domains[d] for d in domains_of(host) if d in self.domains}
 
 
 def _value(name: str) -> str:

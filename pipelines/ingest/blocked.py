@@ -64,8 +64,7 @@ class Blocked:
 
     def is_domain(self, host: str) -> bool:
         """Whether a host belongs to a domain that was taken down."""
-        parts = host.split(".")
-        return any(".".join(parts[i:]) in self.domains for i in range(len(parts)))
+        return not self.domains.isdisjoint(domains_of(host))
 
     def write(self, table: Table) -> None:
         """Note it in the table, in the place of what was noted."""
@@ -73,9 +72,10 @@ class Blocked:
         write_atomically(table.folder / FILE, json.dumps(content, indent=1))
 
 
-def is_below(host: str, domain: str) -> bool:
-    """Whether a host is the domain or one of its subdomains."""
-    return host == domain or host.endswith(f".{domain}")
+def domains_of(host: str) -> list[str]:
+    """The host and all domains that it is a subdomain of."""
+    parts = host.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _among(keys: pa.ChunkedArray, named: frozenset[int]) -> np.ndarray:

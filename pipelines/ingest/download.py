@@ -26,7 +26,7 @@ from pipelines.ingest.addresses import public_socket
 from pipelines.ingest.answers import DownloadError, classify, clean, parse_url
 from pipelines.ingest.download_config import PER_CPU, DownloadConfig
 from pipelines.ingest.exchange import Exchange
-from pipelines.ingest.hosts import Hosts
+from pipelines.ingest.hosts import Hosts, host_name
 from pipelines.ingest.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.pacing import Room, Share, Window
 from pipelines.ingest.turns import Turns
@@ -136,7 +136,6 @@ class Downloader:
             attempt += 1
 
     def _host_slots(self, host: str) -> Turns:
-        host = host.lower().rstrip(".")
         return self.hosts.setdefault(host, Turns(self.config.concurrency_per_host))
 
     def _delay(self, failure: DownloadError, attempt: int) -> float | None:
@@ -152,7 +151,7 @@ class Downloader:
         left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
             # Each hop takes a slot of its own host: many hosts may lead to one.
-            async with self._host_slots(target.raw_host or "").turn(rank):
+            async with self._host_slots(host_name(target)).turn(rank):
                 self.health.check(target)
                 async with self.slots.turn(rank):
                     found, seconds = await self._hop(target, left)

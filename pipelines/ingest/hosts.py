@@ -93,5 +93,10 @@ class Hosts:
         return host
 
 
+def host_name(target: URL) -> str:
+    """A URL's host in its one spelling."""
+    return (target.raw_host or "").lower().rstrip(".")
+
+
 def _name(target: URL) -> _Name:
-    return (target.raw_host or "").lower().rstrip("."), target.port
+    return host_name(target), target.port

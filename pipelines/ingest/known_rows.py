@@ -24,7 +24,7 @@ Of a list that is read for a further run, `mark` says which filter a row fails.
 """
 
 CARRIED = [name for name in METADATA_ROW.names if name not in ("key", "url")]
-"""Columns that a list may give anew."""
+"""Columns of known rows that a later list may change."""
 
 _KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
 _BITS = 27  # of a key that `KnownKeys` looks at: 16 MiB

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from fractions import Fraction
 
-Box = tuple[int, int, int, int]
+from pipelines.pictures.boxes import boxes
 
-_MOST_BOXES = 10_000  # a file has some tens
+Box = tuple[int, int, int, int]
 
 
 def clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
@@ -26,11 +25,11 @@ def clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
 
 
 def _clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
-    meta = dict(_boxes(dict(_boxes(data))[b"meta"][4:]))
+    meta = dict(_contents(dict(_contents(data))[b"meta"][4:]))
     version = meta[b"pitm"][0]
     (primary,) = struct.unpack_from(">I" if version else ">H", meta[b"pitm"], 4)
-    parts = dict(_boxes(meta[b"iprp"]))
-    properties = list(_boxes(parts[b"ipco"]))
+    parts = dict(_contents(meta[b"iprp"]))
+    properties = _contents(parts[b"ipco"])
     for index in _properties_of(primary, parts[b"ipma"]):
         if not index:  # none
             continue
@@ -40,20 +39,9 @@ def _clean_aperture(data: bytes, size: tuple[int, int]) -> Box | None:
     return None
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    place = 0
-    for _ in range(_MOST_BOXES):
-        if place + 8 > len(data):
-            return
-        size, kind = struct.unpack_from(">I4s", data, place)
-        head = 8
-        if size == 1:
-            (size,), head = struct.unpack_from(">Q", data, place + 8), 16
-        end = place + size if size else len(data)
-        if size and size < head:
-            return
-        yield kind, data[place + head : end]
-        place = end
+def _contents(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Kind and content of each box."""
+    return [(kind, data[begin:end]) for kind, begin, end in boxes(data)]
 
 
 def _properties_of(item: int, associations: bytes) -> list[int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 import struct
+from collections.abc import Iterator
+
+from pipelines.pictures.boxes import boxes
 
 _SNIFFED, _SNIFFED_OF_TEXT = 64, 4096  # bytes; an SVG may have much to say before it begins
 
@@ -18,7 +21,7 @@ _EXTRAS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
 """Formats that packages beside Pillow decode, each with an extra of ours by its name in lower case."""
 
 _FEW_ZEROS, _SMALL_SHARE = 1024, 0.05  # bytes, and of what is packed
-_MOST_PARTS = 10_000
+_MOST_CHUNKS = 10_000
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -58,24 +61,26 @@ def ends_in_zeros(kind: str, data: bytes) -> bool:
     Of lossy WebP, AVIF and HEIF, whose decoders make a picture of it: arithmetic coding leaves no such
     run. Of other formats zeros may be pixels, or their decoders find it (docs/log.md).
     """
-    if kind == "WEBP":
-        place, name, head = 12, b"VP8 ", "<4sI"
-    elif kind in ("AVIF", "HEIF"):
-        place, name, head = 0, b"mdat", ">I4s"
-    else:
+    parts = {"WEBP": _webp_chunks, "AVIF": boxes, "HEIF": boxes}.get(kind)
+    if parts is None:
         return False
-    for _ in range(_MOST_PARTS):
-        if place + 8 > len(data):
-            return False
-        fields = struct.unpack_from(head, data, place)
-        found, size = fields if kind == "WEBP" else (fields[1], fields[0] - 8)
-        end = place + 8 + size if size >= 0 else len(data)
-        if found == name:
-            packed = data[place + 8 : end]
+    for name, begin, end in parts(data):
+        if name in (b"VP8 ", b"mdat"):
+            packed = data[begin:end]
             zeros = len(packed) - len(packed.rstrip(b"\0"))
             return zeros >= max(_FEW_ZEROS, len(packed) * _SMALL_SHARE)
-        place = end + (size & 1 if kind == "WEBP" else 0)
     return False
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of each chunk's content."""
+    place = 12
+    for _ in range(_MOST_CHUNKS):
+        if place + 8 > len(data):
+            return
+        name, size = struct.unpack_from("<4sI", data, place)
+        yield name, place + 8, place + 8 + size
+        place += 8 + size + (size & 1)
 
 
 def open_more(kind: str) -> str | None:

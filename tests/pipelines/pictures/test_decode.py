@@ -330,6 +330,12 @@ def test_a_download_that_was_never_filled_is_corrupt(kind: str, share: float) ->
     store(data)
 
 
+@pytest.mark.parametrize("tail", [b"\0\0\0\1mdat", b"\0\0\0\1mdat\0\0\0", b"\0\0\0\3mdat"])
+def test_a_box_whose_size_is_cut_off_is_no_traceback(tail: bytes) -> None:
+    head = encoded(photo(), "AVIF")
+    assert failure(head[: head.index(b"meta") - 4] + tail) == "corrupt"
+
+
 def test_zeros_between_a_files_parts_are_none_of_its_picture() -> None:
     exif = Image.Exif()
     exif[0x010E] = "\0" * 3000
