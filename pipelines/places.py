@@ -286,7 +286,7 @@ def refuse_full(error: OSError, path: str | Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A file beside a local path, which takes its place at the end, or goes where that fails.
 
     Raises FullDisk, which names the path, where the disk is full: Arrow's error does not.
@@ -320,7 +320,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
             write_pieces(local, pieces)
             patiently(lambda: remote.fs.put_file(str(local), remote.path), path)
         return
-    with _whole(path) as temporary, open(temporary, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
             file.write(piece)
         file.flush()
@@ -342,7 +342,7 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
         pq.write_table(table, file, compression="zstd", **options)
         patiently(lambda: path.write_bytes(file.getvalue()), path)
         return
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", **options)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.column_update import update_columns
 from pipelines.config import is_url
 from pipelines.locks import LOCK_FILE
 from pipelines.places import (
@@ -169,6 +170,10 @@ class Table:
         except (TypeError, ValueError):
             raise RunError(f"{self.folder / '_commits'} holds a file that is no commit") from None
 
+    def commit(self, chunk: int) -> Commit:
+        """What is known of one finished chunk."""
+        return Commit(**read_json_object(self._commit_file(chunk)))
+
     def _commit_files(self) -> list[Path]:
         found = files_below(self.folder / "_commits")
         return [file for file in found if file.suffix == ".json" and file.stem.isdigit()]
@@ -219,11 +224,28 @@ class Table:
 
         A part that is there is replaced: readers see the old one or the new one.
         """
-        statuses = Counter(rows["status"].to_pylist())
-        commit = Commit(chunk, rows.num_rows, dict(statuses), run)
         write_parquet(self.part(chunk), rows, **options)
+        return self._committed(chunk, rows["status"], run)
+
+    def _committed(self, chunk: int, statuses: pa.ChunkedArray, run: int) -> Commit:
+        commit = Commit(chunk, len(statuses), dict(Counter(statuses.to_pylist())), run)
         write_atomically(self._commit_file(chunk), commit.to_json())
         return commit
+
+    def update(self, chunk: int, columns: pa.Table, run: int = 1, **options: Any) -> Commit:
+        """Give the rows of a committed part other values in `columns`, `status` among them.
+
+        All other bytes of the part stay as they are: of a table of images these are nearly all.
+        `options` are those of `write`, for a part that has to be written whole.
+        """
+        if not update_columns(self.part(chunk), columns):
+            with open_parquet(self.part(chunk)) as parquet:
+                rows = parquet.read()
+            for name in columns.column_names:
+                at = rows.schema.get_field_index(name)
+                rows = rows.set_column(at, rows.schema.field(at), columns[name])
+            return self.write(chunk, rows, run, **options)
+        return self._committed(chunk, columns["status"], run)
 
     def is_committed(self, chunk: int) -> bool:
         """False while a chunk's part is not there, or is what a killed job left."""

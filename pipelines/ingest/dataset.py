@@ -36,7 +36,7 @@ from pipelines.ingest.duplicates import DuplicateConfig, mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.known_rows import KnownKeys, with_marks
+from pipelines.ingest.known_rows import CARRIED, KnownKeys, with_marks
 from pipelines.ingest.list_files import fingerprint, input_files
 from pipelines.ingest.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, chunk_file, first_plan, next_plan, read_list
@@ -48,6 +48,7 @@ from pipelines.pictures.encode import ImageConfig
 from pipelines.places import (
     is_file,
     is_folder,
+    open_parquet,
     read_parquet_file,
     remove_folder,
     write_atomically,
@@ -265,7 +266,10 @@ class Merge:
 
     def __call__(self, chunk: int, fetched: pa.Table) -> None:
         with _writing:
-            self._write(chunk, fetched)
+            if fetched.num_rows or not self.table.is_committed(chunk):
+                self._write(chunk, fetched)
+            else:
+                self._update(chunk)
 
     def _write(self, chunk: int, fetched: pa.Table) -> None:
         number = pa.array([self.run.number] * fetched.num_rows, pa.int32())
@@ -282,8 +286,21 @@ class Merge:
         """The rows of the part that were not fetched, with their new marks and metadata."""
         there = read_parquet_file(self.table.part(chunk))
         there = there.filter(pc.invert(pc.is_in(there["key"], value_set=fetched)))
+        return with_marks(there, self._marked(chunk))
+
+    def _update(self, chunk: int) -> None:
+        """Mark rows of a part of which nothing was fetched: its pictures stay where they are."""
+        with open_parquet(self.table.part(chunk)) as parquet:
+            there = parquet.read(columns=["key", "status", *CARRIED])
+        rows = with_marks(there, self._marked(chunk))
+        changed = [n for n in CARRIED if not rows[n].equals(there[n])]
+        columns = rows.select(["status", *changed])
+        self.table.update(chunk, columns, run=self.run.number, row_group_size=IMAGE_ROW_GROUP)
+
+    def _marked(self, chunk: int) -> pa.Table:
+        """The rows of the chunk's plan that are marked and not fetched."""
         plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
-        return with_marks(there, plan.filter(plan["mark"].is_valid()))
+        return plan.filter(plan["mark"].is_valid())
 
 
 def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:

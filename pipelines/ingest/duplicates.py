@@ -16,6 +16,7 @@ of d + 1 bands of bits at least, so each band is sorted and rows of equal bands 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def mark_duplicates(
 
 
 def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
-    """Write a chunk's part anew where the statuses of its copies have changed."""
+    """Change the statuses in a chunk's part where they say something else of its copies."""
     (chunk,) = chunks["chunk"].to_pylist()
     copies = read_parquet_file(folder / f"copies-{chunk:06d}.parquet")["key"]
     with open_parquet(table.part(chunk)) as parquet:
@@ -100,10 +101,10 @@ def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
     no_copy_now = pc.and_(pc.equal(small["status"], DUPLICATE), pc.invert(is_copy))
     states = pc.if_else(is_copy, DUPLICATE, pc.if_else(no_copy_now, OK, small["status"]))
     changed = pc.sum(pc.not_equal(states, small["status"]), min_count=0).as_py()
-    if changed:
-        rows = read_parquet_file(table.part(chunk))
-        rows = rows.set_column(rows.schema.get_field_index("status"), "status", states)
-        table.write(chunk, rows, run=run, row_group_size=IMAGE_ROW_GROUP)
+    # A job may have been killed between the part and its commit.
+    if changed or table.commit(chunk).statuses != Counter(states.to_pylist()):
+        statuses = pa.table({"status": states})
+        table.update(chunk, statuses, run=run, row_group_size=IMAGE_ROW_GROUP)
     return pa.table({"changed": [changed]})
 
 

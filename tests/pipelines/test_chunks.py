@@ -93,14 +93,12 @@ from pipelines.runtime import RayConfig, ray_session
 from pipelines.storage import Table
 
 class Slow:
-    def __init__(self, begun):
-        self.head, self.begun = ray.get_runtime_context().get_node_id(), begun
+    def __init__(self, seen):
+        self.head, self.seen = ray.get_runtime_context().get_node_id(), seen
 
     def __call__(self, block):
         here = ray.get_runtime_context().get_node_id()
-        if here != self.head:
-            self.begun.touch()
-        while not self.begun.exists():  # or there may be nothing left when the other has started
+        while here == self.head and not self.seen.exists():  # or nothing is left for the other one
             time.sleep(0.1)
         time.sleep(0.5)
         block = block.append_column("status", pa.array(["ok"]))
@@ -108,7 +106,7 @@ class Slow:
 
 def stages(dataset, last):
     one = {**WHOLE, "num_cpus": 1}
-    slow = Slow(table.folder.with_suffix(".begun"))
+    slow = Slow(seen)
     return dataset.map_batches(slow, **one).map_batches(last, **one)
 
 def lose():
@@ -117,15 +115,17 @@ def lose():
         parts = [table.part(commit.chunk) for commit in table.commits()]
         if any(there.node_id in part.read_bytes().decode("latin-1") for part in parts):
             break
+    seen.touch()
     cluster.remove_node(there, allow_graceful=False)
 
 if __name__ == "__main__":
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 12}
-    health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 500}
+    health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000}
     head = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
     there = cluster.add_node(num_cpus=1, object_store_memory=10**8)
     table, chunks = Table(sys.argv[1]), int(sys.argv[2])
+    seen = table.folder.with_suffix(".seen")  # a part that the machine wrote which is to be lost
     table.create("caption", {}, chunks)
     def write(chunk, rows):
         table.write(chunk, rows.append_column("key", pa.array([chunk])))

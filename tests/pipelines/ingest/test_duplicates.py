@@ -125,3 +125,27 @@ def test_pictures_of_one_colour_are_no_copies_of_one_another(tmp_path: Path) -> 
     assert (
         mark_duplicates(InProcess(), table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0
     )
+
+
+def test_marks_leave_the_pictures_where_they_are_and_mend_a_commit(tmp_path: Path) -> None:
+    table = Table(tmp_path / "t")
+    noise = np.random.default_rng(0)
+    table.create("image", {}, 1)
+    columns = {
+        "key": pa.array([1, 2, 3], pa.int64()),
+        "image": [noise.bytes(20_000) for _ in range(3)],
+        "run": pa.array([1, 1, 1], pa.int32()),
+        "sha256": ["ab" * 32, "cd" * 32, "ab" * 32],
+        "phash": ["01" * 8, "02" * 8, "01" * 8],
+        "status": [OK, OK, OK],
+    }
+    before = table.write(0, pa.table(columns))
+    content = table.part(0).read_bytes()
+    config = DuplicateConfig()
+    assert mark_duplicates(InProcess(), table, config, 1, tmp_path / "copies") == 1
+    assert table.part(0).read_bytes().startswith(content)
+    assert statuses(table) == [OK, OK, DUPLICATE]
+    # A job that was killed behind the part, and before its commit.
+    (table.folder / "_commits" / "000000.json").write_text(before.to_json())
+    assert mark_duplicates(InProcess(), table, config, 1, tmp_path / "copies") == 0
+    assert statuses(table) == [OK, OK, DUPLICATE]

@@ -26,7 +26,7 @@ from pipelines.ingest.dataset import IngestConfig, Merge, ingest, plan_only
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.runs import Run, last_run
-from pipelines.schemas import IMAGE_ROW, url_key
+from pipelines.schemas import IMAGE_ROW, OK, url_key
 from pipelines.status import StatusConfig, status_text
 from pipelines.storage import Table, parquet_files
 from pipelines.takedown import TakedownConfig, take_down
@@ -135,6 +135,26 @@ def test_changed_filters_mark_what_they_rule_out_and_take_it_back(tmp_path: Path
     assert {row["url"] for row in unseen} == set(urls[:3])  # ruled out before they were stored
     counts, asked = asked_by(web, lambda: run(tmp_path, urls, scores))
     assert (counts, asked) == ({"ok": 20}, 3)
+
+
+def test_marks_and_scores_leave_the_pictures_of_a_part_where_they_are(
+    tmp_path: Path, web: Web
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (8, 100, 100, 3), np.uint8)
+    for i in range(8):
+        Image.fromarray(noise[i]).save(tmp_path / "web" / f"{i}.png")
+    urls, stored = [web.url(f"{i}.png") for i in range(8)], {"image": {"size": 96, "format": "png"}}
+    run(tmp_path, urls, [0.5 + i for i in range(8)], **stored)
+    (part,) = parquet_files(str(tmp_path / "out"))
+    before, images = part.read_bytes(), {u: row["image"] for u, row in rows_of(tmp_path).items()}
+    scores = [9.5 - i for i in range(8)]
+    counts = run(tmp_path, urls, scores, filter={"min_aesthetic": 5}, **stored)
+    assert counts == {"ok": 5, "filtered:aesthetic": 3}
+    assert part.read_bytes().startswith(before)
+    rows = rows_of(tmp_path)
+    assert [rows[url]["aesthetic"] for url in urls] == scores
+    assert {url: row["image"] for url, row in rows.items()} == images
+    assert [rows[url]["status"] for url in urls[4:]] == [OK, *["filtered:aesthetic"] * 3]
 
 
 def test_a_killed_rerun_goes_on_where_it_was(

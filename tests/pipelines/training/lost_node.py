@@ -37,7 +37,7 @@ def main() -> None:
     from pipelines.training.trainer import train
 
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 12}
-    health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 500}
+    health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000}
     head = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
     node = cluster.add_node(num_cpus=1, object_store_memory=10**8)
