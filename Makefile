@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## the whole path on this machine; FULL=1 trains all of it, 
 test: $(INSTALLED)  ## all tests but the long kills' and the GPU's
 	$(RUN) -m pytest $(GROUPS) -m "not gpu and not faults"
 
-test-faults: $(INSTALLED)  ## long kills, lost machines, the autoscaler
+test-faults: $(INSTALLED)  ## long kills, lost machines, the autoscaler, long proofs
 	$(RUN) -m pytest $(GROUPS) -m "faults and not gpu"
 
 fast: $(INSTALLED)  ## the tests that start no cluster and no whole job

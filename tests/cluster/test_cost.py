@@ -55,6 +55,7 @@ def test_stage_1_needs_the_operations_that_are_reckoned_with() -> None:
         assert tflop(lambda: model.latents(pixels(), noise)) == pytest.approx(cost.VAE, rel=2e-3)
 
 
+@pytest.mark.faults  # full size, if on no device: half a minute
 def test_stage_2_and_captioning_need_those_that_are_reckoned_with() -> None:
     model = eager(models.captioner(FULL, META))
     language_model = model.language_model

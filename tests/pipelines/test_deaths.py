@@ -148,6 +148,7 @@ class Slow(Mean):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.faults
 def test_a_pool_grows_to_its_most_while_work_waits(
     ray_local, by_value, pictures, tmp_path, monkeypatch, capfd
 ):

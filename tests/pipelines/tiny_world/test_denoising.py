@@ -2,20 +2,22 @@ import pytest
 import torch
 
 from pipelines.tiny_world.denoising import NUM_TIMESTEPS, denoising_losses, gap_closed
+from tests.conftest import SMALLEST
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.tiny import write_tiny_models
+
+
+WIDTH = 16  # of a condition of these models
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory):
-    models = write_tiny_models(tmp_path_factory.mktemp("models"))
-    return VLVAutoEncoder.from_pretrained(models).diffusion_decoder
+def decoder():
+    return VLVAutoEncoder.from_pretrained(SMALLEST).diffusion_decoder
 
 
 def test_conditions_are_compared_on_the_same_noise(decoder) -> None:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(70, *decoder.latent_shape, generator=generator)  # more than a batch
-    one = torch.randn(1, 16, 64, generator=generator)
+    one = torch.randn(1, 16, WIDTH, generator=generator)
     conditions = {"one": one, "repeated": one.repeat(70, 1, 1), "other": one + 1}
     losses = denoising_losses(decoder, latents, conditions, seed=0)
     assert losses["one"] == pytest.approx(losses["repeated"], rel=1e-5)
@@ -26,7 +28,7 @@ def test_conditions_are_compared_on_the_same_noise(decoder) -> None:
 
 
 def test_the_loss_is_the_mean_over_evenly_spread_timesteps(decoder) -> None:
-    latents, condition = torch.randn(3, *decoder.latent_shape), torch.randn(1, 16, 64)
+    latents, condition = torch.randn(3, *decoder.latent_shape), torch.randn(1, 16, WIDTH)
     noise = torch.randn(
         NUM_TIMESTEPS, 3, *decoder.latent_shape, generator=torch.Generator().manual_seed(5)
     )

@@ -55,6 +55,7 @@ def test_the_encoder_tells_more_than_no_caption_on_unseen_scenes(test_pictures: 
     assert losses["gap_closed"] > 0.5
 
 
+@pytest.mark.faults
 def test_a_few_dozen_steps_beat_no_caption(test_pictures: Pictures) -> None:
     """From the pretrained parts alone, on pictures of training scenes, without one caption."""
     torch.manual_seed(0)
