@@ -5,7 +5,6 @@ from pipelines.tiny_world.denoising import NUM_TIMESTEPS, denoising_losses, gap_
 from tests.conftest import SMALLEST
 from vlv_model.autoencoder import VLVAutoEncoder
 
-
 WIDTH = 16  # of a condition of these models
 
 
