@@ -113,7 +113,8 @@ def causes_of(error: BaseException, handled: bool = True) -> Iterator[BaseExcept
         seen.add(id(current))
         yield current
         inner = [current.__cause__, getattr(current, "cause", None)]
-        inner += [getattr(current, "health_check_failure", None)]  # of a rank of Train
+        # Of a rank of Train, and of what leads its ranks.
+        inner += [getattr(current, f"{n}_failure", None) for n in ("health_check", "controller")]
         inner += [current.__context__] if handled else []
         inner += getattr(current, "worker_failures", {}).values()
         stack += [e for e in inner if isinstance(e, BaseException)]

@@ -66,7 +66,14 @@ def of_a_rank(cause: Exception) -> Exception:
     return WorkerGroupError("ranks failed", {0: WorkerHealthCheckFailedError("gone", cause)})
 
 
-@pytest.mark.parametrize("wrap", [lambda e: e, wrapped, of_a_rank])
+def of_the_controller(cause: Exception) -> Exception:
+    """As when Ray ends what leads the ranks: it takes several processes at a time."""
+    from ray.train import ControllerError
+
+    return ControllerError(cause)
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, wrapped, of_a_rank, of_the_controller])
 def test_a_machine_without_memory_is_one_line(wrap, monkeypatch, capsys) -> None:
     from ray.exceptions import OutOfMemoryError
 
