@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.demo.config import LOGICAL_CPUS, DemoConfig
-from pipelines.demo.run import Demo
-from pipelines.runtime import RayConfig, ray_session
+from pipelines.demo.job import Demo
+from pipelines.execution.connection import RayConfig, ray_session
 from vlv_model.config import Trainable
 from vlv_model.tiny import NUM_QUERIES
 
@@ -126,7 +126,7 @@ def measure(
 ) -> dict[str, float]:
     """Train a variant, unless it is finished, and judge it; `gaps` keeps those of the encoders."""
     from pipelines.demo.proof import caption_scores, denoising
-    from pipelines.training.model import ModelSettings
+    from pipelines.execution.model import ModelSettings
     from vlv_model.autoencoder import VLVAutoEncoder
 
     encoder = demo.folder / "encoders" / variant.encoder

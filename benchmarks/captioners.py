@@ -25,11 +25,11 @@ from torch import Tensor
 from benchmarks.chaos_jobs import environment
 from benchmarks.faults import REPO
 from benchmarks.models import PARAGRAPH, SIZES, captioner
+from pipelines.execution.model import ModelSettings
+from pipelines.images.rows import IMAGE_ROW
 from pipelines.recaption.predictor import CaptionImages
-from pipelines.schemas import IMAGE_ROW
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
-from pipelines.training.model import ModelSettings
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.decoding import Running, Sampling, SlotDecoder
 from vlv_model.export import export_model

@@ -20,7 +20,7 @@ from benchmarks.chaos_places import PLACES, Place
 from benchmarks.counting import Count, count
 from benchmarks.faults import REPO, in_thread
 from benchmarks.web import Site, write_photos
-from pipelines.schemas import IMAGE_ROW
+from pipelines.images.rows import IMAGE_ROW
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 

@@ -1,4 +1,4 @@
-"""Counts the rows of a table of ours with pyarrow and the layout that pipelines/storage.py tells.
+"""Counts the rows of a table of ours with pyarrow and the layout that pipelines/storage/tables.py tells.
 
 Nothing of our code is used here: what reads a table for the benchmark of faults must not share a
 mistake with what wrote it.

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pipelines.storage import Commit, Table
+from pipelines.storage.tables import Commit, Table
 
 
 def alone(work: Callable[[], Mapping[str, float]]) -> dict[str, float]:

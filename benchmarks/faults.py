@@ -67,7 +67,7 @@ class Attempt:
             "worker": lambda line: line.startswith("ray::") and not line.startswith(AGENTS),
             "rank": lambda line: line.startswith("ray::") and "RayTrainWorker" in line,
             "reader": lambda line: line.startswith("ray::_Reader"),
-            "decoder": lambda line: "pipelines.ingest.isolation" in line,
+            "decoder": lambda line: "pipelines.ingest.decoder" in line,
             "head": lambda line: (
                 "raylet/raylet " in line or "gcs/gcs_server " in line or line.startswith(AGENTS)
             ),

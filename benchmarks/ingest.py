@@ -38,8 +38,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.web import write_photos
-from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.isolation import image_columns
+from pipelines.ingest.decoder import image_columns
+from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
 
 REPO = Path(__file__).parents[1]

@@ -30,13 +30,13 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.ingest import REPO, watched
 from benchmarks.lists import write_list
-from pipelines.config import build
+from pipelines.cli.config import build
 from pipelines.ingest import dataset
 from pipelines.ingest.fetch import image_rows
-from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.list_files import input_files
-from pipelines.ingest.metadata import read_batches
 from pipelines.ingest.plan import Plan, passing
+from pipelines.lists.files import input_files
+from pipelines.lists.filters import FilterConfig
+from pipelines.lists.metadata import read_batches
 
 ROWS = (100_000, 1_000_000, 10_000_000)
 FLAT_ROWS = (100, 10_000, 100_000, 1_000_000)  # the first tells what a start takes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.demo.config import DemoConfig
-from pipelines.demo.run import run_demo
+from pipelines.demo.job import run_demo
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "tiny"
 DEFAULT = {"exact_match": 0.80}

@@ -38,10 +38,10 @@ from benchmarks.caption_loops import Loop, run_bare, run_loop
 from benchmarks.chaos_jobs import environment
 from benchmarks.counting import committed
 from benchmarks.faults import REPO
-from pipelines.config import build
+from pipelines.cli.config import build
 from pipelines.recaption import predictor
 from pipelines.recaption.config import RecaptionConfig
-from pipelines.recaption.dataset import recaption
+from pipelines.recaption.job import recaption
 from vlv_model.caption_tokens import caption_text, end_of_text_id
 
 LONGEST = 300  # tokens

@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.plans import planned, read_plan
-from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT
-from pipelines.selection import Selection, open_table
-from pipelines.storage import IMAGE_ROW_GROUP, Table
+from pipelines.execution.image_job import Selection, open_table
+from pipelines.images.plans import planned, read_plan
+from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT
+from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
 _PART = 4096  # rows of a part of the image table
 

@@ -29,10 +29,10 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.chunks import run_chunks
-from pipelines.cluster import WHOLE, Step
-from pipelines.runtime import RayConfig, ray_session
-from pipelines.storage import Table
+from pipelines.execution.chunks import run_chunks
+from pipelines.execution.cluster import WHOLE, Step
+from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.storage.tables import Table
 
 _ROWS = 256  # of a chunk, in its commit
 

@@ -66,8 +66,8 @@ class Walk:
 
 def ingest(folder: Path) -> Walk:
     from jobs.ingest import run
-    from pipelines.config import load
-    from pipelines.ingest.dataset import IngestConfig
+    from pipelines.cli.config import load
+    from pipelines.ingest.job import IngestConfig
     from pipelines.tiny_world.dataset import write_world
     from pipelines.tiny_world.server import serve
 
@@ -85,7 +85,7 @@ def ingest(folder: Path) -> Walk:
 
 def recaption(folder: Path) -> Walk:
     from jobs.recaption import run
-    from pipelines.config import load
+    from pipelines.cli.config import load
     from pipelines.recaption.config import RecaptionConfig
 
     given = [f"data.input={folder / 'images'}", f"data.output={folder / 'captions'}"]
@@ -98,15 +98,15 @@ def recaption(folder: Path) -> Walk:
 
 
 def training(folder: Path) -> Walk:
-    from pipelines.config import dump, load
-    from pipelines.storage import parquet_files
-    from pipelines.training.config import Stage1Config
-    from pipelines.training.loop import Worker
-    from pipelines.training.trainer import run_worker
-    from vlv_model.sources import resolve_model
-
     import deepspeed
     import torch
+
+    from pipelines.cli.config import dump, load
+    from pipelines.storage.tables import parquet_files
+    from pipelines.training.config import Stage1Config
+    from pipelines.training.job import run_worker
+    from pipelines.training.loop import Worker
+    from vlv_model.sources import resolve_model
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": "29517", "DS_ACCELERATOR": "cpu"}
@@ -114,8 +114,17 @@ def training(folder: Path) -> Walk:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     run_dir = folder / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
-    given = [f"data.input={folder / 'images'}", f"run_dir={run_dir}", f"model.path={folder / 'models'}"]
-    given += ["train.steps=1", "train.global_batch_size=1", "train.micro_batch_size=1", "data.holdout=0.3"]
+    given = [
+        f"data.input={folder / 'images'}",
+        f"run_dir={run_dir}",
+        f"model.path={folder / 'models'}",
+    ]
+    given += [
+        "train.steps=1",
+        "train.global_batch_size=1",
+        "train.micro_batch_size=1",
+        "data.holdout=0.3",
+    ]
     given += ["train.num_workers=1", "train.wandb=disabled", "train.samples=0"]
     config = load(Stage1Config, str(REPO / "jobs/configs/tiny/stage1.yaml"), given)
     loop = {

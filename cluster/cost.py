@@ -24,8 +24,8 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster.render import read_sizes
-from pipelines.config import ConfigError
-from pipelines.entry import main
+from pipelines.cli.config import ConfigError
+from pipelines.cli.main import main
 from vlv_model.config import Config
 
 # TFLOP that the published sizes need, multiplications and additions counted apart, as

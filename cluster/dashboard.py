@@ -1,6 +1,6 @@
 """Grafana's dashboard, from one table of panels.
 
-Queries name series of pipelines/telemetry.py and of Ray itself; a test holds them against both.
+Queries name series of pipelines/execution/metrics.py and of Ray itself; a test holds them against both.
 """
 
 from __future__ import annotations

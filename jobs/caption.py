@@ -7,7 +7,7 @@ FOLDER is a stage-2 run, one of its checkpoints, or an exported captioner. Runs 
 
 import sys
 
-from pipelines.entry import main
+from pipelines.cli.main import main
 from pipelines.recaption.config import CaptionConfig
 from pipelines.recaption.single import caption_file
 

@@ -9,9 +9,9 @@ was killed.
 import sys
 from pathlib import Path
 
+from pipelines.cli.main import main
 from pipelines.demo.config import DemoConfig
-from pipelines.demo.run import run_demo
-from pipelines.entry import main
+from pipelines.demo.job import run_demo
 
 
 def run(config: DemoConfig) -> None:

@@ -11,9 +11,9 @@ and from_pretrained opens.
 
 import sys
 
-from pipelines.entry import main
+from pipelines.cli.main import main
 from pipelines.export.config import ExportConfig
-from pipelines.export.run import export
+from pipelines.export.job import export
 
 
 def run(config: ExportConfig) -> None:

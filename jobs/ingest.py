@@ -15,13 +15,13 @@ from __future__ import annotations
 import os
 import sys
 
-from pipelines.entry import main
-from pipelines.ingest.dataset import IngestConfig, ingest, plan_only
+from pipelines.cli.main import main
+from pipelines.execution.progress import counts_table
+from pipelines.images.runs import last_run
 from pipelines.ingest.estimate import estimate, plan_table
+from pipelines.ingest.job import IngestConfig, ingest, plan_only
 from pipelines.ingest.report import REPORT
-from pipelines.ingest.runs import last_run
-from pipelines.progress import counts_table
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 
 
 def run(config: IngestConfig) -> None:

@@ -6,10 +6,10 @@ takes as data.latents. The same command continues a run that was killed; each im
 
 import sys
 
-from pipelines.entry import main
+from pipelines.cli.main import main
+from pipelines.execution.progress import counts_table
 from pipelines.precompute.config import PrecomputeConfig
-from pipelines.precompute.dataset import precompute
-from pipelines.progress import counts_table
+from pipelines.precompute.job import precompute
 
 
 def run(config: PrecomputeConfig) -> None:

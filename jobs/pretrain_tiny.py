@@ -7,7 +7,7 @@ continues a run that was killed, at the part that it was in.
 
 import sys
 
-from pipelines.entry import main
+from pipelines.cli.main import main
 from pipelines.tiny_world.pretraining.config import PretrainConfig
 
 

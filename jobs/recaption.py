@@ -7,10 +7,10 @@ image gets one row.
 
 import sys
 
-from pipelines.entry import main
-from pipelines.progress import counts_table
+from pipelines.cli.main import main
+from pipelines.execution.progress import counts_table
 from pipelines.recaption.config import RecaptionConfig
-from pipelines.recaption.dataset import recaption
+from pipelines.recaption.job import recaption
 
 
 def run(config: RecaptionConfig) -> None:

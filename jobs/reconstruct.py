@@ -5,10 +5,10 @@ Needs an image table and, as model.path, the run of stage 1; leaves a table of p
 
 import sys
 
-from pipelines.entry import main
-from pipelines.progress import counts_table
+from pipelines.cli.main import main
+from pipelines.execution.progress import counts_table
 from pipelines.reconstruct.config import ReconstructConfig
-from pipelines.reconstruct.dataset import reconstruct
+from pipelines.reconstruct.job import reconstruct
 
 
 def run(config: ReconstructConfig) -> None:

@@ -6,9 +6,9 @@ result.json. The same command continues a run that was killed. Recipes: jobs/con
 
 import sys
 
-from pipelines.entry import main
+from pipelines.cli.main import main
 from pipelines.training.config import Stage1Config
-from pipelines.training.trainer import show, train
+from pipelines.training.job import show, train
 
 
 def run(config: Stage1Config) -> None:

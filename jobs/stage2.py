@@ -7,10 +7,10 @@ that was killed. Recipes: jobs/configs.
 
 import sys
 
-from pipelines.entry import main
-from pipelines.pairs import with_pairs
+from pipelines.cli.main import main
 from pipelines.training.config import Stage2Config
-from pipelines.training.trainer import show, train
+from pipelines.training.job import show, train
+from pipelines.training.pairs import with_pairs
 
 
 def run(config: Stage2Config) -> None:

@@ -7,8 +7,8 @@ Any table will do: images, latents, pairs, captions, pictures.
 
 import sys
 
-from pipelines.entry import main
-from pipelines.status import StatusConfig, status_text
+from pipelines.admin.status import StatusConfig, status_text
+from pipelines.cli.main import main
 
 
 def run(config: StatusConfig) -> None:

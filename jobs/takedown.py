@@ -12,8 +12,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from pipelines.entry import BAD_INPUT, main
-from pipelines.takedown import NothingMatched, TakedownConfig, take_down
+from pipelines.admin.takedown import NothingMatched, TakedownConfig, take_down
+from pipelines.cli.main import BAD_INPUT, main
 
 
 def run(config: TakedownConfig) -> None:

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-from pipelines.cluster import Cluster
-from pipelines.runtime import RayConfig, ray_session
+from pipelines.execution.cluster import Cluster
+from pipelines.execution.connection import RayConfig, ray_session
 from tests.fork_server import fork_server
 
 # What starts in the background (nohup, a CI) ignores these, and so would all jobs that tests start.
@@ -57,14 +57,14 @@ GROUPS = {
     "submit": ["jobs/test_submit.py"],
     "resume": ["pipelines/training/test_resume.py"],
     "actors": [
-        "pipelines/test_deaths.py", "jobs/test_worker_errors.py", "pipelines/training/test_data.py",
+        "pipelines/execution/test_quarantine.py", "jobs/test_worker_errors.py", "pipelines/training/test_data.py",
         "pipelines/training/test_samples.py", "benchmarks/test_recaption_benchmark.py",
         "pipelines/precompute/test_precompute.py", "pipelines/recaption/test_publish.py",
-        "pipelines/ingest/test_duplicates.py", "pipelines/test_pairs.py", "pipelines/test_telemetry.py",
+        "pipelines/ingest/test_duplicates.py", "pipelines/training/test_pairs.py", "pipelines/execution/test_metrics.py",
         "pipelines/ingest/test_ingest.py",
     ],
-    "machines": ["pipelines/test_chunks.py", "cluster/test_autoscaler.py"],
-    "runtime": ["pipelines/test_runtime.py"],
+    "machines": ["pipelines/execution/test_chunks.py", "cluster/test_autoscaler.py"],
+    "runtime": ["pipelines/execution/test_connection.py"],
 }  # fmt: skip
 GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
 
@@ -186,7 +186,7 @@ def trained_captioner(tiny_models: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def pair_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 drawn scenes with their captions, and two rows that failed, as Parquet of our layout."""
-    from pipelines.schemas import PAIR_ROW, url_key
+    from pipelines.images.rows import PAIR_ROW, url_key
     from pipelines.tiny_world import scenes
 
     rows = []

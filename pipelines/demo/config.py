@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipelines.config import InputPath, OutputPath
-from pipelines.runtime import RayConfig
+from pipelines.cli.config import InputPath, OutputPath
+from pipelines.execution.connection import RayConfig
 from vlv_model.config import Config
 
 # A worker of Ray Train and a step of Ray Data are each given a logical CPU: with fewer than these

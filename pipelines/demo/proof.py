@@ -11,11 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.images import RowIndex, RowReader
-from pipelines.places import write_parquet
+from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.reconstruct.predictor import png, sampled
-from pipelines.storage import parquet_files, read_rows
+from pipelines.storage.files import write_parquet
+from pipelines.storage.tables import parquet_files, read_rows
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.denoising import denoising_losses, gap_closed, text_conditions
 from pipelines.tiny_world.scoring import score_captions, score_pictures
@@ -74,7 +74,7 @@ def prove(folder: Path, test: TestScenes, diffusion: DiffusionConfig) -> dict[st
 
     Writes the pictures drawn from true captions beside the tables, for the report.
     """
-    from pipelines.training.model import ModelSettings
+    from pipelines.execution.model import ModelSettings
 
     autoencoder = VLVAutoEncoder.from_pretrained(
         *ModelSettings(path=str(folder / "stage1")).resolve()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipelines.demo.page import DemoReport, write_report
 from pipelines.demo.proof import FROM_CAPTION
-from pipelines.report.demo import DemoReport, write_report
 from pipelines.report.gallery import GalleryItem
-from pipelines.storage import parquet_files, read_rows
+from pipelines.storage.tables import parquet_files, read_rows
 from pipelines.tiny_world import scenes
 from pipelines.training.metrics import read_metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.markdown import card, table
+from pipelines.report.markdown import card, table
 from vlv_model.config import ModelConfig
 from vlv_model.fingerprint import short
 from vlv_model.sources import part_source

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipelines.config import InputPath, OutputPath
-from pipelines.training.model import ModelSettings
+from pipelines.cli.config import InputPath, OutputPath
+from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config, Precision
 
 

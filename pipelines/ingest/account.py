@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv
 
-from pipelines.chunks import map_chunks
-from pipelines.cluster import Cluster
-from pipelines.ingest.runs import Run
-from pipelines.places import is_file, open_parquet, write_atomically
-from pipelines.schemas import DOWNLOAD, OK, host_of
-from pipelines.storage import Table
+from pipelines.execution.chunks import map_chunks
+from pipelines.execution.cluster import Cluster
+from pipelines.images.rows import DOWNLOAD, OK, host_of
+from pipelines.images.runs import Run
+from pipelines.storage.files import is_file, open_parquet, write_atomically
+from pipelines.storage.tables import Table
 
 _THROUGHPUT, _LINK_ROT = "throughput.jsonl", "link_rot.csv"
 _EVERY = 30.0  # seconds

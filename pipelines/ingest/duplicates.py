@@ -6,7 +6,7 @@ Which copy stays is a function of the table alone: the one of the earlier run, t
 key. Rows that a filter rules out do not count, so marks are found anew by every run: a copy whose
 better one is gone is `ok` again, and a job that is killed here only has to be repeated.
 
-Rows whose URLs are spellings of one address (pipelines.urls) are copies of one another, too, whatever
+Rows whose URLs are spellings of one address (pipelines.images.urls) are copies of one another, too, whatever
 the server gave at the second time.
 
 Near copies have perceptual hashes of few different bits. A row is one where an earlier row is near
@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipelines.buckets import Buckets, Sorting
-from pipelines.chunks import map_chunks
-from pipelines.cluster import Cluster
-from pipelines.places import open_parquet, read_parquet_file, write_parquet
-from pipelines.schemas import DUPLICATE, OK
-from pipelines.storage import IMAGE_ROW_GROUP, Table
-from pipelines.urls import addresses_of
+from pipelines.execution.chunks import map_chunks
+from pipelines.execution.cluster import Cluster
+from pipelines.images.rows import DUPLICATE, OK
+from pipelines.images.urls import addresses_of
+from pipelines.storage.files import open_parquet, read_parquet_file, write_parquet
+from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 from vlv_model.config import Config
 
 _ROW_BYTES = 48  # of a row of hashes, for the number of buckets

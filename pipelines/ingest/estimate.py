@@ -6,12 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
-from pipelines.config import is_url
+from pipelines.images.runs import runs_of
 from pipelines.ingest.account import last_throughput
 from pipelines.ingest.plan import Plan
-from pipelines.ingest.runs import runs_of
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage import Table
+from pipelines.storage.protocols import is_url
+from pipelines.storage.tables import Table
 
 # Where a table has nothing to measure yet: bytes per stored pixel of photographs by encoding (JPEG
 # and WebP at quality 95), bytes of an image that is stored at its own size, the share of URLs that

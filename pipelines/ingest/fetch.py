@@ -18,12 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.ingest.download import Downloader, Fetched
-from pipelines.ingest.download_config import DownloadConfig
-from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.isolation import Decoder
+from pipelines.images.rows import IMAGE_ROW, with_image_feature
+from pipelines.ingest.decoder import Decoder
+from pipelines.ingest.web.config import DownloadConfig
+from pipelines.ingest.web.download import Downloader, Fetched
+from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
-from pipelines.schemas import IMAGE_ROW, with_image_feature
 
 CPUS_PER_FETCHER = 4
 """CPUs that one event loop keeps busy with decoding: it takes half a CPU itself."""

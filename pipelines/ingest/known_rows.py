@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.ingest.filters import RULE_COLUMNS, FilterConfig, metadata_failures
-from pipelines.schemas import DUPLICATE, FILTERED, METADATA_ROW, OK, status
-from pipelines.storage import Table
+from pipelines.images.rows import DUPLICATE, FILTERED, METADATA_ROW, OK, status
+from pipelines.lists.filters import RULE_COLUMNS, FilterConfig, metadata_failures
+from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
 PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))

@@ -6,7 +6,7 @@
 
 The first run cuts the sorted list into chunks, and their ranges of keys stay for ever: a row of a
 later list belongs to the chunk of its range. So the ranges of the table's parts never overlap.
-Memory does not grow with the list (pipelines/buckets.py).
+Memory does not grow with the list (pipelines/storage/sorting.py).
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.buckets import Buckets, Sorting
-from pipelines.ingest.blocked import Blocked
-from pipelines.ingest.filters import FilterConfig, check_columns, metadata_failures
+from pipelines.images.blocklist import Blocked
+from pipelines.images.rows import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
 from pipelines.ingest.known_rows import (
     PLAN_ROW,
     KnownKeys,
@@ -33,11 +32,12 @@ from pipelines.ingest.known_rows import (
     check_same,
     known_rows,
 )
-from pipelines.ingest.list_files import input_bytes
-from pipelines.ingest.metadata import OddValues, read_batches
-from pipelines.places import write_parquet
-from pipelines.schemas import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
-from pipelines.storage import Table
+from pipelines.lists.files import input_bytes
+from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
+from pipelines.lists.metadata import OddValues, read_batches
+from pipelines.storage.files import write_parquet
+from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
 CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.images.rows import DOWNLOAD, OK
+from pipelines.images.runs import Run, last_run, runs_of
 from pipelines.ingest.account import OTHERS, last_throughput, read_link_rot
-from pipelines.ingest.runs import Run, last_run, runs_of
-from pipelines.places import is_file, open_parquet, write_atomically
-from pipelines.report.ingest import IngestReport, RunLine, Sample, render
-from pipelines.schemas import DOWNLOAD, OK
-from pipelines.storage import Table
+from pipelines.ingest.page import IngestReport, RunLine, Sample, render
+from pipelines.storage.files import is_file, open_parquet, write_atomically
+from pipelines.storage.tables import Table
 
 REPORT = "_report.html"  # hidden, as globs of the rows should pass it over
 _PARTS = 12  # that samples are taken from

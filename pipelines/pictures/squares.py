@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from pipelines.pictures.child_process import Answer, Isolated, given, serve
 from pipelines.pictures.decode import LARGEST_PIXELS, DecodeError, Opened
-from pipelines.pictures.isolation import Answer, Isolated, given, serve
 from vlv_model.squares import Square
 
 TIMEOUT = 60.0  # seconds

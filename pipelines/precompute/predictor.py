@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from pipelines.latents import packed
+from pipelines.execution.image_job import squares
+from pipelines.images.latents import packed
+from pipelines.images.rows import LATENT_ROW, OK, status
 from pipelines.precompute.config import EncodeConfig
-from pipelines.schemas import LATENT_ROW, OK, status
-from pipelines.selection import squares
 from vlv_model.config import ModelConfig
 from vlv_model.freezing import freeze
 from vlv_model.latents import posterior

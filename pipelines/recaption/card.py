@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.markdown import card, plain, table
-from pipelines.places import is_file, write_atomically
+from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
-from pipelines.schemas import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
-from pipelines.storage import PUBLISHED_FILE, Table, read_json_object
+from pipelines.report.markdown import card, plain, table
+from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.tables import PUBLISHED_FILE, Table, read_json_object
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.fingerprint import short

@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipelines.config import InputPath, InputPlace
-from pipelines.places import open_parquet
-from pipelines.predicate import Where, small_columns
+from pipelines.cli.config import InputPath, InputPlace
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.image_job import ActorConfig, Selection
+from pipelines.execution.model import ModelSettings
+from pipelines.images.conditions import Where, small_columns
+from pipelines.images.rows import require_columns
 from pipelines.recaption.gate import GateConfig
 from pipelines.recaption.postprocess import RULES, reference
-from pipelines.runtime import RayConfig
-from pipelines.schemas import require_columns
-from pipelines.selection import ActorConfig, Selection
-from pipelines.storage import parquet_files
-from pipelines.training.model import ModelSettings
+from pipelines.storage.files import open_parquet
+from pipelines.storage.tables import parquet_files
 from vlv_model.config import Config, Precision
 
 

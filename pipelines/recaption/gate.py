@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import Survey
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import GateError
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.places import write_pieces
-from pipelines.schemas import OK, key_of
-from pipelines.storage import Table
+from pipelines.images.rows import OK, key_of
+from pipelines.storage.files import write_pieces
+from pipelines.storage.tables import Table
 
 FILE = "captions.json"
 

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines import telemetry
+from pipelines.execution import metrics as telemetry
+from pipelines.execution.image_job import squares
+from pipelines.images.rows import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
 from pipelines.recaption.health import Health, health_of
-from pipelines.schemas import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
-from pipelines.selection import squares
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.images import RowReader
-from pipelines.places import place, remove_file, write_atomically
-from pipelines.plans import has_plan, planned, read_plan
+from pipelines.images.plans import has_plan, planned, read_plan
+from pipelines.images.random_access import RowReader
+from pipelines.images.rows import OK
 from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import settings_told, write_card
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.json_file import FILE as JSON_FILE
+from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
 from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
-from pipelines.report.captions import CaptionReport, CaptionSample, HealthLine, render
-from pipelines.schemas import OK
-from pipelines.storage import Table
+from pipelines.storage.files import place, remove_file, write_atomically
+from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
 FILE = "_report.html"  # hidden, as globs of the rows should pass it over

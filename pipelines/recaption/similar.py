@@ -17,8 +17,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from pipelines.buckets import Buckets
 from pipelines.recaption.health import words
+from pipelines.storage.sorting import Buckets
 
 HASHES, BANDS = 16, 4
 AGREEING = 13  # hashes of two similar captions

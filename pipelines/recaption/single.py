@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipelines.execution.connection import quiet_libraries
 from pipelines.recaption.config import CaptionConfig
-from pipelines.runtime import quiet_libraries
 from vlv_model.errors import ConfigError, DataError
 
 

@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.chunks import map_chunks
-from pipelines.cluster import Cluster
-from pipelines.places import is_file, open_parquet, write_atomically, write_pieces
+from pipelines.execution.chunks import map_chunks
+from pipelines.execution.cluster import Cluster
+from pipelines.images.rows import OK
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.similar import HASHES, SimilarCaptions, signature
-from pipelines.schemas import OK
-from pipelines.storage import Table, read_json_object
+from pipelines.storage.files import is_file, open_parquet, write_atomically, write_pieces
+from pipelines.storage.tables import Table, read_json_object
 
 FILE = "_health.json"
 SIMILAR_FILE = "_similar.csv"  # not Parquet, as globs of the rows should pass it over

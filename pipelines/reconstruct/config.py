@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipelines.runtime import RayConfig
-from pipelines.selection import ActorConfig, Selection
-from pipelines.training.model import ModelSettings
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.image_job import ActorConfig, Selection
+from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config
 
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from pipelines.execution.image_job import squares
+from pipelines.images.rows import OK, RECONSTRUCTION_ROW, status, with_image_feature
 from pipelines.reconstruct.config import DiffusionConfig
-from pipelines.schemas import OK, RECONSTRUCTION_ROW, status, with_image_feature
-from pipelines.selection import squares
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import ModelConfig
 

@@ -9,34 +9,26 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Collection
 
 import numpy as np
 from PIL import Image
 
-from pipelines.external import UndecodableImage
-from pipelines.images import RowReader
-from pipelines.places import (
-    is_url,
-    names_in,
-    place,
-    read_parquet_file,
-    remove_file,
-    write_atomically,
-)
-from pipelines.plans import planned, read_plan
-from pipelines.schemas import OK
-from pipelines.storage import Table
+from pipelines.images.external import UndecodableImage
+from pipelines.images.plans import planned, read_plan
+from pipelines.images.random_access import RowReader
+from pipelines.images.removal import SIDE_BY_SIDE, file_of
+from pipelines.images.rows import OK
+from pipelines.storage.files import names_in, place, read_parquet_file, write_atomically
+from pipelines.storage.protocols import is_url
+from pipelines.storage.tables import Table
 from vlv_model.squares import Square
-
-FOLDER = "_side_by_side"
 
 
 def write_files(table: Table, square: Square) -> None:
     """Write the files that a finished table still lacks, of its rows with a picture."""
     from pipelines.pictures.squares import isolated_squares
 
-    folder, about = table.folder / FOLDER, table.describe()
+    folder, about = table.folder / SIDE_BY_SIDE, table.describe()
     if not is_url(folder):
         folder.mkdir(exist_ok=True)
     there = set(names_in(folder))
@@ -45,32 +37,20 @@ def write_files(table: Table, square: Square) -> None:
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)
         keys = plan["key"].to_pylist()
-        if sum(_name(key) in there for key in keys) == commit.statuses.get(OK, 0):
+        if sum(file_of(key) in there for key in keys) == commit.statuses.get(OK, 0):
             continue
         rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
         made = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
         reader = RowReader(planned(files, plan), decode=decode)
         for position, key in enumerate(keys):
-            if key not in made or _name(key) in there:
+            if key not in made or file_of(key) in there:
                 continue
             try:
                 original = reader.square(position, square).transpose(1, 2, 0)
             except UndecodableImage as error:  # gone since
-                print(f"no {FOLDER}/{_name(key)}: {error}", file=sys.stderr)
+                print(f"no {SIDE_BY_SIDE}/{file_of(key)}: {error}", file=sys.stderr)
                 continue
-            write_atomically(folder / _name(key), _joined(original, made[key]))
-
-
-def remove_files(table: Table, keys: Collection[int]) -> None:
-    """Take away the files of some images."""
-    named = {_name(key) for key in keys}
-    for name in names_in(table.folder / FOLDER):
-        if name in named:
-            remove_file(table.folder / FOLDER / name)
-
-
-def _name(key: int) -> str:
-    return f"{key}.png"
+            write_atomically(folder / file_of(key), _joined(original, made[key]))
 
 
 def _joined(original: np.ndarray, picture: bytes) -> bytes:

@@ -13,9 +13,9 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
+from pipelines.images.rows import OK
 from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.report.html import Html, count, join, tag
-from pipelines.schemas import OK
 
 TINY = 160  # pixels; a picture up to this side is enlarged with its pixels kept square
 LARGEST = 480  # pixels; a longer side is more than a column shows and is made smaller

@@ -16,7 +16,7 @@ from html import escape
 from importlib import resources
 from itertools import groupby
 
-from pipelines.schemas import CAPTION, DECODE, DOWNLOAD, DUPLICATE, FILTERED, OK
+from pipelines.images.rows import CAPTION, DECODE, DOWNLOAD, DUPLICATE, FILTERED, OK
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

@@ -13,10 +13,11 @@ is to save. Nothing in it depends on the number of workers or the ZeRO stage.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.execution.checkpoints import FOLDER, checkpoint_name, finished_checkpoints
 from vlv_model.checkpoint_files import (
     WEIGHTS_FILE,
     CheckpointMetadata,
@@ -29,45 +30,7 @@ from vlv_model.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def finished_checkpoints(run_dir: Path) -> Iterator[Path]:
-    """Finished checkpoints of a run, newest first."""
-    for folder in sorted((run_dir / FOLDER).glob("step-*"), reverse=True):
-        if is_finished(folder):
-            yield folder
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end."""
-    return next(finished_checkpoints(run_dir), None)
-
-
-def is_finished(folder: Path) -> bool:
-    """True when all files are there, each in the length that its own head tells.
-
-    That they were renamed together is not enough: a folder may have been copied in part.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        files = [WEIGHTS_FILE, *read_checkpoint(folder).more_files]
-        for name in files:
-            with safe_open(folder / name, "np"):
-                pass
-        return True
-    except (OSError, SafetensorError, CheckpointError):
-        return False
 
 
 def save(

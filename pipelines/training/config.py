@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.config import InputPlace, OutputPath, OutputPlace
-from pipelines.runtime import PoolSize, RayConfig, bounds
-from pipelines.training.model import ModelSettings
+from pipelines.cli.config import InputPlace, OutputPath, OutputPlace
+from pipelines.execution.connection import PoolSize, RayConfig, bounds
+from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config, Lora, Precision, Trainable
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.images import RowReader
+from pipelines.images.random_access import RowReader
 from pipelines.training.config import TrainConfig
 from vlv_model.squares import Square
 

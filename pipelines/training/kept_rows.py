@@ -1,7 +1,7 @@
 """The rows that a training keeps: the keys that it began with, whatever becomes of its table.
 
     <run_dir>/rows/keys.npy       int64 `[n]`, ascending: those trained on and those held out
-    <run_dir>/rows/changes.json   what had changed the table by then (pipelines.changes)
+    <run_dir>/rows/changes.json   what had changed the table by then (pipelines.images.changes)
 
 A row that was taken down since, or that an ingest has marked since, is left out of its steps, and the
 loss is divided by what is left. Rows added since wait for a new run. So the steps without a removed row
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.changes import changed_on_purpose, changes_of, unexplained
-from pipelines.images import RowIndex, in_holdout
-from pipelines.ingest.blocked import Blocked
-from pipelines.places import write_atomically
-from pipelines.storage import Table, read_json_object
+from pipelines.images.blocklist import Blocked
+from pipelines.images.changes import changed_on_purpose, changes_of, unexplained
+from pipelines.images.random_access import RowIndex, in_holdout
+from pipelines.storage.files import write_atomically
+from pipelines.storage.tables import Table, read_json_object
 from vlv_model.errors import RunError
 
 FOLDER, _KEYS, _CHANGES = "rows", "keys.npy", "changes.json"

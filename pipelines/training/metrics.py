@@ -20,9 +20,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import telemetry
-from pipelines.places import write_atomically
+from pipelines.execution import metrics as telemetry
 from pipelines.report.gallery import GalleryItem
+from pipelines.storage.files import write_atomically
 from pipelines.training.samples import Sampler
 from pipelines.training.wandb_run import give_up, start_wandb
 

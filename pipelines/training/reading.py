@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from typing import Any, Protocol
 
-from pipelines.images import RowIndex, RowReader
+from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training.data import Batch
 from vlv_model.squares import Square
 

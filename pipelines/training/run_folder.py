@@ -19,12 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import build, dump
-from pipelines.images import RowIndex
-from pipelines.listing import list_images
-from pipelines.places import remove_folder, write_atomically
-from pipelines.sources import find_source
-from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
+from pipelines.cli.config import build, dump
+from pipelines.execution import checkpoints
+from pipelines.images.listing import list_images
+from pipelines.images.random_access import RowIndex
+from pipelines.images.sources import find_source
+from pipelines.storage.files import remove_folder, write_atomically
+from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses
@@ -132,7 +133,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     if not os.path.isfile(run_dir / "run.json"):
         return {}
     there = read_json_object(run_dir / "run.json")
-    last = checkpointing.latest_checkpoint(run_dir)
+    last = checkpoints.latest_checkpoint(run_dir)
     for part, digest in (read_checkpoint(last).base_models if last else {}).items():
         if not is_digest(there.get(f"model.{part} digest") or ""):
             there[f"model.{part} digest"] = digest
@@ -235,13 +236,13 @@ def tidy(run_dir: Path, keep: int) -> None:
     Ray Train is told of no checkpoint: the newest finished one is found in the folder.
     """
     checkpointing.prune(run_dir, keep)
-    for snapshot in (run_dir / checkpointing.FOLDER).glob("checkpoint_manager_snapshot*"):
+    for snapshot in (run_dir / checkpoints.FOLDER).glob("checkpoint_manager_snapshot*"):
         snapshot.unlink()
 
 
 def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str, Any]:
     losses = heldout_losses(run_dir)
-    last = checkpointing.latest_checkpoint(run_dir)
+    last = checkpoints.latest_checkpoint(run_dir)
     if last is None or config.train.steps not in losses:
         raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")
     result = {

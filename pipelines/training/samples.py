@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.external import UndecodableImage
-from pipelines.images import RowIndex, RowReader
-from pipelines.places import write_atomically
+from pipelines.execution import checkpoints
+from pipelines.images.external import UndecodableImage
+from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.rows import OK
 from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.report.gallery import GalleryItem, gallery
 from pipelines.report.html import page
-from pipelines.schemas import OK
-from pipelines.training import checkpointing
+from pipelines.storage.files import write_atomically
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
@@ -56,7 +56,7 @@ class Samples:
     isolated: bool = False  # rows of which nobody has decoded the images yet
 
     def page(self, step: int) -> Path:
-        return self.run_dir / FOLDER / f"{checkpointing.checkpoint_name(step)}.html"
+        return self.run_dir / FOLDER / f"{checkpoints.checkpoint_name(step)}.html"
 
     def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
         """Of the checkpoint of `step`, whose page is written too; none if it is gone already."""
@@ -64,8 +64,8 @@ class Samples:
 
         from pipelines.reconstruct.predictor import png
 
-        checkpoint = self.run_dir / checkpointing.FOLDER / checkpointing.checkpoint_name(step)
-        if not checkpointing.is_finished(checkpoint):
+        checkpoint = self.run_dir / checkpoints.FOLDER / checkpoints.checkpoint_name(step)
+        if not checkpoints.is_finished(checkpoint):
             return []
         keys, rows, read = self._read()
         if not rows:

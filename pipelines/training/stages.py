@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.florence2.modeling_florence2 import Florence2VisionBlock
 
-from pipelines.latents import LatentReader
+from pipelines.images.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch, mix
 from vlv_model.autoencoder import VLVAutoEncoder

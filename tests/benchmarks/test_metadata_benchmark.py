@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.lists import write_list
 from benchmarks.metadata import FILTERS, STEPS, PictureMaker, growth
-from pipelines.ingest.filters import FilterConfig
+from pipelines.images.rows import IMAGE_ROW, METADATA_ROW
 from pipelines.ingest.plan import Plan, read_list
-from pipelines.schemas import IMAGE_ROW, METADATA_ROW
+from pipelines.lists.filters import FilterConfig
 
 
 def test_a_made_list_is_like_a_published_one(tmp_path: Path) -> None:

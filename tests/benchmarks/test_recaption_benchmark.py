@@ -13,7 +13,7 @@ from benchmarks.caption_loops import Loop, run_loop
 from benchmarks.recaption import LOOPS, Bench, job_rates, margin, told
 from pipelines.recaption import predictor
 from pipelines.recaption.engine import Engine
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 from vlv_model.caption_tokens import caption_text
 
 

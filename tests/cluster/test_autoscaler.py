@@ -21,7 +21,7 @@ import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from cluster.render import read_sizes, rendered
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 from tests.ray_head import Head, free_ports, ray_head
 
 pytestmark = pytest.mark.end_to_end
@@ -143,7 +143,7 @@ print(ray.get(group.remote()))
 def test_a_machine_of_the_group_comes_for_a_task_and_goes_after_it(
     head: Head, watch: Watch
 ) -> None:
-    """What each job comes down to (pipelines.runtime.RayConfig.group); two whole jobs are below."""
+    """What each job comes down to (pipelines.execution.connection.RayConfig.group); two whole jobs are below."""
     assert not watch.running()
     asked = [sys.executable, "-c", TASK, head.gcs, "gpu_spot"]
     done = subprocess.run(asked, env=head.environment, capture_output=True, text=True, timeout=300)

@@ -12,7 +12,7 @@ from benchmarks import models
 from cluster import cost
 from cluster.cost import CostConfig, Machine, Recaption, Train, estimate, table
 from cluster.render import read_sizes
-from pipelines.config import ConfigError
+from pipelines.cli.config import ConfigError
 from pipelines.training.flops import count_flops
 
 SIZES = read_sizes()

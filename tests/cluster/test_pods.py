@@ -16,9 +16,9 @@ import yaml
 
 from cluster.allocatable import BESIDE_HEAD, DAEMONS, allocatable, misfits
 from cluster.render import HERE, rendered
-from pipelines.config import load
-from pipelines.ingest.dataset import IngestConfig
+from pipelines.cli.config import load
 from pipelines.ingest.fetch import fetchers_of
+from pipelines.ingest.job import IngestConfig
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.reconstruct.config import ReconstructConfig

@@ -14,22 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import dump, load
-from pipelines.images import RowIndex, RowReader
-from pipelines.ingest.dataset import IngestConfig, ingest
-from pipelines.latents import LatentReader
-from pipelines.pairs import with_pairs
+from pipelines.cli.config import dump, load
+from pipelines.execution.checkpoints import latest_checkpoint
+from pipelines.images.latents import LatentReader
+from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.ingest.job import IngestConfig, ingest
 from pipelines.precompute.config import PrecomputeConfig
-from pipelines.precompute.dataset import precompute
+from pipelines.precompute.job import precompute
 from pipelines.recaption.config import RecaptionConfig
-from pipelines.recaption.dataset import recaption
+from pipelines.recaption.job import recaption
 from pipelines.reconstruct.config import ReconstructConfig
-from pipelines.reconstruct.dataset import reconstruct
-from pipelines.storage import Table, parquet_files
-from pipelines.training.checkpointing import latest_checkpoint
+from pipelines.reconstruct.job import reconstruct
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.job import train
 from pipelines.training.metrics import heldout_losses, read_metrics
-from pipelines.training.trainer import train
+from pipelines.training.pairs import with_pairs
 from tests.compatibility.make import HOME, IMAGES, OUTPUT, commands, replace_home
 from tests.compatibility.site import BASE_URL, serve
 from vlv_model import VLVAutoEncoder, VLVCaptioner

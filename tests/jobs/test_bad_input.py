@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.schemas import IMAGE_ROW
+from pipelines.images.rows import IMAGE_ROW
 from tests.jobs.conftest import ROOT, Ended, Job
 
 JOBS = [

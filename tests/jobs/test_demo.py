@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.demo.config import DemoConfig
-from pipelines.demo.run import Demo, run_demo
-from pipelines.storage import Table, parquet_files, read_rows
+from pipelines.demo.job import Demo, run_demo
+from pipelines.storage.tables import Table, parquet_files, read_rows
 from tests.jobs.conftest import ROOT
 
 pytestmark = pytest.mark.end_to_end

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import Table, parquet_files, read_rows
+from pipelines.storage.tables import Table, parquet_files, read_rows
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import serve
 from tests.ray_head import BIN, Head, ray_head

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.places import place
+from pipelines.storage.files import place
 from tests.pipelines.pictures.nasty import make_nasty, real_nasty
+from tests.pipelines.report.pages import browse, parse, proof, report
+
+__all__ = ["browse", "parse", "proof", "report"]  # fixtures of all reports
 
 
 @pytest.fixture(params=["disk", "s3"])

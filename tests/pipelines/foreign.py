@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.config import build
-from pipelines.selection import ReadImages, Selection, open_table
+from pipelines.cli.config import build
+from pipelines.execution.image_job import ReadImages, Selection, open_table
 from vlv_model.squares import Square
 
 

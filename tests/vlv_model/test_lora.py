@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.export.config import ExportConfig
-from pipelines.export.run import export
+from pipelines.export.job import export
 from tests.vlv_model.checkpoints import metadata, shift
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoint import read_checkpoint, save_checkpoint

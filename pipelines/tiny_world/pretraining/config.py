@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipelines.config import InputPath, OutputPath
+from pipelines.cli.config import InputPath, OutputPath
 from vlv_model.config import Config
 
 

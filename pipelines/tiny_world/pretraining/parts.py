@@ -31,9 +31,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipelines.config import dump
-from pipelines.places import write_atomically
-from pipelines.storage import read_json_object, refuse_difference, refuse_strangers
+from pipelines.cli.config import dump
+from pipelines.storage.files import write_atomically
+from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
 from pipelines.tiny_world.pretraining import figures
 from pipelines.tiny_world.pretraining.config import PretrainConfig
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from pipelines.places import write_atomically
-from pipelines.storage import read_json_object
-from pipelines.training.model import ModelSettings
+from pipelines.execution.model import ModelSettings
+from pipelines.storage.files import write_atomically
+from pipelines.storage.tables import read_json_object
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint
 from vlv_model.errors import CheckpointError, RunError

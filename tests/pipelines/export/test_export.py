@@ -10,15 +10,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Qwen2ForCausalLM
 
-from pipelines.config import load
+from pipelines.cli.config import load
+from pipelines.execution.model import ModelSettings
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
-from pipelines.export.run import export
+from pipelines.export.job import export
 from pipelines.recaption.config import CaptionConfig, GenerateConfig
 from pipelines.recaption.predictor import model_fingerprint
 from pipelines.recaption.single import caption_file
 from pipelines.tiny_world import scenes
-from pipelines.training.model import ModelSettings
 from tests.jobs.conftest import Job, job  # noqa: F401
 from tests.pipelines.export.conftest import Trained
 from tests.vlv_model import published_layout

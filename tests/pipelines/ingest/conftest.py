@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest.download import DownloadConfig, Downloader
+from pipelines.ingest.web.download import DownloadConfig, Downloader
 from tests.pipelines.ingest.sites import QUICK, Site
 
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.buckets import Buckets
-from pipelines.cluster import InProcess, RayCluster
-from pipelines.config import build
+from pipelines.cli.config import build
+from pipelines.execution.cluster import InProcess, RayCluster
+from pipelines.images.rows import DUPLICATE, OK
 from pipelines.ingest import duplicates
 from pipelines.ingest.duplicates import DuplicateConfig, _read_hashes, mark_duplicates
-from pipelines.schemas import DUPLICATE, OK
-from pipelines.storage import Table
+from pipelines.storage.sorting import Buckets
+from pipelines.storage.tables import Table
 
 Row = tuple[int, int, int, str]  # run, content, phash, status
 

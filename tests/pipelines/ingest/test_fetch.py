@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ingest.download_config import DownloadConfig
+from pipelines.images.rows import IMAGE_ROW, METADATA_ROW
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
-from pipelines.ingest.filters import FilterConfig
+from pipelines.ingest.web.config import DownloadConfig
+from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
-from pipelines.schemas import IMAGE_ROW, METADATA_ROW
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import serve
 
@@ -48,7 +48,7 @@ def children() -> list[int]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # it may be gone by now
-            if "pipelines.ingest.isolation" in child.cmdline():
+            if "pipelines.ingest.decoder" in child.cmdline():
                 found.append(child.pid)
     return found
 

@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import build
-from pipelines.images import RowIndex, RowReader
-from pipelines.ingest.dataset import IngestConfig, ingest
-from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.isolation import image_columns
-from pipelines.ingest.runs import last_run
+from pipelines.cli.config import build
+from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.rows import IMAGE_ROW, url_key
+from pipelines.images.runs import last_run
+from pipelines.ingest.decoder import image_columns
+from pipelines.ingest.job import IngestConfig, ingest
+from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
-from pipelines.places import place, read_parquet_file, write_atomically
-from pipelines.schemas import IMAGE_ROW, url_key
-from pipelines.storage import Table, parquet_files
+from pipelines.storage.files import place, read_parquet_file, write_atomically
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.pictures.files import photograph

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ingest.filters import FilterConfig
-from pipelines.ingest.metadata import read_batches
 from pipelines.ingest.plan import Plan, read_list
+from pipelines.lists.filters import FilterConfig
+from pipelines.lists.metadata import read_batches
 from vlv_model.errors import DataError
 
 LIMITS: dict[str, Any] = {"min_aesthetic": 5, "max_pwatermark": 0.5, "min_short_side": 512}

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipelines.images.rows import IMAGE_ROW, with_image_feature
+from pipelines.images.runs import next_run
 from pipelines.ingest.report import REPORT, write_report
-from pipelines.ingest.runs import next_run
-from pipelines.places import write_atomically
-from pipelines.schemas import IMAGE_ROW, with_image_feature
-from pipelines.storage import IMAGE_ROW_GROUP, Table
+from pipelines.storage.files import write_atomically
+from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
 LINK_ROT = (
     "host,status,rows\nrotten.example,download:dns,30\nrotten.example,ok,10\nfine.example,ok,5\n"

@@ -19,17 +19,17 @@ from PIL import Image
 from pyarrow import csv
 
 import jobs.ingest
-from pipelines.config import build
-from pipelines.entry import main
-from pipelines.images import RowIndex
-from pipelines.ingest.dataset import IngestConfig, Merge, ingest, plan_only
+from pipelines.admin.status import StatusConfig, status_text
+from pipelines.admin.takedown import TakedownConfig, take_down
+from pipelines.cli.config import build
+from pipelines.cli.main import main
+from pipelines.images.random_access import RowIndex
+from pipelines.images.rows import IMAGE_ROW, OK, url_key
+from pipelines.images.runs import Run, last_run
+from pipelines.ingest.job import IngestConfig, Merge, ingest, plan_only
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import chunk_file
-from pipelines.ingest.runs import Run, last_run
-from pipelines.schemas import IMAGE_ROW, OK, url_key
-from pipelines.status import StatusConfig, status_text
-from pipelines.storage import Table, parquet_files
-from pipelines.takedown import TakedownConfig, take_down
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError, RunError
 

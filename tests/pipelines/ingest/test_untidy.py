@@ -19,9 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.ingest.addresses import public_socket
-from pipelines.ingest.lenient import MAX_HEADERS
-from pipelines.ingest.whole import is_whole
+from pipelines.ingest.web.addresses import public_socket
+from pipelines.ingest.web.lenient import MAX_HEADERS
+from pipelines.ingest.web.whole import is_whole
 from tests.pipelines.ingest.sites import fetch_all, statuses
 
 PAUSE, RESET = "pause", "reset"

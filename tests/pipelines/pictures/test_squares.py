@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.config import build
+from pipelines.cli.config import build
+from pipelines.execution.image_job import ReadImages, Selection, open_table
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
-from pipelines.selection import ReadImages, Selection, open_table
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.config import build, load
-from pipelines.images import RowIndex, RowReader
-from pipelines.latents import KIND, LatentReader, made_of, packed, unpacked
+from pipelines.admin.status import StatusConfig, status_text
+from pipelines.cli.config import build, load
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.image_job import ReadImages, Selection, open_table
+from pipelines.images.latents import KIND, LatentReader, made_of, packed, unpacked
+from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.precompute.config import EncodeConfig, PrecomputeConfig
-from pipelines.precompute.dataset import precompute
+from pipelines.precompute.job import precompute
 from pipelines.precompute.predictor import EncodeImages
-from pipelines.runtime import RayConfig
-from pipelines.selection import ReadImages, Selection, open_table
-from pipelines.status import StatusConfig, status_text
-from pipelines.storage import IMAGE_ROW_GROUP, parquet_files
+from pipelines.storage.tables import IMAGE_ROW_GROUP, parquet_files
 from pipelines.training.config import Stage1Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.config import load
+from pipelines.cli.config import load
+from pipelines.images.rows import CAPTION_ROW
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.health import health_of
-from pipelines.schemas import CAPTION_ROW
-from pipelines.storage import Table
+from pipelines.storage.tables import Table
 
 Settings = Callable[..., RecaptionConfig]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.export.config import ExportConfig
-from pipelines.export.run import export
-from pipelines.recaption.dataset import recaption
+from pipelines.export.job import export
+from pipelines.recaption.job import recaption
 from tests.pipelines.recaption.conftest import Settings
 from tests.vlv_model.checkpoints import metadata, shift
 from vlv_model.captioner import VLVCaptioner

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import telemetry
-from pipelines.config import build
+from pipelines.cli.config import build
+from pipelines.execution import metrics as telemetry
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError
 from pipelines.recaption.predictor import CaptionImages

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.cluster import InProcess
-from pipelines.config import build
-from pipelines.recaption.dataset import recaption
+from pipelines.cli.config import build
+from pipelines.execution.cluster import InProcess
 from pipelines.recaption.gate import GateConfig, check_gates
 from pipelines.recaption.health import health_of
+from pipelines.recaption.job import recaption
 from pipelines.recaption.similar import SimilarCaptions, signature
 from pipelines.recaption.survey import survey
-from pipelines.storage import parquet_files, read_rows
+from pipelines.storage.tables import parquet_files, read_rows
 from tests.pipelines.recaption.conftest import caption_table
 from vlv_model.errors import ConfigError, DataError, GateError
 

@@ -3,9 +3,9 @@
 import pytest
 
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.dataset import recaption
+from pipelines.recaption.job import recaption
 from pipelines.recaption.postprocess import reference
-from pipelines.storage import parquet_files, read_rows
+from pipelines.storage.tables import parquet_files, read_rows
 
 
 @pytest.mark.parametrize(

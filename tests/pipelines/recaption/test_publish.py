@@ -13,12 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines.config import build
+from pipelines.admin.takedown import TakedownConfig, take_down
+from pipelines.cli.config import build
 from pipelines.recaption.card import caption_card
-from pipelines.recaption.dataset import recaption
+from pipelines.recaption.job import recaption
 from pipelines.recaption.json_file import write_json
-from pipelines.storage import Table
-from pipelines.takedown import TakedownConfig, take_down
+from pipelines.storage.tables import Table
 from tests.pipelines.recaption.conftest import caption_table
 from vlv_model.errors import RunError
 

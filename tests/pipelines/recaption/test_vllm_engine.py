@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from pipelines.config import build
+from pipelines.cli.config import build
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.vllm_engine import VLLMEngine
 from tests.vlv_model.drawings import scenes

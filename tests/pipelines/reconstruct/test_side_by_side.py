@@ -9,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.config import build
+from pipelines.cli.config import build
+from pipelines.execution.image_job import Selection, open_table
+from pipelines.images.plans import read_plan
+from pipelines.images.removal import SIDE_BY_SIDE as FOLDER
+from pipelines.images.removal import remove_files
+from pipelines.images.rows import OK, RECONSTRUCTION_ROW, key_of
 from pipelines.pictures.squares import square_of
-from pipelines.plans import read_plan
-from pipelines.reconstruct.side_by_side import FOLDER, remove_files, write_files
-from pipelines.schemas import OK, RECONSTRUCTION_ROW, key_of
-from pipelines.selection import Selection, open_table
-from pipelines.storage import Table
+from pipelines.reconstruct.side_by_side import write_files
+from pipelines.storage.tables import Table
 from vlv_model.squares import Square
 
 SQUARE = Square(16)

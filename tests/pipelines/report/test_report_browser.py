@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.report.demo import DemoReport, write_report
+from pipelines.demo.page import DemoReport, write_report
 from pipelines.tiny_world import scenes
 
 

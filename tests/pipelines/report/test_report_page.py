@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.demo.page import DemoReport, GalleryItem, render, write_report
 from pipelines.report import html
-from pipelines.report.demo import DemoReport, GalleryItem, render, write_report
 from pipelines.report.gallery import compare_words, gallery
 
 HOSTILE = """</style></title><script>alert("1")</script>'"><img src=https://a.example/x>&amp;\0"""

@@ -13,10 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.training import run_folder
 from pipelines.training.config import Stage1Config
-from pipelines.training.trainer import open_run
+from pipelines.training.job import open_run
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
 from vlv_model.errors import VLVError

@@ -32,9 +32,9 @@ def main() -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from pipelines.config import load
+    from pipelines.cli.config import load
     from pipelines.training.config import Stage1Config
-    from pipelines.training.trainer import train
+    from pipelines.training.job import train
 
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 12}
     health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000}

@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.execution.checkpoints import FOLDER, checkpoint_name, latest_checkpoint
 from pipelines.training.checkpointing import (
-    FOLDER,
-    checkpoint_name,
     drop_unwritten,
-    latest_checkpoint,
     prune,
     save,
 )

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.training.config import Stage2Config, TrainConfig
 from pipelines.training.deepspeed_config import deepspeed_config
 from pipelines.training.schedule import learning_rate

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.images import RowIndex, RowReader, in_holdout
-from pipelines.plans import lay_out
-from pipelines.schemas import PAIR_ROW
+from pipelines.images.plans import lay_out
+from pipelines.images.random_access import RowIndex, RowReader, in_holdout
+from pipelines.images.rows import PAIR_ROW
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.reading import Actors, Threads

@@ -12,19 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.config import build, load
-from pipelines.images import RowIndex
-from pipelines.ingest.runs import Run
-from pipelines.pairs import with_pairs
-from pipelines.storage import Table, parquet_files
-from pipelines.takedown import TakedownConfig, take_down
+from pipelines.admin.takedown import TakedownConfig, take_down
+from pipelines.cli.config import build, load
+from pipelines.images.random_access import RowIndex
+from pipelines.images.runs import Run
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.training import kept_rows
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest
+from pipelines.training.job import OpenedRun, open_run, split, train
 from pipelines.training.metrics import read_metrics
+from pipelines.training.pairs import with_pairs
 from pipelines.training.run_folder import claim
 from pipelines.training.stages import Prepared
-from pipelines.training.trainer import OpenedRun, open_run, split, train
 from tests.conftest import SMALLEST
 from vlv_model.errors import RunError
 

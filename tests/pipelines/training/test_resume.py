@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config import load
-from pipelines.images import RowIndex
-from pipelines.training.checkpointing import is_finished, load_optimizer
+from pipelines.cli.config import load
+from pipelines.execution.checkpoints import is_finished
+from pipelines.images.random_access import RowIndex
+from pipelines.training.checkpointing import load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest
+from pipelines.training.job import split
 from pipelines.training.metrics import read_metrics
-from pipelines.training.trainer import split
 from tests.conftest import SMALLEST
 from tests.pipelines.training.worlds import run_worlds, segment, turn_a_bit
 from vlv_model.captioner import VLVCaptioner

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines.config import load
+from pipelines.cli.config import load
 from pipelines.training.config import Stage1Config
+from pipelines.training.job import open_run
 from pipelines.training.run_folder import check_free, claim, settle
-from pipelines.training.trainer import open_run
 from tests.hub import hub
 from vlv_model.errors import ConfigError, RunError
 

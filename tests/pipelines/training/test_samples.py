@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from pipelines.images import RowIndex
+from pipelines.images.random_access import RowIndex
 from pipelines.report.gallery import GalleryItem
 from pipelines.training.samples import Sampler, Samples
 from tests.pipelines.training.test_checkpointing import write

@@ -24,13 +24,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipelines.config import load
-from pipelines.images import RowIndex, RowReader
-from pipelines.training.checkpointing import finished_checkpoints, is_finished, latest_checkpoint
+from pipelines.cli.config import load
+from pipelines.execution.checkpoints import finished_checkpoints, is_finished, latest_checkpoint
+from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
+from pipelines.training.job import split, train
 from pipelines.training.metrics import heldout_losses, read_metrics
-from pipelines.training.trainer import split, train
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.errors import CheckpointError, DataError, RunError
 from vlv_model.squares import Square
@@ -345,10 +345,10 @@ def test_recaption_and_reconstruct_give_one_row_per_image(
     stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
 ) -> None:
     from pipelines.recaption.config import RecaptionConfig
-    from pipelines.recaption.dataset import recaption
+    from pipelines.recaption.job import recaption
     from pipelines.reconstruct.config import ReconstructConfig
-    from pipelines.reconstruct.dataset import reconstruct
-    from pipelines.storage import parquet_files, read_rows
+    from pipelines.reconstruct.job import reconstruct
+    from pipelines.storage.tables import parquet_files, read_rows
 
     select = [f"data.input={pair_table}", "data.rows_per_chunk=7", "actors.use_gpu=false"]
     select.append("ray.address=in-process")
@@ -388,7 +388,7 @@ def test_recaption_refuses_an_untrained_captioner(
     unbroken: Path, pair_table: Path, tmp_path: Path
 ) -> None:
     from pipelines.recaption.config import RecaptionConfig
-    from pipelines.recaption.dataset import recaption
+    from pipelines.recaption.job import recaption
 
     paths = [f"data.input={pair_table}", f"data.output={tmp_path / 'c'}", f"model.path={unbroken}"]
     with pytest.raises(CheckpointError, match="stage-2"):

@@ -3,7 +3,7 @@
     python -m tests.pipelines.training.worlds GROUPS.json
 
 A group is a number of ranks and its segments, which it runs one after the other. A segment is a
-`loop` of `pipelines.training.trainer`; with `copy`, the checkpoint that it goes on from. A refusal lands
+`loop` of `pipelines.training.job`; with `copy`, the checkpoint that it goes on from. A refusal lands
 in the run's `error-RANK.txt`. Ranks are forked from one process that has imported all, which takes
 longer than they do.
 """
@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import dump
+from pipelines.cli.config import dump
 from pipelines.training.config import Stage1Config, Stage2Config
 from vlv_model.sources import resolve_model
 
@@ -91,8 +91,8 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
     import deepspeed
     import torch
 
+    from pipelines.training.job import run_worker
     from pipelines.training.loop import Worker
-    from pipelines.training.trainer import run_worker
     from vlv_model.errors import VLVError
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

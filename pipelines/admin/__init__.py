@@ -1,0 +1,1 @@
+"""What is done to finished tables: status, takedown."""

@@ -1,0 +1,326 @@
+"""How every job gets its settings: defaults < YAML file (`--config`) < `key=value` on the command line.
+
+What texts mean, in the file and on the command line, is in `pipelines.cli.settings_file`.
+
+A job's settings are one frozen pydantic class, nested by section. This module turns a command
+line into an instance of it, prints `--help` and `--print-config` from the same class, and turns
+whatever is wrong into one line that names the setting.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from pipelines.cli.settings_file import parse_value, read_file, section_of, type_words
+from pipelines.storage.protocols import PROTOCOLS, is_url
+from vlv_model.config import Config
+from vlv_model.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+# ---------------------------------------------------------------------------------------- paths
+
+
+def in_submitted_copy(folder: Path) -> bool:
+    """True inside the copy of `--working-dir` that Ray unpacks for a submitted job and deletes."""
+    return "working_dir_files" in folder.parts
+
+
+def _local(path: str) -> Path:
+    if not path.strip():
+        raise ValueError("it is empty: give a path")
+    if is_url(path):
+        raise ValueError(f"'{path}' is a URL: give a path on a disk that all machines share")
+    if path != path.encode("utf-8", "replace").decode():
+        raise ValueError(f"{path!a} is not UTF-8, which a table could not hold: rename it")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"'{path}': {error}") from None
+
+
+def _output(path: str) -> str:
+    expanded = _local(path)
+    if not expanded.is_absolute() and in_submitted_copy(Path.cwd()):
+        raise ValueError(
+            f"'{path}' is relative, but this job runs in Ray's temporary copy of the working "
+            "directory, where results are deleted: give an absolute path"
+        )
+    return os.path.abspath(expanded)
+
+
+def _input(path: str) -> str:
+    return os.path.abspath(_local(path))
+
+
+def _place(path: str, local: Callable[[str], str]) -> str:
+    if not is_url(path):
+        return local(path)
+    protocol = path.partition("://")[0]
+    if protocol not in PROTOCOLS:
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise ValueError(f"'{path}': expected a path or a URL of {known}")
+    return path.rstrip("/")
+
+
+OutputPath = Annotated[str, AfterValidator(_output)]
+"""A place that a job writes to. Relative paths are the submitter's, or are refused."""
+
+InputPath = Annotated[str, AfterValidator(_input)]
+"""A place that a job reads from; made absolute, since workers run in folders of their own."""
+
+OutputPlace = Annotated[str, AfterValidator(partial(_place, local=_output))]
+"""Where a table is written: an OutputPath, or a URL of an object store."""
+
+InputPlace = Annotated[str, AfterValidator(partial(_place, local=_input))]
+"""Where a table or a list is read: an InputPath, or a URL of an object store."""
+
+
+# ------------------------------------------------------------------------------------- building
+
+
+def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
+    """Build `cls` from its defaults, a YAML file and `key=value` overrides, in rising order.
+
+    Raises ConfigError, one line, for an unreadable file, an unknown key (with the nearest right
+    one), a value of the wrong type or out of range, and a required setting that is missing.
+    """
+    values: dict[str, Any] = {}
+    given = read_file(cls, config_file) if config_file else {}
+    lines = {key: f" (--config {config_file} line {one.line})" for key, one in given.items()}
+    for key, one in given.items():
+        _insert(values, key, one.value, lines[key])
+    before = ""
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            belongs = f"; if it belongs to what is before it: '{before} {override}'"
+            raise ConfigError(
+                f"cannot read '{override}': settings are given as key=value{belongs if before else ''}"
+            )
+        _insert(values, key, parse_value(cls, key, text))
+        lines.pop(key, None)
+        before = override
+    return build(cls, values, lines)
+
+
+def build(
+    cls: type[C],
+    values: Mapping[str, Any],
+    lines: Mapping[str, str] = types.MappingProxyType({}),
+) -> C:
+    """Validate a nested mapping as `cls`; ConfigError in one line where it is refused.
+
+    `lines` says of a setting, by its dotted key, where it was given.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(cls, error, lines)) from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved settings as plain values: what run folders and checkpoints store."""
+    return config.model_dump(mode="json")
+
+
+def _insert(values: dict[str, Any], dotted: str, value: Any, where: str = "") -> None:
+    *sections, name = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section{where}")
+        values = inner
+    values[name] = value
+
+
+def _one_line(cls: type[Config], error: ValidationError, lines: Mapping[str, str]) -> str:
+    details = error.errors()
+    # A misspelt required key is both unknown and missing: the unknown one is what helps.
+    details = [d for d in details if d["type"] == "extra_forbidden"] or details
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    key = ".".join(map(str, details[0]["loc"]))
+    found: Iterator[str] = (
+        where for name, where in lines.items() if f"{key}.".startswith(f"{name}.")
+    )
+    if details[0]["type"] == "extra_forbidden":  # perhaps a section, of which a setting was given
+        found = chain(found, (w for name, w in lines.items() if name.startswith(f"{key}.")))
+    where = next(found, "")
+    return _describe(cls, details[0]) + where + more
+
+
+def _describe(cls: type[Config], detail: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        value = detail["input"]
+        while isinstance(value, dict) and value:  # a section that does not exist: name its setting
+            name, value = next(iter(value.items()))
+            key += f".{name}"
+        known = [setting.key for setting in settings(cls)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if not near:  # the right name in the wrong section
+            last = key.rsplit(".", 1)[-1]
+            near = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".")[-1]])][:1]
+        hint = f"did you mean '{near[0]}'?" if near else "--help lists all settings"
+        return f"unknown setting '{key}': {hint}"
+    if detail["type"] == "missing":
+        return f"setting '{key}' is required: give {key}=… or put it in the --config file"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+# ----------------------------------------------------------------------------------------- help
+
+
+class Setting:
+    """One leaf of a settings class: dotted key, type in words, default, meaning."""
+
+    def __init__(self, key: str, field: FieldInfo) -> None:
+        self.key = key
+        self.type = type_words(field.annotation) + _bounds(field)
+        self.meaning = field.description or ""
+        if field.is_required():
+            self.default = "required"
+        else:
+            default = field.get_default(call_default_factory=True)
+            self.default = _default_words(default)
+
+
+def _default_words(default: Any) -> str:
+    if default is None or default is PydanticUndefined:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(list(default)) if isinstance(default, tuple) else str(default)
+
+
+def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
+    """All leaves of a settings class, depth first, in the order of declaration."""
+    for name, field in cls.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from settings(section, f"{prefix}{name}.")
+        else:
+            yield Setting(prefix + name, field)
+
+
+def _bounds(field: FieldInfo) -> str:
+    words = []
+    for rule in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if (bound := getattr(rule, name, None)) is not None:
+                words.append(f" {sign} {bound:g}")
+    return "".join(words)
+
+
+def help_text(cls: type[Config], usage: str, description: str) -> str:
+    """The whole `--help`: usage, what the job does, every setting with type, default, meaning."""
+    lines = [
+        f"usage: {usage} [--config FILE] [--print-config] [key=value ...]",
+        "",
+        description.strip(),
+        "",
+        "  --config FILE    YAML file of settings; settings on the command line win over it",
+        "  --print-config   print the settings as they resolve, as YAML, and stop",
+        *(f"  --{name.replace('_', '-'):<15}  {name}=true" for name in _flags(cls)),
+        "  --help           this text",
+        "",
+        "settings: key (type, default): meaning",
+    ]
+    section = None
+    for setting in settings(cls):
+        head = setting.key.rpartition(".")[0]
+        if head != section:
+            lines.append("")
+            section = head
+        lines.append(f"  {setting.key} ({setting.type}, {setting.default})")
+        lines += textwrap.wrap(
+            setting.meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def _flags(cls: type[Config]) -> list[str]:
+    """Settings that are on or off for the job as a whole: `dry_run` may be said as --dry-run."""
+    return [name for name, field in cls.model_fields.items() if field.annotation is bool]
+
+
+def _flag(cls: type[Config], word: str) -> str | None:
+    name = word.removeprefix("--").replace("-", "_")
+    return name if word.startswith("--") and name in _flags(cls) else None
+
+
+def parse(
+    cls: type[C],
+    argv: Sequence[str],
+    usage: str,
+    description: str,
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
+) -> C:
+    """Read a job's command line; `--help` and `--print-config` print and leave with status 0.
+
+    `aliases` maps an option to the setting that it stands for (`{"--model": "model.path"}`); the
+    empty name stands for bare words (`{"": "image"}` in `jobs/caption.py IMAGE`).
+    """
+    config_file: str | None = None
+    show = False
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, separator, value = word.partition("=")
+        if word in ("-h", "--help"):
+            print(help_text(cls, usage, description))
+            sys.exit(0)
+        elif word == "--print-config":
+            show = True
+        elif (flag := _flag(cls, word)) is not None:
+            overrides.append(f"{flag}=true")
+        elif option == "--config" or (option in aliases and option):
+            if not separator and (value := next(words, "")) == "":
+                raise ConfigError(f"{option} needs a value: {option} VALUE")
+            if option == "--config":
+                if config_file is not None:
+                    raise ConfigError(
+                        f"--config is given twice ({config_file}, {value}): put the settings of both in "
+                        "one file"
+                    )
+                config_file = value
+            else:
+                overrides.append(f"{aliases[option]}={value}")
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option '{option}': settings are given as key=value")
+        elif "" in aliases and not separator:
+            taken = next((o for o in overrides if o.startswith(f"{aliases['']}=")), None)
+            if taken is not None:
+                raise ConfigError(
+                    f"cannot read '{word}': {aliases['']} is given already ('{taken}'), and settings are "
+                    f"given as key=value; if it belongs to what is before it: '{overrides[-1]} {word}'"
+                )
+            overrides.append(f"{aliases['']}={word}")
+        else:
+            overrides.append(word)
+    config = load(cls, config_file, overrides)
+    if show:
+        print(yaml.safe_dump(dump(config), sort_keys=False), end="")
+        sys.exit(0)
+    return config

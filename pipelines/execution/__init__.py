@@ -1,0 +1,1 @@
+"""Jobs on Ray: connecting, chunks, progress, metrics, rows that kill a process."""

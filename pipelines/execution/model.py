@@ -1,0 +1,56 @@
+"""Which model a job opens: the settings under `model.*`; the same in every job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from pipelines.cli.config import InputPath
+from pipelines.execution.checkpoints import latest_checkpoint
+from vlv_model.config import ModelConfig
+from vlv_model.errors import CheckpointError
+
+
+class ModelSettings(ModelConfig):
+    """The base models and, with `path`, the trained weights on top of them."""
+
+    path: InputPath | None = Field(
+        None,
+        description="what to start from: the run folder of a training, one of its checkpoints, or "
+        "a folder of base models (with model.json); settings given beside it win over its own",
+    )
+
+    def resolve(
+        self, parts: Iterable[str] = (), known: Mapping[str, str] | None = None
+    ) -> tuple[ModelConfig, Path | None]:
+        """(base models and sizes, folder of the checkpoint or None), for a job that opens `parts`.
+
+        Ids of the hub that these are read from come at one commit, so that all processes of the
+        job read the same files; `known` are those that an earlier attempt read, by field. Raises
+        ModelError or CheckpointError where `path` is not what it should be, or the hub has no
+        such id.
+        """
+        # Here, so that --help need not wait for the libraries of the models.
+        from vlv_model.sources import pin
+
+        config, checkpoint = self._found()
+        return pin(config, parts, known), checkpoint
+
+    def _found(self) -> tuple[ModelConfig, Path | None]:
+        from vlv_model.sources import resolve_checkpoint, resolve_model
+
+        given = self.model_dump(include=self.model_fields_set - {"path"})
+        if self.path is None:
+            return resolve_model(ModelConfig(**given))
+        folder = Path(self.path)
+        if os.path.isfile(folder / "run.json"):
+            folder = latest_checkpoint(folder) or folder
+            if not os.path.isfile(folder / "checkpoint.json"):
+                raise CheckpointError(
+                    f"model.path={self.path}: this run has no finished checkpoint yet: "
+                    "let its training reach one"
+                )
+        return resolve_checkpoint(folder, parts=given)

@@ -1,0 +1,202 @@
+"""Export: which weights, into which folder, and what is said about them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.execution.connection import quiet_libraries
+from pipelines.export.card import model_card
+from pipelines.export.config import ExportConfig
+from pipelines.storage.tables import NEWER, read_json_object
+from pipelines.training.metrics import heldout_losses
+from pipelines.training.run_folder import RESULT
+from vlv_model.checkpoint_files import read_chain, read_checkpoint
+from vlv_model.config import ModelConfig
+from vlv_model.errors import CheckpointError, ConfigError, RunError
+
+if TYPE_CHECKING:  # so that --help need not wait for the libraries of the models
+    from vlv_model.autoencoder import VLVAutoEncoder
+    from vlv_model.captioner import VLVCaptioner
+
+REPORT = "import.json"
+_PLACES = ("run_dir", "ray", "model", "input", "output", "captions")  # of one machine
+
+
+def export(config: ExportConfig) -> str:
+    """Write the folder, or find that it is there already; returns a line on what was done.
+
+    Raises RunError when the folder holds anything else, CheckpointError without trained weights.
+    """
+    quiet_libraries()
+    if config.model.path is None and config.from_reference is None:
+        raise ConfigError("give model.path (a run or checkpoint) or --from-reference")
+    made_with = config.model_dump(include={"precision", "parts", "license"})
+    if config.from_reference is not None:
+        return _import(config, Path(config.from_reference), made_with)
+    return _export(config, made_with)
+
+
+def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
+    from vlv_model.checkpoint import stages_of
+    from vlv_model.export import open_model, parts_read, sources_of
+    from vlv_model.sources import pin
+
+    model_config, checkpoint = config.model.resolve()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"model.path={config.model.path} holds base models and no trained weights: name a "
+            "training run, one of its checkpoints, or an exported folder"
+        )
+    chain = read_chain(checkpoint)
+    made_of = {
+        **made_with,
+        "weights": [info.sha256 for _, info in chain],
+        "preprocess": model_config.preprocess,
+    }
+    if _is_there(config.output, made_of):
+        return "exported already: nothing to do"
+    stages = stages_of(checkpoint)  # reads every file of the chain before any model is loaded
+    last = chain[-1][1]
+    model_config = pin(model_config, parts_read(last.stage, config.parts))
+    base_models: dict[str, str] = {}
+    for _, info in chain:
+        base_models |= info.base_models
+    origin = {
+        "made_of": made_of,
+        "base_models": sources_of(model_config, last.stage),
+        "trainings": [
+            {
+                "stage": info.stage,
+                "step": info.step,
+                "rows_seen": info.rows_seen,
+                "sha256": info.sha256,
+                "settings": without_places(info.config),
+            }
+            for _, info in chain
+        ],
+        "run": _recorded(checkpoint, last.step),
+    }
+    if last.origin is not None:
+        origin["before"] = last.origin
+    about = {
+        **last.model_dump(include={"stage", "step", "rows_seen"}),
+        "config": without_places(last.config),
+        "merged_stages": stages[:-1],
+        "base_models": base_models,
+        "origin": origin,
+    }
+    _write(config, open_model(model_config, checkpoint, last.stage), model_config, about)
+    return f"{last.stage}, step {last.step:,} ({config.precision})"
+
+
+def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
+    from vlv_model.export import open_model, parts_read, sources_of
+    from vlv_model.reference_files import read_reference
+    from vlv_model.reference_import import fill, stage_of
+    from vlv_model.sources import pin
+
+    model_config, checkpoint = config.model.resolve()
+    if checkpoint is not None:
+        raise ConfigError(
+            f"model.path={config.model.path} has trained weights of its own: with --from-reference "
+            "name base models alone"
+        )
+    if "preprocess" not in config.model.model_fields_set:
+        model_config = model_config.model_copy(update={"preprocess": "reference"})
+    reference = read_reference(source)
+    made_of = {
+        **made_with,
+        "weights": [*reference.digests.values()],
+        "preprocess": model_config.preprocess,
+    }
+    if _is_there(config.output, made_of):
+        return "imported already: nothing to do"
+    stage = stage_of(reference)
+    model_config = pin(model_config, parts_read(stage, config.parts))
+    model = open_model(model_config, None, stage)
+    report = fill(model, reference)
+    if model_config.preprocess == "reference":
+        report.notes.append(
+            "model.preprocess=reference: squares are cut as the published code does"
+        )
+    about = {
+        "stage": stage,
+        "step": reference.step or 0,
+        "rows_seen": 0,  # a state dict does not tell
+        "config": {},
+        "merged_stages": ["stage1"] if stage == "stage2" else [],
+        "origin": {
+            "made_of": made_of,
+            "base_models": sources_of(model_config, stage),
+            "reference": {"files": reference.digests, "step": reference.step},
+        },
+    }
+    said = json.dumps(report.to_json(), indent=2) + "\n"
+    _write(config, model, model_config, about, {REPORT: said})
+    return report.text()
+
+
+def _write(
+    config: ExportConfig,
+    model: VLVAutoEncoder | VLVCaptioner,
+    base_models: ModelConfig,
+    about: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """The folder of `model`, which was built from `base_models`, with its card and `texts`."""
+    from vlv_model.export import export_model
+
+    card = model_card(Path(config.output).name, base_models, about, config.license)
+    export_model(
+        config.output,
+        model,
+        base_models,
+        about,
+        precision=config.precision,
+        parts=config.parts,
+        texts={"README.md": card, **(texts or {})},
+    )
+
+
+def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
+    """True where the folder holds this very export; RunError where it holds anything else."""
+    if not os.path.lexists(output):
+        return False
+    try:
+        origin = read_checkpoint(output).origin or {}
+    except CheckpointError:
+        origin = {}
+    there = origin.get("made_of")
+    there = {**NEWER, **there} if there else None
+    if there == made_of:
+        return True
+    names = [k for k in made_of if there and there.get(k) != made_of[k]]
+    what = f"another export ({', '.join(names)} differ)" if names else "no export of ours"
+    raise RunError(f"output={output} is there and holds {what}: choose another output")
+
+
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run without the paths of the machine that it ran on."""
+    return {
+        key: without_places(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _PLACES
+    }
+
+
+def _recorded(checkpoint: Path, step: int) -> dict[str, Any]:
+    """What the checkpoint's run noted: its rows and held-out losses; {} where there is no run."""
+    run_dir = checkpoint.absolute().parent.parent
+    if not (run_dir / "run.json").is_file():
+        return {}
+    rows = read_json_object(run_dir / "run.json").get("rows")
+    losses = {str(s): loss for s, loss in heldout_losses(run_dir).items() if s <= step}
+    recorded = {"rows": rows, "heldout_loss": losses}
+    if (run_dir / RESULT).is_file():
+        result = read_json_object(run_dir / RESULT)
+        recorded["columns_read"] = result.get("columns_read")
+    return recorded

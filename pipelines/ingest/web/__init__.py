@@ -1,0 +1,1 @@
+"""Asking the web for images: requests, answers, hosts, limits."""

@@ -1,0 +1,1 @@
+"""Lists of URLs, captions and scores as they are published."""

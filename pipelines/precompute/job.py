@@ -1,0 +1,37 @@
+"""Precompute: an image table in, a table of the images' latents out, for stage 1 to read."""
+
+from __future__ import annotations
+
+from pipelines.execution.image_job import open_table, run_actors
+from pipelines.images.latents import KIND, made_of
+from pipelines.precompute.config import PrecomputeConfig
+from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
+from vlv_model.squares import Square
+
+
+def precompute(config: PrecomputeConfig) -> dict[str, int]:
+    """Encode what the output table still lacks; returns its rows by status.
+
+    Raises ModelError where there is no VAE, and what `open_table` raises.
+    """
+    # Here, so that --help need not wait for the libraries of the models.
+    from pipelines.precompute.predictor import EncodeImages
+    from vlv_model.loading import load_vae
+
+    model, _ = config.model.resolve(["vae"])
+    load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint
+    output = Table(config.data.output)
+    there = output.describe()["identity"] if output.exists else None
+    identity = {**made_of(model, there), "precision": config.encode.precision}
+    table = open_table(KIND, config.data, identity)
+    run_actors(
+        table,
+        Square.of(model),
+        EncodeImages,
+        (model, config.encode, config.actors.use_gpu),
+        config.actors,
+        config.ray,
+        "precompute",
+        row_group=IMAGE_ROW_GROUP,  # training reads single rows in random order
+    )
+    return table.counts()

@@ -1,0 +1,361 @@
+"""Image + caption pairs: captions of a second table, joined to the images by key or by URL.
+
+    captions -> key, caption -> sorted buckets by key in _plan/      once
+    images   -> row groups, one chunk each -> captions of their keys -> PAIR_ROW part
+
+The parts of our image tables have key ranges that do not overlap, so a chunk reads one bucket of
+captions or two. A table in any other order is joined rightly too: its chunks read more buckets,
+one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.execution.chunks import run_chunks
+from pipelines.execution.cluster import WHOLE, Step
+from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.images.blocklist import Blocked
+from pipelines.images.changes import changed_on_purpose, changes_of
+from pipelines.images.removal import remove_rows
+from pipelines.images.rows import (
+    OK,
+    PAIR_ROW,
+    has_text,
+    require_columns,
+    url_key,
+    with_image_feature,
+)
+from pipelines.images.urls import address_of
+from pipelines.lists.files import fingerprint, input_bytes
+from pipelines.lists.metadata import as_text, our_columns
+from pipelines.lists.readers import read_parquet
+from pipelines.storage.files import (
+    names_in,
+    open_parquet,
+    place,
+    read_parquet_file,
+    remove_file,
+    remove_folder,
+    write_parquet,
+)
+from pipelines.storage.locks import exclusive
+from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.tables import IMAGE_ROW_GROUP, TABLE_FILE, Table, parquet_files, read_schema
+from vlv_model.errors import DataError
+
+if TYPE_CHECKING:
+    from pipelines.training.config import Stage2Config
+
+KIND = "pair"
+JoinOn = Literal["key", "url"]
+
+_ROWS_PER_CHUNK = 256  # at least, in whole row groups
+_BATCH_ROWS = 65_536
+_CAPTIONS = pa.schema([("key", pa.int64()), ("caption", pa.string())])
+
+
+def with_pairs(config: Stage2Config) -> Stage2Config:
+    """The settings of stage 2 with `data.input` a pair table; joins `data.captions` where given.
+
+    Without `data.captions` the input has the captions itself and nothing is done.
+    """
+    data = config.data
+    if data.captions is None:
+        return config
+    output = data.output or str(Path(config.run_dir) / "pairs")
+    write_pairs(data.input, data.captions, output, data.caption_column, data.join_on, config.ray)
+    joined = {"input": output, "captions": None, "caption_column": "caption"}
+    return config.model_copy(update={"data": data.model_copy(update=joined)})
+
+
+def write_pairs(
+    images: str,
+    captions: str,
+    output: str,
+    caption_column: str = "caption",
+    join_on: JoinOn = "url",
+    ray: RayConfig | None = None,
+) -> dict[str, int]:
+    """Write the pair table (PAIR_ROW) of an image table and a table of captions; the counts.
+
+    Only images of status `ok` with a caption that is not blank become pairs. Of several captions
+    of an image the first counts. The counts: `pairs`, `images_without_caption`,
+    `captions_without_image`, `repeated_captions`, `blank_captions`.
+    A finished table stays as it is when images or captions were changed on purpose since
+    (pipelines.images.changes), without the rows that were taken down of them.
+    Raises DataError for a missing column, one of another type, a damaged file, and where not one
+    caption finds its image; RunError where `output` holds another run.
+    """
+    image_files, caption_files = parquet_files(images), parquet_files(captions, "data.captions")
+    identity = {
+        "data.input": _digest(image_files),
+        "data.captions": _digest(caption_files),
+        "data.caption_column": caption_column,
+        "data.join_on": join_on,
+    }
+    table, sources = Table(output), {"data.input": images, "data.captions": captions}
+    if not (table.exists and _goes_on(table, identity, sources)):
+        table.check_free(KIND, identity)
+    if not table.exists:
+        notes = _plan(table, image_files, caption_files, caption_column, join_on)
+        changes = {name: changes_of(path) for name, path in sources.items()}
+        table.create(KIND, identity, **notes, addresses=True, changes=changes)
+    about = table.describe()
+    if table.pending():
+        with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()) as cluster:
+            stages = partial(_stages, table=table, join_on=join_on)
+            write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
+            run_chunks(
+                cluster, table.pending(), stages, write, "pairs", about["images"], table.counts()
+            )
+    pairs = table.counts().get(OK, 0)
+    if not pairs:
+        raise DataError(
+            f"none of the {about['captions']} captions of {captions} belongs to an image of "
+            f"{images}: they were joined by {join_on} (data.join_on)"
+        )
+    return {
+        "pairs": pairs,
+        "images_without_caption": about["images"] - pairs,
+        "captions_without_image": max(0, about["captions"] - pairs),
+        "repeated_captions": about["repeated_captions"],
+        "blank_captions": about["blank_captions"],
+    }
+
+
+def _goes_on(table: Table, identity: Mapping[str, Any], sources: Mapping[str, str]) -> bool:
+    """Whether a takedown or another run has changed what the table was made of, and nothing else.
+
+    What was taken down goes from the table, which is then that of the `sources` as they are today. One
+    that is not finished is removed, to be begun again: rows lie elsewhere now.
+    """
+    about = table.describe()
+    there, noted = about["identity"], about.get("changes", {})
+    differing = [name for name in identity if there.get(name) != identity[name]]
+    on_purpose = (
+        name in sources and changed_on_purpose(sources[name], noted.get(name)) for name in differing
+    )
+    if about["kind"] != KIND or not differing or not all(on_purpose):
+        return False
+    with exclusive(table.folder, "data.output"):
+        if table.pending():
+            remove_folder(table.folder / "_commits")
+            for name in names_in(table.folder):
+                if name.startswith("part-"):
+                    remove_file(table.folder / name)
+            remove_file(table.folder / TABLE_FILE)
+            return True
+        blocked = Blocked.read(table)
+        for path in sources.values():
+            blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
+        blocked.write(table)
+        removed = remove_rows(table, blocked)
+        print(
+            f"{removed:,} pairs of {table.folder} were taken down; what is new in "
+            f"{' and '.join(differing)} waits for a table of its own",
+            file=sys.stderr,
+        )
+        notes = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
+        notes["changes"] = {name: changes_of(path) for name, path in sources.items()}
+        table.create(KIND, identity, about["chunks"], **notes)
+    return True
+
+
+def _digest(files: list[Path]) -> str:
+    """A table's files in a few words, so that a changed one is told from this one."""
+    prints = str(sorted(fingerprint(files).items())).encode()
+    digest = hashlib.blake2b(prints, digest_size=8).hexdigest()
+    return f"{len(files)} files, {input_bytes(files)} bytes, {digest}"
+
+
+# ---------------------------------------------------------------------------------------- plan
+
+
+def _plan(
+    table: Table,
+    image_files: list[Path],
+    caption_files: list[Path],
+    caption_column: str,
+    join_on: JoinOn,
+) -> dict[str, int]:
+    """Write `_plan/`: the captions by key and the row groups of each chunk; what was counted."""
+    folder = table.folder / "_plan"
+    remove_folder(folder)
+    folder.mkdir(parents=True)
+    counts = _sort_captions(folder, caption_files, caption_column, join_on)
+    chunks: list[dict[str, Any]] = []
+    images = 0
+    for file in image_files:
+        images += _usable_rows(file, join_on)
+        with open_parquet(file) as parquet:
+            rows = _ROWS_PER_CHUNK  # so that a file begins a chunk
+            for group in range(parquet.num_row_groups):
+                if rows >= _ROWS_PER_CHUNK:
+                    chunks.append({"file": str(file), "groups": []})
+                    rows = 0
+                chunks[-1]["groups"].append(group)
+                rows += parquet.metadata.row_group(group).num_rows
+    write_parquet(folder / "chunks.parquet", pa.Table.from_pylist(chunks))
+    return {"chunks": len(chunks), "images": images, **counts}
+
+
+def _usable_rows(file: Path, join_on: JoinOn) -> int:
+    """Images of status `ok` in a file; columns that no pair can be made of are refused here."""
+    schema = read_schema(file)
+    require_columns(schema, ["image", join_on], str(file))
+    for field in PAIR_ROW:
+        _column(schema.empty_table(), field, file)
+    names = [name for name in ("status", join_on) if name in schema.names]
+    total = 0
+    for rows in read_parquet(file, names, _BATCH_ROWS):
+        usable = _usable(rows, file)
+        _joinable(usable[join_on], join_on, f"{file}: column '{join_on}'")
+        total += usable.num_rows
+    return total
+
+
+def _usable(rows: pa.Table, file: Path) -> pa.Table:
+    """The rows of status `ok`; all of a table that has no status."""
+    if "status" not in rows.column_names:
+        return rows
+    return rows.filter(pc.equal(as_text(rows["status"], f"{file}: column 'status'"), OK))
+
+
+def _sort_captions(
+    folder: Path,
+    files: list[Path],
+    caption_column: str,
+    join_on: JoinOn,
+    sorting: Sorting = Buckets,
+) -> dict[str, int]:
+    """Write the captions as buckets sorted by key, every key once."""
+    counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
+    buckets = sorting(_CAPTIONS, input_bytes(files))
+    for file in files:
+        schema = read_schema(file)
+        names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
+        join_column = names.get(join_on, join_on)
+        require_columns(schema, [join_column, caption_column], str(file))
+        for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):
+            text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
+            usable = pc.and_(has_text(text), rows[join_column].is_valid())
+            counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()
+            named = rows[join_column].filter(usable)
+            keys = _keys(named, join_on, f"{file}: column '{join_column}'")
+            buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
+    for i, rows in enumerate(buckets.sorted()):
+        keys = rows["key"].to_numpy()
+        first = np.ones(len(keys), bool)
+        first[1:] = keys[1:] != keys[:-1]
+        counts["repeated_captions"] += len(keys) - int(first.sum())
+        counts["captions"] += int(first.sum())
+        write_parquet(folder / f"captions-{i:04d}.parquet", rows.filter(pa.array(first)))
+    buckets.remove()
+    write_parquet(folder / "starts.parquet", pa.table({"start": buckets.starts}))
+    return dict(counts)
+
+
+def _keys(
+    column: pa.ChunkedArray,
+    join_on: JoinOn,
+    where: str,
+    number: Callable[[str], int] = address_of,
+) -> pa.ChunkedArray:
+    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null.
+
+    All spellings of a URL have one key, unless `number` says otherwise.
+    """
+    column = _joinable(column, join_on, where)
+    if join_on == "key":
+        return column
+    keys = [None if url is None else number(url) for url in column.to_pylist()]
+    return pa.chunked_array([pa.array(keys, pa.int64())])
+
+
+def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
+    """A join column as URLs or as int64 keys; DataError, which begins with `where`, for others."""
+    if join_on == "url":
+        return as_text(column, where)
+    if not pa.types.is_integer(column.type):  # a rounded key is another image's, or nobody's
+        raise DataError(f"{where} is {column.type}, expected the int64 keys that ingest wrote")
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        raise DataError(
+            f"{where} is {column.type} and has values beyond int64: read its 64 bits as signed"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------- join
+
+
+def _stages(chunks: Any, last: Step, table: Table, join_on: JoinOn) -> Any:
+    join = partial(join_chunk, table=table, join_on=join_on)
+    return chunks.map_batches(join, **WHOLE).map_batches(last, **WHOLE)
+
+
+def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
+    """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
+    (chunk,) = chunks["chunk"].to_pylist()
+    (source,) = read_parquet_file(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
+    file = place(source["file"])
+    with open_parquet(file) as parquet:
+        rows = _usable(parquet.read_row_groups(source["groups"]), file)
+    where = f"{file}: column '{join_on}'"
+    # A plan of an earlier version was made of the URLs as they are spelled.
+    number = address_of if table.describe().get("addresses") else url_key
+    keys = _keys(rows[join_on], join_on, where, number)
+    captions = _captions_of(keys, table.folder / "_plan")
+    found = captions.is_valid()
+    rows, captions = rows.filter(found), captions.filter(found)
+    if "key" not in rows.column_names:  # a table of the user's, joined by URL
+        rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
+    pairs = pa.table(
+        [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
+        schema=with_image_feature(PAIR_ROW),
+    )
+    if not pairs.num_rows:  # Ray Data passes on no empty block
+        table.write(chunk, pairs)
+    return pairs.append_column("chunk", pa.array([chunk] * pairs.num_rows, pa.int64()))
+
+
+def _column(rows: pa.Table, field: pa.Field, file: Path) -> pa.Array | pa.ChunkedArray:
+    name, kind = field.name, field.type
+    if name not in rows.column_names:
+        return pa.array([OK if name == "status" else None] * rows.num_rows, kind)
+    if pa.types.is_string(kind):
+        return as_text(rows[name], f"{file}: column '{name}'")
+    try:
+        return rows[name].cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{file}: column '{name}' is {rows[name].type} and cannot be read as {kind}: rename it"
+        ) from None
+
+
+def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
+    """The caption of each key [n], null where there is none."""
+    captions = pa.nulls(len(keys), pa.string())
+    if len(keys) == keys.null_count:
+        return captions
+    least, greatest = pc.min_max(keys).as_py().values()
+    starts = read_parquet_file(plan / "starts.parquet")["start"].to_numpy()
+    first = int(np.searchsorted(starts, least, "right")) - 1
+    last = int(np.searchsorted(starts, greatest, "right")) - 1
+    for bucket in range(first, last + 1):
+        rows = read_parquet_file(plan / f"captions-{bucket:04d}.parquet")
+        places = pc.index_in(keys, value_set=rows["key"].combine_chunks())
+        captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(places))
+    return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

@@ -1,0 +1,42 @@
+"""What is told of a table that is written, half written, or not there."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.admin.status import StatusConfig, status_text
+from pipelines.images.runs import next_run
+from pipelines.storage.tables import Table
+from vlv_model.errors import DataError
+
+ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
+
+
+def test_a_table_that_is_being_written_and_then_is(tmp_path: Path) -> None:
+    table = Table(tmp_path / "t")
+    run = next_run(table)
+    run.begin({"retry": []}, [0, 1], fetched=6, marked=0)
+    table.create("image", {}, 2)
+    table.write(1, ROWS)
+    told = status_text(StatusConfig(table=str(tmp_path / "t")))
+    assert "image table" in told
+    assert "1 of 2 chunks are written" in told
+    assert "run 1: 6 rows to fetch, 0 to mark" in told
+    assert "1 of 2 chunks done, about 0 min to go" in told
+    assert " ".join(told.split()).endswith("ok 2 66.7% download:dns 1 33.3% total 3")
+    table.write(0, ROWS)
+    run.end(table.counts())
+    assert "finished 2" in status_text(StatusConfig(table=str(tmp_path / "t")))
+
+
+def test_a_table_without_runs(tmp_path: Path) -> None:
+    table = Table(tmp_path / "t")
+    table.create("caption", {}, 3)
+    table.write(0, ROWS)
+    assert "2 chunks are missing" in status_text(StatusConfig(table=str(tmp_path / "t")))
+
+
+def test_what_is_no_table_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no table: expected a folder with a _table\.json"):
+        status_text(StatusConfig(table=str(tmp_path)))

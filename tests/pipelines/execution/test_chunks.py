@@ -1,0 +1,156 @@
+"""Chunks reach every machine, each is done once, and a machine that goes takes none with it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines.execution.chunks import map_chunks, run_chunks
+from pipelines.execution.cluster import InProcess
+from pipelines.storage.tables import Table, parquet_files, read_rows
+
+CHUNKS = 24
+
+
+@pytest.mark.parametrize(
+    ("seconds", "there"), [(0.5, [7, 3, 5, 4]), (2.5, [5, 4]), (4.5, []), (100, [])]
+)
+def test_chunks_are_mapped_here_first_and_each_once(seconds: float, there: list[int]) -> None:
+    sent: list[int] = []
+
+    class Noting(InProcess):
+        seconds_here = seconds
+
+        def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
+            sent.extend(chunks)
+            return super().datasets(chunks)
+
+    mapped = map_chunks(Noting(), [7, 3, 5, 4], unchanged, clock=count().__next__)
+    assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
+    assert sent == there
+
+
+def unchanged(chunks: pa.Table) -> pa.Table:
+    return chunks
+
+
+def statuses_of(chunk: int) -> list[str]:
+    return ["ok"] * chunk + ["download:timeout"]
+
+
+def with_statuses(chunks: pa.Table) -> pa.Table:
+    (chunk,) = chunks["chunk"].to_pylist()
+    states = statuses_of(chunk)
+    return pa.table(
+        {"chunk": [chunk] * len(states), "status": states, "tokens": range(len(states))}
+    )
+
+
+written: dict[int, pa.Table] = {}  # a step is sent as on a cluster, and finds this by its name
+
+
+def write(chunk: int, rows: pa.Table) -> None:
+    written[chunk] = rows
+
+
+def test_what_is_written_is_told_by_status_after_each_chunk(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written.clear()
+    told: list[dict[str, int]] = []
+
+    def stages(chunks: Any, last: Any) -> Any:
+        return chunks.map_batches(with_statuses).map_batches(last)
+
+    run_chunks(
+        InProcess(), [2, 3], stages, write, "job", 9, {"ok": 2},
+        watch=lambda ours: told.append(dict(ours)), sums={"tokens": "tokens"},
+    )  # fmt: skip
+    assert {chunk: rows["status"].to_pylist() for chunk, rows in written.items()} == {
+        chunk: statuses_of(chunk) for chunk in (2, 3)
+    }
+    assert told == [{"ok": 2, "download:timeout": 1}, {"ok": 5, "download:timeout": 2}]
+    bar = capsys.readouterr().err
+    assert "9/9" in bar  # with the two of an earlier attempt
+    assert "ok 78%" in bar
+
+
+# A process of its own, since it needs another Ray than the other tests.
+JOB = """
+import sys, threading, time
+import pyarrow as pa
+import ray
+from ray.cluster_utils import Cluster
+
+from pipelines.execution.chunks import run_chunks
+from pipelines.execution.cluster import WHOLE
+from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.storage.tables import Table
+
+class Slow:
+    def __init__(self, seen):
+        self.head, self.seen = ray.get_runtime_context().get_node_id(), seen
+
+    def __call__(self, block):
+        here = ray.get_runtime_context().get_node_id()
+        while here == self.head and not self.seen.exists():  # or nothing is left for the other one
+            time.sleep(0.1)
+        time.sleep(0.5)
+        block = block.append_column("status", pa.array(["ok"]))
+        return block.append_column("name", pa.array([here]))
+
+def stages(dataset, last):
+    one = {**WHOLE, "num_cpus": 1}
+    slow = Slow(seen)
+    return dataset.map_batches(slow, **one).map_batches(last, **one)
+
+def lose():
+    while True:
+        time.sleep(0.1)
+        parts = [table.part(commit.chunk) for commit in table.commits()]
+        if any(there.node_id in part.read_bytes().decode("latin-1") for part in parts):
+            break
+    seen.touch()
+    cluster.remove_node(there, allow_graceful=False)
+
+if __name__ == "__main__":
+    health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 12}
+    health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 20_000}
+    head = {"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
+    there = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    table, chunks = Table(sys.argv[1]), int(sys.argv[2])
+    seen = table.folder.with_suffix(".seen")  # a part that the machine wrote which is to be lost
+    table.create("caption", {}, chunks)
+    def write(chunk, rows):
+        table.write(chunk, rows.append_column("key", pa.array([chunk])))
+    threading.Thread(target=lose, daemon=True).start()
+    with ray_session(RayConfig(address=cluster.address)) as machines:
+        run_chunks(machines, range(chunks), stages, write, "slow", chunks, {})
+    print(there.node_id)
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_machine_that_is_lost_takes_no_chunk_with_it(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    table = tmp_path / "table"
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py", table, str(CHUNKS)],
+        cwd=Path(__file__).parents[2],
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lost = done.stdout.splitlines()[-1]
+    assert Table(table).pending() == []
+    rows = list(read_rows(parquet_files(str(table)), ["key", "name"]))
+    assert sorted(row["key"] for row in rows) == list(range(CHUNKS))
+    share = sum(row["name"] == lost for row in rows)
+    assert 0 < share < CHUNKS / 2  # it had begun, and the other one did what it left

@@ -1,0 +1,95 @@
+"""What the machine allows: few open files make a downloader slower, and none of its rows wrong."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.ingest import machine
+from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
+from tests.pipelines.ingest.sites import Site, fetch_all, reply
+
+FETCH = """
+import collections, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
+from pipelines.ingest.web.download import DownloadConfig, Downloader
+
+async def itself(fetched):
+    return fetched.status
+
+downloader = Downloader(
+    DownloadConfig(allow_private=True, retries=0, concurrency=200, concurrency_per_host=200)
+)
+print(*collections.Counter(downloader.each([sys.argv[1]] * 250, itself)).items())
+downloader.close()
+"""
+
+
+@pytest.mark.parametrize("allowed", [80, 400])
+def test_few_open_files_mean_fewer_requests(site: Site, allowed: int) -> None:
+    def late(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.05)
+        reply()(handler)
+
+    site.answers["/a"] = late
+    ended = subprocess.run(
+        [sys.executable, "-c", FETCH, site.url("/a"), str(allowed)],
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout == "('ok', 250)\n", ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"warning: this machine allows a process {allowed} open files: ")
+    assert "not 200" in line
+
+
+def test_many_open_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(256, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    assert requests_that_fit(512) == 512
+    assert limits[-1] == (2048, 4096)
+    assert requests_that_fit(2000) < 2000
+    assert limits[-1] == (4096, 4096)
+    limits.append((256, resource.RLIM_INFINITY))
+    assert requests_that_fit(10_000) == 10_000
+    assert limits[-1] == (21_024, resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
+def test_proxies_of_the_environment_are_one_line(
+    name: str,
+    site: Site,
+    open_downloader: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warn_of_proxies.cache_clear()
+    site.answers["/a"] = reply()
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for _ in range(2):
+        (fetched,) = fetch_all(open_downloader(), site.url("/a"))
+        assert fetched.status == "ok"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: {name.lower()} in the environment: ignored, images are fetched without a proxy"
+    )
+    warn_of_proxies.cache_clear()
+
+
+def test_without_proxies_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            patch.delenv(name, raising=False)
+            patch.delenv(name.upper(), raising=False)
+        warn_of_proxies.cache_clear()
+        machine.warn_of_proxies()
+    assert not capsys.readouterr().err

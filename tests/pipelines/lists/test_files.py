@@ -1,0 +1,145 @@
+"""Which files a list of URLs is made of: none is passed over, none of other tools is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.lists.files import fingerprint, input_files
+from vlv_model.errors import DataError
+
+
+def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.csv", "deep/c.jsonl.gz", "notes.txt", "._hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    names = lambda files: [file.name for file in files]  # noqa: E731
+    assert names(input_files(str(tmp_path))) == ["a.csv", "b.parquet", "c.jsonl.gz"]
+    assert names(input_files(str(tmp_path / "*.parquet"))) == ["b.parquet"]
+    assert names(input_files(str(tmp_path / "notes.txt"))) == ["notes.txt"]
+    with pytest.raises(DataError, match="does not exist"):
+        input_files(str(tmp_path / "none.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no metadata"):
+        input_files(str(tmp_path / "empty"))
+
+
+def test_lists_below_two_slashes_are_found(bucket: str) -> None:
+    import s3fs
+
+    names = ["a.csv", "/b.csv", "x//c.csv"]
+    for name in names:
+        s3fs.S3FileSystem().pipe_file(f"{bucket}/lists/{name}", b"url\nhttp://a/\n")
+    for pattern in ("", "/**/*.csv"):
+        found = [str(file) for file in input_files(f"{bucket}/lists{pattern}")]
+        assert sorted(found) == sorted(f"{bucket}/lists/{name}" for name in names)
+    assert len(fingerprint(input_files(f"{bucket}/lists"))) == 3
+
+
+def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
+    file = tmp_path / "l.csv"
+    file.write_text("url\nhttp://127.0.0.1:4000/\n")
+    before = fingerprint([file])
+    file.write_text("url\nhttp://127.0.0.1:5000/\n")
+    assert fingerprint([file]) != before
+
+
+def test_fingerprint_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "list" / folder).mkdir(parents=True)
+        (tmp_path / "list" / folder / "l.csv").write_text(f"url\nhttp://{folder}/\n")
+    before = fingerprint(input_files(str(tmp_path / "list")))
+    assert list(before) == ["a/l.csv", "b/l.csv"]
+    (tmp_path / "list").rename(tmp_path / "moved")
+    assert fingerprint(input_files(str(tmp_path / "moved"))) == before
+    (tmp_path / "moved/a/l.csv").write_text("url\nhttp://c/\n")
+    assert fingerprint(input_files(str(tmp_path / "moved"))) != before
+    with pytest.raises(DataError, match=r"gone\.csv cannot be read: No such file"):
+        fingerprint([tmp_path / "gone.csv"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "y" * 5000])
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="does not exist") as raised:
+        input_files(str(tmp_path / name))
+    assert len(str(raised.value)) < 400
+
+
+def test_what_tools_leave_in_a_folder_is_no_list(folder: Path) -> None:
+    """Notes, halves of killed writers, logs of transactions, Finder's copies."""
+    theirs = ["_SUCCESS", ".a.csv", "_temporary/0/a.csv", "_delta_log/1.parquet", ".git/a.csv"]
+    for name in [*theirs, "deep/_old/a.csv", "deep/er/b.CSV.GZ", "a_b.csv"]:
+        write(folder / name)
+    assert [file.name for file in input_files(str(folder))] == ["a_b.csv", "b.CSV.GZ"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b.csv", "p%20q.csv", "h#1.csv", "q?x.csv", "g[1].csv", "st*r.csv", "ü.csv", "a&;+.csv"],
+)
+def test_names_are_taken_to_the_letter(folder: Path, name: str) -> None:
+    write(folder / name)
+    for path in (folder, folder / name):
+        (file,) = input_files(str(path))
+        assert file.name == name
+        assert file.read_text() == "url\n"
+        assert list(fingerprint([file])) == [name]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*/a.csv", "l?st/*.csv", "[kl]ist/a.csv", "**/a.csv", "li*/?.csv"]
+)
+def test_globs_have_all_of_their_signs(folder: Path, pattern: str) -> None:
+    write(folder / "list/a.csv")
+    write(folder / "other.csv")
+    assert [file.name for file in input_files(f"{folder}/{pattern}")] == ["a.csv"]
+
+
+def test_a_moved_list_is_the_same(folder: Path) -> None:
+    for name in ("one/list/a.csv", "two/b/list/a.csv"):
+        write(folder / name)
+    prints = [fingerprint(input_files(str(folder / name))) for name in ("one/list", "two/b/list")]
+    assert prints[0] == prints[1]
+    assert list(prints[0]) == ["a.csv"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/b.csv")
+    write(tmp_path / "list/a.csv")
+    (tmp_path / "list/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "list/again").symlink_to(tmp_path / "list")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "list")
+    assert [file.name for file in input_files(str(tmp_path / "list"))] == ["a.csv", "b.csv"]
+
+
+@pytest.mark.parametrize("path", ["list", "list/*.csv"])
+def test_a_list_that_is_not_there_is_not_passed_over(tmp_path: Path, path: str) -> None:
+    write(tmp_path / "list/a.csv")
+    (tmp_path / "list/b.csv").symlink_to(tmp_path / "unmounted/b.csv")
+    with pytest.raises(DataError, match=r"b\.csv is no file: it may be a link to what is not"):
+        input_files(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("name", ["b.csv.bz2", "b.JSONL.zst", "b.parquet.zip"])
+def test_a_list_that_is_packed_otherwise_is_not_passed_over(folder: Path, name: str) -> None:
+    for other in ("a.csv", "photos.zip", "notes.txt"):
+        write(folder / other)
+    assert [file.name for file in input_files(str(folder))] == ["a.csv"]
+    write(folder / name)
+    with pytest.raises(DataError, match="plain or compressed by gzip: unpack it"):
+        input_files(str(folder))
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"bad\xff.csv")
+    write(tmp_path / name)
+    assert list(fingerprint(input_files(str(tmp_path)))) == [name]
+
+
+def write(file: Path) -> None:
+    """A list at any place; a folder is made where the place knows folders."""
+    if "://" not in str(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("url\n")

@@ -1,0 +1,101 @@
+"""The report of a caption table as a document, and its search in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
+from pipelines.report.histogram import MOST_BARS, binned, quantile
+from tests.pipelines.report.test_report_page import HOSTILE
+
+
+@pytest.fixture
+def caption_report() -> CaptionReport:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(buffer, "PNG")
+    seen = CaptionSample(1, "a/one.jpg", "A teal wall.", (), 3, buffer.getvalue())
+    cut = CaptionSample(2, "a/two.jpg", "A wall and", ("truncated",), 3, buffer.getvalue())
+    return CaptionReport(
+        title="Captions of walls",
+        model="0123456789abcdef",
+        settings=[("generate.max_new_tokens", "300")],
+        counts={"ok": 4321, "caption:failed": 21},
+        captions=4321,
+        health=[
+            HealthLine("truncated", "cut", 117, 0.02),
+            HealthLine("empty", "no word", 5, 0.01),
+            HealthLine("duplicates", "said before", 211),
+        ],
+        words={3: 4000, 40: 321},
+        tokens={4: 4000, 300: 321},
+        commonest=[(212, "A wall.")],
+        gallery=[seen],
+        unhealthy=[cut],
+        searched=[replace(seen, image=None), replace(cut, image=None)],
+    )
+
+
+def test_what_is_known_is_shown(caption_report, parse):
+    document = parse(render(caption_report))
+    for told in ("4,321", "117", "2.7", "211", "at most 2", "not passed", "212", "A wall.", "21"):
+        assert told in document.text, told
+    assert len(document.all("img")) == 2
+    assert len(document.all("svg")) == 2
+
+
+def test_one_script_runs_and_it_is_ours(caption_report, parse):
+    page = render(caption_report)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [m.attributes.get("content", "") for m in parse(page).all("meta")]
+    assert any(p.endswith(f"script-src 'sha256-{digest}'") for p in policies)
+    assert not parse(render(replace(caption_report, searched=[]))).all("script")
+
+
+def test_hostile_captions_stay_text(caption_report, parse):
+    bad = CaptionSample(1, HOSTILE, HOSTILE, (), 2)
+    hostile = replace(
+        caption_report, commonest=[(2, HOSTILE)], gallery=[bad], unhealthy=[], searched=[bad],
+        title=HOSTILE,
+    )  # fmt: skip
+    document = parse(render(hostile))
+    assert len(document.all("script")) == 1
+    assert not document.all("img")
+    assert HOSTILE.replace("\0", "�") in document.all("dd")[0].text
+
+
+def test_a_table_without_a_caption_has_a_page(caption_report, parse):
+    empty = replace(caption_report, captions=0, counts={"decode:corrupt": 3}, words={}, tokens={})
+    assert "decode:corrupt" in parse(render(empty)).text
+
+
+@given(st.dictionaries(st.integers(0, 100_000), st.integers(1, 1000), min_size=1))
+def test_bins_hold_all_and_are_few(counts):
+    bars, width = binned(counts)
+    assert sum(bars.values()) == sum(counts.values())
+    assert len(bars) <= MOST_BARS
+    assert min(bars) <= min(counts)
+    assert max(counts) < max(bars) + width
+    assert quantile(counts, 1) == max(counts)
+
+
+@pytest.mark.parametrize(("words", "shown"), [("", 2), ("WALL and", 1), ("truncated", 1), ("zebra", 0)])  # fmt: skip
+def test_the_search_finds_words(
+    caption_report, browse, tmp_path: Path, words: str, shown: int
+) -> None:
+    typed = render(caption_report).replace('type="search"', f'type="search" value="{words}"')
+    (tmp_path / "page.html").write_text(typed)
+    page = browse(tmp_path / "page.html", "--dump-dom")
+    (told,) = re.findall(r"<output[^>]*>([^<]*)</output>", page)
+    assert told == f"{shown} of 2"
+    assert page.count('<tr hidden="">') == 2 - shown

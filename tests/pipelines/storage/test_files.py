@@ -1,0 +1,248 @@
+"""Paths and URLs by the same methods, on a disk and on a real S3 server in this process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow.parquet import encryption
+
+from benchmarks.faults import Line
+from pipelines.images.sources import walk
+from pipelines.storage.files import (
+    matching,
+    open_parquet,
+    place,
+    read_parquet_file,
+    remove_folder,
+    write_atomically,
+    write_parquet,
+)
+from pipelines.storage.locks import exclusive
+from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.tables import files as places
+from vlv_model.errors import DataError, RunError
+
+ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
+
+
+def test_files_are_written_and_read_alike(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.json", "{}")
+    write_parquet(folder / "x.parquet", ROWS, row_group_size=2)
+    assert (folder / "x.json").read_text() == "{}"
+    assert read_parquet_file(folder / "x.parquet").equals(ROWS)
+    with open_parquet(pickle.loads(pickle.dumps(folder)) / "x.parquet") as parquet:
+        assert parquet.read_row_group(1)["key"].to_pylist() == [3]
+    assert [p.name for p in matching(f"{folder}/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching(f"{str(folder)[:-1]}*/x.*")] == ["x.json", "x.parquet"]
+    for hidden in ("_plan/rows.parquet", "c/_runs/1/y.parquet", ".git/z.parquet", "c/.w.parquet"):
+        (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / hidden, b"")
+    assert [p.name for p in matching(f"{folder}/**/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching(f"{folder}/*/*.parquet")] == []
+    assert [p.name for p in matching(f"{folder}/_plan/*.parquet")] == ["rows.parquet"]
+    for hidden in ("_plan", "c", ".git"):
+        remove_folder(folder / hidden)
+    assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.parquet"]
+    remove_folder(folder)
+    assert not folder.exists()
+    remove_folder(folder)  # twice is once
+
+
+def test_a_bucket_that_is_not_there_is_one_line(s3_server: str) -> None:
+    with pytest.raises(RunError, match=r"data\.output=s3://no-such-bucket/t: there is no such"):
+        places.make_folder(place("s3://no-such-bucket/t"), "data.output")
+
+
+def test_what_another_process_wrote_is_seen(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "one", "1")
+    assert len(list(folder.glob("*"))) == 1
+    write_atomically(place(str(folder)) / "two", "2")
+    assert len(list(folder.glob("*"))) == 2
+
+
+class Keys(encryption.KmsClient):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return b64encode(key)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain footer", "encrypted footer"])
+def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path) -> None:
+    """Under a plain footer Arrow ends the process where it is asked for the statistics."""
+    how = encryption.EncryptionConfiguration(
+        footer_key="a", column_keys={"b": ["key"]}, plaintext_footer=plain
+    )
+    keys = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(), how
+    )
+    with pq.ParquetWriter(tmp_path / "x", ROWS.schema, encryption_properties=keys) as writer:
+        writer.write_table(ROWS)
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.parquet", (tmp_path / "x").read_bytes())
+    refused = pytest.raises(DataError, match=r"x\.parquet .*encrypted")
+    with refused, open_parquet(folder / "x.parquet") as parquet:
+        parquet.metadata.row_group(0).column(0)
+
+
+def test_a_damaged_file_is_one_line_that_names_it(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "x.parquet", b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
+        read_parquet_file(folder / "x.parquet")
+
+
+def test_a_table_lives_on_either(folder: Path) -> None:
+    table = Table(str(folder))
+    assert not table.check_free("image", {"a": 1})
+    table.create("image", {"a": 1}, 3)
+    table.write(2, ROWS)
+    table.write(0, ROWS)
+    with pytest.raises(DataError, match="not finished"):
+        parquet_files(str(folder))
+    again = Table(str(folder))
+    assert again.check_free("image", {"a": 1})
+    assert again.pending() == [1]
+    again.write(1, ROWS)
+    again.write(1, ROWS)  # twice is once
+    assert again.counts() == {"ok": 6, "download:dns": 3}
+    assert len(list(read_rows(parquet_files(str(folder)), ["key"]))) == 9
+    with pytest.raises(RunError, match="a: 1 there, 2 here"):
+        again.check_free("image", {"a": 2})
+
+
+def test_a_strangers_folder_is_refused(folder: Path) -> None:
+    places.make_folder(folder, "data.output")
+    write_atomically(folder / "thesis.txt", "dear to somebody")
+    with pytest.raises(RunError, match=r"not empty.*thesis"):
+        Table(str(folder)).check_free("image", {})
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
+    path, calls = place(f"{bucket}/x"), []
+
+    def fails_three_times() -> str:
+        calls.append(1)
+        if len(calls) <= 3:
+            raise OSError("SlowDown")
+        return "done"
+
+    assert places.patiently(fails_three_times, path, pauses=(0.01,) * 4) == "done"
+    assert len(calls) == 4
+    with pytest.raises(FileNotFoundError):  # that will not mend by itself
+        places.patiently(lambda: path.read_bytes(), path)
+
+
+def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    target = tmp_path / "x"
+    (tmp_path / "before").write_text("")
+
+    def write() -> None:
+        write_atomically(target, "x" * 100)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", lambda *a, **k: full.open("wb", buffering=0))
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        with pytest.raises(
+            RunError, match=rf"^{target} cannot be written: No space left on device: "
+        ):
+            write()
+    assert [p.name for p in tmp_path.iterdir()] == ["before"]
+
+
+def test_parquet_on_a_full_disk_names_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # as Arrow says it
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(
+        RunError, match=r"/part\.parquet cannot be written: No space left on device"
+    ):
+        write_parquet(tmp_path / "part.parquet", ROWS)
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that seems not to be there would be begun again, over the one that is."""
+    import s3fs
+
+    monkeypatch.setattr(places, "_PATIENCE", (0.01,))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    line = Line(int(s3_server.rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        folder = place(f"{bucket}/t")
+        table = Table(folder)
+        table.create("image", {"a": 1}, 1)
+        table.write(0, ROWS)
+        asked: list[Callable[[], Any]] = [
+            lambda: table.exists,
+            table.pending,
+            lambda: table.check_free("image", {"a": 1}),
+            lambda: parquet_files(str(folder)),
+            lambda: places.files_below(folder),
+            lambda: places.names_in(folder),
+            lambda: places.is_folder(folder),
+            lambda: matching(f"{folder}/part-*.parquet"),
+            lambda: matching(f"{folder}/**"),
+            lambda: list(walk(folder)),
+            lambda: read_parquet_file(table.part(0)),
+            lambda: remove_folder(folder),
+        ]
+        line.turn("refuses")
+        for ask in asked:
+            with pytest.raises(RunError, match="the store does not answer"):
+                ask()
+        with pytest.raises(RunError, match="does not answer"), exclusive(folder, "data.output"):
+            raise AssertionError("held by nobody")
+        line.turn("passes")
+        assert table.pending() == []
+        for ask in asked:
+            ask()
+        assert places.files_below(folder) == []
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("name", ["mine", "mine/not/yet"])
+def test_a_folder_of_another_user_is_refused_by_the_name_of_both(name: str) -> None:
+    """A new disk that machines share belongs to root, and the image's user is another one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user")
+    program = (
+        "import os, pathlib, sys; from pipelines.storage.files import make_folder; os.setuid(4321); "
+        "make_folder(pathlib.Path(sys.argv[1]), 'run_dir')"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are hidden from others
+        Path(folder).chmod(0o755)
+        Path(folder, "mine").mkdir(mode=0o755)
+        ended = subprocess.run(
+            [sys.executable, "-c", program, f"{folder}/{name}"], capture_output=True, text=True
+        )
+    last = ended.stderr.splitlines()[-1]
+    assert f"RunError: run_dir={folder}/{name} cannot be written: {folder}/mine belongs" in last
+    assert "belongs to user 0, and this job runs as user 4321" in last
