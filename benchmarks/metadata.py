@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.ingest import REPO, watched
 from benchmarks.lists import write_list
 from pipelines.cli.config import build
-from pipelines.ingest import dataset
+from pipelines.ingest import job
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.fetch import image_rows
 from pipelines.ingest.plan import Plan, passing
 from pipelines.lists.files import input_files
@@ -55,9 +56,9 @@ _COPIES = 50  # one image of so many has a chance to be another one's copy
 # ---------------------------------------------------------------------- in a process of its own
 
 
-def config_of(folder: Path, urls: Path, **filters: Any) -> dataset.IngestConfig:
+def config_of(folder: Path, urls: Path, **filters: Any) -> IngestConfig:
     data = {"input": str(urls), "output": str(folder / "table")}
-    return build(dataset.IngestConfig, {"data": data, "filter": filters})
+    return build(IngestConfig, {"data": data, "filter": filters})
 
 
 def start(folder: Path, urls: Path) -> int:
@@ -78,19 +79,19 @@ def filter_rows(folder: Path, urls: Path) -> int:
 
 
 def plan(folder: Path, urls: Path) -> int:
-    return dataset.plan_only(config_of(folder, urls, **FILTERS)).read
+    return job.plan_only(config_of(folder, urls, **FILTERS)).read
 
 
 def plan_all(folder: Path, urls: Path) -> int:
-    return dataset.plan_only(config_of(folder, urls)).read
+    return job.plan_only(config_of(folder, urls)).read
 
 
 def ingest(folder: Path, urls: Path) -> int:
-    dataset.ImageFetcher = PictureMaker  # type: ignore[misc, assignment]
+    job.ImageFetcher = PictureMaker  # type: ignore[misc, assignment]
     for name in ("_plan_into", "run_chunks", "mark_duplicates", "write_link_rot", "write_report"):
-        setattr(dataset, name, _timed(getattr(dataset, name)))
+        setattr(job, name, _timed(getattr(job, name)))
     shutil.rmtree(folder / "table", ignore_errors=True)
-    return sum(dataset.ingest(config_of(folder, urls)).values())
+    return sum(job.ingest(config_of(folder, urls)).values())
 
 
 def _timed(function: Callable[..., Any]) -> Callable[..., Any]:

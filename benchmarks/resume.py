@@ -30,10 +30,14 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, too
 from benchmarks.driver import alone, declare_written
-from pipelines.execution.image_job import Selection, open_table
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.image_job import ActorConfig, ImageJob
 from pipelines.images.plans import planned, read_plan
 from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT
+from pipelines.images.selection import Selection
+from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
+from vlv_model.squares import Square
 
 _PART = 4096  # rows of a part of the image table
 
@@ -64,7 +68,16 @@ def write_half(table: Table, rows_per_chunk: int) -> None:
 
 def opened(selection: Selection) -> Table:
     """The table as `jobs/recaption.py` opens it."""
-    return open_table("caption", selection, {"model": "f"}, CAPTION_ROW.names, parts="data")
+    job = ImageJob(
+        kind="caption", data=selection, identity={"model": "f"}, square=Square(64), step=object,
+        arguments=(), actors=ActorConfig(), ray=RayConfig(), title="captions",
+        columns=CAPTION_ROW.names, notes={"parts": "data"},
+    )  # fmt: skip
+    table = Table(selection.output)
+    job.check(table)
+    with exclusive(table.folder, "data.output"):
+        job.plan(table)
+    return table
 
 
 def plan(selection: Selection) -> None:

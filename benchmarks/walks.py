@@ -67,7 +67,7 @@ class Walk:
 def ingest(folder: Path) -> Walk:
     from jobs.ingest import run
     from pipelines.cli.config import load
-    from pipelines.ingest.job import IngestConfig
+    from pipelines.ingest.config import IngestConfig
     from pipelines.tiny_world.dataset import write_world
     from pipelines.tiny_world.server import serve
 

@@ -18,8 +18,9 @@ import sys
 from pipelines.cli.main import main
 from pipelines.execution.progress import counts_table
 from pipelines.images.runs import last_run
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.estimate import estimate, plan_table
-from pipelines.ingest.job import IngestConfig, ingest, plan_only
+from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.report import REPORT
 from pipelines.storage.tables import Table
 

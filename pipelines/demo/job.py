@@ -165,7 +165,8 @@ class Demo:
             return self._ingest(world, tables[0])
 
     def _ingest(self, world: Path, table: Table) -> dict[str, int]:
-        from pipelines.ingest.job import IngestConfig, ingest
+        from pipelines.ingest.config import IngestConfig
+        from pipelines.ingest.job import ingest
 
         folders = (f"data.input={world / 'metadata.parquet'}", f"data.output={table.folder}")
         return ingest(self.job(IngestConfig, "ingest", *folders))

@@ -5,7 +5,7 @@
     new rows ────────────────────────────────────────────▶ further chunks
 
 What was taken down of the input goes from the parts that are written already, too. A row that is gone
-for another reason is an error. Memory: 40 bytes for each row of the input.
+for another reason is an error. Whoever calls holds the table's folder. Memory: 40 bytes for each row of the input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pipelines.images.plans import planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
 from pipelines.storage.files import remove_folder
-from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import Table, read_schema
 from vlv_model.errors import RunError
 
@@ -48,51 +47,44 @@ def plan_again(
     `identity` is the table's from now on, and `notes` replace those in its `_table.json`. One that is
     killed is repeated. Raises RunError for planned rows that are gone and were not taken down.
     """
-    with exclusive(table.folder, "data.output"):
-        about = table.describe()
-        today = np.concatenate([np.zeros(0, ROW), *usable_rows(images)])
-        today = today[np.argsort(today["key"])]
-        planned = list(planned_keys(table.folder, about["chunks"]))
-        keys = np.concatenate([np.zeros(0, np.int64), *planned])
-        there = np.ascontiguousarray(today["key"])
-        missing = keys[~np.isin(keys, there)]
-        if len(accidents := unexplained(path, missing, conditional)):
-            raise RunError(
-                f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
-                f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "
-                "back, or choose another data.output"
-            )
-        new = today[chosen(there) & ~np.isin(there, keys)]
-        if limit is not None:
-            new = new[: max(0, limit - len(keys) + len(missing))]
-        new = new[np.lexsort([new[name] for name in ("row", "group", "file")])]
-        chunks = [
-            today[np.searchsorted(there, some[np.isin(some, missing, invert=True)])]
-            for some in planned
-        ]
-        chunks += [new[i : i + rows_per_chunk] for i in range(0, len(new), rows_per_chunk)]
-        if len(missing) or len(new):
-            print(
-                f"{len(missing):,} of the {len(keys):,} images that the table was planned for are "
-                f"gone, {len(new):,} are new",
-                file=sys.stderr,
-            )
-        _take_out(table, path)
-        remove_folder(table.folder / DEATHS)  # which know rows by their places in a chunk
-        chunks = _without_empty_ones(table, chunks)
-        write_chunks(table.folder, chunks)
-        kept = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
-        kept |= {"planned_rows": sum(map(len, chunks)), "changes": changes_of(path), **notes}
-        table.create(about["kind"], identity, len(chunks), **kept)
+    about = table.describe()
+    today = np.concatenate([np.zeros(0, ROW), *usable_rows(images)])
+    today = today[np.argsort(today["key"])]
+    planned = list(planned_keys(table.folder, about["chunks"]))
+    keys = np.concatenate([np.zeros(0, np.int64), *planned])
+    there = np.ascontiguousarray(today["key"])
+    missing = keys[~np.isin(keys, there)]
+    if len(accidents := unexplained(path, missing, conditional)):
+        raise RunError(
+            f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
+            f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "
+            "back, or choose another data.output"
+        )
+    new = today[chosen(there) & ~np.isin(there, keys)]
+    if limit is not None:
+        new = new[: max(0, limit - len(keys) + len(missing))]
+    new = new[np.lexsort([new[name] for name in ("row", "group", "file")])]
+    chunks = [
+        today[np.searchsorted(there, some[np.isin(some, missing, invert=True)])] for some in planned
+    ]
+    chunks += [new[i : i + rows_per_chunk] for i in range(0, len(new), rows_per_chunk)]
+    if len(missing) or len(new):
+        print(
+            f"{len(missing):,} of the {len(keys):,} images that the table was planned for are "
+            f"gone, {len(new):,} are new",
+            file=sys.stderr,
+        )
+    take_out(table, path)
+    remove_folder(table.folder / DEATHS)  # which know rows by their places in a chunk
+    chunks = _without_empty_ones(table, chunks)
+    write_chunks(table.folder, chunks)
+    kept = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
+    kept |= {"planned_rows": sum(map(len, chunks)), "changes": changes_of(path), **notes}
+    table.create(about["kind"], identity, len(chunks), **kept)
 
 
 def take_out(table: Table, path: str) -> None:
     """Remove from `table` the rows that were taken down of the table at `path`, which it was made of."""
-    with exclusive(table.folder, "data.output"):
-        _take_out(table, path)
-
-
-def _take_out(table: Table, path: str) -> None:
     blocked = Blocked.read(Table(path))
     (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
     remove_rows(table, blocked)

@@ -46,7 +46,6 @@ from pipelines.storage.files import (
     write_atomically,
     write_parquet,
 )
-from pipelines.storage.locks import exclusive
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import Table, read_json_object, read_schema
 from vlv_model.errors import DataError
@@ -72,7 +71,8 @@ def list_images(
     A table of ours is such a table, unless only rows of it are wanted; of anything else a listing
     is written into `output`, once: a job that is continued goes on with the one that is there, unless
     the same images are to be listed `again`.
-    Raises DataError where there are no images, ConfigError for a condition that cannot be read.
+    Whoever calls holds `output`. Raises DataError where there are no images, ConfigError for a condition
+    that cannot be read.
     """
     asked = {"input": path, "image": image_column, "key": key_column, "where": where}
     made_of = output / MADE_OF
@@ -84,23 +84,22 @@ def list_images(
     if source.layout == "table" and where is None:
         return list(source.files), {}
     about = {"layout": source.layout, "files": _digest(source)}
-    with exclusive(output, "data.output"):
-        if there is None or there["asked"] != asked or there["files"] != about["files"]:
-            relist = again and there is not None and there["asked"] == asked
-            if Table(output).exists and not relist:
-                return _listed(output), about  # refused by whoever compares what they are of
-            others: Counter[str] = Counter()
-            if not _write(output, source, key_column, where, others):
-                what = f"no row for which {where}" if where is not None else "no image"
-                beside = f" (and {_suffixes(others)})" if others else ""
-                raise DataError(f"{setting}={path} has {what}{beside}")
-            if others:
-                print(
-                    f"warning: {setting}={path}: {others.total():,} files in its shards are no images by "
-                    f"their names and were passed over: {_suffixes(others)}",
-                    file=sys.stderr,
-                )
-            write_atomically(made_of, json.dumps({"asked": asked, **about}))
+    if there is None or there["asked"] != asked or there["files"] != about["files"]:
+        relist = again and there is not None and there["asked"] == asked
+        if Table(output).exists and not relist:
+            return _listed(output), about  # refused by whoever compares what they are of
+        others: Counter[str] = Counter()
+        if not _write(output, source, key_column, where, others):
+            what = f"no row for which {where}" if where is not None else "no image"
+            beside = f" (and {_suffixes(others)})" if others else ""
+            raise DataError(f"{setting}={path} has {what}{beside}")
+        if others:
+            print(
+                f"warning: {setting}={path}: {others.total():,} files in its shards are no images by "
+                f"their names and were passed over: {_suffixes(others)}",
+                file=sys.stderr,
+            )
+        write_atomically(made_of, json.dumps({"asked": asked, **about}))
     return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
 
 

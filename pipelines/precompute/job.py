@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipelines.execution.image_job import open_table, run_actors
+from pipelines.execution.image_job import ImageJob
+from pipelines.execution.table_job import run_table_job
 from pipelines.images.latents import KIND, made_of
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
@@ -12,7 +13,7 @@ from vlv_model.squares import Square
 def precompute(config: PrecomputeConfig) -> dict[str, int]:
     """Encode what the output table still lacks; returns its rows by status.
 
-    Raises ModelError where there is no VAE, and what `open_table` raises.
+    Raises ModelError where there is no VAE, and what `run_table_job` and ImageJob raise.
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.precompute.predictor import EncodeImages
@@ -22,16 +23,16 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint
     output = Table(config.data.output)
     there = output.describe()["identity"] if output.exists else None
-    identity = {**made_of(model, there), "precision": config.encode.precision}
-    table = open_table(KIND, config.data, identity)
-    run_actors(
-        table,
-        Square.of(model),
-        EncodeImages,
-        (model, config.encode, config.actors.use_gpu),
-        config.actors,
-        config.ray,
-        "precompute",
+    job = ImageJob(
+        kind=KIND,
+        data=config.data,
+        identity={**made_of(model, there), "precision": config.encode.precision},
+        square=Square.of(model),
+        step=EncodeImages,
+        arguments=(model, config.encode, config.actors.use_gpu),
+        actors=config.actors,
+        ray=config.ray,
+        title="precompute",
         row_group=IMAGE_ROW_GROUP,  # training reads single rows in random order
     )
-    return table.counts()
+    return run_table_job(job, config.data.output, config.ray)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from pipelines.execution.image_job import squares
+from pipelines.execution.read_images import squares
 from pipelines.images.latents import packed
 from pipelines.images.rows import LATENT_ROW, OK, status
 from pipelines.precompute.config import EncodeConfig

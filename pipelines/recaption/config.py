@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 
 from pipelines.cli.config import InputPath, InputPlace
 from pipelines.execution.connection import RayConfig
-from pipelines.execution.image_job import ActorConfig, Selection
+from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
 from pipelines.images.conditions import Where, small_columns
 from pipelines.images.rows import require_columns
+from pipelines.images.selection import Selection
 from pipelines.recaption.gate import GateConfig
 from pipelines.recaption.postprocess import RULES, reference
 from pipelines.storage.files import open_parquet

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.execution import metrics as telemetry
-from pipelines.execution.image_job import squares
+from pipelines.execution.read_images import squares
 from pipelines.images.rows import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import Engine, ModelDiedError, Outcome

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.execution.connection import RayConfig
-from pipelines.execution.image_job import ActorConfig, Selection
+from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
+from pipelines.images.selection import Selection
 from vlv_model.config import Config
 
 

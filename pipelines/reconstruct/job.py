@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from pipelines.execution.image_job import open_table, run_actors
+from dataclasses import dataclass
+
+from pipelines.execution.image_job import ImageJob
+from pipelines.execution.table_job import run_table_job
 from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.reconstruct.side_by_side import write_files
-from pipelines.storage.locks import exclusive
+from pipelines.storage.tables import Table
 from vlv_model.checkpoint_files import read_checkpoint
 from vlv_model.errors import CheckpointError
 from vlv_model.squares import Square
+
+
+@dataclass(frozen=True)
+class Reconstruction(ImageJob):
+    """An image job that may leave image files beside its table."""
+
+    side_by_side: bool = False
+
+    def finish(self, table: Table) -> None:
+        if self.side_by_side:
+            write_files(table, self.square)
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     """Reconstruct what the output table still lacks; returns its rows by status.
 
     From a stage-1 run its encoder is looked at, from a stage-2 run the encoder as stage 2 left it.
-    Raises CheckpointError without a trained encoder, and what `open_table` raises.
+    Raises CheckpointError without a trained encoder, and what `run_table_job` and ImageJob raise.
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.reconstruct.predictor import ReconstructImages
@@ -27,25 +41,22 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
             "model.path has to name a run or a checkpoint: its encoder is what is looked at"
         )
     info = read_checkpoint(checkpoint)
-    identity = {
-        "weights": info.sha256,
-        "parent": info.parent.sha256 if info.parent else None,
-        "base_models": info.base_models,
-        "preprocess": model.preprocess,
-        **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
-    }
-    table = open_table("reconstruction", config.data, identity)
-    arguments = (model, checkpoint, config.diffusion, config.actors.use_gpu)
-    run_actors(
-        table,
-        Square.of(model),
-        ReconstructImages,
-        arguments,
-        config.actors,
-        config.ray,
-        "reconstruct",
+    job = Reconstruction(
+        kind="reconstruction",
+        data=config.data,
+        identity={
+            "weights": info.sha256,
+            "parent": info.parent.sha256 if info.parent else None,
+            "base_models": info.base_models,
+            "preprocess": model.preprocess,
+            **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
+        },
+        square=Square.of(model),
+        step=ReconstructImages,
+        arguments=(model, checkpoint, config.diffusion, config.actors.use_gpu),
+        actors=config.actors,
+        ray=config.ray,
+        title="reconstruct",
+        side_by_side=config.side_by_side,
     )
-    if config.side_by_side:
-        with exclusive(table.folder, "data.output"):
-            write_files(table, Square.of(model))
-    return table.counts()
+    return run_table_job(job, config.data.output, config.ray)

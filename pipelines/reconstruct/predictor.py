@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipelines.execution.image_job import squares
+from pipelines.execution.read_images import squares
 from pipelines.images.rows import OK, RECONSTRUCTION_ROW, status, with_image_feature
 from pipelines.reconstruct.config import DiffusionConfig
 from vlv_model.autoencoder import VLVAutoEncoder

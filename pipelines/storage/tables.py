@@ -108,12 +108,13 @@ class Table:
         return about
 
     def check_free(
-        self, kind: str, identity: Mapping[str, Any], columns: Collection[str] = ()
+        self, kind: str, identity: Mapping[str, Any] | None, columns: Collection[str] = ()
     ) -> bool:
         """True when the table exists and is this run's; False when the folder is free.
 
         Raises RunError when the folder holds something else, naming the settings that differ, or
-        parts that lack some of `columns`, as those of an earlier version may.
+        parts that lack some of `columns`, as those of an earlier version may. With `identity` None only
+        the kind is looked at.
         """
         if not self.exists:
             # A job that was killed while it planned leaves these, and no table yet.
@@ -126,6 +127,8 @@ class Table:
                 f"output folder {self.folder} holds another run ({described['kind']} table, "
                 f"not {kind}): choose another data.output"
             )
+        if identity is None:
+            return True
         there = {k: v for k, v in NEWER.items() if k in identity} | described["identity"]
         self._refuse_earlier("setting", [k for k, v in identity.items() if v is not None], there)
         refuse_difference(self.folder, there, identity, "data.output")

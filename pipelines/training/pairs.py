@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE, Step
-from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.execution.cluster import WHOLE, Cluster, Step
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocked
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.removal import remove_rows
@@ -50,7 +51,6 @@ from pipelines.storage.files import (
     remove_folder,
     write_parquet,
 )
-from pipelines.storage.locks import exclusive
 from pipelines.storage.sorting import Buckets, Sorting
 from pipelines.storage.tables import IMAGE_ROW_GROUP, TABLE_FILE, Table, parquet_files, read_schema
 from vlv_model.errors import DataError
@@ -98,29 +98,9 @@ def write_pairs(
     Raises DataError for a missing column, one of another type, a damaged file, and where not one
     caption finds its image; RunError where `output` holds another run.
     """
-    image_files, caption_files = parquet_files(images), parquet_files(captions, "data.captions")
-    identity = {
-        "data.input": _digest(image_files),
-        "data.captions": _digest(caption_files),
-        "data.caption_column": caption_column,
-        "data.join_on": join_on,
-    }
-    table, sources = Table(output), {"data.input": images, "data.captions": captions}
-    if not (table.exists and _goes_on(table, identity, sources)):
-        table.check_free(KIND, identity)
-    if not table.exists:
-        notes = _plan(table, image_files, caption_files, caption_column, join_on)
-        changes = {name: changes_of(path) for name, path in sources.items()}
-        table.create(KIND, identity, **notes, addresses=True, changes=changes)
-    about = table.describe()
-    if table.pending():
-        with exclusive(table.folder, "data.output"), ray_session(ray or RayConfig()) as cluster:
-            stages = partial(_stages, table=table, join_on=join_on)
-            write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
-            run_chunks(
-                cluster, table.pending(), stages, write, "pairs", about["images"], table.counts()
-            )
-    pairs = table.counts().get(OK, 0)
+    job = Pairs(images, captions, caption_column, join_on)
+    counts = run_table_job(job, output, ray or RayConfig())
+    about, pairs = Table(output).describe(), counts.get(OK, 0)
     if not pairs:
         raise DataError(
             f"none of the {about['captions']} captions of {captions} belongs to an image of "
@@ -135,30 +115,72 @@ def write_pairs(
     }
 
 
-def _goes_on(table: Table, identity: Mapping[str, Any], sources: Mapping[str, str]) -> bool:
-    """Whether a takedown or another run has changed what the table was made of, and nothing else.
+class Pairs(TableJob):
+    """The join of a table of images and one of captions."""
 
-    What was taken down goes from the table, which is then that of the `sources` as they are today. One
-    that is not finished is removed, to be begun again: rows lie elsewhere now.
-    """
-    about = table.describe()
-    there, noted = about["identity"], about.get("changes", {})
-    differing = [name for name in identity if there.get(name) != identity[name]]
-    on_purpose = (
-        name in sources and changed_on_purpose(sources[name], noted.get(name)) for name in differing
-    )
-    if about["kind"] != KIND or not differing or not all(on_purpose):
-        return False
-    with exclusive(table.folder, "data.output"):
+    def __init__(self, images: str, captions: str, caption_column: str, join_on: JoinOn) -> None:
+        self.image_files = parquet_files(images)
+        self.caption_files = parquet_files(captions, "data.captions")
+        self.sources = {"data.input": images, "data.captions": captions}
+        self.caption_column, self.join_on = caption_column, join_on
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "data.input": _digest(self.image_files),
+            "data.captions": _digest(self.caption_files),
+            "data.caption_column": self.caption_column,
+            "data.join_on": self.join_on,
+        }
+
+    def check(self, table: Table) -> None:
+        if not (table.exists and self._changed_on_purpose(table)):
+            table.check_free(KIND, self.identity())
+
+    def plan(self, table: Table) -> None:
+        if table.exists and self._changed_on_purpose(table):
+            self._go_on(table)
+        if table.exists:
+            return
+        files = self.image_files, self.caption_files
+        notes = _plan(table, *files, self.caption_column, self.join_on)
+        changes = {name: changes_of(path) for name, path in self.sources.items()}
+        table.create(KIND, self.identity(), **notes, addresses=True, changes=changes)
+
+    def run(self, table: Table, cluster: Cluster) -> None:
+        stages = partial(_stages, table=table, join_on=self.join_on)
+        write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
+        images = table.describe()["images"]
+        run_chunks(cluster, table.pending(), stages, write, "pairs", images, table.counts())
+
+    def _differing(self, table: Table) -> list[str]:
+        there = table.describe()["identity"]
+        return [name for name, value in self.identity().items() if there.get(name) != value]
+
+    def _changed_on_purpose(self, table: Table) -> bool:
+        """Whether a takedown or another run has changed what the table was made of, and nothing else."""
+        about, differing = table.describe(), self._differing(table)
+        noted = about.get("changes", {})
+        on_purpose = (
+            name in self.sources and changed_on_purpose(self.sources[name], noted.get(name))
+            for name in differing
+        )
+        return bool(about["kind"] == KIND and differing and all(on_purpose))
+
+    def _go_on(self, table: Table) -> None:
+        """Take out what was taken down of the sources; the table is then that of today's.
+
+        One that is not finished is removed, to be begun again: rows lie elsewhere now.
+        """
+        about, differing = table.describe(), self._differing(table)
         if table.pending():
             remove_folder(table.folder / "_commits")
-            for name in names_in(table.folder):
+            for name in names_in(table.parts):
                 if name.startswith("part-"):
-                    remove_file(table.folder / name)
+                    remove_file(table.parts / name)
             remove_file(table.folder / TABLE_FILE)
-            return True
+            return
         blocked = Blocked.read(table)
-        for path in sources.values():
+        for path in self.sources.values():
             blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
         blocked.write(table)
         removed = remove_rows(table, blocked)
@@ -168,9 +190,8 @@ def _goes_on(table: Table, identity: Mapping[str, Any], sources: Mapping[str, st
             file=sys.stderr,
         )
         notes = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
-        notes["changes"] = {name: changes_of(path) for name, path in sources.items()}
-        table.create(KIND, identity, about["chunks"], **notes)
-    return True
+        notes["changes"] = {name: changes_of(path) for name, path in self.sources.items()}
+        table.create(KIND, self.identity(), about["chunks"], **notes)
 
 
 def _digest(files: list[Path]) -> str:

@@ -17,8 +17,8 @@ import yaml
 from cluster.allocatable import BESIDE_HEAD, DAEMONS, allocatable, misfits
 from cluster.render import HERE, rendered
 from pipelines.cli.config import load
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.fetch import fetchers_of
-from pipelines.ingest.job import IngestConfig
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.reconstruct.config import ReconstructConfig

@@ -18,7 +18,8 @@ from pipelines.cli.config import dump, load
 from pipelines.execution.checkpoints import latest_checkpoint
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex, RowReader
-from pipelines.ingest.job import IngestConfig, ingest
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.job import ingest
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.precompute.job import precompute
 from pipelines.recaption.config import RecaptionConfig

@@ -12,7 +12,9 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.cli.config import build
-from pipelines.execution.image_job import ReadImages, Selection, open_table
+from pipelines.execution.read_images import ReadImages
+from pipelines.images.selection import Selection
+from tests.pipelines.image_jobs import open_table
 from vlv_model.squares import Square
 
 

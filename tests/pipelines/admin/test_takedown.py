@@ -20,10 +20,11 @@ from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build, load
 from pipelines.cli.main import BAD_INPUT, main
 from pipelines.images.blocklist import Blocked
+from pipelines.images.removal import SIDE_BY_SIDE
 from pipelines.images.rows import url_key
-from pipelines.ingest.job import IngestConfig, ingest
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.job import ingest
 from pipelines.ingest.report import REPORT
-from pipelines.reconstruct.side_by_side import FOLDER as SIDE_BY_SIDE
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError

@@ -17,10 +17,13 @@ from pipelines.cli.config import build
 from pipelines.execution import image_job as selection_module
 from pipelines.execution.cluster import InProcess
 from pipelines.execution.connection import RayConfig
-from pipelines.execution.image_job import ActorConfig, ReadImages, Selection, _smallest, open_table
+from pipelines.execution.image_job import ActorConfig
+from pipelines.execution.read_images import ReadImages
 from pipelines.images.plans import lay_out, read_plan
 from pipelines.images.rows import IMAGE_ROW
+from pipelines.images.selection import Selection, _smallest
 from pipelines.storage.tables import Table
+from tests.pipelines.image_jobs import open_table
 from tests.pipelines.pictures.files import encoded, photo, png
 from vlv_model.errors import DataError, RunError
 from vlv_model.squares import Square

@@ -14,14 +14,16 @@ import pytest
 from PIL import Image
 
 from pipelines.cli.main import causes_of
-from pipelines.execution import image_job as selection
+from pipelines.execution import image_job as image_job_module
 from pipelines.execution.connection import PoolSize, RayConfig
-from pipelines.execution.image_job import ActorConfig, Selection, open_table, run_actors
+from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.quarantine import ALONE, TOGETHER, Deaths, Survivor
+from pipelines.execution.table_job import run_table_job
 from pipelines.images.rows import OK, status
+from pipelines.images.selection import Selection
 from pipelines.storage.tables import Table, parquet_files, read_rows
+from tests.pipelines.image_jobs import image_job
 from vlv_model.errors import ModelError, RunError
-from vlv_model.squares import Square
 
 WHITE, BLACK = 255, 0
 TIMES = ["busy", "present"]
@@ -51,7 +53,7 @@ class Mean:
         )
 
 
-class ReadOrDie(selection.ReadImages):
+class ReadOrDie(image_job_module.ReadImages):
     """Its decoder crashes on white pictures, without a word."""
 
     def _read(self, reader, position):
@@ -86,11 +88,11 @@ def means(
     pictures: Path, output: Path, deadly: int, num_actors: PoolSize = 1, rows_per_chunk: int = 8
 ) -> Table:
     data = Selection(input=str(pictures), output=str(output), rows_per_chunk=rows_per_chunk)
-    table = open_table("mean", data, {})
     actors = ActorConfig(num_actors=num_actors, use_gpu=False)
     log = str(output.parent / "deaths")
-    run_actors(table, Square(32), Mean, (deadly, log), actors, RayConfig(), "means")
-    return table
+    job = image_job("mean", data, {}, Mean, (deadly, log), actors)
+    run_table_job(job, data.output, RayConfig())
+    return Table(data.output)
 
 
 @pytest.mark.end_to_end
@@ -119,7 +121,7 @@ def test_images_that_kill_are_rows_and_cost_no_other(ray_local, by_value, pictur
 def test_a_decoder_that_crashes_costs_its_image(
     ray_local, by_value, pictures, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(selection, "ReadImages", ReadOrDie)
+    monkeypatch.setattr(image_job_module, "ReadImages", ReadOrDie)
     table = means(pictures, tmp_path / "means", -1)
     assert table.counts() == {"ok": 10, "decode:not_an_image": 1, "decode:crashed": 2}
 

@@ -13,14 +13,15 @@ import pytest
 
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build
-from pipelines.execution.image_job import Selection, open_table
 from pipelines.images.blocklist import Blocked
 from pipelines.images.plans import planned, planned_keys, read_plan, write_chunks
 from pipelines.images.random_access import ROW, RowReader
+from pipelines.images.removal import SIDE_BY_SIDE
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import Run
-from pipelines.reconstruct.side_by_side import FOLDER as SIDE_BY_SIDE
+from pipelines.images.selection import Selection
 from pipelines.storage.tables import Table, parquet_files
+from tests.pipelines.image_jobs import open_table
 from vlv_model.errors import RunError
 
 CHUNK = 4  # rows of a planned chunk

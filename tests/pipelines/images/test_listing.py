@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.cli.config import build
-from pipelines.execution.image_job import ReadImages, Selection, open_table
-from pipelines.images.random_access import external
+from pipelines.execution.read_images import ReadImages
+from pipelines.images import external
 from pipelines.images.rows import key_of, url_key
+from pipelines.images.selection import Selection
 from pipelines.storage.files import place
 from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
+from tests.pipelines.image_jobs import open_table
 from vlv_model.errors import ConfigError, DataError, RunError
 from vlv_model.squares import Square
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.images.random_access import rows as schemas
+from pipelines.images import rows as schemas
 from pipelines.images.rows import (
     IMAGE_ROW,
     normalise_url,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.images.random_access import external
+from pipelines.images import external
 from pipelines.images.rows import key_of
 from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
 from vlv_model.errors import DataError

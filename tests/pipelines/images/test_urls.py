@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.images.random_access import urls
+from pipelines.images import urls
 from pipelines.images.rows import normalise_url, url_key
 from pipelines.images.urls import address_of, addresses_of, canonical_url
 

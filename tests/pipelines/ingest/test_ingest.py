@@ -23,8 +23,9 @@ from pipelines.cli.config import build
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.images.rows import IMAGE_ROW, url_key
 from pipelines.images.runs import last_run
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.decoder import image_columns
-from pipelines.ingest.job import IngestConfig, ingest
+from pipelines.ingest.job import ingest
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.files import place, read_parquet_file, write_atomically

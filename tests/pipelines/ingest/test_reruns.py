@@ -26,9 +26,11 @@ from pipelines.cli.main import main
 from pipelines.images.random_access import RowIndex
 from pipelines.images.rows import IMAGE_ROW, OK, url_key
 from pipelines.images.runs import Run, last_run
-from pipelines.ingest.job import IngestConfig, Merge, ingest, plan_only
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import chunk_file
+from pipelines.ingest.steps import Merge
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError, RunError

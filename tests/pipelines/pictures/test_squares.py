@@ -15,10 +15,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipelines.cli.config import build
-from pipelines.execution.image_job import ReadImages, Selection, open_table
+from pipelines.execution.read_images import ReadImages
+from pipelines.images.selection import Selection
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
 from pipelines.storage.tables import Table
+from tests.pipelines.image_jobs import open_table
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 

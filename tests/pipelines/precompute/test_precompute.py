@@ -13,9 +13,10 @@ from PIL import Image
 from pipelines.admin.status import StatusConfig, status_text
 from pipelines.cli.config import build, load
 from pipelines.execution.connection import RayConfig
-from pipelines.execution.image_job import ReadImages, Selection, open_table
+from pipelines.execution.read_images import ReadImages
 from pipelines.images.latents import KIND, LatentReader, made_of, packed, unpacked
 from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.selection import Selection
 from pipelines.precompute.config import EncodeConfig, PrecomputeConfig
 from pipelines.precompute.job import precompute
 from pipelines.precompute.predictor import EncodeImages
@@ -24,6 +25,7 @@ from pipelines.training.config import Stage1Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.stages import stage1
+from tests.pipelines.image_jobs import open_table
 from tests.pipelines.training.worlds import run_worlds, segment
 from vlv_model.errors import DataError, RunError
 from vlv_model.latents import posterior

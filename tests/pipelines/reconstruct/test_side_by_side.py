@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from pipelines.cli.config import build
-from pipelines.execution.image_job import Selection, open_table
 from pipelines.images.plans import read_plan
 from pipelines.images.removal import SIDE_BY_SIDE as FOLDER
 from pipelines.images.removal import remove_files
 from pipelines.images.rows import OK, RECONSTRUCTION_ROW, key_of
+from pipelines.images.selection import Selection
 from pipelines.pictures.squares import square_of
 from pipelines.reconstruct.side_by_side import write_files
 from pipelines.storage.tables import Table
+from tests.pipelines.image_jobs import open_table
 from vlv_model.squares import Square
 
 SQUARE = Square(16)

@@ -20,6 +20,7 @@ from pyarrow.parquet import encryption
 
 from benchmarks.faults import Line
 from pipelines.images.sources import walk
+from pipelines.storage import files as places
 from pipelines.storage.files import (
     matching,
     open_parquet,
@@ -31,7 +32,6 @@ from pipelines.storage.files import (
 )
 from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import Table, parquet_files, read_rows
-from pipelines.storage.tables import files as places
 from vlv_model.errors import DataError, RunError
 
 ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.storage import locks
 from pipelines.storage.files import place, write_atomically
 from pipelines.storage.locks import exclusive
-from pipelines.storage.tables import locks
 from vlv_model.errors import RunError
 
 

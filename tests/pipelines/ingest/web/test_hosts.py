@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from pipelines.ingest.job import IngestConfig
+from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.web.answers import TRANSIENT, DownloadError
 from pipelines.ingest.web.hosts import Hosts
 from tests.pipelines.ingest.sites import Site, fetch_all, reply, statuses

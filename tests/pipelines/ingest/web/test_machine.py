@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest import machine
+from pipelines.ingest.web import machine
 from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
 from tests.pipelines.ingest.sites import Site, fetch_all, reply
 

@@ -1,0 +1,102 @@
+"""First step of a chunk of images: they are read and decoded, each failure a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.execution.quarantine import FOLDER as DEATHS
+from pipelines.execution.quarantine import Deaths
+from pipelines.images.plans import planned, read_plan
+from pipelines.images.random_access import RowReader, UndecodableImage
+from pipelines.images.rows import OK, status
+from pipelines.storage.files import place
+from pipelines.storage.tables import Table
+from vlv_model.squares import Square
+
+
+class ReadImages:
+    """First step of a chunk: its rows' keys and decoded squares.
+
+    Takes a block of one row (`chunk`), gives `chunk`, `key`, `name` (of a file, or a URL), `pixels`
+    (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`; and where images are
+    kept `image`, its bytes as they were read, null where they are no image. What does not lie in a
+    table of ours is decoded in a process of its own (pipelines.pictures.squares).
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        square: Square,
+        keep_images: bool = False,
+        decode: Callable[[bytes, Square], np.ndarray] | None = None,
+    ) -> None:
+        """`decode` in place of the decoder that this process has in a child."""
+        self.keep_images, self.decode = keep_images, decode
+        self.folder = table.folder
+        about = table.describe()
+        self.files = [place(file) for file in about["files"]]
+        self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
+        self.square = square
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        from pipelines.pictures.squares import isolated_squares
+
+        (chunk,) = block["chunk"].to_pylist()
+        plan = read_plan(self.folder, chunk)
+        decode = None
+        if self.isolated:
+            decode = self.decode or isolated_squares(self.square)
+        reader = RowReader(planned(self.files, plan), named=True, decode=decode)
+        names = reader.names()
+        read: dict[int, _Read] = {}
+        deaths = Deaths(self.folder / DEATHS / f"read-{chunk:06d}.json")
+        for position in deaths.order(plan.num_rows):
+            if deaths.is_deadly(position):
+                why = f"the process died {deaths.alone[position]} times while it read this image"
+                read[position] = _Read(status("decode", "crashed"), why)
+                continue
+            with deaths.working_on(position) if deaths.is_careful else nullcontext():
+                read[position] = self._read(reader, position)
+        deaths.end()
+        rows = [read[position] for position in range(plan.num_rows)]
+        images = {"image": pa.array([row.image for row in rows], pa.binary())}
+        return pa.table(
+            {
+                "chunk": pa.array([chunk] * plan.num_rows, pa.int64()),
+                "key": plan["key"],
+                "name": pa.array(names, pa.string()),
+                "pixels": pa.array([row.pixels for row in rows], pa.binary()),
+                **(images if self.keep_images else {}),
+                "status": pa.array([row.status for row in rows], pa.string()),
+                "error": pa.array([row.error for row in rows], pa.string()),
+            }
+        )
+
+    def _read(self, reader: RowReader, position: int) -> _Read:
+        try:
+            content = reader.row(position)["image"]
+            pixels = reader.square(position, self.square, content)
+        except UndecodableImage as error:
+            return _Read(status("decode", error.kind), str(error)[:200])
+        return _Read(OK, None, pixels.tobytes(), content if self.keep_images else None)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What became of an image: its square, and its bytes where they are kept, or why it has none."""
+
+    status: str
+    error: str | None = None
+    pixels: bytes | None = None
+    image: bytes | None = None
+
+
+def squares(pixels: pa.ChunkedArray, image_size: int) -> np.ndarray:
+    """The `pixels` column, without nulls, as uint8 `[n 3 s s]`."""
+    rows = [np.frombuffer(value, np.uint8) for value in pixels.to_pylist()]
+    return np.stack(rows).reshape(-1, 3, image_size, image_size)
