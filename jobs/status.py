@@ -1,8 +1,9 @@
-"""Status: how a table stands, while a job writes it or afterwards. Reads, and changes nothing.
+"""Status: how a table or a training stands, while it is written or afterwards. Reads, and changes nothing.
 
-Any table will do: images, latents, pairs, captions, pictures.
+Any output will do: images, latents, pairs, captions, pictures, the run folder of a training.
 
     python jobs/status.py /data/images
+    python jobs/status.py /data/stage1
 """
 
 import sys

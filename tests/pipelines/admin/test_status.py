@@ -38,5 +38,28 @@ def test_a_table_without_runs(tmp_path: Path) -> None:
 
 
 def test_what_is_no_table_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no table: expected a folder with a _table\.json"):
+    said = (
+        r"holds no table and no training run: expected a folder with a _table\.json or a run\.json"
+    )
+    with pytest.raises(DataError, match=said):
         status_text(StatusConfig(table=str(tmp_path)))
+
+
+MADE = Path(__file__).parents[2] / "compatibility/made-2026-11"
+
+
+def test_a_training_that_was_killed_half_way() -> None:
+    """As the fixtures of compatibility have it: of twelve steps, with a checkpoint."""
+    told = status_text(StatusConfig(table=str(MADE / "killed/stage1")))
+    for words in (
+        "5 of 12 steps are done", "newest checkpoint: step 4, written", "held-out loss 0.9518 at step 0", "it is not finished",
+        "min to go if it is still going",
+    ):  # fmt: skip
+        assert words in told, told
+
+
+def test_a_training_that_has_just_begun(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"train.steps": 60000}')
+    told = status_text(StatusConfig(table=str(tmp_path)))
+    assert "0 of 60,000 steps are done" in told
+    assert "no checkpoint yet" in told
