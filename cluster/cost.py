@@ -65,7 +65,7 @@ class Train(Config):
         gt=0,
         le=1,
         description="model FLOP utilisation: our target, measured on no GPU yet; "
-        "benchmarks/training.py says what yours is",
+        "benchmarks/training/throughput.py says what yours is",
     )
     lost: float = Field(
         0.03, ge=0, lt=1, description="share of time for start-up, evaluation and repeated steps"

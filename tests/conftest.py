@@ -169,10 +169,10 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_captioner(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage-2 checkpoint whose weights were moved in place of training."""
-    from tests.vlv_model.checkpoints import metadata, shift
+    from tests.vlv_model.made_checkpoints import metadata, shift
     from vlv_model.autoencoder import VLVAutoEncoder
     from vlv_model.captioner import VLVCaptioner
-    from vlv_model.checkpoint import save_checkpoint
+    from vlv_model.checkpoints.weights import save_checkpoint
 
     home = tmp_path_factory.mktemp("captioner")
     stage1 = home / "stage1"

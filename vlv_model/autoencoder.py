@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlv_model import loading
-from vlv_model.checkpoint import load_checkpoint
+from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.weights import load_checkpoint
 from vlv_model.config import Precision
 from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
 from vlv_model.encoder import VLVEncoder

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from vlv_model import loading
 from vlv_model.caption_tokens import (
     IGNORED,
     GeneratedCaption,
@@ -23,7 +22,8 @@ from vlv_model.caption_tokens import (
     end_of_text_id,
     tokenize_captions,
 )
-from vlv_model.checkpoint import load_checkpoint, read_checkpoint
+from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint
 from vlv_model.config import Lora, Precision, Trainable
 from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder

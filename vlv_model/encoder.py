@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Florence2Model, PreTrainedTokenizerBase
 
-from vlv_model import loading
-from vlv_model.checkpoint import load_checkpoint
+from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.weights import load_checkpoint
 from vlv_model.config import Precision
 from vlv_model.errors import ModelError
 from vlv_model.freezing import freeze, thaw

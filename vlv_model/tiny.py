@@ -34,7 +34,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from vlv_model.loading import quietly
+from vlv_model.checkpoints.loading import quietly
 
 # All sizes of the tiny world are here.
 NUM_QUERIES = 16

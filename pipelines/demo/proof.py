@@ -20,9 +20,9 @@ from pipelines.tiny_world import scenes
 from pipelines.tiny_world.denoising import denoising_losses, gap_closed, text_conditions
 from pipelines.tiny_world.scoring import score_captions, score_pictures
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
+from vlv_model.checkpoints.sources import resolve_model
+from vlv_model.checkpoints.weights import CheckpointMetadata, save_checkpoint
 from vlv_model.freezing import evaluating
-from vlv_model.sources import resolve_model
 from vlv_model.squares import Square
 
 FROM_CAPTION = "from_caption.parquet"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlv_model.checkpoint_files import WEIGHTS_FILE, read_checkpoint
+from vlv_model.checkpoints.files import WEIGHTS_FILE, read_checkpoint
 from vlv_model.errors import CheckpointError
 
 FOLDER = "checkpoints"

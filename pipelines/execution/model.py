@@ -34,13 +34,13 @@ class ModelSettings(ModelConfig):
         such id.
         """
         # Here, so that --help need not wait for the libraries of the models.
-        from vlv_model.sources import pin
+        from vlv_model.checkpoints.sources import pin
 
         config, checkpoint = self._found()
         return pin(config, parts, known), checkpoint
 
     def _found(self) -> tuple[ModelConfig, Path | None]:
-        from vlv_model.sources import resolve_checkpoint, resolve_model
+        from vlv_model.checkpoints.sources import resolve_checkpoint, resolve_model
 
         given = self.model_dump(include=self.model_fields_set - {"path"})
         if self.path is None:

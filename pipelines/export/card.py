@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.report.markdown import card, table
+from vlv_model.checkpoints.fingerprint import short
+from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
-from vlv_model.fingerprint import short
-from vlv_model.sources import part_source
 
 _USE = {
     "stage2": """\

@@ -14,7 +14,7 @@ from pipelines.export.config import ExportConfig
 from pipelines.storage.tables import NEWER, read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
-from vlv_model.checkpoint_files import read_chain, read_checkpoint
+from vlv_model.checkpoints.files import read_chain, read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError, RunError
 
@@ -41,9 +41,9 @@ def export(config: ExportConfig) -> str:
 
 
 def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
-    from vlv_model.checkpoint import stages_of
-    from vlv_model.export import open_model, parts_read, sources_of
-    from vlv_model.sources import pin
+    from vlv_model.checkpoints.export import open_model, parts_read, sources_of
+    from vlv_model.checkpoints.sources import pin
+    from vlv_model.checkpoints.weights import stages_of
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is None:
@@ -94,10 +94,10 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
 
 
 def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
-    from vlv_model.export import open_model, parts_read, sources_of
-    from vlv_model.reference_files import read_reference
-    from vlv_model.reference_import import fill, stage_of
-    from vlv_model.sources import pin
+    from vlv_model.checkpoints.export import open_model, parts_read, sources_of
+    from vlv_model.checkpoints.sources import pin
+    from vlv_model.reference.files import read_reference
+    from vlv_model.reference.importer import fill, stage_of
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is not None:
@@ -148,7 +148,7 @@ def _write(
     texts: Mapping[str, str] | None = None,
 ) -> None:
     """The folder of `model`, which was built from `base_models`, with its card and `texts`."""
-    from vlv_model.export import export_model
+    from vlv_model.checkpoints.export import export_model
 
     card = model_card(Path(config.output).name, base_models, about, config.license)
     export_model(

@@ -30,9 +30,9 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
 
     `there` is what a manifest says already: the same VAE is called what it is called there.
     """
-    from vlv_model.fingerprint import fingerprint_like, is_same
-    from vlv_model.loading import read_latent_format
-    from vlv_model.sources import part_source
+    from vlv_model.checkpoints.fingerprint import fingerprint_like, is_same
+    from vlv_model.checkpoints.loading import read_latent_format
+    from vlv_model.checkpoints.sources import part_source
 
     latents, vae = read_latent_format(model), part_source(model, "vae")
     recorded = (there or {}).get("vae") or ""

@@ -17,7 +17,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     """
     # Here, so that --help need not wait for the libraries of the models.
     from pipelines.precompute.predictor import EncodeImages
-    from vlv_model.loading import load_vae
+    from vlv_model.checkpoints.loading import load_vae
 
     model, _ = config.model.resolve(["vae"])
     load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint

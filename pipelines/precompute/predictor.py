@@ -9,10 +9,10 @@ from pipelines.execution.read_images import squares
 from pipelines.images.latents import packed
 from pipelines.images.rows import LATENT_ROW, OK, status
 from pipelines.precompute.config import EncodeConfig
+from vlv_model.checkpoints.loading import load_vae
 from vlv_model.config import ModelConfig
 from vlv_model.freezing import freeze
 from vlv_model.latents import posterior
-from vlv_model.loading import load_vae
 
 
 class EncodeImages:

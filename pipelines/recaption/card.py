@@ -18,10 +18,10 @@ from pipelines.recaption.survey import SIMILAR_FILE, Survey
 from pipelines.report.markdown import card, plain, table
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.tables import PUBLISHED_FILE, Table, read_json_object
-from vlv_model.checkpoint_files import read_checkpoint
+from vlv_model.checkpoints.files import read_checkpoint
+from vlv_model.checkpoints.fingerprint import short
+from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
-from vlv_model.fingerprint import short
-from vlv_model.sources import part_source
 
 FILE = "README.md"
 _SAMPLES = 8

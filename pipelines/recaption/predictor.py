@@ -24,7 +24,7 @@ from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
 from pipelines.recaption.health import Health, health_of
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import read_checkpoint
+from vlv_model.checkpoints.weights import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError
 

@@ -9,7 +9,7 @@ from pipelines.execution.table_job import run_table_job
 from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.reconstruct.side_by_side import write_files
 from pipelines.storage.tables import Table
-from vlv_model.checkpoint_files import read_checkpoint
+from vlv_model.checkpoints.files import read_checkpoint
 from vlv_model.errors import CheckpointError
 from vlv_model.squares import Square
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.execution.checkpoints import FOLDER, checkpoint_name, finished_checkpoints
-from vlv_model.checkpoint_files import (
+from vlv_model.checkpoints.files import (
     WEIGHTS_FILE,
     CheckpointMetadata,
     open_tensors,
@@ -42,7 +42,7 @@ def save(
     keep: int,
 ) -> Path:
     """Write a checkpoint from gathered tensors, then drop all but the `keep` newest."""
-    from vlv_model.checkpoint import save_checkpoint
+    from vlv_model.checkpoints.weights import save_checkpoint
 
     folder = run_dir / FOLDER / checkpoint_name(metadata.step)
     shutil.rmtree(folder, ignore_errors=True)  # only one that was not finished is written again
@@ -77,7 +77,7 @@ def load_optimizer(engine: Any, folder: Path) -> None:
     the parameters that are trained here.
     """
     from pipelines.training import optimizer_state
-    from vlv_model.checkpoint import describe_misfits
+    from vlv_model.checkpoints.weights import describe_misfits
 
     info = read_checkpoint(folder)
     if OPTIMIZER_FILE not in info.more_files:

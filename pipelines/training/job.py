@@ -305,7 +305,7 @@ def run_worker(
     """
     from pipelines.training.loop import Trainer
     from pipelines.training.stages import stage1, stage2
-    from vlv_model.checkpoint import CheckpointMetadata
+    from vlv_model.checkpoints.weights import CheckpointMetadata
 
     model = ModelConfig(**loop["model"])
     run_dir = Path(loop["config"]["run_dir"])
@@ -363,7 +363,7 @@ def _verify(checkpoint: Path, worker: Worker) -> None:
     """
     import torch.distributed as dist
 
-    from vlv_model.checkpoint_files import verify_checkpoint
+    from vlv_model.checkpoints.files import verify_checkpoint
 
     refused: list[str | None] = [None] * worker.world_size
     why = None

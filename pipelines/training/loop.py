@@ -29,7 +29,7 @@ from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import Prepared, Stage
 from pipelines.training.usage import Utilisation, memory_gb
-from vlv_model.checkpoint import CheckpointMetadata
+from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.errors import VLVError
 from vlv_model.squares import Square
 

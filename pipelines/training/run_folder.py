@@ -29,10 +29,10 @@ from pipelines.storage.tables import read_json_object, refuse_difference, refuse
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses
-from vlv_model.checkpoint_files import read_checkpoint
+from vlv_model.checkpoints.files import read_checkpoint
+from vlv_model.checkpoints.sources import PLACES
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
-from vlv_model.sources import PLACES
 
 RESULT = "result.json"
 VALIDATION, _VALIDATION = "validation", "data.validation"  # the folder, the setting
@@ -64,7 +64,7 @@ def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config |
 
 def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
     """Refuse what could only fail on a worker, after the models were loaded."""
-    from vlv_model.checkpoint import read_checkpoint, stages_of
+    from vlv_model.checkpoints.weights import read_checkpoint, stages_of
 
     # Its files are looked at once: a run that has begun goes on from what it kept of them.
     begun = (Path(config.run_dir) / "parent").is_dir()
@@ -96,7 +96,7 @@ def identity(
     `there` is what is `recorded` of the run: a base model that is the same one is called what it
     is called there.
     """
-    from vlv_model.fingerprint import fingerprint_parts
+    from vlv_model.checkpoints.fingerprint import fingerprint_parts
 
     values = {**dump(config), "model": model.model_dump()}
     flat = {k: v for k, v in _flatten(values) if not k.startswith(FREE)}
@@ -128,7 +128,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     A base model that was not on the driver's machine yet when the run began has its digest from
     the run's newest checkpoint.
     """
-    from vlv_model.fingerprint import is_digest
+    from vlv_model.checkpoints.fingerprint import is_digest
 
     if not os.path.isfile(run_dir / "run.json"):
         return {}
@@ -154,8 +154,8 @@ def _recorded_names(
     Digests of the files (`digests` are today's, by part) decide; where one is not known, the ids of
     the hub or the folders do.
     """
-    from vlv_model.fingerprint import is_digest, is_same
-    from vlv_model.sources import field_of, part_source
+    from vlv_model.checkpoints.fingerprint import is_digest, is_same
+    from vlv_model.checkpoints.sources import field_of, part_source
 
     differing, names = set(), {}
     for part, here in digests.items():
@@ -224,7 +224,7 @@ def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
     """Keep what the run starts from in its folder: one checkpoint, merged with its own parents."""
     if checkpoint is None:
         return None
-    from vlv_model.checkpoint import merge_checkpoint
+    from vlv_model.checkpoints.weights import merge_checkpoint
 
     kept = run_dir / "parent"
     return kept if kept.is_dir() else merge_checkpoint(checkpoint, kept)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos
+from benchmarks.faults import chaos
 
 
 @pytest.mark.end_to_end

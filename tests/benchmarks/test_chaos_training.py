@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.chaos_jobs import Job
-from benchmarks.chaos_training import Run, compare
+from benchmarks.faults.jobs import Job
+from benchmarks.faults.training import Run, compare
 
 STEPS = 4
 

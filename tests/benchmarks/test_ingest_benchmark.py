@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.ingest import CASES, Case, Measured, _tell, ssim
-from benchmarks.web import is_dead, write_photos
+from benchmarks.ingest.throughput import CASES, Case, Measured, _tell, ssim
+from benchmarks.ingest.web import is_dead, write_photos
 
 
 def test_similarity_is_one_for_the_same_and_less_for_others() -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.memory import LiveTensors, Setup, live_bytes, memory
-from benchmarks.models import SIZES
+from benchmarks.training import models
+from benchmarks.training.memory import LiveTensors, Setup, live_bytes, memory
+from benchmarks.training.models import SIZES
 from vlv_model.autoencoder import VLVAutoEncoder
 
 TINY = SIZES["tiny"]

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.lists import write_list
-from benchmarks.metadata import FILTERS, STEPS, PictureMaker, growth
+from benchmarks.ingest.lists import write_list
+from benchmarks.ingest.metadata import FILTERS, STEPS, PictureMaker, growth
 from pipelines.images.rows import IMAGE_ROW, METADATA_ROW
 from pipelines.ingest.plan import Plan, read_list
 from pipelines.lists.filters import FilterConfig

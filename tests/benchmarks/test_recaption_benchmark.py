@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks import captioners
-from benchmarks.caption_loops import Loop, run_loop
-from benchmarks.recaption import LOOPS, Bench, job_rates, margin, told
+from benchmarks.recaption import captioners
+from benchmarks.recaption.loops import Loop, run_loop
+from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, told
 from pipelines.recaption import predictor
 from pipelines.recaption.engine import Engine
 from pipelines.storage.tables import Table

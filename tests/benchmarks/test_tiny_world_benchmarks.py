@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation, proof
+from benchmarks.quality import ablation, proof
 
 SUMMARY = {
     "captions": {

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import training
-from benchmarks.models import SIZES
-from benchmarks.training_steps import (
+from benchmarks.training import throughput as training
+from benchmarks.training.models import SIZES
+from benchmarks.training.steps import (
     Masters,
     Variant,
     batch_of,

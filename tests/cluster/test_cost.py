@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import models
+from benchmarks.training import models
 from cluster import cost
 from cluster.cost import CostConfig, Machine, Recaption, Train, estimate, table
 from cluster.render import read_sizes

@@ -34,7 +34,7 @@ from pipelines.training.pairs import with_pairs
 from tests.compatibility.make import HOME, IMAGES, OUTPUT, commands, replace_home
 from tests.compatibility.site import BASE_URL, serve
 from vlv_model import VLVAutoEncoder, VLVCaptioner
-from vlv_model.checkpoint import stages_of
+from vlv_model.checkpoints.weights import stages_of
 from vlv_model.squares import Square
 
 MADE = [folder.name for folder in sorted(Path(__file__).parent.glob("made-*"))]

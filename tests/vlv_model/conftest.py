@@ -9,11 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the h
 import pytest
 import torch
 
-from tests.vlv_model.checkpoints import metadata, shift
 from tests.vlv_model.drawings import scenes
+from tests.vlv_model.made_checkpoints import metadata, shift
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import save_checkpoint
+from vlv_model.checkpoints.weights import save_checkpoint
 from vlv_model.tiny import write_tiny_models
 
 

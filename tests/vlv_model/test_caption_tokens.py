@@ -11,8 +11,8 @@ from vlv_model.caption_tokens import (
     end_of_text_id,
     tokenize_captions,
 )
+from vlv_model.checkpoints.loading import load_caption_tokenizer
 from vlv_model.errors import ModelError
-from vlv_model.loading import load_caption_tokenizer
 
 TEXTS = st.lists(st.text(max_size=40), min_size=1, max_size=5)
 

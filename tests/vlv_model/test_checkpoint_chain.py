@@ -7,10 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vlv_model.checkpoints import metadata, refused, relink, same_weights, shift, tamper
+from tests.vlv_model.made_checkpoints import metadata, refused, relink, same_weights, shift, tamper
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import merge_checkpoint, read_checkpoint, save_checkpoint, stages_of
+from vlv_model.checkpoints.weights import (
+    merge_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    stages_of,
+)
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError
 

@@ -3,10 +3,10 @@ import torch
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration
 
 from tests.vlv_model import reference
+from vlv_model.checkpoints.loading import load_florence, resolve_model
 from vlv_model.config import MORE_DETAILED_CAPTION, ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
-from vlv_model.loading import load_florence, resolve_model
 from vlv_model.preprocessing import encoder_pixels
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.published_configs import PARAMETERS, QWEN_25
+from benchmarks.training import models
+from benchmarks.training.published_configs import PARAMETERS, QWEN_25
 
 META = torch.device("meta")
 FULL = models.SIZES["full"]

@@ -9,9 +9,9 @@ from transformers import Qwen2ForCausalLM
 from pipelines.cli.config import load
 from pipelines.export.config import ExportConfig
 from pipelines.export.job import export
-from tests.vlv_model.checkpoints import metadata, shift
+from tests.vlv_model.made_checkpoints import metadata, shift
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import read_checkpoint, save_checkpoint
+from vlv_model.checkpoints.weights import read_checkpoint, save_checkpoint
 from vlv_model.config import Lora
 from vlv_model.errors import CheckpointError
 from vlv_model.lora import is_adapter

@@ -4,8 +4,8 @@ import subprocess
 import pytest
 from transformers import AutoTokenizer
 
-from vlv_model.fingerprint import fingerprint_parts
-from vlv_model.loading import resolve_model
+from vlv_model.checkpoints.fingerprint import fingerprint_parts
+from vlv_model.checkpoints.loading import resolve_model
 from vlv_model.tiny import SCENE_WORDS, write_tiny_models
 
 PARTS = ("florence", "vae", "unet", "text_encoder", "language_model")

@@ -17,10 +17,10 @@ from pipelines.tiny_world.pretraining.language_model import partial_text
 from pipelines.tiny_world.pretraining.vae import encode
 from pipelines.tiny_world.scenes import caption
 from vlv_model.caption_tokens import IGNORED, tokenize_captions
+from vlv_model.checkpoints.loading import load_diffusion, load_text_encoder
+from vlv_model.checkpoints.sources import resolve_model
 from vlv_model.diffusion_decoder import DiffusionDecoder
-from vlv_model.loading import load_diffusion, load_text_encoder
 from vlv_model.preprocessing import encoder_pixels
-from vlv_model.sources import resolve_model
 from vlv_model.text_encoder import TextEncoder
 
 SPECIAL = (0, 1, 2)  # <s>, <pad>, </s>

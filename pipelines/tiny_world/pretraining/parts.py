@@ -44,7 +44,7 @@ from pipelines.tiny_world.pretraining.text_encoder import train_text_encoder
 from pipelines.tiny_world.pretraining.text_to_image import train_text_to_image
 from pipelines.tiny_world.pretraining.vae import encode, train_vae
 from pipelines.tiny_world.pretraining.vision import train_vision
-from vlv_model.loading import quietly
+from vlv_model.checkpoints.loading import quietly
 from vlv_model.tiny import ENCODER_IMAGE_SIZE, write_tiny_models
 
 RECORD = "pretraining.json"

@@ -10,9 +10,9 @@ from pipelines.execution.model import ModelSettings
 from pipelines.storage.files import write_atomically
 from pipelines.storage.tables import read_json_object
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint
+from vlv_model.checkpoints.sources import resolve_model
+from vlv_model.checkpoints.weights import CheckpointMetadata, read_checkpoint, save_checkpoint
 from vlv_model.errors import CheckpointError, RunError
-from vlv_model.sources import resolve_model
 
 
 def ship_stage1(run: str | os.PathLike[str], models: Path, target: Path) -> Path:

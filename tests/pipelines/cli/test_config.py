@@ -291,7 +291,7 @@ def test_shipped_configs_name_settings_that_exist(
     size: str, jobs: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each YAML file passes its job's own --print-config once the user's paths are given."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     files = sorted((root / "jobs/configs" / size).glob("*.yaml"))
     assert {f.stem for f in files} == jobs
     paths = ["data.input=/in"]

@@ -137,7 +137,7 @@ def test_a_signal_ends_a_job_in_good_order(
     (tmp_path / f"{name}.py").write_text(SLEEPER)
     job = subprocess.Popen(
         [sys.executable, str(tmp_path / f"{name}.py")],
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

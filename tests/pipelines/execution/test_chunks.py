@@ -143,8 +143,8 @@ def test_a_machine_that_is_lost_takes_no_chunk_with_it(tmp_path: Path) -> None:
     table = tmp_path / "table"
     done = subprocess.run(
         [sys.executable, tmp_path / "job.py", table, str(CHUNKS)],
-        cwd=Path(__file__).parents[2],
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
+        cwd=Path(__file__).parents[3],
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ def test_a_ray_of_the_jobs_own_that_does_not_start_is_one_line(tmp_path: Path) -
         "    print(error)\n"
     )
     environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "RAY_TMPDIR": str(too_long)}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[3]), "RAY_TMPDIR": str(too_long)}
     command = [sys.executable, "-c", job]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     (line,) = said.stdout.splitlines()
@@ -96,7 +96,7 @@ def start_job(folder: Path, killed: str, seconds: float) -> subprocess.Popen[str
     """A job that kills processes of its own Ray, and waits for tasks of so many seconds."""
     (folder / "job.py").write_text(JOB)
     environment = {key: v for key, v in os.environ.items() if not key.startswith("RAY_")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     command = [sys.executable, str(folder / "job.py"), killed, str(seconds)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)

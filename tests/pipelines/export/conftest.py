@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vlv_model.checkpoints import metadata, shift
+from tests.vlv_model.made_checkpoints import metadata, shift
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import save_checkpoint
+from vlv_model.checkpoints.weights import save_checkpoint
 
 
 @dataclass

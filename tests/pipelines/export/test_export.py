@@ -22,11 +22,11 @@ from pipelines.tiny_world import scenes
 from tests.jobs.conftest import Job, job  # noqa: F401
 from tests.pipelines.export.conftest import Trained
 from tests.vlv_model import published_layout
-from tests.vlv_model.checkpoints import same_weights
 from tests.vlv_model.drawings import scenes as drawn
+from tests.vlv_model.made_checkpoints import same_weights
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import read_checkpoint, stages_of
+from vlv_model.checkpoints.weights import read_checkpoint, stages_of
 from vlv_model.config import ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError, ConfigError, ModelError, RunError
@@ -173,7 +173,9 @@ def test_an_export_that_fails_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vlv_model.export.put_checkpoint", full)  # the last thing that is written
+    monkeypatch.setattr(
+        "vlv_model.checkpoints.export.put_checkpoint", full
+    )  # the last thing that is written
     with pytest.raises(OSError, match="No space left"):
         export(config(tmp_path / "captioner", trained.run))
     assert list(tmp_path.iterdir()) == []

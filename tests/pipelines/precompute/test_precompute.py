@@ -27,10 +27,10 @@ from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.stages import stage1
 from tests.pipelines.image_jobs import open_table
 from tests.pipelines.training.worlds import run_worlds, segment
+from vlv_model.checkpoints.loading import load_vae
+from vlv_model.checkpoints.sources import resolve_model
 from vlv_model.errors import DataError, RunError
 from vlv_model.latents import posterior
-from vlv_model.loading import load_vae
-from vlv_model.sources import resolve_model
 from vlv_model.squares import Square
 
 

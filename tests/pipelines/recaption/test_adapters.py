@@ -11,9 +11,9 @@ from pipelines.export.config import ExportConfig
 from pipelines.export.job import export
 from pipelines.recaption.job import recaption
 from tests.pipelines.recaption.conftest import Settings
-from tests.vlv_model.checkpoints import metadata, shift
+from tests.vlv_model.made_checkpoints import metadata, shift
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint import read_checkpoint, save_checkpoint
+from vlv_model.checkpoints.weights import read_checkpoint, save_checkpoint
 from vlv_model.config import Lora
 from vlv_model.lora import is_adapter
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
-from benchmarks.faults import Line
+from benchmarks.faults.kinds import Line
 from pipelines.images.sources import walk
 from pipelines.storage import files as places
 from pipelines.storage.files import (

@@ -11,7 +11,7 @@ from pipelines.demo.proof import denoising
 from pipelines.tiny_world import pretrained, scenes
 from pipelines.tiny_world.pretraining.fitting import Pictures
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoint import stages_of
+from vlv_model.checkpoints.weights import stages_of
 
 MODELS, STAGE1 = pretrained.FOLDER / pretrained.MODELS, pretrained.FOLDER / pretrained.STAGE1
 

@@ -18,9 +18,9 @@ from pipelines.tiny_world.pretraining.parts import pretrain
 from pipelines.tiny_world.pretraining.shipping import ship_stage1
 from pipelines.tiny_world.pretraining.vision import KINDS, patch_labels
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoint import CheckpointMetadata, read_checkpoint, save_checkpoint
+from vlv_model.checkpoints.sources import resolve_model
+from vlv_model.checkpoints.weights import CheckpointMetadata, read_checkpoint, save_checkpoint
 from vlv_model.errors import CheckpointError, RunError
-from vlv_model.sources import resolve_model
 from vlv_model.tiny import write_tiny_models
 
 PARTS = ["vae", "text_encoder", "text_to_image", "vision", "florence", "language_model"]

@@ -18,7 +18,7 @@ from pipelines.training import run_folder
 from pipelines.training.config import Stage1Config
 from pipelines.training.job import open_run
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoint import CheckpointMetadata, save_checkpoint
+from vlv_model.checkpoints.weights import CheckpointMetadata, save_checkpoint
 from vlv_model.errors import VLVError
 
 

@@ -19,7 +19,7 @@ from pipelines.training.checkpointing import (
     save,
 )
 from pipelines.training.saver import Saver
-from vlv_model.checkpoint import CheckpointMetadata
+from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.config import ModelConfig
 
 WRITER = """

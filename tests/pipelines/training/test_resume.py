@@ -20,7 +20,7 @@ from pipelines.training.metrics import read_metrics
 from tests.conftest import SMALLEST
 from tests.pipelines.training.worlds import run_worlds, segment, turn_a_bit
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoint_files import verify_checkpoint
+from vlv_model.checkpoints.files import verify_checkpoint
 from vlv_model.errors import CheckpointError
 
 pytestmark = pytest.mark.end_to_end

@@ -13,8 +13,8 @@ from pipelines.training.data import Batch
 from pipelines.training.stages import BLOCKS, Prepared, Stage, draws, stage1, stage2
 from pipelines.training.usage import Utilisation
 from tests.conftest import SMALLEST
+from vlv_model.checkpoints.sources import resolve_model
 from vlv_model.errors import ConfigError
-from vlv_model.sources import resolve_model
 
 
 def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pipelines.cli.config import dump
 from pipelines.training.config import Stage1Config, Stage2Config
-from vlv_model.sources import resolve_model
+from vlv_model.checkpoints.sources import resolve_model
 
 REPO = Path(__file__).parents[3]
 

@@ -41,7 +41,7 @@ def test_few_open_files_mean_fewer_requests(site: Site, allowed: int) -> None:
     site.answers["/a"] = late
     ended = subprocess.run(
         [sys.executable, "-c", FETCH, site.url("/a"), str(allowed)],
-        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        env={"PYTHONPATH": str(Path(__file__).parents[4])},
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,1 @@
+"""Ingest against img2dataset; lists, and the web that is asked."""

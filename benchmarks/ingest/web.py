@@ -1,0 +1,129 @@
+"""A web of photograph-like images on loopback for the benchmarks of ingest.
+
+    python benchmarks/ingest/web.py FOLDER [--latency SECONDS] [--dead SHARE]
+
+Serves http://127.0.0.1:PORT/N.jpg for any N, from the images in FOLDER in turn, and prints the port.
+A share of the numbers never answers, and another one answers as the web's broken links do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+from aiohttp import web
+from PIL import Image
+
+
+def is_dead(number: int, share: float) -> bool:
+    """Whether the N-th address never answers; the same for all who ask."""
+    return (number * 2_654_435_761) % 2**32 < share * 2**32
+
+
+def write_photos(folder: Path, count: int, seed: int = 0) -> None:
+    """Write `count` photograph-like JPEGs with sides of 500 to 3,000 px, unless they are there.
+
+    Noise of all octaves, the coarser the stronger, as the spectrum of photographs has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        longer = int(rng.integers(700, 3_001))
+        shorter = max(500, int(longer * rng.uniform(0.55, 1.0)))
+        width, height = (longer, shorter) if rng.random() < 0.6 else (shorter, longer)
+        picture = np.zeros((height, width, 3), np.float32)
+        for octave in range(1, 11):
+            cells = rng.normal(size=(2**octave, 2**octave, 3)).astype(np.float32)
+            planes = [
+                Image.fromarray(cells[..., c]).resize((width, height), Image.Resampling.BICUBIC)
+                for c in range(3)
+            ]
+            picture += np.stack([np.asarray(plane) for plane in planes], -1) * 60 / 1.6**octave
+        file = folder / f"{number:04d}.jpg"
+        if not file.exists():
+            buffer = io.BytesIO()
+            pixels = (picture + 128).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
+            file.write_bytes(buffer.getvalue())
+
+
+BROKEN = ("404", "410", "500", "truncated", "html", "noai")
+"""What broken addresses answer, in turn."""
+
+
+class Site:
+    """The answers. `rate` (answers a second; 0: all) may change while it is served.
+
+    With `copies`, so many numbers in a row have a file of their own, the same picture or not.
+    """
+
+    def __init__(
+        self, folder: Path, latency: float = 0, dead: float = 0, broken: float = 0, copies: int = 0
+    ) -> None:
+        self.bodies = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
+        self.latency, self.dead, self.broken, self.copies = latency, dead, broken, copies
+        self.rate = 0.0
+        self.turn = 0.0  # when the last answer goes out, at this rate
+
+    async def start(self) -> int:
+        """Serve on loopback, in the loop that is running; returns the port."""
+        app = web.Application()
+        app.router.add_get("/{number:[0-9]+}.jpg", self.answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        return int(runner.addresses[0][1])
+
+    async def answer(self, request: web.Request) -> web.Response:
+        number = int(request.match_info["number"])
+        if is_dead(number, self.dead):
+            await asyncio.sleep(3600)
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        if self.rate:
+            now = time.monotonic()
+            self.turn = max(now, self.turn + 1 / self.rate)
+            await asyncio.sleep(self.turn - now)
+        body, kind = self._body(number), "image/jpeg"
+        if not is_dead(number + 1_000_000_007, self.broken):
+            return web.Response(body=body, content_type=kind)
+        how = BROKEN[number % len(BROKEN)]
+        if how.isdigit():
+            return web.Response(status=int(how))
+        if how == "html":
+            return web.Response(text="<!doctype html>", content_type="text/html")
+        if how == "truncated":
+            return web.Response(body=body[: len(body) // 2], content_type=kind)
+        return web.Response(body=body, content_type=kind, headers={"X-Robots-Tag": "noai"})
+
+    def _body(self, number: int) -> bytes:
+        if not self.copies:
+            return self.bodies[number % len(self.bodies)]
+        number //= self.copies
+        comment = b"\xff\xfe\x00\x06" + number.to_bytes(4, "big")
+        body = self.bodies[number % len(self.bodies)]
+        return body[:2] + comment + body[2:]
+
+
+async def serve(site: Site) -> None:
+    print(await site.start(), flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--dead", type=float, default=0.0, help="share that never answers")
+    given = parser.parse_args()
+    asyncio.run(serve(Site(given.folder, given.latency, given.dead)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How good the captions of the tiny world are."""

@@ -1,0 +1,1 @@
+"""Captions per second, and what going on costs."""

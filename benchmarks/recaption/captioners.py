@@ -1,0 +1,158 @@
+"""The captioner that benchmarks/recaption/throughput.py runs, and the images that it is run on.
+
+Of size tiny it is trained, on drawn scenes, until it says and ends what a caption should. Of the
+other sizes, which nothing here could train, it has random weights and ends its captions at lengths
+that are drawn by the key of an image, the same for all who caption it.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.faults.jobs import environment
+from benchmarks.faults.kinds import REPO
+from benchmarks.training.models import PARAGRAPH, SIZES, captioner
+from pipelines.execution.model import ModelSettings
+from pipelines.images.rows import IMAGE_ROW
+from pipelines.recaption.predictor import CaptionImages
+from pipelines.tiny_world import scenes
+from pipelines.tiny_world.pretrained import FOLDER, STAGE1
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoints.export import export_model
+from vlv_model.checkpoints.sources import resolve_model
+from vlv_model.decoding import Running, Sampling, SlotDecoder
+from vlv_model.preprocessing import square_image
+from vlv_model.tiny import write_tiny_models
+
+_PAIRS = 1_600
+_PHOTO = (640, 480)
+_TRAINING = {
+    "steps": 300,
+    "global_batch_size": 64,
+    "learning_rate": 2e-3,
+    "num_workers": 1,
+    "use_gpu": "false",
+    "wandb": "disabled",
+    "samples": 0,
+    "eval_rows": 64,
+    "max_caption_tokens": 128,
+}
+
+
+def write_images(file: Path, count: int, size: str, seed: int = 2) -> Path:
+    """A Parquet file of so many drawn scenes, unless it is there; photograph-sized but for tiny."""
+    if file.exists():
+        return file
+    rows = []
+    for number, scene in enumerate(scenes.sample(seed, count)):
+        picture, buffer = scenes.draw(scene, number), io.BytesIO()
+        if size == "tiny":
+            picture.save(buffer, "PNG")
+        else:
+            picture.resize(_PHOTO).save(buffer, "JPEG", quality=95)
+        image = {"bytes": buffer.getvalue(), "path": None}
+        about = {"caption": scenes.caption(scene), "status": "ok"}
+        rows.append({"key": number * 7919, "url": f"http://x/{number}", "image": image, **about})
+    schema = IMAGE_ROW.append(pa.field("caption", pa.string()))
+    part = file.with_suffix(".part")
+    pq.write_table(pa.Table.from_pylist(rows, schema), part, row_group_size=64)
+    part.rename(file)
+    return file
+
+
+def trained(folder: Path) -> Path:
+    """The run of a stage 2 upon the shipped encoder, trained unless it is there."""
+    run = folder / "stage2"
+    if not (run / "result.json").exists():
+        pairs = write_images(folder / "pairs.parquet", _PAIRS, "tiny", seed=1)
+        command = [sys.executable, "jobs/stage2.py", f"data.input={pairs}", f"run_dir={run}"]
+        command += [f"model.path={FOLDER / STAGE1}", "ray.num_cpus=2"]
+        command += [f"train.{name}={value}" for name, value in _TRAINING.items()]
+        subprocess.run(command, cwd=REPO, check=True, env=environment(folder))
+    return run
+
+
+def random(folder: Path, size: str) -> Path:
+    """A captioner of random weights as a folder that stands alone, written unless it is there."""
+    model = folder / f"random-{size}"
+    if not model.exists():
+        about = SIZES[size]
+        lengths = ("num_queries", "image_size", "encoder_image_size")
+        metadata = {"stage": "stage2", "step": 0, "rows_seen": 0, "config": {}}
+        with tempfile.TemporaryDirectory() as parts:
+            tiny = resolve_model(write_tiny_models(Path(parts) / "tiny"))[0]
+            config = tiny.model_copy(update={name: getattr(about, name) for name in lengths})
+            export_model(model, captioner(about, torch.device("cpu")), config, metadata)
+    return model
+
+
+def forced_length(key: int, longest: int) -> int:
+    """Tokens of an image's caption, end-of-text counted: evenly from as short as teachers write."""
+    shortest, limit = min(PARAGRAPH[0], longest // 4), min(PARAGRAPH[1], longest)
+    return int(np.random.default_rng(abs(key)).integers(shortest, limit + 1))
+
+
+class _ForcedDecoder(SlotDecoder):
+    def _tokens(self, logits: Tensor, sequences: Sequence[Running]) -> list[int]:
+        logits[:, self.end_of_text] = -torch.inf
+        for row, sequence in enumerate(sequences):
+            if len(sequence.ids) + 1 >= forced_length(sequence.key, self.max_new_tokens):
+                logits[row, self.end_of_text] = torch.inf
+        return super()._tokens(logits, sequences)
+
+
+class ForcedCaptioner(VLVCaptioner):
+    """Ends its captions at `forced_length`."""
+
+    def decoder(
+        self, slots: int, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> SlotDecoder:
+        plain = super().decoder(slots, max_new_tokens, sampling)
+        plain.__class__ = _ForcedDecoder
+        return plain
+
+
+def is_forced(model: Path) -> bool:
+    """Whether the captioner in this folder cannot end its captions itself."""
+    return model.name.startswith("random-")
+
+
+def open_captioner(model: Path) -> VLVCaptioner:
+    """The captioner of a folder, float32, on the CPU."""
+    captioner = VLVCaptioner.from_pretrained(*ModelSettings(path=str(model)).resolve())
+    if is_forced(model):
+        captioner.__class__ = ForcedCaptioner
+    return captioner
+
+
+class ForcedCaptionImages(CaptionImages):
+    """The job's actor with a `ForcedCaptioner`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.engine.captioner.__class__ = ForcedCaptioner
+
+
+def squares_of(file: Path, keys: Collection[int], captioner: VLVCaptioner) -> dict[int, Tensor]:
+    """Decoded squares of some images, as a plain reader has them, by key."""
+    side = captioner.encoder.encoder_image_size // 2
+    found = {}
+    for rows in pq.ParquetFile(file).iter_batches(64, columns=["key", "image"]):
+        for row in rows.to_pylist():
+            if row["key"] in keys:
+                with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+                    found[row["key"]] = square_image(image, side)
+    return found

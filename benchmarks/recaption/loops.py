@@ -1,0 +1,182 @@
+"""What benchmarks/recaption/throughput.py compares the job with: plain loops, and the model by itself.
+
+The loops are what one writes who knows transformers: open the images of a batch, let the processor
+resize and normalise them on the CPU, generate, decode, go on.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, LogitsProcessor
+
+from benchmarks.recaption.captioners import forced_length, is_forced, open_captioner, squares_of
+from pipelines.recaption.config import GenerateConfig
+from pipelines.recaption.engine import Engine
+from vlv_model.caption_tokens import caption_text, end_of_text_id
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, square_image
+
+
+@dataclass
+class Loop:
+    """Settings of a plain loop, and what it came to."""
+
+    batch: int
+    beams: int
+    stop: bool  # at the end-of-text, or always the most tokens
+    tokens: int = 0
+    seconds: float = 0.0
+    said: dict[int, list[int]] = field(default_factory=dict)  # tokens by key
+
+    def told(self) -> dict[str, Any]:
+        return {"images": len(self.said), "tokens": self.tokens, "seconds": self.seconds}
+
+
+class _ForcedEnd(LogitsProcessor):
+    """Ends row i of a batch at its `forced_length`, and nowhere else."""
+
+    def __init__(self, keys: list[int], beams: int, end_of_text: int, longest: int) -> None:
+        lengths = [forced_length(key, longest) for key in keys for _ in range(beams)]
+        self.lengths, self.end_of_text = torch.tensor(lengths), end_of_text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        ends = (input_ids.shape[1] + 1 >= self.lengths).to(scores.device)
+        scores[:, self.end_of_text] = -torch.inf
+        scores[ends] = -torch.inf
+        scores[ends, self.end_of_text] = 0.0
+        return scores
+
+
+def run_loop(
+    loop: Loop, model: Path, file: Path, images: int, longest: int, device: torch.device
+) -> Loop:
+    """Caption the first `images` of a Parquet file; the first batch is done twice, not counted."""
+    captioner = open_captioner(model).to(device)
+    forced = is_forced(model) and loop.stop
+    batches = list(_batches(file, images, loop.batch))
+    _one_batch(loop, captioner, *batches[0], longest=longest, forced=forced)
+    loop.tokens, loop.said = 0, {}
+    begun = time.perf_counter()
+    for keys, content in batches:
+        _one_batch(loop, captioner, keys, content, longest=longest, forced=forced)
+    loop.seconds = time.perf_counter() - begun
+    return loop
+
+
+def _batches(file: Path, images: int, size: int) -> Iterator[tuple[list[int], list[bytes]]]:
+    left = images
+    for rows in pq.ParquetFile(file).iter_batches(size, columns=["key", "image"]):
+        rows = rows.slice(0, left)
+        left -= rows.num_rows
+        if rows.num_rows:
+            yield rows["key"].to_pylist(), [image["bytes"] for image in rows["image"].to_pylist()]
+
+
+@torch.no_grad()
+def _one_batch(
+    loop: Loop,
+    captioner: VLVCaptioner,
+    keys: list[int],
+    content: list[bytes],
+    longest: int,
+    forced: bool,
+) -> None:
+    device = captioner.encoder.learnable_queries.device
+    side = captioner.encoder.encoder_image_size
+    processor = CLIPImageProcessorPil(
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
+    # The reference's encoder sees the square that its VAE saw, resized once more.
+    squares = [_square(image, side // 2) for image in content]
+    pixels = processor(squares, return_tensors="pt").pixel_values.to(device)
+    prefix = captioner.prefix(pixels)
+    end_of_text = end_of_text_id(captioner.tokenizer)
+    ends = _ForcedEnd(keys, loop.beams, end_of_text, longest)
+    new_ids = captioner.language_model.generate(
+        inputs_embeds=prefix,
+        attention_mask=prefix.new_ones(prefix.shape[:2], dtype=torch.int64),
+        do_sample=False,
+        num_beams=loop.beams,
+        max_new_tokens=longest,
+        eos_token_id=end_of_text if loop.stop else None,
+        pad_token_id=end_of_text,
+        logits_processor=[ends] if forced else None,
+    )
+    for key, ids in zip(keys, new_ids.tolist(), strict=True):
+        if loop.stop and end_of_text in ids:
+            ids = ids[: ids.index(end_of_text)]
+        caption_text(captioner.tokenizer, ids)  # what the loop is there for
+        loop.tokens += len(ids)
+        loop.said[key] = ids
+
+
+def _square(content: bytes, side: int) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        return Image.fromarray(square_image(image, side).permute(1, 2, 0).numpy())
+
+
+def run_bare(
+    model: Path,
+    file: Path,
+    images: int,
+    generate: GenerateConfig,
+    device: torch.device,
+    workers: int,
+) -> dict[str, Any]:
+    """Decoded squares through the engine, in as many processes as the job has actors."""
+    context = get_context("spawn")
+    barrier, results = context.Barrier(workers), context.Queue()
+    shares = [range(first, images, workers) for first in range(workers)]
+    arguments = (model, file, generate, device, workers, barrier, results)
+    processes = [context.Process(target=_bare, args=(s, *arguments)) for s in shares]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    seconds, tokens = max(f[0] for f in found), sum(f[1] for f in found)
+    return {"images": images, "tokens": tokens, "seconds": seconds}
+
+
+def _bare(
+    rows: range,
+    model: Path,
+    file: Path,
+    generate: GenerateConfig,
+    device: torch.device,
+    workers: int,
+    barrier: Barrier,
+    results: Any,
+) -> None:
+    if workers > 1:
+        torch.set_num_threads(1)
+    captioner = open_captioner(model).to(device)
+    everything = pq.read_table(file, columns=["key"])["key"].to_pylist()
+    mine = [everything[row] for row in rows]
+    squares = squares_of(file, set(mine), captioner)
+    pixels = torch.stack([squares[key] for key in mine])  # uint8 [n 3 s s]
+    engine = Engine(captioner, generate)
+    list(engine.captions(mine[:2], pixels[:2]))
+    barrier.wait()
+    begun = time.perf_counter()
+    tokens = 0
+    for outcome in engine.captions(mine, pixels):
+        assert outcome.caption is not None
+        tokens += outcome.caption.num_tokens
+    results.put((time.perf_counter() - begun, tokens))

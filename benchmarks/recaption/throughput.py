@@ -1,0 +1,256 @@
+"""Captions per second of the recaption job, against plain loops and against the model by itself.
+
+    python benchmarks/recaption/throughput.py runs/bench-recaption --size tiny --device cpu [--rounds 3] [--quick]
+
+The same captioner and the same images, read from Parquet, in turn:
+
+    ours            the job, end to end: Ray, chunks, commits; greedy. Its start is told apart, as
+                    the time to the first commit: the rate is that of what was committed after it
+    reference       the published loop: beam 4, batch 2, float32, the processor on the CPU
+    reference 300   the same, always to the 300th token, as a model that cannot stop has it
+    plain           transformers' generate: greedy, batch 64
+    bare            the engine on squares that are decoded, in as many processes as ours has actors
+
+All end a caption at the end-of-text, but for one. Medians over the rounds. Captions of ours that
+differ from the plain loop's are counted as the same where the two best logits lie closer than 1e-4
+at the token where they part. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, too
+from benchmarks.faults.counting import committed
+from benchmarks.faults.jobs import environment
+from benchmarks.faults.kinds import REPO
+from benchmarks.recaption import captioners
+from benchmarks.recaption.loops import Loop, run_bare, run_loop
+from pipelines.cli.config import build
+from pipelines.recaption import predictor
+from pipelines.recaption.config import RecaptionConfig
+from pipelines.recaption.job import recaption
+from vlv_model.caption_tokens import caption_text, end_of_text_id
+
+LONGEST = 300  # tokens
+BATCH = 64
+CLOSE = 1e-4  # of two logits
+LOOPS = {
+    "reference": {"batch": 2, "beams": 4, "stop": True},
+    "reference 300": {"batch": 2, "beams": 4, "stop": False},
+    "plain": {"batch": BATCH, "beams": 1, "stop": True},
+}
+# Images for each: some seconds of it, or some minutes where nothing less would do.
+IMAGES = {
+    "tiny": {"ours": 4096, "bare": 4096, "plain": 1024, "reference": 96, "reference 300": 8},
+    "small": {"ours": 128, "bare": 64, "plain": 64, "reference": 4, "reference 300": 2},
+    "full": {"ours": 2048, "bare": 512, "plain": 256, "reference": 32, "reference 300": 8},
+}
+CHUNK = {"tiny": 128, "small": 16, "full": 128}
+QUICK = {"ours": 24, "bare": 8, "plain": 8, "reference": 2, "reference 300": 2}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where captioner, images and tables are kept")
+    parser.add_argument("--size", choices=IMAGES, default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few images, random weights")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    given.folder = given.folder.absolute()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given.folder, given.size, given.device, given.quick)
+    if given.contender:
+        print(json.dumps(bench.contend(given.contender)))
+        return
+    told = bench.compare(1 if given.quick else given.rounds)
+    print(json.dumps({"benchmark": "recaption", **told}))
+
+
+class Bench:
+    """A captioner, images, and those who caption them, each in a process of its own."""
+
+    def __init__(self, folder: Path, size: str, device: str, quick: bool) -> None:
+        self.folder, self.size, self.device, self.quick = folder, size, device, quick
+        self.images = QUICK if quick else IMAGES[size]
+        self.longest = 12 if quick else LONGEST
+        self.chunk = 4 if quick else CHUNK[size]
+        cpu = device == "cpu"
+        self.workers = (os.cpu_count() or 1) if cpu else torch.cuda.device_count()
+        is_trained = size == "tiny" and not quick
+        self.model = folder / ("stage2" if is_trained else f"random-{size}")
+        self.file = folder / f"images-{size}{'-quick' if quick else ''}.parquet"
+
+    def prepare(self) -> None:
+        if captioners.is_forced(self.model):
+            captioners.random(self.folder, self.size)
+        else:
+            captioners.trained(self.folder)
+        captioners.write_images(self.file, max(self.images.values()), self.size)
+
+    # ------------------------------------------------------------------ in a process of its own
+
+    def contend(self, name: str) -> dict[str, Any]:
+        """Run one of them once; images, tokens and seconds."""
+        device, images = torch.device(self.device), self.images[name]
+        if name == "ours":
+            if captioners.is_forced(self.model):
+                predictor.CaptionImages = captioners.ForcedCaptionImages  # type: ignore[misc]
+            recaption(self.config())
+            return {}
+        if name == "bare":
+            generate = self.config().generate
+            return run_bare(self.model, self.file, images, generate, device, self.workers)
+        loop = Loop(**LOOPS[name])
+        run_loop(loop, self.model, self.file, images, self.longest, device)
+        if name == "plain":
+            (self.folder / "plain.json").write_text(json.dumps(list(loop.said.items())))
+        return loop.told()
+
+    def config(self) -> RecaptionConfig:
+        data = {"input": str(self.file), "output": str(self.folder / "captions")}
+        generate = {"num_beams": 1, "max_new_tokens": self.longest, "batch_size": BATCH}
+        return build(
+            RecaptionConfig,
+            {
+                "data": {**data, "rows_per_chunk": self.chunk},
+                "model": {"path": str(self.model)},
+                "generate": generate,
+                "actors": {"use_gpu": self.device == "cuda"},
+            },
+        )
+
+    # ---------------------------------------------------------------------------- the comparison
+
+    def compare(self, rounds: int) -> dict[str, Any]:
+        self.prepare()
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *LOOPS, "bare")}
+        for number in range(rounds):
+            for name, runs in found.items():
+                runs.append(self.measured(name))
+                print(f"round {number + 1}, {name}: {json.dumps(runs[-1])}", flush=True)
+        return {
+            "size": self.size,
+            "device": self.device,
+            "cores": os.cpu_count(),
+            "rounds": rounds,
+            **told(found),
+            **self.compared(),
+        }
+
+    def measured(self, name: str) -> dict[str, Any]:
+        """Rates of one contender, once."""
+        output = self.folder / "captions"
+        if name == "ours":
+            shutil.rmtree(output, ignore_errors=True)
+        command = [sys.executable, __file__, str(self.folder), "--contender", name]
+        command += ["--size", self.size, "--device", self.device]
+        command += ["--quick"] if self.quick else []
+        known = environment(self.folder)
+        known.pop("OMP_NUM_THREADS")  # torch's own choice: all cores
+        begun = time.time()
+        done = subprocess.run(command, cwd=REPO, env=known, stdout=subprocess.PIPE, check=True)
+        seconds = time.time() - begun
+        if name == "ours":
+            return job_rates(output, begun, seconds, self.workers)
+        one = json.loads(done.stdout.splitlines()[-1])
+        return rates(one["images"], one["tokens"], one["seconds"])
+
+    def compared(self) -> dict[str, Any]:
+        """How many greedy captions of ours are the plain loop's."""
+        captioner = captioners.open_captioner(self.model)
+        tokenizer = captioner.tokenizer
+        rows, _ = committed(self.folder / "captions")
+        ours = dict(zip(rows["key"].to_pylist(), rows["caption"].to_pylist(), strict=True))
+        plain = dict(json.loads((self.folder / "plain.json").read_text()))
+        other = {k: ids for k, ids in plain.items() if caption_text(tokenizer, ids) != ours[k]}
+        pixels = captioners.squares_of(self.file, other, captioner)
+        close = sum(
+            margin(captioner, pixels[key], ids, ours[key]) < CLOSE for key, ids in other.items()
+        )
+        return {
+            "captions_compared": len(plain),
+            "captions_equal": len(plain) - len(other),
+            "captions_apart_by_rounding": close,
+            "captions_identical": close == len(other),
+        }
+
+
+def rates(images: int, tokens: int, seconds: float) -> dict[str, Any]:
+    return {
+        "captions_per_second": round(images / seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+    }
+
+
+def job_rates(table: Path, begun: float, seconds: float, workers: int) -> dict[str, Any]:
+    """Rates of a job that ended: after every actor has committed once, and over all."""
+    rows, damaged = committed(table)
+    assert not damaged, damaged
+    commits = sorted((table / "_commits").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    times = [file.stat().st_mtime for file in commits]
+    sizes = [json.loads(file.read_text())["rows"] for file in commits]
+    steady = min(workers, len(commits) - 1)
+    tokens = sum(rows["num_tokens"].to_pylist())
+    count = sum(sizes[steady:])
+    share = count / rows.num_rows
+    return {
+        **rates(count, round(tokens * share), times[-1] - times[steady - 1]),
+        "captions_per_second_over_all": round(rows.num_rows / seconds, 3),
+        "seconds_to_first_commit": round(times[0] - begun, 2),
+        "seconds": round(seconds, 2),
+    }
+
+
+def told(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians, and the ratios that have targets."""
+    median = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+    rate = {name: one["captions_per_second"] for name, one in median.items()}
+    return {
+        "ratio_to_reference": round(rate["ours"] / rate["reference"], 2),
+        "ratio_to_reference_300": round(rate["ours"] / rate["reference 300"], 2),
+        "ratio_to_plain": round(rate["ours"] / rate["plain"], 2),
+        "share_of_bare_model": round(rate["ours"] / rate["bare"], 3),
+        "medians": median,
+    }
+
+
+@torch.no_grad()
+def margin(captioner: Any, square: torch.Tensor, ids: list[int], text: str) -> float:
+    """How far apart the two best logits are where a caption parts from the tokens `ids`."""
+    tokenizer = captioner.tokenizer
+    same = 0
+    while same < len(ids):
+        if not text.startswith(caption_text(tokenizer, ids[: same + 1]).rstrip("\ufffd")):
+            break
+        same += 1
+    embeddings = captioner.language_model.get_input_embeddings()(torch.tensor([ids[:same]]).long())
+    inputs = torch.cat([captioner.prefix(square[None]), embeddings], dim=1)
+    logits = captioner.language_model(inputs_embeds=inputs).logits[0, -1]
+    if type(captioner) is captioners.ForcedCaptioner:
+        logits[end_of_text_id(tokenizer)] = -torch.inf
+    first, second = logits.topk(2).values.tolist()
+    return first - second
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The steps that benchmarks/training/throughput.py measures: ours as the jobs take them, and the reference's.
+
+Ours are the parts of pipelines/training (stages, optimiser, acceleration) without Ray and DeepSpeed,
+so that they run on any machine with torch; of DeepSpeed one thing is done here: float32 masters of
+bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.training import models
+from benchmarks.training.reference_step import ReferenceStage1, ReferenceStage2, ReferenceStep
+from pipelines.training.config import Stage2TrainConfig, TrainConfig
+from pipelines.training.data import Batch
+from pipelines.training.optimizer import build_optimizer
+from pipelines.training.stages import Stage, captioning, denoising
+from vlv_model.config import Precision
+from vlv_model.latents import posterior
+from vlv_model.precision import cast
+from vlv_model.preprocessing import vae_pixels
+from vlv_model.tiny import SCENE_WORDS
+
+StageName = Literal["stage1", "stage2"]
+SEED = 0
+CAPTION = "caption"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step."""
+
+    name: str
+    ours: bool = True
+    precision: Precision = "float32"
+    stored_latents: bool = False
+
+
+def batch_of(size: models.Size, stage: StageName) -> Batch:
+    """Blurred noise as images, and captions of drawn lengths in words of one token each."""
+    generator = torch.Generator().manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    rows = size.batch[stage == "stage2"]
+    noise = torch.rand(rows, 3, 24, 24, generator=generator)
+    images = F.interpolate(noise, size=(size.image_size,) * 2, mode="bilinear")
+    low, high = size.caption_tokens
+    lengths = rng.integers(low, high, rows, endpoint=True)
+    captions = [" ".join(rng.choice(SCENE_WORDS, length - 1)) for length in lengths]
+    return Batch(
+        keys=list(range(rows)),
+        epochs=[0] * rows,
+        pixel_values=(images * 255).round().to(torch.uint8),
+        columns={CAPTION: captions},
+    )
+
+
+class OurStep:
+    """One update, from a batch on the CPU to the new weights."""
+
+    def __init__(self, stage: Stage, train: TrainConfig, device: torch.device) -> None:
+        self.stage, self.train, self.device = stage, train, device
+        stage.model.train()
+        cast(stage.model, train.precision)
+        self.optimizer = build_optimizer(stage, train)
+        self.masters = Masters(self.optimizer) if train.precision == "bfloat16" else None
+        self.trained = [p for p in stage.model.parameters() if p.requires_grad]
+
+    def __call__(self, batch: Batch) -> float:
+        loss = self.stage.model(**self.inputs(batch))
+        loss.backward()
+        if self.masters:
+            self.masters.take_gradients()
+        trained = self.masters.floats if self.masters else self.trained
+        torch.nn.utils.clip_grad_norm_(trained, self.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.masters:
+            self.masters.give_weights()
+        return float(loss.detach())
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        prepared = self.stage.prepare(batch)
+        return {name: value.to(self.device) for name, value in prepared.inputs.items()}
+
+
+class Masters:
+    """float32 copies of bfloat16 weights, which the optimiser then works on, as in DeepSpeed."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.halves: list[nn.Parameter] = []
+        self.floats: list[nn.Parameter] = []
+        for group in optimizer.param_groups:
+            copies = [nn.Parameter(p.detach().float()) for p in group["params"]]
+            self.halves += group["params"]
+            self.floats += copies
+            group["params"] = copies
+
+    def take_gradients(self) -> None:
+        for half, master in zip(self.halves, self.floats, strict=True):
+            master.grad = None if half.grad is None else half.grad.float()
+            half.grad = None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        torch._foreach_copy_(self.halves, self.floats)
+
+
+class KeptLatents:
+    """What jobs/precompute.py would have stored of a batch, read back."""
+
+    def __init__(self, vae: nn.Module, batch: Batch) -> None:
+        device = next(vae.parameters()).device
+        mean, deviation = posterior(vae, batch.pixel_values.to(device))
+        self.mean, self.deviation = (
+            t.bfloat16().float().to("cpu", memory_format=torch.contiguous_format)
+            for t in (mean, deviation)
+        )
+
+    def read(self, keys: list[int]) -> tuple[Tensor, Tensor]:
+        return self.mean[keys], self.deviation[keys]
+
+
+def our_stage(size: models.Size, stage: StageName, device: torch.device, kept: bool) -> Stage:
+    """Our stage upon a new model; with `kept`, upon latents that are stored already."""
+    if stage == "stage2":
+        return captioning(models.captioner(size, device), CAPTION, max_tokens=300)
+    autoencoder = models.autoencoder(size, device)
+    stored = None
+    if kept:
+        stored = KeptLatents(autoencoder.diffusion_decoder.vae, batch_of(size, stage))
+        autoencoder.diffusion_decoder.vae = None
+    return denoising(autoencoder, SEED, stored)  # type: ignore[arg-type]
+
+
+def settings(stage: StageName, size: models.Size, variant: Variant) -> TrainConfig:
+    kind = TrainConfig if stage == "stage1" else Stage2TrainConfig
+    rows = size.batch[stage == "stage2"]
+    return kind(global_batch_size=rows, precision=variant.precision)
+
+
+def reference_loss(stage: Stage) -> ReferenceStage1 | ReferenceStage2:
+    """The reference's loss upon the very modules of our stage's model."""
+    kind = ReferenceStage1 if stage.name == "stage1" else ReferenceStage2
+    return kind(stage.model)  # type: ignore[arg-type]
+
+
+def reference_inputs(stage: Stage, batch: Batch) -> tuple[object, ...]:
+    """A batch as the reference's loader and its draws give it: squares in [-1, 1] and the rest."""
+    squares = vae_pixels(batch.pixel_values)
+    if stage.name == "stage2":
+        return squares, batch.columns[CAPTION]
+    drawn = stage.prepare(batch).inputs
+    return squares, drawn["noise"], drawn["timesteps"], drawn["posterior_noise"]
+
+
+def step_of(
+    size: models.Size, stage_name: StageName, device: torch.device, variant: Variant
+) -> Callable[[], float]:
+    """A step upon a new model, ready to be taken again and again on the same batch."""
+    batch = batch_of(size, stage_name)
+    train = settings(stage_name, size, variant)
+    stage = our_stage(size, stage_name, device, variant.stored_latents)
+    if variant.ours:
+        ours = OurStep(stage, train, device)
+        return lambda: ours(batch)
+    inputs = reference_inputs(stage, batch)
+    loss = reference_loss(stage).train()
+    step = ReferenceStep(loss, train.learning_rate)
+    return lambda: step(*inputs)

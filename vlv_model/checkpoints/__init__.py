@@ -1,0 +1,1 @@
+"""Pretrained parts and checkpoints: found, checked, loaded, saved, exported."""

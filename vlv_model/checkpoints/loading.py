@@ -1,0 +1,266 @@
+"""Loads of pretrained parts: strict, safetensors only, in the precision that is asked for.
+
+A pickle can run code; Qwen2.5 is published in bfloat16, in which updates of 1e-5 round away; a
+tensor that the file lacks would silently stay random. So each of them is an error or converted.
+Large parts come in their precision at once: eight ranks that each held a model of 3B in float32
+first would need more memory than their machine has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.utils import enable_progress_bars
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Florence2Model,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from vlv_model.checkpoints.sources import (
+    Model,
+    Source,
+    part_source,
+    resolve_checkpoint,
+    resolve_model,
+)
+from vlv_model.config import ModelConfig, Precision
+from vlv_model.errors import ModelError, one_line
+from vlv_model.latents import LatentFormat
+from vlv_model.precision import cast, dtype_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+__all__ = [
+    "Model",
+    "load_caption_tokenizer",
+    "load_diffusion",
+    "load_florence",
+    "load_language_model",
+    "load_text_encoder",
+    "load_unet",
+    "load_vae",
+    "quietly",
+    "read_latent_format",
+    "resolve_checkpoint",
+    "resolve_model",
+    "text_encoder_width",
+]
+
+
+_CONVERTER = "src/transformers/models/florence2/convert_florence2_original_pytorch_to_hf.py"
+
+
+def load_florence(
+    config: ModelConfig, precision: Precision = "float32"
+) -> tuple[Florence2Model, PreTrainedTokenizerBase]:
+    """Florence-2 without its language-modelling head, and its tokenizer."""
+    source = part_source(config, "florence")
+    # Not at once: the library would round the table of positions in it, too.
+    model = cast(_load_transformer(config, "florence", Florence2Model), precision)
+    load = partial(AutoTokenizer.from_pretrained, source.name, **source.where)
+    tokenizer = _load("florence", source, load)
+    _check_vocabulary("florence", source, tokenizer, model.config.text_config.vocab_size)
+    return model, tokenizer
+
+
+def load_text_encoder(
+    config: ModelConfig, precision: Precision = "float32"
+) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """The diffusion model's CLIP text encoder and tokenizer."""
+    source = part_source(config, "tokenizer")
+    load = partial(CLIPTokenizer.from_pretrained, source.name, **source.where)
+    tokenizer = _load("tokenizer", source, load)
+    model = _load_transformer(config, "text_encoder", CLIPTextModel, precision)
+    _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def text_encoder_width(config: ModelConfig) -> int:
+    """Width of the text encoder's embeddings, read from its configuration alone."""
+    source = part_source(config, "text_encoder")
+    _check_kind("text_encoder", source, "model_type", CLIPTextConfig.model_type)
+    load = partial(CLIPTextConfig.from_pretrained, source.name, **source.where)
+    return _load("text_encoder", source, load).hidden_size
+
+
+def load_diffusion(
+    config: ModelConfig,
+) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler]:
+    """VAE, UNet and the noise schedule (whatever sampler was published with it)."""
+    return load_vae(config), *load_unet(config)
+
+
+def load_vae(config: ModelConfig, precision: Precision = "float32") -> AutoencoderKL:
+    """The VAE alone."""
+    from diffusers import AutoencoderKL  # here: a captioner need not wait for it
+
+    return _load_diffuser(config, "vae", AutoencoderKL, precision)
+
+
+def read_latent_format(config: ModelConfig) -> LatentFormat:
+    """What the VAE's latents look like, from its configuration alone."""
+    from diffusers import AutoencoderKL
+
+    source = part_source(config, "vae")
+    _check_kind("vae", source, "_class_name", AutoencoderKL.__name__)
+    load = partial(AutoencoderKL.load_config, source.name, **source.where)
+    return LatentFormat.of(_load("vae", source, load))
+
+
+def load_unet(
+    config: ModelConfig, precision: Precision = "float32"
+) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """UNet and the noise schedule."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    unet = _load_diffuser(config, "unet", UNet2DConditionModel, precision)
+    source = part_source(config, "scheduler")
+    load = partial(DDPMScheduler.load_config, source.name, **source.where)
+    return unet, DDPMScheduler.from_config(_load("scheduler", source, load))
+
+
+def load_language_model(config: ModelConfig, precision: Precision = "float32") -> Qwen2ForCausalLM:
+    """The caption decoder."""
+    return _load_transformer(config, "language_model", Qwen2ForCausalLM, precision)
+
+
+def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The caption decoder's tokenizer alone: data workers need no weights.
+
+    Read as published in tokenizer.json, through the generic class: the class that transformers
+    infers from the model's type rebuilds the pipeline, with a normaliser that may not be there.
+    """
+    config, _ = resolve_model(model)
+    source = part_source(config, "language_model")
+    load = partial(PreTrainedTokenizerFast.from_pretrained, source.name, **source.where)
+    return _load("language_model", source, load)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence transformers' bars over tensors and its lists of their names, which are looked at here;
+    bars of downloads from the hub stay.
+    """
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if were_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if were_shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_transformer(
+    config: ModelConfig, part: str, kind: Any, precision: Precision = "float32"
+) -> Any:
+    source = part_source(config, part)
+    _check_kind(part, source, "model_type", kind.config_class.model_type)
+    return _load_weights(part, source, kind, dtype=dtype_of(precision))
+
+
+def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precision) -> Any:
+    source = part_source(config, part)
+    _check_kind(part, source, "_class_name", kind.__name__)
+    return _load_weights(part, source, kind, torch_dtype=dtype_of(precision))
+
+
+def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
+    """The part with all its weights; the two libraries differ in the name of the data type."""
+    with quietly():
+        model, report = _load(
+            part,
+            source,
+            lambda: kind.from_pretrained(
+                source.name,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source.where,
+                **dtype,
+            ),
+        )
+    _check_complete(part, source, sorted(report["missing_keys"]))
+    return model
+
+
+def _check_kind(part: str, source: Source, key: str, expected: str) -> None:
+    # Before the load: a class reads another's configuration without a word, fills what it lacks
+    # with defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
+    def read() -> Any:
+        path = cached_file(source.name, "config.json", **source.where)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    content = _load(part, source, read)
+    if part == "florence":
+        _refuse_microsofts_layout(source, content)
+    found = content.get(key) if isinstance(content, dict) else None
+    if found != expected:
+        raise ModelError(
+            f"{part}: config.json in '{source}' says {key} {found!r}, expected "
+            f"{expected!r}: set the model's '{part}' to a folder of that kind"
+        )
+
+
+def _refuse_microsofts_layout(source: Source, content: Any) -> None:
+    """Florence-2 with code of its own in the repository; transformers' classes have other names."""
+    vision = content.get("vision_config") if isinstance(content, dict) else None
+    if isinstance(vision, dict) and "dim_embed" in vision and "embed_dim" not in vision:
+        raise ModelError(
+            f"florence: '{source}' is in Microsoft's own layout, expected that of transformers: set "
+            "the model's florence to florence-community/Florence-2-large or -base, or convert it in "
+            f"a clone of transformers: python {_CONVERTER} --hf_model_id {source.name} "
+            "--pytorch_dump_folder_path FOLDER"
+        )
+
+
+def _check_complete(part: str, source: Source, missing: list[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"{part}: '{source}' lacks {len(missing)} tensors of the model, such as "
+            f"{', '.join(missing[:3])}: give weights in the layout of transformers' own classes"
+        )
+
+
+def _check_vocabulary(
+    part: str, source: Source, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    # Without its vocabulary files a tokenizer class may come up with a handful of special tokens
+    # and no error. All tokenizers here are byte-level: at least one token for each byte.
+    if not 256 <= len(tokenizer) <= vocab_size:
+        raise ModelError(
+            f"{part}: the tokenizer of '{source}' has {len(tokenizer)} tokens, expected 256 to the "
+            f"model's {vocab_size}: are its vocabulary files there, and of the same model?"
+        )
+
+
+def _load(part: str, source: Source, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    # What the two libraries raise for a missing file, an unreachable hub, a broken configuration,
+    # and shapes that do not fit.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
+        where = ", which is no local folder, from the model hub" if source.repo else ""
+        raise ModelError(
+            f"{part}: cannot load '{source}'{where}; expected a pretrained folder with safetensors "
+            f"weights or a reachable hub id: {one_line(problem)}"
+        ) from problem

@@ -1,0 +1,1 @@
+"""Checkpoints of the published implementation, read into models of ours."""
