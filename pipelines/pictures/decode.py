@@ -5,9 +5,10 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
 1.  Only formats of `formats.READABLE` are opened, found by their first bytes, and those for which an
     extra is installed (HEIF, JPEG XL). The header's size is checked against `image.max_pixels` before a pixel is decoded.
 2.  Of an animation or a document of several pages the first is taken.
-3.  16-bit pixels lose their low byte; 32-bit ones and floats are divided by the smallest of
-    1, 255, 65535 and their own greatest value that holds them all, below zero is black.
-    Of a TIFF with 9 to 15 bits these are the whole range.
+3.  16-bit pixels lose their low byte. Those of more bits are divided by the smallest of 1, 255,
+    65535 and their own greatest value that holds them all, floats by that which holds nine tenths of
+    them, and what is above is white: of all channels together, of alpha by itself. Below zero, and of
+    what is no number or infinite, is black. Of a TIFF with 9 to 15 bits these are the whole range.
 4.  Alpha is laid on white, a palette's transparent entry too.
 5.  An embedded ICC profile is converted to sRGB (CMYK by its profile where it has one); a profile
     that cannot be read is ignored, as browsers do.
@@ -67,6 +68,7 @@ from pipelines.pictures.jpeg import (
     without_padding,
 )
 from pipelines.pictures.png import read_chunks, settle_transparency
+from pipelines.pictures.tiff import read_odd_tiff
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
@@ -140,8 +142,8 @@ class Opened:
             elif kind == "PNG":
                 chunks = read_chunks(data)
                 self._sound, self._is_clean = chunks.sound, chunks.is_clean
-            self.image = self._open()
-            _check_size(self.image, max_pixels)
+            self.image = self._odd_tiff(max_pixels) or self._open()
+            _check_size(self.image.size, max_pixels)
             if chunks:
                 chunks.check_rows()
                 settle_transparency(self.image, chunks.sound[_PNG_DEPTH])
@@ -197,6 +199,16 @@ class Opened:
             raise DecodeError("unsupported", f"a JPEG of kind 0x{headers.frame:02x} is not decoded")
         self._sound, self._is_scalable = headers.sound, headers.is_scalable
         self._is_clean = headers.sound is self.data
+
+    def _odd_tiff(self, max_pixels: int) -> Image.Image | None:
+        """The picture of a TIFF that Pillow does not read rightly; None of other files."""
+        page = read_odd_tiff(self.data) if self.kind == "TIFF" else None
+        if page is None:
+            return None
+        if page.codec and page.codec not in READABLE and (lacking := open_more(page.codec)):
+            raise DecodeError("unsupported", f"its strips are {page.codec}: {lacking}")
+        _check_size((page.width, page.height), max_pixels)
+        return page.image(max_pixels)
 
     def _open(self) -> Image.Image:
         try:
@@ -308,8 +320,8 @@ def _failures() -> Iterator[None]:
         raise DecodeError("corrupt", _words(error)) from None
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise DecodeError("too_large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
 
