@@ -31,6 +31,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.pictures.avif import clean_aperture
+from pipelines.pictures.avif import clean_aperture, mended
 from pipelines.pictures.colour import (
     SIDEWAYS,
     as_meant,
@@ -213,16 +214,26 @@ class Opened:
     def _open(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self._sound), formats=[self.kind])
-        except UnidentifiedImageError:  # Pillow names the object in memory, another one each time
-            for most in (False, True) if self.kind == "JPEG" else ():
-                bare = without_metadata(self._sound, most)
-                with suppress(UnidentifiedImageError):
-                    image = Image.open(io.BytesIO(bare), formats=[self.kind])
-                    self._sound, self._is_clean = bare, False
+        except (UnidentifiedImageError, RuntimeError, ValueError) as error:
+            for other in self._without_oddities():
+                with suppress(UnidentifiedImageError, RuntimeError, ValueError):
+                    image = Image.open(io.BytesIO(other), formats=[self.kind])
+                    self._sound, self._is_clean = other, False
                     return image
+            if not isinstance(error, UnidentifiedImageError):
+                raise
+            # Which names the object in memory, another one each time.
             raise DecodeError(
                 "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
             ) from None
+
+    def _without_oddities(self) -> Iterator[bytes]:
+        """What Pillow may open of a file that it refused."""
+        if self.kind == "JPEG":
+            yield from (without_metadata(self._sound, most) for most in (False, True))
+        elif self.kind == "AVIF":
+            with suppress(LookupError, ValueError, struct.error):
+                yield mended(self.data)
 
     def _check_enlarged(self, config: ImageConfig) -> None:
         """A line of one pixel by thousands must not grow into a picture beyond all bounds."""
