@@ -227,7 +227,7 @@ def test_what_no_browser_opens_is_refused() -> None:
         assert raised.value.kind in ("corrupt", "unsupported")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_damaged_boxes_end_in_a_picture_or_a_class(data: st.DataObject) -> None:
     odd = [without(b"ispe", (2,)), brands(b"MA1B", b"mif1", b"avif"), groups()]
