@@ -111,7 +111,7 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
     """Integers or floats, with rows first, as uint8: rule 3 of pictures/decode.py."""
     if values.dtype == np.uint8:
         return values
-    if values.dtype.itemsize == 2 and values.dtype.kind != "f":
+    if values.dtype.itemsize == 2 and values.dtype.kind == "u":
         return (values.astype(np.uint16) >> 8).astype(np.uint8)
     made, full = np.empty(values.shape, np.uint8), _full_scale(values)
     for rows in _bands(values):

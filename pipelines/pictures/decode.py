@@ -6,7 +6,7 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
     extra is installed (HEIF, JPEG XL). The header's size is checked against `image.max_pixels` before a pixel is decoded.
     TIFFs that Pillow refuses or misreads are read by pictures/tiff.py, such AVIFs mended by pictures/avif.py.
 2.  Of an animation or a document of several pages the first is taken.
-3.  16-bit pixels lose their low byte. Those of more bits are divided by the smallest of 1, 255,
+3.  16-bit pixels lose their low byte. Those of more bits, or with a sign, are divided by the smallest of 1, 255,
     65535 and their own greatest value that holds them all, floats by that which holds nine tenths of
     them, and what is above is white: of all channels together, of alpha by itself. Below zero, and of
     what is no number or infinite, is black. Of a TIFF with 9 to 15 bits these are the whole range.

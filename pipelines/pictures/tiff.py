@@ -33,7 +33,7 @@ _CODECS = {34712: "JPEG2000", 50001: "WEBP", 50002: "JXL", 52546: "JXL"}
 """Compressions that make an image file of each strip or tile: the format of that."""
 _WHITE_IS_ZERO, _GREY, _RGB, _CMYK, _YCBCR, _LAB = 0, 1, 2, 5, 6, 8
 _COLOURS = {_WHITE_IS_ZERO: 1, _GREY: 1, _RGB: 3, _CMYK: 4, _YCBCR: 3, _LAB: 3}
-_KINDS = {1: "u", 2: "i", 3: "f"}  # of numbers, by SampleFormat
+_KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # of numbers, by SampleFormat
 _DIFFERENCES, _BYTES_OF_FLOATS = 2, 3  # predictors
 _PREMULTIPLIED = 1
 _MODES = {1: "L", 3: "RGB", 4: "CMYK"}
@@ -223,7 +223,7 @@ def _read(data: bytes) -> OddTiff | None:
     found = OddTiff(
         data, tags, "<" if data[:1] == b"I" else ">", tags[_WIDTH], tags[_HEIGHT],
         tags.get(_PHOTOMETRIC, _GREY), tags.get(_COMPRESSION, _RAW), bits.pop(),
-        _KINDS.get(formats.pop(), "u"), tags.get(_SAMPLES, 1),
+        _KINDS[formats.pop()], tags.get(_SAMPLES, 1),
     )  # fmt: skip
     is_sized = min(found.width, found.height) > 0 and found.samples >= _COLOURS[found.photometric]
     return found if is_sized and _is_odd(found) else None
@@ -236,7 +236,7 @@ def _is_odd(page: OddTiff) -> bool:
     if page.compression not in _PACKED:
         return False
     if page.photometric == _YCBCR:
-        return page._is_planar and page.bits == 8
+        return page._is_planar and page.bits == 8 and page.kind == "u"
     if page.photometric == _LAB:
         return page.kind != "f" and page.bits == 16
     if page.kind == "f" or page.bits > 16:

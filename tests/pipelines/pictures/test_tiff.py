@@ -119,6 +119,13 @@ def test_alpha_has_a_range_of_its_own() -> None:
     assert np.abs(unsaid - 255 * shares[..., :3]).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
+def test_below_zero_is_black(dtype: str) -> None:
+    values = np.array([[[-200, 0, 51], [255, 102, -1]]], dtype)
+    found = picture(Tiff(8, predictor=2, planar=True).write(values))
+    assert found.tolist() == [[[0, 0, 51], [255, 102, 0]]]
+
+
 def test_white_is_zero() -> None:
     for dtype in ("float32", "uint32"):
         values = as_type(colours(1), dtype)
