@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 
 import numpy as np
@@ -25,6 +25,11 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: np.rot90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+_FULL_SCALES = (1, 255, 65_535)
+_HIGHLIGHTS = (
+    0.1  # share of floats that may lie above 1, as in pictures of more than a screen's range
+)
+_BAND = 1 << 20  # values
 _UNSEEN = 2  # levels of 255 by which profiles of sRGB differ
 
 
@@ -52,7 +57,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     image = as_meant(image)
     if image.mode.startswith("I") or image.mode == "F":
         values, hidden = _deep(image), image.info.get("transparency")
-        grey = _to_8_bit(values)
+        grey = to_8_bit(values)
         if isinstance(hidden, int):  # the one grey that a PNG declares transparent
             grey[values == hidden] = 255
         image = Image.fromarray(grey)
@@ -102,14 +107,40 @@ def _deep(image: Image.Image) -> np.ndarray:
     return values
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """[h w] of 16- or 32-bit integers or floats as uint8, by the range that they use."""
-    if values.dtype.itemsize == 2:
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Integers or floats, with rows first, as uint8: rule 3 of pictures/decode.py."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.itemsize == 2 and values.dtype.kind == "u":
         return (values.astype(np.uint16) >> 8).astype(np.uint8)
-    values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
-    greatest = float(values.max(initial=0))
-    full = next((limit for limit in (1, 255, 65_535) if greatest <= limit), greatest)
-    return (np.clip(values / full, 0, 1) * 255 + 0.5).astype(np.uint8)
+    made, full = np.empty(values.shape, np.uint8), _full_scale(values)
+    for rows in _bands(values):
+        share = np.clip(_finite(values[rows]) / full, 0, 1)
+        made[rows] = share * 255 + 0.5
+    return made
+
+
+def _full_scale(values: np.ndarray) -> float:
+    """What becomes white: of floats a few may lie above, which are highlights."""
+    needed = (1 - _HIGHLIGHTS if values.dtype.kind == "f" else 1) * values.size
+    within, greatest = np.zeros(len(_FULL_SCALES)), 0.0
+    for rows in _bands(values):
+        band = _finite(values[rows])
+        within += [np.count_nonzero(band <= limit) for limit in _FULL_SCALES]
+        greatest = max(greatest, float(band.max(initial=0)))
+    enough = (limit for limit, count in zip(_FULL_SCALES, within, strict=True) if count >= needed)
+    return next(enough, greatest)
+
+
+def _bands(values: np.ndarray) -> Iterator[slice]:
+    """Some rows at a time, as what is calculated takes several times the memory of what is there."""
+    rows = max(1, _BAND * len(values) // max(1, values.size))
+    return (slice(top, top + rows) for top in range(0, len(values), rows))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
 
 
 def from_profile(image: Image.Image, profile: bytes) -> Image.Image | None:

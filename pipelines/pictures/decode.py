@@ -4,10 +4,12 @@ Rules (of plain RGB pixels the resized ones alone are converted and turned):
 
 1.  Only formats of `formats.READABLE` are opened, found by their first bytes, and those for which an
     extra is installed (HEIF, JPEG XL). The header's size is checked against `image.max_pixels` before a pixel is decoded.
+    TIFFs that Pillow refuses or misreads are read by pictures/tiff.py, such AVIFs mended by pictures/avif.py.
 2.  Of an animation or a document of several pages the first is taken.
-3.  16-bit pixels lose their low byte; 32-bit ones and floats are divided by the smallest of
-    1, 255, 65535 and their own greatest value that holds them all, below zero is black.
-    Of a TIFF with 9 to 15 bits these are the whole range.
+3.  16-bit pixels lose their low byte. Those of more bits, or with a sign, are divided by the smallest of 1, 255,
+    65535 and their own greatest value that holds them all, floats by that which holds nine tenths of
+    them, and what is above is white: of all channels together, of alpha by itself. Below zero, and of
+    what is no number or infinite, is black. Of a TIFF with 9 to 15 bits these are the whole range.
 4.  Alpha is laid on white, a palette's transparent entry too.
 5.  An embedded ICC profile is converted to sRGB (CMYK by its profile where it has one); a profile
     that cannot be read is ignored, as browsers do.
@@ -30,6 +32,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +43,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.pictures.avif import clean_aperture
+from pipelines.pictures.avif import clean_aperture, mended
 from pipelines.pictures.colour import (
     SIDEWAYS,
     as_meant,
@@ -67,6 +70,7 @@ from pipelines.pictures.jpeg import (
     without_padding,
 )
 from pipelines.pictures.png import read_chunks, settle_transparency
+from pipelines.pictures.tiff import read_odd_tiff
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
@@ -140,8 +144,8 @@ class Opened:
             elif kind == "PNG":
                 chunks = read_chunks(data)
                 self._sound, self._is_clean = chunks.sound, chunks.is_clean
-            self.image = self._open()
-            _check_size(self.image, max_pixels)
+            self.image = self._odd_tiff(max_pixels) or self._open()
+            _check_size(self.image.size, max_pixels)
             if chunks:
                 chunks.check_rows()
                 settle_transparency(self.image, chunks.sound[_PNG_DEPTH])
@@ -198,19 +202,39 @@ class Opened:
         self._sound, self._is_scalable = headers.sound, headers.is_scalable
         self._is_clean = headers.sound is self.data
 
+    def _odd_tiff(self, max_pixels: int) -> Image.Image | None:
+        """The picture of a TIFF that Pillow does not read rightly; None of other files."""
+        page = read_odd_tiff(self.data) if self.kind == "TIFF" else None
+        if page is None:
+            return None
+        if page.codec and page.codec not in READABLE and (lacking := open_more(page.codec)):
+            raise DecodeError("unsupported", f"its strips are {page.codec}: {lacking}")
+        _check_size((page.width, page.height), max_pixels)
+        return page.image(max_pixels)
+
     def _open(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self._sound), formats=[self.kind])
-        except UnidentifiedImageError:  # Pillow names the object in memory, another one each time
-            for most in (False, True) if self.kind == "JPEG" else ():
-                bare = without_metadata(self._sound, most)
-                with suppress(UnidentifiedImageError):
-                    image = Image.open(io.BytesIO(bare), formats=[self.kind])
-                    self._sound, self._is_clean = bare, False
+        except (UnidentifiedImageError, RuntimeError, ValueError) as error:
+            for other in self._without_oddities():
+                with suppress(UnidentifiedImageError, RuntimeError, ValueError):
+                    image = Image.open(io.BytesIO(other), formats=[self.kind])
+                    self._sound, self._is_clean = other, False
                     return image
+            if not isinstance(error, UnidentifiedImageError):
+                raise
+            # Which names the object in memory, another one each time.
             raise DecodeError(
                 "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
             ) from None
+
+    def _without_oddities(self) -> Iterator[bytes]:
+        """What Pillow may open of a file that it refused."""
+        if self.kind == "JPEG":
+            yield from (without_metadata(self._sound, most) for most in (False, True))
+        elif self.kind == "AVIF":
+            with suppress(LookupError, ValueError, struct.error):
+                yield mended(self.data)
 
     def _check_enlarged(self, config: ImageConfig) -> None:
         """A line of one pixel by thousands must not grow into a picture beyond all bounds."""
@@ -308,8 +332,8 @@ def _failures() -> Iterator[None]:
         raise DecodeError("corrupt", _words(error)) from None
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise DecodeError("too_large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
 

@@ -25,7 +25,7 @@ from pipelines.pictures.decode import (
 from pipelines.pictures.encode import ImageConfig, phash
 from pipelines.pictures.formats import READABLE
 from tests.pipelines.pictures.files import LOSSLESS, encoded, photo, photograph, pixels, png, store
-from tests.pipelines.pictures.nasty import BROKEN_METADATA, FILLED_IN
+from tests.pipelines.pictures.nasty import FILLED_IN, OPENED
 
 
 def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
@@ -508,8 +508,8 @@ def test_nasty_files_in_bounded_memory(nasty_files: dict[Path, str | None]) -> N
     assert report["peak_mb"] < 500
     for file, found in results.items():
         assert found in ("ok", *FAILURE_CLASSES)
-        # What loads whole is stored, unless it is of a format that we do not open; nothing else is.
-        if Path(file).name not in BROKEN_METADATA | FILLED_IN:
+        # What Pillow loads whole is stored, unless it is of a format that we do not open; nothing else is.
+        if Path(file).name not in OPENED | FILLED_IN:
             assert (found == "ok") == (pillow[file] in {*READABLE, "MPO"}), file
         assert expected[file] in (None, found), file
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +12,7 @@ from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.pictures.encode import ImageConfig
 from pipelines.pictures.jpeg import read_headers
 from tests.pipelines.pictures.files import LOSSLESS, encoded, lossless_jpeg, photo, pixels, store
+from tests.pipelines.pictures.guarded import run_guarded
 
 
 def segment(marker: int, content: bytes) -> bytes:
@@ -142,11 +139,7 @@ for side in [*range(1, 70), 128, 200, 511]:
 
 def test_a_lossless_jpeg_is_decoded_whole_and_within_its_buffer() -> None:
     """Asked for a part of its size, libjpeg-turbo writes all of it: the heap dies of that."""
-    root = Path(__file__).parents[3]
-    child = subprocess.run(
-        [sys.executable, "-c", _ALL_SIZES], capture_output=True, text=True, cwd=root,
-        env={"MALLOC_PERTURB_": "165", "PYTHONMALLOC": "malloc", "PATH": "/usr/bin"},
-    )  # fmt: skip
+    child = run_guarded(_ALL_SIZES, [])
     assert child.returncode == 0, child.stderr[-2000:]
 
 
