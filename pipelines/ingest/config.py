@@ -31,7 +31,7 @@ class IngestData(Config):
     """What is read, and where the table goes."""
 
     input: InputPlace = Field(
-        description="list of URLs: a Parquet, CSV, TSV or JSONL file, a folder of them, or a glob"
+        description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob"
     )
     output: OutputPlace = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(

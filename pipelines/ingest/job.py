@@ -37,6 +37,7 @@ from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.steps import FetchAndWrite, Merge, ReadPlan
 from pipelines.ingest.web.config import PER_CPU, share_of
 from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
+from pipelines.ingest.web.proxy import Proxy, check_proxy
 from pipelines.lists.files import input_files
 from pipelines.storage.files import is_file, is_folder, remove_folder, write_atomically
 from pipelines.storage.tables import Table
@@ -59,7 +60,7 @@ def ingest(config: IngestConfig) -> dict[str, int]:
     and failed ones whose class `retry` names; rows that the filters now rule out are marked, and what
     the list says anew of a known URL (texts, scores, licences) is taken without a download.
     Raises DataError for an unusable list and RunError where `data.output` holds something else,
-    or images that are stored otherwise.
+    or images that are stored otherwise, and where `download.proxy` cannot be used.
     """
     return run_table_job(Ingest(config), config.data.output, config.ray)
 
@@ -78,7 +79,10 @@ class Ingest(TableJob):
         self.run_now = self._open(table)
         self.was_done = self.is_done(table)
         download = self.config.download
-        warn_of_proxies()
+        if download.proxy is None:
+            warn_of_proxies()
+        elif not self.was_done and self.run_now.describe()["fetched"]:
+            check_proxy(Proxy.parse(download.proxy), download.total_timeout)
         requests_that_fit(download.concurrency or PER_CPU)  # a fetcher's warning is not shown
         if download.allow_private:
             print(

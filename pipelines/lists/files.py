@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -77,8 +78,23 @@ def _lists_below(folder: Path) -> list[Path]:
         if file.suffix.lower() in _PACKED and format_of(file.with_suffix("")) in SUFFIXES:
             raise DataError(f"{file}: lists are read plain or compressed by gzip: unpack it")
     lists = [file for file in files if format_of(file) in SUFFIXES]
+    if others := [file for file in lists if format_of(file) != ".json"]:
+        _say_notes([file for file in lists if file not in set(others)])
+        lists = others
     check_files(lists)
     return lists
+
+
+def _say_notes(files: list[Path]) -> None:
+    """Say that .json files beside lists of other formats are notes on them: img2dataset and the hub
+    leave some.
+    """
+    if files:
+        print(
+            f"warning: {len(files):,} .json files beside lists of other formats are taken for notes, not "
+            f"for lists (the first: {files[0]}): name them by a glob to read them",
+            file=sys.stderr,
+        )
 
 
 def _visible_below(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Reading lists of URLs as they are published: Parquet, CSV and JSONL, in many spellings.
+"""Reading lists of URLs as they are published: Parquet, CSV, JSONL and JSON, in many spellings.
 
 Files are read a batch at a time; their columns get our names and types (`schemas.METADATA_ROW`,
 and `width` and `height`, which only the filters use). Of Parquet only our columns are read, and of
@@ -25,14 +25,23 @@ from vlv_model.errors import ConfigError, DataError
 
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "url": ("url", "image_url", "img_url"),
-    "alt_text": ("text", "alt_text", "caption", "alt"),
+    # WIT has three texts of an image: the one below it comes first, the longest last.
+    "alt_text": (
+        *("text", "alt_text", "caption", "alt"),
+        *("caption_reference_description", "caption_alt_text_description"),
+        "caption_attribution_description",
+    ),
     # Beside an original's size, `width` is that of a stored copy, as img2dataset writes it.
     "width": ("original_width", "width"),
     "height": ("original_height", "height"),
-    "similarity": ("similarity",),
-    "pwatermark": ("pwatermark", "watermark"),
-    "punsafe": ("punsafe", "unsafe"),
-    "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics"),
+    # COYO's and DataComp's have the names of the models: LAION's were made by ViT-B/32.
+    "similarity": (
+        *("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+        *("clip_similarity_vitl14", "clip_l14_similarity_score"),
+    ),
+    "pwatermark": ("pwatermark", "watermark", "watermark_score"),
+    "punsafe": ("punsafe", "unsafe", "nsfw_score_opennsfw2"),
+    "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2"),
     "hash": ("hash",),
     "license": ("license", "licence", "license_url"),
     "source": ("source", "dataset", "provenance"),

@@ -1,10 +1,11 @@
-"""The files that lists of URLs come in, a batch of rows at a time: Parquet, CSV and JSONL.
+"""The files that lists of URLs come in, a batch of rows at a time: Parquet, CSV, JSONL and JSON.
 
-CSV and JSONL (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings;
+CSV, JSONL and JSON (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings;
 blank lines are passed over. In CSV a text may stand in quotes; a TSV has no quoting: a quote is a
-character as any other. A list of two columns without a line of names, as CC3M and CC12M are
-published, is read as addresses and captions. A file that is damaged, or is not what its name says,
-ends as one DataError that names it: so does a line of CSV that could be read in several ways.
+character as any other (but WIT's, which are told by their columns). A list of two columns without a
+line of names, as CC3M and CC12M are published, is read as addresses and captions. A file that is
+damaged, or is not what its name says, ends as one DataError that names it: so does a line of CSV
+that could be read in several ways.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.lists.json_lists import read_objects
 from pipelines.storage.files import open_parquet
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import schema_of
 from vlv_model.errors import DataError
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 _BATCH_ROWS = 16_384
 _MAX_FIELD = 1 << 24  # characters of one CSV field
+_OF_WIT = "caption_reference_description"  # a column by which WIT is told
 _ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)  # what no name of a column begins with
 # What opening, decompressing and decoding a text file can raise.
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
@@ -49,7 +52,7 @@ def _is_packed(file: Path) -> bool:
 
 
 def read_tables(file: Path) -> Iterator[pa.Table]:
-    """The rows of a Parquet, CSV, TSV or JSONL file; of an empty one a table without rows.
+    """The rows of a Parquet, CSV, TSV, JSONL or JSON file; of an empty one a table without rows.
 
     Raises DataError for a file of another format, a damaged one, and a repeated column name.
     """
@@ -93,6 +96,7 @@ def _text(file: Path) -> IO[str]:
 def _csv(file: Path) -> Iterator[pa.Table]:
     csv.field_size_limit(_MAX_FIELD)
     is_tsv = format_of(file) == ".tsv"
+    before = 0  # lines that another reader has read
     try:
         with _text(file) as lines:
             # Not strict, a quote that nothing closes takes all lines behind it for one text.
@@ -101,6 +105,10 @@ def _csv(file: Path) -> Iterator[pa.Table]:
                 reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             names, rows = _names((row for row in reader if row), file)
             _refuse_repeats(names, file)
+            if is_tsv and _OF_WIT in names:  # its texts go over several lines
+                is_tsv, before = False, reader.line_num
+                reader = csv.reader(lines, delimiter="\t", strict=True)
+                rows = (row for row in reader if row)
             yield pa.table({name: pa.array([], pa.string()) for name in names})
             wide = _of_width(_of_one_line(rows, len(names)) if is_tsv else rows, len(names))
             while batch := list(islice(wide, _BATCH_ROWS)):
@@ -117,9 +125,9 @@ def _csv(file: Path) -> Iterator[pa.Table]:
             else "texts with a delimiter or a quote in them have to be quoted, and the quotes within "
             "doubled"
         )
-        kind = "TSV" if is_tsv else "CSV"
+        kind = "TSV" if format_of(file) == ".tsv" else "CSV"
         raise DataError(
-            f"{file} line {reader.line_num} cannot be read as {kind}: {error}: {advice}"
+            f"{file} line {before + reader.line_num} cannot be read as {kind}: {error}: {advice}"
         ) from None
     except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read as CSV: {_why(error)}") from None
@@ -173,25 +181,44 @@ def _refuse_repeats(names: list[str], file: Path) -> None:
 
 
 def _jsonl(file: Path) -> Iterator[pa.Table]:
-    names: dict[str, None] = {}
     try:
         with _text(file) as lines:
             numbered = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
-            while batch := list(islice(numbered, _BATCH_ROWS)):
-                rows = [_json_object(line, f"{file} line {i}") for i, line in batch]
-                for row in rows:
-                    names.update(dict.fromkeys(row))
-                yield pa.table(
-                    {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
-                )
+            yield from _tables(_row_of_line(line, f"{file} line {i}") for i, line in numbered)
     except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read as JSONL: {_why(error)}") from None
 
 
-def _json_object(line: str, where: str) -> dict[str, str | None]:
-    """A line's object with its values as text; null and NaN are null."""
+def _json(file: Path) -> Iterator[pa.Table]:
     try:
-        row = json.loads(line)
+        with _text(file) as text:
+            objects = enumerate(read_objects(text), start=1)
+            yield from _tables(_texts(row, f"{file} row {i}") for i, row in objects)
+    except (*_UNREADABLE, ValueError) as error:
+        raise DataError(f"{file} cannot be read as JSON: {_why(error)}") from None
+
+
+def _tables(rows: Iterator[dict[str, str | None]]) -> Iterator[pa.Table]:
+    """The rows in tables; a column is there from the first row on that has it."""
+    names: dict[str, None] = {}
+    while batch := list(islice(rows, _BATCH_ROWS)):
+        for row in batch:
+            names.update(dict.fromkeys(row))
+        yield pa.table(
+            {name: pa.array([row.get(name) for row in batch], pa.string()) for name in names}
+        )
+
+
+def _row_of_line(line: str, where: str) -> dict[str, str | None]:
+    try:
+        return _texts(json.loads(line), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not a JSON object: {str(error)[:120]}") from None
+
+
+def _texts(row: Any, where: str) -> dict[str, str | None]:
+    """An object with its values as text; null and NaN are null."""
+    try:
         if not isinstance(row, dict):
             raise ValueError(f"it is a {type(row).__name__}")
         texts = {
@@ -211,4 +238,5 @@ _READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {
     ".tsv": _csv,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
+    ".json": _json,
 }

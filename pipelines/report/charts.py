@@ -35,8 +35,9 @@ class Scale:
 
 
 def series(events: Iterable[dict[str, Any]], event: str, value: str) -> list[Point]:
-    """(step, value) of one kind of event in `metrics.jsonl`, in the order of steps."""
-    points = [(float(e["step"]), float(e[value])) for e in events if e["event"] == event]
+    """(step, value) of one kind of event in `metrics.jsonl` where it has one, in the order of steps."""
+    found = [e for e in events if e["event"] == event and e[value] is not None]
+    points = [(float(e["step"]), float(e[value])) for e in found]
     return sorted(points, key=lambda point: point[0])
 
 

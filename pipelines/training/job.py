@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     """Run a stage to its end, or continue it where it was killed; returns its result.
 
-    The result holds `loss_before` and `loss_after` (held-out), `steps`, `rows_seen`,
-    `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
+    The result holds `loss_before` and `loss_after` (held-out; none where those rows are gone), `steps`,
+    `rows_seen`, `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
     """
     if config.ray.in_process:
         raise RunError(
@@ -88,7 +88,7 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     size = sum(file.stat().st_size for file in files)
     index = RowIndex.open(files, columns)
     left = kept_rows.go_on(run_dir, there, config.data.input, config.data.holdout, index, size)
-    rows = split(left.rows, config.data.holdout)
+    rows = split(left.rows, config.data.holdout, left.keys)
     if isinstance(config, Stage1Config) and config.data.latents:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
@@ -99,8 +99,9 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
     """Print a result's figures and where the run lies."""
+    before, after = (_figure(result[name]) for name in ("loss_before", "loss_after"))
     print(
-        f"held-out loss {result['loss_before']:.4f} → {result['loss_after']:.4f} after "
+        f"held-out loss {before} → {after} after "
         f"{result['steps']:,} steps ({result['rows_seen']:,} rows)"
     )
     print(f"run: {config.run_dir}")
@@ -108,10 +109,21 @@ def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
         print(f"samples: {pages[-1]}")
 
 
-def split(index: RowIndex, holdout: float) -> tuple[RowIndex, RowIndex]:
-    """(training rows, held-out rows); neither may be empty."""
+def _figure(loss: float | None) -> str:
+    return "none (its rows are gone)" if loss is None else f"{loss:.4f}"
+
+
+def split(
+    index: RowIndex, holdout: float, began: np.ndarray | None = None
+) -> tuple[RowIndex, RowIndex]:
+    """(training rows, held-out rows); neither may be empty.
+
+    But of what is left of the rows that a run `began` with (keys, int64 `[n]`), all held-out ones may
+    be gone.
+    """
     mask = in_holdout(index.keys, holdout)
-    if mask.all() or not mask.any():
+    held = mask if began is None else in_holdout(began, holdout)
+    if mask.all() or not held.any():
         side = "training" if mask.all() else "held-out"
         raise DataError(
             f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: give more "
@@ -195,6 +207,8 @@ def _sampler(
         return None
     named = config.data.validation
     shown = run_folder.validation_rows(run_dir, named) if named else holdout
+    if not len(shown):
+        return None
     captions, column, max_tokens = False, None, 0
     if isinstance(config, Stage2Config):
         captions, max_tokens = True, config.train.max_caption_tokens
@@ -326,7 +340,7 @@ def run_worker(
     if (began := kept_rows.kept(run_dir)) is None:
         began = index.keys
     index = index.select(np.isin(index.keys, began))  # what was added since waits for a new run
-    rows, holdout = split(index, config.data.holdout)
+    rows, holdout = split(index, config.data.holdout, began)
     held = in_holdout(began, config.data.holdout)
 
     def metadata(step: int) -> CheckpointMetadata:

@@ -4,7 +4,7 @@
     <run_dir>/rows/changes.json   what had changed the table by then (pipelines.images.changes)
 
 A row that was taken down since, or that an ingest has marked since, is left out of its steps, and the
-loss is divided by what is left. Rows added since wait for a new run. So the steps without a removed row
+loss is divided by what is left. Where all held-out rows are gone, nothing is evaluated. Rows added since wait for a new run. So the steps without a removed row
 stay what they were: the order is one of the keys at the beginning.
 """
 
@@ -96,6 +96,12 @@ def go_on(
         print(
             f"{len(missing):,} of the {len(keys):,} rows that the run began with are gone and are "
             f"left out; {len(index) - len(left):,} that are new wait for a new run",
+            file=sys.stderr,
+        )
+    if in_holdout(keys, holdout).any() and not in_holdout(left.keys, holdout).any():
+        print(
+            "warning: all rows that the run held out are gone: it goes on without an evaluation, and "
+            "heldout_loss stays empty; another run_dir would hold out other rows",
             file=sys.stderr,
         )
     return Left(left, keys, {name: there[name] for name in _DECIDED})

@@ -88,9 +88,9 @@ class Trainer:
         self.order = GlobalOrder(len(began[0]), train.seed, positions(began[0], rows))
         readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
-        # Those that are left of the evaluated rows; if none is, the first held-out row.
+        # Those that are left of the evaluated rows; if none is, the first held-out row, if any.
         window = positions(began[1], holdout)[: train.eval_rows]
-        self.heldout_rows: list[int] = window[window >= 0].tolist() or [0]
+        self.heldout_rows: list[int] = window[window >= 0].tolist() or [0][: len(holdout)]
         threads = [Threads(reader, square, train.cpus_per_worker) for reader in readers]
         self.heldout: Reading = threads[1]
         self.rows: Reading = threads[0]
@@ -201,7 +201,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Loss on the held-out rows, shared out over all workers; the same draws every time."""
+        """Loss on the held-out rows, shared out over all workers; the same draws every time.
+
+        None where these rows were all taken down since the run began.
+        """
         train, rank, size = self.train_config, self.worker.world_rank, self.worker.world_size
         count = len(self.heldout_rows)
         mine = self.heldout_rows[rank::size]
@@ -217,7 +220,8 @@ class Trainer:
             if here:
                 total += loss * batch.weight
                 weight += batch.weight
-        loss = self._sum_over_workers(total) / self._sum_over_workers(weight)
+        total, weight = self._sum_over_workers(total), self._sum_over_workers(weight)
+        loss = total / weight if count else None
         event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
         self._tell({**event, "columns_read": self.columns_read})
 

@@ -54,9 +54,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def heldout_losses(run_dir: Path) -> dict[int, float]:
-    """Held-out loss by step, of all evaluations; one that was repeated counts once."""
-    events = read_metrics(run_dir)
-    return {e["step"]: e["heldout_loss"] for e in events if e["event"] == "eval"}
+    """Held-out loss by step, of all evaluations that had a row; one that was repeated counts once."""
+    losses = {e["step"]: e["heldout_loss"] for e in read_metrics(run_dir) if e["event"] == "eval"}
+    return {step: loss for step, loss in losses.items() if loss is not None}
 
 
 def data_share(events: Iterable[Mapping[str, Any]]) -> float:
@@ -158,7 +158,7 @@ class MetricsSink:
             self._bar.refresh()
             return
         for figure, gauge in GAUGES.items():
-            if figure in event:
+            if event.get(figure) is not None:
                 gauge.set(event[figure], **self._tags)
         if event["event"] == "step":
             self._last.append(event)
@@ -166,7 +166,8 @@ class MetricsSink:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waits}")
         elif event["event"] == "eval":
-            self._heldout = f", held-out {event['heldout_loss']:.4f}"
+            loss = event["heldout_loss"]  # none where its rows were taken down
+            self._heldout = "" if loss is None else f", held-out {loss:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self._log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})

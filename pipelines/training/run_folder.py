@@ -28,7 +28,7 @@ from pipelines.storage.files import remove_folder, write_atomically
 from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
-from pipelines.training.metrics import columns_read, heldout_losses
+from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
 from vlv_model.checkpoints.files import read_checkpoint
 from vlv_model.checkpoints.sources import PLACES
 from vlv_model.config import ModelConfig
@@ -241,13 +241,13 @@ def tidy(run_dir: Path, keep: int) -> None:
 
 
 def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str, Any]:
-    losses = heldout_losses(run_dir)
-    last = checkpoints.latest_checkpoint(run_dir)
-    if last is None or config.train.steps not in losses:
+    losses, last = heldout_losses(run_dir), checkpoints.latest_checkpoint(run_dir)
+    steps = [event["step"] for event in read_metrics(run_dir) if event["event"] == "eval"]
+    if last is None or config.train.steps not in steps:
         raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")
     result = {
-        "loss_before": losses[min(losses)],
-        "loss_after": losses[config.train.steps],
+        "loss_before": losses.get(min(steps)),
+        "loss_after": losses.get(config.train.steps),
         "steps": config.train.steps,
         "rows_seen": config.train.steps * config.train.global_batch_size,
         "checkpoint": str(last.relative_to(run_dir)),

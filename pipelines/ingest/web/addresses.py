@@ -93,6 +93,18 @@ def odd_spelling(host: str) -> bool:
     return False
 
 
+def is_private_name(host: str) -> bool:
+    """True for a host that is private as it is written, without a look-up: an address that is not
+    public, one in an odd spelling, or localhost (RFC 6761).
+    """
+    if host == "localhost" or host.endswith(".localhost") or odd_spelling(host):
+        return True
+    try:
+        return not is_public(host)
+    except ValueError:
+        return False
+
+
 class Resolver(ThreadedResolver):
     """The system's answers, of which no name has more than a few.
 

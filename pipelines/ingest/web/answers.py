@@ -21,6 +21,7 @@ FailureClass = Literal[
     "refused",  # also reset, or cut in the middle of the body
     "timeout",
     "host_down",  # not asked: its host gave nothing but time-outs
+    "proxy",  # the proxy of `download.proxy` could not be used for it
     "tls",
     "http_4xx",
     "http_404",
@@ -42,7 +43,7 @@ FailureClass = Literal[
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
 """The closed list behind `download:` in a row's status."""
 
-TRANSIENT = frozenset(["timeout", "host_down", "refused", "http_429", "http_5xx"])
+TRANSIENT = frozenset(["timeout", "host_down", "proxy", "refused", "http_429", "http_5xx"])
 """Classes that another attempt may mend; of `dns`, a resolver's temporary failure too. An attempt
 of the same run does not mend `host_down`."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pipelines.ingest.web.optout import AGENT
+from pipelines.ingest.web.proxy import ProxyURL
 from vlv_model.config import Config
 
 PER_CPU = 256
@@ -54,6 +55,14 @@ class DownloadConfig(Config):
     )
     allow_private: bool = Field(
         False, description="connect to loopback and private addresses too; for tests only"
+    )
+    proxy: ProxyURL | None = Field(
+        None,
+        repr=False,
+        description="HTTP proxy that all requests go through: http://host:port or https://host:port, "
+        "user:password@ before the host where it wants them (put a password into the --config file: a "
+        "command line is seen by others); it looks names up, so it decides which addresses are reached: "
+        "only private addresses in URLs are still refused; default: none, whatever http_proxy says",
     )
     respect_optout: bool = Field(
         True, description="honour X-Robots-Tag: noai, noimageai, noindex, noimageindex"

@@ -29,14 +29,17 @@ from pipelines.ingest.web.answers import DownloadError, classify, clean, parse_u
 from pipelines.ingest.web.config import PER_CPU, DownloadConfig
 from pipelines.ingest.web.exchange import Exchange
 from pipelines.ingest.web.hosts import Hosts, host_name
-from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
+from pipelines.ingest.web.machine import requests_that_fit
 from pipelines.ingest.web.pacing import Room, Share, Window
+from pipelines.ingest.web.proxy import Outage, Proxy
 from pipelines.ingest.web.turns import Turns
 
 T = TypeVar("T")
 
 _DNS_THREADS = 32
 _LEAST_TIMEOUTS = 8  # of a host in a row, before it is given up
+# These failures do not tell whether the proxy is alive.
+_NO_ANSWER = ("proxy", "timeout", "refused", "blocked_address", "bad_url")
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class Downloader:
         slots: Window | None = None,
         room: Room | None = None,
         socket_factory: SocketFactoryType = public_socket,
+        outage: Outage | None = None,
     ) -> None:
-        """`slots` and `room` in place of those of the configuration; `socket_factory` makes the
-        sockets where no private address is allowed.
+        """`slots`, `room` and `outage` in place of those of the configuration; `socket_factory` makes
+        the sockets where no private address is allowed.
         """
         self.config, self.socket_factory = config, socket_factory
         self.loop = asyncio.new_event_loop()
@@ -73,10 +77,12 @@ class Downloader:
         fit = requests_that_fit(most)
         self.has_few_files = fit < most
         self.slots = slots or Window(fit)
-        warn_of_proxies()
         # As many as there are requests, so that none waits for the look-up of a dead name.
         self.loop.set_default_executor(ThreadPoolExecutor(max(_DNS_THREADS, self.slots.most)))
         self.room = room or Room()
+        if config.proxy and outage is None:
+            outage = Outage(Proxy.parse(config.proxy))
+        self.outage = outage
         self.exchange = self._run(self._open_exchange())
         self.session = self.exchange.session
 
@@ -84,7 +90,8 @@ class Downloader:
         """What `use` makes of each of `urls`, fetched in any order, in the order of `urls`.
 
         Of several calls at the same time the first has the slots, for its retries too: else none of
-        the chunks that are in work would be done before nearly all of them are.
+        the chunks that are in work would be done before nearly all of them are. Raises RunError where
+        the proxy stays away.
         """
         rank = next(self.calls)
 
@@ -96,7 +103,14 @@ class Downloader:
                 self.room.count(-len(fetched.data or b""))
 
         async def gather() -> list[T]:
-            return await asyncio.gather(*(one(url) for url in urls))
+            tasks = [asyncio.ensure_future(one(url)) for url in urls]
+            try:
+                return await asyncio.gather(*tasks)
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
 
         return self._run(gather())
 
@@ -117,10 +131,11 @@ class Downloader:
     # ------------------------------------------------------------------------------ one URL
 
     async def fetch(self, url: str, rank: int = 0) -> Fetched:
-        """Fetch one URL with retries; the lowest `rank` has the slots first. Never raises: whatever
-        the web does becomes a status.
+        """Fetch one URL with retries; the lowest `rank` has the slots first. Whatever the web does
+        becomes a status; a proxy that stays away is a RunError.
         """
         attempt = 0
+        proxy_failed: float | None = None  # when it did so first
         while True:
             try:
                 return Fetched(await self._attempt(parse_url(url), rank), OK)
@@ -129,11 +144,22 @@ class Downloader:
                 failure = DownloadError("timeout", str(error) or limit)
             except Exception as error:  # the web's inventions have no end
                 failure = classify(error)
+            if self.outage is not None and failure.kind == "timeout":
+                failure = await self.outage.judge(failure, self.exchange.proxy_status)
+            if self.outage is not None and failure.kind == "proxy":
+                proxy_failed = proxy_failed or time.monotonic()
+                if await self.outage.wait(failure, proxy_failed):
+                    continue
+                attempt = self.config.retries
             delay = self._delay(failure, attempt)
             if delay is None:
                 return Fetched(None, status(DOWNLOAD, failure.kind), clean(str(failure)))
             await asyncio.sleep(delay)
             attempt += 1
+
+    def _proxy_answered(self) -> None:
+        if self.outage is not None:
+            self.outage.over()
 
     def _host_slots(self, host: str) -> Turns:
         return self.hosts.setdefault(host, Turns(self.config.concurrency_per_host))
@@ -174,8 +200,11 @@ class Downloader:
                     share.kept = len(found)
         except Exception as error:
             self.health.failed(target, error, counts=is_fair)
+            if classify(error).kind not in _NO_ANSWER:
+                self._proxy_answered()
             raise
         self.health.answered(target)
+        self._proxy_answered()
         if isinstance(found, bytes):
             if self.room.is_free:  # else it is not the line that they wait for
                 self.slots.grow()

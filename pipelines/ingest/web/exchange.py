@@ -3,7 +3,8 @@
     aiohttp, whose parser is fast and strict -> its answer
         '-- cannot read it -> lenient.py, on a connection of its own -> its answer
 
-So an untidy server costs a second request, and a tidy one nothing.
+So an untidy server costs a second request, and a tidy one nothing. Both go through the proxy, where
+there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from pipelines.ingest.web.config import DownloadConfig
 from pipelines.ingest.web.lenient import LenientClient
 from pipelines.ingest.web.optout import AGENT, agent_of, opted_out
 from pipelines.ingest.web.pacing import Share, Window
+from pipelines.ingest.web.proxy import (
+    CHECKED,
+    WANTS_PASSWORD,
+    Proxy,
+    ProxyError,
+    check_tunnel,
+    refuse_private,
+    wants_password,
+)
 from pipelines.ingest.web.reading import Answer, UntidyError, read_body
 
 _DNS_CACHE_SECONDS = 300
@@ -53,6 +63,9 @@ class Exchange:
         to be reached; a connection stops reading at twice `buffer` bytes, and idles shortly where `has_few_files`.
         """
         self.config, self.slots = config, slots
+        self.proxy = Proxy.parse(config.proxy) if config.proxy else None
+        if self.proxy is not None:  # it is what is connected to, wherever it may be
+            socket_factory = None
         self.agents = (AGENT, agent_of(config.user_agent))
         contact = f" (+{config.contact})" if config.contact else ""
         headers = {
@@ -62,6 +75,8 @@ class Exchange:
         }
         resolver = Resolver()
         connector = _Connector(
+            self.proxy,
+            config.connect_timeout + config.read_timeout,
             keepalive_timeout=_FEW_FILES_IDLE_SECONDS if has_few_files else _IDLE_SECONDS,
             limit=0,  # ours are the slots, whose waiting is no part of a request's time-out
             resolver=resolver,
@@ -79,24 +94,41 @@ class Exchange:
             headers=headers,
         )
         self.lenient = LenientClient(
-            headers, resolver, socket_factory, config.connect_timeout, config.read_timeout, buffer
+            headers,
+            resolver,
+            socket_factory,
+            config.connect_timeout,
+            config.read_timeout,
+            buffer,
+            self.proxy,
         )
 
     async def ask(self, target: URL, share: Share) -> bytes | URL:
         """The body, or where a redirect leads. Raises DownloadError and what connections raise."""
+        if self.proxy is not None and not self.config.allow_private:
+            refuse_private(target)
+        through = _through(self.proxy, target) if self.proxy is not None else {}
         try:
-            async with self.session.get(target, allow_redirects=False) as response:
+            async with self.session.get(target, allow_redirects=False, **through) as response:
                 unwatch = _tell_of_refusal(response)
                 try:
                     return await self._judge(target, _strict(response), share)
                 finally:
                     unwatch()
+        except aiohttp.ClientHttpProxyError as error:
+            assert self.proxy is not None
+            check_tunnel(self.proxy, error.status, error.message)
+            raise
         except (aiohttp.ClientResponseError, HttpProcessingError, UntidyError):
             async with self.lenient.get(target) as answer:
                 return await self._judge(target, answer, share)
 
     async def _judge(self, target: URL, answer: Answer, share: Share) -> bytes | URL:
         status, headers = answer.status, answer.headers
+        # A server may send a 407 as well, and in a tunnel only servers speak.
+        is_odd = status == WANTS_PASSWORD and target.scheme == "http"
+        if is_odd and self.proxy is not None and await self.proxy_status() == WANTS_PASSWORD:
+            raise wants_password(self.proxy)
         location = headers.get("Location")
         redirects = status in _REDIRECTS or (status == 300 and location)
         if not redirects and (not 200 <= status < 300 or status == 204):
@@ -120,6 +152,19 @@ class Exchange:
             self.slots.shrink()
             raise
 
+    async def proxy_status(self) -> int | None:
+        """The proxy's answer for a name that nobody has; None where it has none in time."""
+        assert self.proxy is not None
+        through = _through(self.proxy, URL(CHECKED))
+        try:
+            async with (
+                asyncio.timeout(self.config.total_timeout),
+                self.session.get(CHECKED, allow_redirects=False, **through) as response,
+            ):
+                return response.status
+        except (aiohttp.ClientError, OSError, ProxyError):
+            return None
+
 
 def _strict(response: aiohttp.ClientResponse) -> Answer:
     """What aiohttp made of an answer; UntidyError where it does not see that it is chunked."""
@@ -132,6 +177,13 @@ def _strict(response: aiohttp.ClientResponse) -> Answer:
         response.content_length,
         response.content.iter_any(),
     )
+
+
+def _through(proxy: Proxy, target: URL) -> dict[str, Any]:
+    """Arguments of a request that goes through the proxy; its password is no server's to see."""
+    if target.scheme == "https":
+        return {"proxy": proxy.url, "proxy_headers": proxy.headers}
+    return {"proxy": proxy.url, "headers": proxy.headers}
 
 
 def _tell_of_refusal(response: aiohttp.ClientResponse) -> Callable[[], object]:
@@ -168,7 +220,27 @@ def _seen(closed: asyncio.Future[None]) -> None:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Uses no connection again on which something came that nobody had asked for."""
+    """Uses no connection again on which something came that nobody had asked for.
+
+    With a `proxy`, what fails on the way to it is a ProxyError, and a tunnel has `tunnel_seconds`.
+    """
+
+    def __init__(self, proxy: Proxy | None, tunnel_seconds: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.proxy, self.tunnel_seconds = proxy, tunnel_seconds
+
+    async def _create_proxy_connection(self, *args: Any, **named: Any) -> Any:
+        # By itself aiohttp waits without an end for the answer to CONNECT.
+        async with asyncio.timeout(self.tunnel_seconds):
+            return await super()._create_proxy_connection(*args, **named)
+
+    async def _create_direct_connection(self, *args: Any, **named: Any) -> Any:
+        try:
+            return await super()._create_direct_connection(*args, **named)
+        except (aiohttp.ClientError, OSError) as error:  # time-outs are among them
+            if self.proxy is None:
+                raise
+            raise ProxyError(f"{self.proxy}: {error or 'no connection in time'}") from error
 
     async def _get(self, key: Any, traces: Any) -> Any:
         # It would be taken for the answer to the next request: another URL's picture, or the 408

@@ -24,7 +24,7 @@ GRACE_SECONDS = 300.0
 _MOST = 10_000  # hosts that are remembered; what is forgotten is learned again
 
 # These failures do not tell whether the host is alive: no answer came, and no time was lost.
-_NEUTRAL = ("refused", "tls", "dns", "blocked_address", "bad_url")
+_NEUTRAL = ("refused", "proxy", "tls", "dns", "blocked_address", "bad_url")
 
 _Name = tuple[str, int | None]
 

@@ -13,18 +13,19 @@ import contextlib
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 import aiohappyeyeballs
 from aiohttp import BasicAuth, SocketFactoryType
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 from multidict import CIMultiDict
 from yarl import URL
 
 from pipelines.ingest.web.answers import DownloadError
 from pipelines.ingest.web.codings import words
+from pipelines.ingest.web.proxy import Proxy, ProxyError, check_tunnel
 from pipelines.ingest.web.reading import Answer, CutShortError
 from pipelines.pictures.formats import image_format
 
@@ -58,28 +59,43 @@ class LenientClient:
         connect_timeout: float,
         read_timeout: float,
         buffer: int,
+        proxy: Proxy | None = None,
     ) -> None:
         """`headers` of every request; `buffer` bytes at twice which a connection stops reading;
         time-outs in seconds. `socket_factory` refuses the addresses that are not to be reached.
         """
         self.headers, self.resolver, self.socket_factory = headers, resolver, socket_factory
         self.connect_timeout, self.read_timeout = connect_timeout, read_timeout
-        self.buffer = buffer
+        self.buffer, self.proxy = buffer, proxy
 
     @contextlib.asynccontextmanager
     async def get(self, target: URL) -> AsyncIterator[Answer]:
         """The answer to a GET of `target`. Raises OSError, TimeoutError and DownloadError."""
-        what = f"Connection timeout to host {target.host}"
-        reader, writer = await _within(self.connect_timeout, what, self._connect(target))
+        if self.proxy is None:
+            reader, writer = await self._connect(target)
+        else:
+            try:
+                reader, writer = await self._connect(self.proxy.url)
+            except OSError as error:  # time-outs are among them
+                raise ProxyError(f"{self.proxy}: {error}") from error
         try:
+            if self.proxy is not None and target.scheme == "https":
+                await self._tunnel(self.proxy, target, reader, writer)
             writer.write(self._request(target))
             yield await _answer(_Wire(reader, self.read_timeout))
         finally:
             writer.transport.abort()
 
-    async def _connect(self, target: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host = (target.raw_host or "").rstrip(".")
-        found = await self.resolver.resolve(host, target.port or 80, socket.AF_UNSPEC)
+    async def _connect(self, place: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host = _host(place)
+        # As with aiohttp, a look-up has as long as the request.
+        found = await self.resolver.resolve(host, place.port or 80, socket.AF_UNSPEC)
+        what = f"Connection timeout to host {place.host}"
+        return await _within(self.connect_timeout, what, self._open(place, host, found))
+
+    async def _open(
+        self, place: URL, host: str, found: Iterable[ResolveResult]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         infos: list[Any] = []
         for result in found:
             six = (0, 0) if result["family"] == socket.AF_INET6 else ()
@@ -90,15 +106,46 @@ class LenientClient:
         )
         secure: dict[str, Any] = {"ssl": _tls(), "server_hostname": host}
         return await asyncio.open_connection(
-            sock=sock, limit=self.buffer, **(secure if target.scheme == "https" else {})
+            sock=sock, limit=self.buffer, **(secure if place.scheme == "https" else {})
         )
 
+    async def _tunnel(
+        self,
+        proxy: Proxy,
+        target: URL,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Have the proxy connect to `target`, and begin TLS with it."""
+        place = f"{target.host_subcomponent}:{target.port}"
+        headers = {"Host": place, "User-Agent": self.headers["User-Agent"], **proxy.headers}
+        writer.write(_head(f"CONNECT {place} HTTP/1.1", headers))
+        wire = _Wire(reader, self.read_timeout)
+        status, reason, _ = await _status_and_headers(wire)
+        check_tunnel(proxy, status, reason)
+        if wire.held:  # sent before the host could know of us
+            raise DownloadError("protocol", "bytes behind the proxy's answer to CONNECT")
+        secured = writer.start_tls(_tls(), server_hostname=_host(target))
+        await _within(self.connect_timeout, f"Connection timeout to host {target.host}", secured)
+
     def _request(self, target: URL) -> bytes:
-        lines = [f"GET {target.raw_path_qs} HTTP/1.1", f"Host: {target.host_port_subcomponent}"]
-        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        headers = {"Host": target.host_port_subcomponent or "", **self.headers}
         if auth := BasicAuth.from_url(target):
-            lines.append(f"Authorization: {auth.encode()}")
-        return "\r\n".join([*lines, "Connection: close", "", ""]).encode()
+            headers["Authorization"] = auth.encode()
+        path = target.raw_path_qs
+        if self.proxy is not None and target.scheme == "http":
+            path = f"http://{headers['Host']}{path}"
+            headers |= self.proxy.headers
+        return _head(f"GET {path} HTTP/1.1", headers | {"Connection": "close"})
+
+
+def _host(place: URL) -> str:
+    return (place.raw_host or "").rstrip(".")
+
+
+def _head(line: str, headers: Mapping[str, str]) -> bytes:
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 @cache
@@ -153,6 +200,15 @@ class _Wire:
 
 
 async def _answer(wire: _Wire) -> Answer:
+    status, reason, headers = await _status_and_headers(wire)
+    if status in (204, 304):
+        return Answer(status, reason, headers, 0, _exactly(wire, 0), is_lenient=True)
+    length, pieces = await _framing(wire, headers)
+    return Answer(status, reason, headers, length, pieces, is_lenient=True)
+
+
+async def _status_and_headers(wire: _Wire) -> tuple[int, str, CIMultiDict[str]]:
+    """Status, reason and headers of the first answer that is not of status 1xx."""
     for _ in range(_MAX_INTERIM + 1):
         left = MAX_HEADERS
         line = await wire.line(left, _LONG_HEADERS)
@@ -167,13 +223,8 @@ async def _answer(wire: _Wire) -> Answer:
         status, reason = int(match[1]), match[2].decode("latin-1")
         headers = await _headers(wire, left - len(line))
         if status >= 200:
-            break
-    else:
-        raise DownloadError("protocol", f"more than {_MAX_INTERIM} answers of status 1xx")
-    if status in (204, 304):
-        return Answer(status, reason, headers, 0, _exactly(wire, 0), is_lenient=True)
-    length, pieces = await _framing(wire, headers)
-    return Answer(status, reason, headers, length, pieces, is_lenient=True)
+            return status, reason, headers
+    raise DownloadError("protocol", f"more than {_MAX_INTERIM} answers of status 1xx")
 
 
 async def _headers(wire: _Wire, left: int) -> CIMultiDict[str]:

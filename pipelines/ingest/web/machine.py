@@ -1,4 +1,4 @@
-"""What the machine allows a downloader: open files, and the proxies that it is not sent through."""
+"""What the machine allows a downloader: open files, and which proxies are ignored."""
 
 from __future__ import annotations
 
@@ -53,19 +53,18 @@ def _say_few_files(allowed: int, wanted: int, fit: int) -> None:
     )
 
 
-@cache
 def warn_of_proxies() -> None:
-    """Say once, in one line, that proxies of the environment are not used.
+    """Say in one line that proxies of the environment are not used.
 
-    Which addresses may be reached is checked here, where a connection is made: a proxy would make
-    that of its own.
+    A proxy decides which addresses are reached. Nobody should get that by a variable that is set for
+    other programs, so it has to be asked for by `download.proxy`.
     """
     there = getproxies_environment()
     named = [f"{scheme}_proxy" for scheme in ("http", "https", "all") if there.get(scheme)]
     if named:
         print(
             f"warning: {', '.join(named)} in the environment: ignored, images are fetched without a "
-            "proxy",
+            "proxy (download.proxy=http://host:port sets one)",
             file=sys.stderr,
             flush=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,99 @@ ROWS: list[dict[str, Any]] = [
     {"SAMPLE_ID": 1000000000042, "URL": _url(6), "TEXT": "배", **_TALL, "LANGUAGE": "ko", **_OLD},
     {**_OLD, "caption": "A boat", **_FETCHED, **_SMALL, "url": _url(7), "md5": "00" * 16},
 ]
+
+
+SCORES = {"similarity": 0.25, "pwatermark": 0.125, "punsafe": 0.0625, "aesthetic": 5.5}
+SIZE = {"width": 640.0, "height": 480.0}
+
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # By release: the kind of its files, a made-up row, and what is read of it beside url and text.
+    "Re-LAION": (
+        "parquet",
+        {"URL": _url(0), "TEXT": "A boat", "WIDTH": 640, "HEIGHT": 480, **SCORES}
+        | {"hash": 7, "key": "000000042", "md5": "00" * 16, "LANGUAGE": "en"},
+        {"hash": 7, **SCORES, **SIZE},
+    ),
+    "COYO": (
+        "parquet",
+        {"id": 841814333321, "url": _url(0), "text": "A boat", "width": 640, "height": 480}
+        | {"image_phash": "d7c3e1a0f18b3c1e", "text_length": 6, "word_count": 2}
+        | {"num_tokens_bert": 2, "num_tokens_gpt": 2, "num_faces": 0}
+        | {"clip_similarity_vitb32": 0.25, "clip_similarity_vitl14": 0.5}
+        | {"nsfw_score_opennsfw2": 0.0625, "nsfw_score_gantman": 0.75}
+        | {"watermark_score": 0.125, "aesthetic_score_laion_v2": 5.5},
+        SCORES | SIZE,
+    ),
+    "DataComp": (
+        "parquet",
+        {"uid": "0" * 32, "url": _url(0), "text": "A boat", "original_width": 640}
+        | {"original_height": 480, "clip_b32_similarity_score": 0.25}
+        | {"clip_l14_similarity_score": 0.5, "face_bboxes": [[0.1, 0.2, 0.3, 0.4]]}
+        | {"sha256": "00" * 32},
+        {"similarity": 0.25, **SIZE},
+    ),
+    "WIT": (
+        "tsv",
+        {"language": "en", "page_url": "https://en.example.org/wiki/Boat", "image_url": _url(0)}
+        | {"page_title": "Boat", "section_title": "", "hierarchical_section_title": "Boat"}
+        | {
+            "caption_reference_description": "A boat",
+            "caption_attribution_description": "English: b",
+        }
+        | {"caption_alt_text_description": "boat", "mime_type": "image/jpeg"}
+        | {"original_height": 480, "original_width": 640, "is_main_image": "true"}
+        | {"attribution_passes_lang_id": "true", "page_changed_recently": "false"}
+        | {
+            "context_page_description": "Boats are",
+            "context_section_description": '"Boats\n""are"""',
+        },
+        SIZE,
+    ),
+    "RedCaps": (
+        "json",
+        {"image_id": "abc12", "author": "someone", "url": _url(0), "raw_caption": "A Boat!!"}
+        | {"caption": "A boat", "subreddit": "boats", "score": 31, "created_utc": 1483228800}
+        | {"permalink": "/r/boats/comments/abc12/a_boat/", "crosspost_parents": None},
+        {},
+    ),
+    "CC3M": ("tsv", {"A boat": _url(0)}, {}),
+    "CC12M": ("tsv", {_url(0): "A boat"}, {}),
+    "CC12M with names": ("csv", {"image_url": _url(0), "caption": "A boat"}, {}),
+}
+
+YFCC = (
+    *(
+        "line",
+        "photoid",
+        "photohash",
+        "uid",
+        "unickname",
+        "datetaken",
+        "dateuploaded",
+        "capturedevice",
+    ),
+    *("title", "description", "usertags", "machinetags", "longitude", "latitude", "accuracy"),
+    *("pageurl", "url", "licensename", "license_url", "serverid", "farmid", "secret"),
+    *("secretoriginal", "ext", "marker"),
+)
+"""The columns of YFCC100M's own files, which have no line with names."""
+
+
+def write_release(folder: Path, name: str) -> Path:
+    """A list of one row as the release `name` is published."""
+    kind, row, _ = OTHERS[name]
+    file = folder / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), file)
+    elif kind == "json":
+        info = {"description": "made up", "version": "v1.0"}
+        file.write_text(json.dumps({"info": info, "annotations": [row]}))
+    else:
+        between = "\t" if kind == "tsv" else ","
+        without_names = name in ("CC3M", "CC12M")
+        lines = [[*row], [*row.values()]] if not without_names else [[*row, *row.values()]]
+        file.write_text("".join(between.join(map(str, line)) + "\n" for line in lines))
+    return file
 
 
 def write_large_list(file: Path) -> Path:

@@ -402,6 +402,25 @@ def test_the_lenient_reader_reaches_no_private_address(
     assert not raw.requests["/secret"]
 
 
+def test_a_slow_look_up_is_no_slow_connection(
+    raw: RawSite, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For either reader: it has as long as the whole request."""
+
+    def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        looked_up.append(host)
+        time.sleep(0.15)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    looked_up: list[str] = []
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    raw.answers = {"/tidy": whole(), "/untidy": whole("no header")}
+    downloader = open_downloader(connect_timeout=0.1, retries=0, read_timeout=5)
+    urls = [f"http://{path}.test:{raw.port}/{path}" for path in ("tidy", "untidy")]
+    assert statuses(downloader, *urls) == ["ok", "ok"]
+    assert sorted(looked_up) == ["tidy.test", "untidy.test", "untidy.test"]
+
+
 def test_caps_and_time_outs_hold_for_the_lenient_reader(raw: RawSite, open_downloader: Any) -> None:
     million = JPEG + bytes(1 << 20)
     bombs = {

@@ -26,6 +26,25 @@ def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
         input_files(str(tmp_path / "empty"))
 
 
+def test_json_beside_other_lists_is_notes_on_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As img2dataset's 00000_stats.json beside 00000.parquet."""
+    for name in ("00000.parquet", "00000_stats.json", "deep/dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [file.name for file in input_files(str(tmp_path))] == ["00000.parquet"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: 2 .json files beside lists of other formats are taken for notes"
+    )
+    assert str(tmp_path / "00000_stats.json") in line
+    found = input_files(str(tmp_path / "*.json"))
+    assert [file.name for file in found] == ["00000_stats.json"]
+    assert [file.name for file in input_files(str(tmp_path / "deep"))] == ["dataset_infos.json"]
+    assert not capsys.readouterr().err
+
+
 def test_lists_below_two_slashes_are_found(bucket: str) -> None:
     import s3fs
 

@@ -59,6 +59,9 @@ def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
             writer = csv.DictWriter(stream, names, **options)
             writer.writeheader()
             writer.writerows(full)
+    elif ".json" in file.suffixes:
+        with opener(file, "wt", encoding="utf-8") as stream:
+            json.dump(rows, stream)
     else:
         with opener(file, "wt", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -92,7 +95,8 @@ def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["l.parquet", "l.csv", "l.tsv", "l.csv.gz", "l.jsonl", "l.ndjson.gz"]
+    "name",
+    ["l.parquet", "l.csv", "l.tsv", "l.csv.gz", "l.jsonl", "l.ndjson.gz", "l.json", "l.json.gz"],
 )
 def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
     text = 'two, "quoted"\nlines'
@@ -140,6 +144,29 @@ def test_published_rows_are_read(tmp_path: Path, shared_lists: Path | None) -> N
     (tmp_path / "table").mkdir()
     plan = plan_of(input_files(str(large)), tmp_path, 256)
     assert plan.read == 10_000 == plan.fetched + sum(plan.dropped.values())
+
+
+@pytest.mark.parametrize("release", releases.OTHERS)
+def test_lists_of_others_are_read_as_they_are_published(tmp_path: Path, release: str) -> None:
+    expected = {"url": releases._url(0), "alt_text": "A boat", **releases.OTHERS[release][2]}
+    assert read_all(releases.write_release(tmp_path, release)) == [pytest.approx(expected)]
+
+
+def test_yfcc_is_read_with_the_line_of_names_that_the_readme_gives(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    names = r"\t".join(releases.YFCC)
+    assert rf"printf '{names}\n'" in readme
+    row = dict.fromkeys(releases.YFCC, "") | {"title": "A+boat", "marker": "0"}
+    row |= {"pageurl": "http://photos.example.org/1/", "url": releases._url(0)}
+    row |= {"licensename": "Attribution License", "license_url": "http://cc.example.org/by/2.0/"}
+    file = tmp_path / "yfcc.tsv"
+    file.write_text("\t".join(row.values()) + "\n")
+    with pytest.raises(DataError, match="has no line with the names of its columns"):
+        read_all(file)
+    file.write_text("\t".join(row) + "\n" + file.read_text())
+    assert read_all(file, columns={"title": "alt_text"}) == [
+        {"url": row["url"], "alt_text": "A+boat", "license": row["license_url"]}
+    ]
 
 
 @settings(deadline=None)

@@ -172,6 +172,21 @@ def test_addresses_and_captions_need_no_names(tmp_path: Path, swapped: bool) -> 
     assert [(row["url"], row["alt_text"]) for row in read_all(tmp_path / "l.tsv")] == rows
 
 
+def test_texts_of_wit_are_quoted_and_go_over_lines(tmp_path: Path) -> None:
+    """Its TSV alone: see the row that follows the same texts under other names."""
+    names = "image_url\tcaption_reference_description\tcontext_page_description"
+    texts = (
+        '"a ""big"" boat"\t"one\ntwo\n\nthree, ""3"""\nhttp://a/2\t\tcut "here\nhttp://a/3\tb\t\n'
+    )
+    (tmp_path / "l.tsv").write_text(f"{names}\nhttp://a/1\t{texts}")
+    found = [(row["url"], row["alt_text"]) for row in read_all(tmp_path / "l.tsv")]
+    assert found == [("http://a/1", 'a "big" boat'), ("http://a/2", ""), ("http://a/3", "b")]
+    (tmp_path / "l.tsv").write_text(f'{names}\nhttp://a/1\tx\t\nhttp://a/2\t"open\n')
+    assert "line 3 cannot be read as TSV: unexpected end of data" in refused(tmp_path / "l.tsv")
+    (tmp_path / "l.tsv").write_text('url\tcaption\nhttp://a/1\t"a ""big"" boat"\n')
+    assert read_all(tmp_path / "l.tsv")[0]["alt_text"] == '"a ""big"" boat"'
+
+
 @pytest.mark.parametrize("name", ["l.csv", "l.csv.GZ"])
 def test_csv_as_people_write_it(tmp_path: Path, name: str) -> None:
     lines = ["", " URL , TEXT, WIDTH", "http://a/1, x, 600 ,,", "", "http://a/2", ""]
@@ -202,6 +217,59 @@ def test_columns_that_only_later_lines_have(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("head", ['{"info": {"x": [1, "]}"]}, "annotations": ', ""])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_of_more_than_a_piece_is_read_object_by_object(
+    tmp_path: Path, head: str, indent: int | None
+) -> None:
+    rows = [
+        {"url": f"http://a/{i}", "caption": f'"{{[,]}} ü {"x" * (i % 300)}'} for i in range(9000)
+    ]
+    rows[5000]["caption"] = "long " * 400_000  # of more than a piece
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    end = ', "more": 1}\n' if head else "\n"
+    (tmp_path / "l.json").write_text(head + text + end)
+    assert [(row["url"], row["alt_text"]) for row in read_all(tmp_path / "l.json")] == [
+        (row["url"], row["caption"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "it is empty: expected a list of objects, or an object whose 'annotations' is one"),
+        ("7", "it begins with '7': expected a list of objects"),
+        (
+            '{"image_urls": ["http://a/"], "captions": ["x"]}',
+            "of 'image_urls', 'captions': expected",
+        ),
+        ("{}", "it is an object of nothing: expected"),
+        ('{"annotations": {}}', "it is an object of 'annotations': expected"),
+        ('{"url": "http://a/"}\n{"url": "http://b/"}\n', "one object a line: rename it to .jsonl"),
+        ('[{"url": "http://a/"}', "expected ']' at character 22, found the end"),
+        ('[{"url": "http://a/"} {"url": 1}]', "expected ']' at character 23, found '{'"),
+        ('[{"url": "http://a/"},]', "Expecting value at character 23"),
+        ('[{"url": oops}]', "Expecting value at character 10"),
+        ('[{"url": "http://a/"}] []', "more follows behind the end of its list at character 24"),
+        ('{"annotations": [], 1: 2}', 'expected a name in "" at character 22'),
+        ("[" * 100_000, "nested too deeply at character 2"),
+    ],
+)
+def test_a_json_of_another_kind_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "l.json").write_text(text)
+    line = refused(tmp_path / "l.json")
+    assert "cannot be read as JSON: " in line
+    assert why in line
+
+
+@pytest.mark.parametrize(("row", "why"), [("7", "it is a int"), ("null", "it is a NoneType")])
+def test_a_json_of_other_things_than_objects_names_the_row(
+    tmp_path: Path, row: str, why: str
+) -> None:
+    (tmp_path / "l.json").write_text(f'[{{"url": "http://a/"}}, {row}]')
+    assert f"row 2 is not a JSON object: {why}" in refused(tmp_path / "l.json")
+
+
 def gzipped(data: bytes) -> bytes:
     return gzip.compress(data, mtime=0)
 
@@ -216,7 +284,7 @@ contents |= contents.map(gzipped) | contents.map(lambda data: gzipped(data)[:-5]
 
 
 @settings(deadline=None, max_examples=300)
-@given(contents, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), st.booleans())
+@given(contents, st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet"]), st.booleans())
 def test_any_bytes_are_rows_or_one_line(
     tmp_path_factory: Any, data: bytes, suffix: str, packed: bool
 ) -> None:

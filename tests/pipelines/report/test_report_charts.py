@@ -17,7 +17,7 @@ def step(number: int, loss: float) -> dict:
     return {"event": "step", "step": number, "loss": loss}
 
 
-def evaluation(number: int, loss: float) -> dict:
+def evaluation(number: int, loss: float | None) -> dict:
     return {"event": "eval", "step": number, "heldout_loss": loss, "rows": 8}
 
 
@@ -82,6 +82,7 @@ def test_losses_that_are_not_finite_are_counted_and_told(parse):
     [
         ([], "No evaluation on held-out rows."),
         ([step(1, 2.0)], "No evaluation on held-out rows."),
+        ([step(1, 2.0), evaluation(2, None)], "No evaluation on held-out rows."),
         ([evaluation(0, 2.0)], "Held-out loss 2.000 at step 0."),
         ([evaluation(0, 0.0), evaluation(9, 0.0)], "0.000 → 0.000 (–)"),
     ],

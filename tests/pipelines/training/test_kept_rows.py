@@ -26,7 +26,7 @@ from pipelines.training.pairs import with_pairs
 from pipelines.training.run_folder import claim
 from pipelines.training.stages import Prepared
 from tests.conftest import SMALLEST
-from vlv_model.errors import RunError
+from vlv_model.errors import DataError, RunError
 
 ROWS, STEPS = 6, 6  # of a step; all of them are of the first epoch
 
@@ -146,6 +146,27 @@ def test_a_run_goes_on_with_what_is_left_and_new_rows_wait(
     assert "3 of the 120 rows that the run began with are gone and are left out; 1 that" in (
         capsys.readouterr().err
     )
+
+
+def test_a_run_goes_on_without_any_held_out_row_and_none_begins_so(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = begin(tmp_path / "run", table)
+    gone = held_out(table)
+    take(table, gone[1:])
+    open_run(config(tmp_path / "run", table))
+    assert "without an evaluation" not in capsys.readouterr().err
+    take(table, gone[:1])
+    run = open_run(config(tmp_path / "run", table))
+    assert run.identity == begun.identity
+    assert run.rows[0].keys.tolist() == begun.rows[0].keys.tolist()
+    assert len(run.rows[1]) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "warning: all rows that the run held out are gone: it goes on without an eval"
+    )
+    with pytest.raises(DataError, match="none is a held-out row"):
+        open_run(config(tmp_path / "another", table))
 
 
 def test_a_row_that_is_gone_by_accident_is_named(table: Path, tmp_path: Path) -> None:

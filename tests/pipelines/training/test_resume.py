@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,11 +15,13 @@ from safetensors.torch import load_file
 from pipelines.cli.config import load
 from pipelines.execution.checkpoints import is_finished
 from pipelines.images.random_access import RowIndex
+from pipelines.training import kept_rows
 from pipelines.training.checkpointing import load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest
-from pipelines.training.job import split
-from pipelines.training.metrics import read_metrics
+from pipelines.training.job import show, split
+from pipelines.training.metrics import heldout_losses, read_metrics
+from pipelines.training.run_folder import write_result
 from tests.conftest import SMALLEST
 from tests.pipelines.training.worlds import run_worlds, segment, turn_a_bit
 from vlv_model.captioner import VLVCaptioner
@@ -34,6 +39,7 @@ class Runs:
 
     def __init__(self, folder: Path, table: Path, models: Path) -> None:
         self.folder, self.table, self.models = folder, table, models
+        self.configs: dict[str, Stage1Config | Stage2Config] = {}
 
     def segment(
         self,
@@ -42,17 +48,36 @@ class Runs:
         after: Path | None = None,
         parent: Path | None = None,
         damaged: str = "",
+        table: Path | None = None,
     ) -> dict[str, Any]:
         """One training to its end, from the start or from a checkpoint; of stage 2 upon `parent`."""
         given = [
-            f"data.input={self.table}", f"run_dir={self.folder / name}", "train.use_gpu=false",
+            f"data.input={table or self.table}", f"run_dir={self.folder / name}", "train.use_gpu=false",
             "data.holdout=0.2", f"train.steps={STEPS}", "train.global_batch_size=6",
             "train.micro_batch_size=2", "train.learning_rate=0.002", "train.pretrained_rate=0.01",
             "train.max_grad_norm=0.05", "train.eval_rows=2", "train.eval_every=100",
             "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.num_workers=1",
         ]  # fmt: skip
         config = load(Stage2Config if parent else Stage1Config, None, [*given, *settings])
+        self.configs[name] = config
         return segment(config, self.models, after, parent, damaged)
+
+    def without_held_out_rows(self, name: str) -> Path:
+        """The table after a takedown of all that a run held out, and what the run noted before."""
+        index = RowIndex.open(sorted(self.table.glob("*.parquet")))
+        kept, _ = split(index, 0.2)
+        left = self.folder / "left"
+        left.mkdir()
+        for file in kept.files:
+            rows = pq.read_table(file)
+            pq.write_table(
+                rows.filter(pc.is_in(rows["key"], pa.array(kept.keys))), left / file.name
+            )
+        (self.folder / name).mkdir()
+        kept_rows.keep(self.folder / name, index.keys, str(self.table))
+        told = {"event": "eval", "step": 0, "heldout_loss": 0.5, "rows": 2, "columns_read": ["key"]}
+        (self.folder / name / "metrics.jsonl").write_text(json.dumps(told) + "\n")
+        return left
 
     def rows(self, step: int) -> list[int]:
         """Keys of the rows that every training uses in a step."""
@@ -83,6 +108,7 @@ def runs(
     runs = Runs(tmp_path_factory.mktemp("worlds"), pair_table, SMALLEST)
     segment, checkpoint = runs.segment, runs.checkpoint
     begun, begun_low = checkpoint("unbroken", BEGUN), checkpoint("low", BEGUN)
+    left = runs.without_held_out_rows("unseen")
     low, offload = ["train.precision=bfloat16"], ["train.offload_optimizer=true"]
     two = [
         segment("unbroken", "train.zero_stage=2"),
@@ -98,6 +124,7 @@ def runs(
     two.append(segment("lora", *lora, "train.zero_stage=2", parent=stage1))
     one = [
         segment("one", "train.zero_stage=1", *offload, after=begun),
+        segment("unseen", "train.zero_stage=1", *offload, after=begun, table=left),
         segment(
             "lora-3", *lora, "train.zero_stage=3", after=checkpoint("lora", BEGUN), parent=stage1
         ),
@@ -129,6 +156,26 @@ def test_the_same_world_repeats_every_loss(runs: Runs) -> None:
         there = runs.curve("unbroken", figure)
         assert runs.curve("again", figure) == pytest.approx(there, rel=1e-6)
     assert min(runs.curve("unbroken", "grad_norm")) > 0.05  # clipped in every step
+
+
+def test_a_training_without_any_held_out_row_left_takes_the_same_steps(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for figure in ("keys", "loss", "grad_norm"):
+        assert runs.curve("unseen", figure) == runs.curve("one", figure)
+    folder, config = runs.folder / "unseen", runs.configs["unseen"]
+    evaluations = [event for event in read_metrics(folder) if event["event"] == "eval"]
+    assert [(e["step"], e["heldout_loss"], e["rows"]) for e in evaluations] == [
+        (0, 0.5, 2),
+        (STEPS, None, 0),
+    ]
+    assert heldout_losses(folder) == {0: 0.5}
+    result = write_result(config, folder)
+    assert (result["loss_before"], result["loss_after"]) == (0.5, None)
+    assert result["checkpoint"] == f"checkpoints/step-{STEPS:08d}"
+    show(config, result)
+    line = f"held-out loss 0.5000 → none (its rows are gone) after {STEPS} steps"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["zero-0", "zero-3", "one"])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest.web import machine
 from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
 from tests.pipelines.ingest.sites import Site, fetch_all, reply
 
@@ -66,30 +65,41 @@ def test_many_open_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
 def test_proxies_of_the_environment_are_one_line(
-    name: str,
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_proxies(monkeypatch)
+    monkeypatch.setenv(name, "http://me:secret@127.0.0.1:9")
+    warn_of_proxies()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: {name.lower()} in the environment: ignored, images are fetched without a proxy "
+        "(download.proxy=http://host:port sets one)"
+    )
+
+
+def test_a_downloader_takes_no_proxy_of_the_environment_and_says_nothing(
     site: Site,
     open_downloader: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    warn_of_proxies.cache_clear()
+    """The job says it, once: nobody reads what its many fetchers print."""
     site.answers["/a"] = reply()
-    monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for _ in range(2):
-        (fetched,) = fetch_all(open_downloader(), site.url("/a"))
-        assert fetched.status == "ok"
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == (
-        f"warning: {name.lower()} in the environment: ignored, images are fetched without a proxy"
-    )
-    warn_of_proxies.cache_clear()
-
-
-def test_without_proxies_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            patch.delenv(name, raising=False)
-            patch.delenv(name.upper(), raising=False)
-        warn_of_proxies.cache_clear()
-        machine.warn_of_proxies()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    (fetched,) = fetch_all(open_downloader(), site.url("/a"))
+    assert fetched.status == "ok"
     assert not capsys.readouterr().err
+
+
+def test_without_proxies_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_proxies(monkeypatch)
+    warn_of_proxies()
+    assert not capsys.readouterr().err
+
+
+def without_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
