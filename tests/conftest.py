@@ -61,7 +61,7 @@ GROUPS = {
         "pipelines/training/test_samples.py", "benchmarks/test_recaption_benchmark.py",
         "pipelines/precompute/test_precompute.py", "pipelines/recaption/test_publish.py",
         "pipelines/ingest/test_duplicates.py", "pipelines/training/test_pairs.py", "pipelines/execution/test_metrics.py",
-        "pipelines/ingest/test_ingest.py",
+        "pipelines/ingest/test_ingest.py", "pipelines/test_card.py",
     ],
     "machines": ["pipelines/execution/test_chunks.py", "cluster/test_autoscaler.py"],
     "runtime": ["pipelines/execution/test_connection.py"],

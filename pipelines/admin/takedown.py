@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipelines.cli.config import OutputPlace
 from pipelines.images.blocklist import Blocked, ascii_host, domains_of
+from pipelines.images.card import write_card
 from pipelines.images.removal import blocked_rows, remove_files, remove_rows
 from pipelines.images.rows import url_key
 from pipelines.images.urls import address_of, canonical_url
@@ -115,10 +116,12 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
             removed[str(table.folder)] = remove_rows(table, blocked, names.look)
             if removed[str(table.folder)]:
                 forget(table)  # and its report, which shows pictures
+            write_card(table)  # also of rows that a killed takedown removed
             remove_files(table, blocked.keys)
     for images in tables:
         with exclusive(images.folder, "table"):
             write_report(images, hides=blocked.is_domain)
+            write_card(images)
     if missing := names.missing():
         raise NothingMatched(missing, removed)
     return removed

@@ -20,11 +20,13 @@ import numpy as np
 
 from pipelines.execution.quarantine import FOLDER as DEATHS
 from pipelines.images.blocklist import Blocked
+from pipelines.images.card import FILE as CARD_FILE
+from pipelines.images.card import write_card
 from pipelines.images.changes import changes_of, unexplained
 from pipelines.images.plans import planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
-from pipelines.storage.files import remove_folder
+from pipelines.storage.files import is_file, remove_file, remove_folder
 from pipelines.storage.tables import Table, read_schema
 from vlv_model.errors import RunError
 
@@ -87,7 +89,9 @@ def take_out(table: Table, path: str) -> None:
     """Remove from `table` the rows that were taken down of the table at `path`, which it was made of."""
     blocked = Blocked.read(Table(path))
     (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
-    remove_rows(table, blocked)
+    if remove_rows(table, blocked) and is_file(card := table.folder / CARD_FILE):
+        remove_file(card)  # that of captions has samples, and is written when their job is through
+        write_card(table)
     remove_files(table, blocked.keys)
 
 

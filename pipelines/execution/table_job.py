@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.images.card import write_card
 from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import Table
 
@@ -32,7 +33,8 @@ class TableJob:
         """Write what is left."""
 
     def finish(self, table: Table) -> None:
-        """Write what stands beside the rows; also where `run` had nothing to do."""
+        """Write what stands beside the rows, its card at least; also where `run` had nothing to do."""
+        write_card(table)
 
 
 def run_table_job(job: TableJob, output: str, ray: RayConfig) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.report.markdown import card, table
+from pipelines.images.markdown import card, table
 from vlv_model.checkpoints.fingerprint import short
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig

@@ -47,7 +47,7 @@ from pipelines.storage.files import (
     write_parquet,
 )
 from pipelines.storage.protocols import is_url
-from pipelines.storage.tables import Table, read_json_object, read_schema
+from pipelines.storage.tables import PLAN, Table, read_json_object, read_schema
 from vlv_model.errors import DataError
 
 FOLDER, MADE_OF = "_plan/listing", "_plan/listing.json"
@@ -108,7 +108,8 @@ def _suffixes(counts: Counter[str]) -> str:
 
 
 def _listed(output: Path) -> list[Path]:
-    return [file for file in files_below(output / FOLDER) if file.suffix == ".parquet"]
+    # Earlier versions wrote `.parquet`.
+    return [file for file in files_below(output / FOLDER) if file.suffix in (PLAN, ".parquet")]
 
 
 def _digest(source: Source) -> str | None:
@@ -136,7 +137,7 @@ def _write(
 
     def flush() -> None:
         nonlocal written
-        file = output / FOLDER / f"{written:06d}.parquet"
+        file = output / FOLDER / f"{written:06d}{PLAN}"
         write_parquet(file, pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
         waiting.clear()
         written += 1

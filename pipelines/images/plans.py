@@ -1,7 +1,7 @@
 """The plan of a job over the images of a table: which rows each chunk has, and where they lie.
 
-    _plan/rows-0000.parquet    a row group for each of the first 1,024 chunks: key, file, group, row
-    _plan/rows-0001.parquet    …
+    _plan/rows-0000.plan    Parquet, a row group for each of the first 1,024 chunks: key, file, group, row
+    _plan/rows-0001.plan    …
 
 Written once, while the table's keys pass by: no machine holds them all. A task opens the file that has its chunk, so what it reads does not grow with the
 table: one file for all of them would have a footer as long as the table.
@@ -28,8 +28,15 @@ from pipelines.images.random_access import (
     repeated_key,
     usable_rows,
 )
-from pipelines.storage.files import is_file, open_parquet, write_atomically, write_parquet
+from pipelines.storage.files import (
+    is_file,
+    open_parquet,
+    remove_file,
+    write_atomically,
+    write_parquet,
+)
 from pipelines.storage.sorting import Buckets
+from pipelines.storage.tables import PLAN, plan_file
 
 _CHUNKS = 1024  # of a file
 LAYOUT = f"files of {_CHUNKS} chunks, in the order of the table"
@@ -122,7 +129,9 @@ def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
             for rows in chunks[start : start + _CHUNKS]:
                 columns = {name: np.ascontiguousarray(rows[name]) for name in COLUMNS}
                 writer.write_table(pa.table(columns, schema=schema), max(1, len(rows)))
-        write_atomically(_file(folder, number), content.getvalue())
+        file = _file(folder, number)
+        write_atomically(file, content.getvalue())
+        remove_file(file.with_suffix(".parquet"))  # of an earlier version
 
 
 def _check_keys(files: Sequence[Path], rows: int) -> None:
@@ -144,19 +153,19 @@ def _check_keys(files: Sequence[Path], rows: int) -> None:
 
 def has_plan(folder: Path) -> bool:
     """Whether there is one that `read_plan` reads."""
-    return is_file(_file(folder, 0))
+    return is_file(plan_file(_file(folder, 0)))
 
 
 def read_plan(folder: Path, chunk: int) -> pa.Table:
     """The rows of a chunk: `key file group row`."""
-    with open_parquet(_file(folder, chunk // _CHUNKS)) as parquet:
+    with open_parquet(plan_file(_file(folder, chunk // _CHUNKS))) as parquet:
         return parquet.read_row_group(chunk % _CHUNKS)
 
 
 def planned_keys(folder: Path, chunks: int) -> Iterator[np.ndarray]:
     """The keys int64 `[n]` of the rows of each of so many chunks."""
     for number, start in enumerate(range(0, chunks, _CHUNKS)):
-        with open_parquet(_file(folder, number)) as parquet:
+        with open_parquet(plan_file(_file(folder, number))) as parquet:
             # Fewer where a plan was laid out again and its table not told of it yet.
             for group in range(min(_CHUNKS, chunks - start, parquet.num_row_groups)):
                 yield parquet.read_row_group(group, columns=["key"])["key"].to_numpy()
@@ -168,4 +177,4 @@ def planned(files: list[Path], rows: pa.Table) -> RowIndex:
 
 
 def _file(folder: Path, number: int) -> Path:
-    return folder / f"_plan/rows-{number:04d}.parquet"
+    return folder / f"_plan/rows-{number:04d}{PLAN}"

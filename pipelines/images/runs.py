@@ -1,7 +1,7 @@
 """The runs of an image table: each ingest that had something to do, and what it did.
 
     _runs/0003/run.json               number, settings, chunks to work on, counts
-    _runs/0003/plan/chunk-000007.parquet    what is to be done to a chunk (pipelines/ingest/plan.py)
+    _runs/0003/plan/chunk-000007.plan what is to be done to a chunk (pipelines/ingest/plan.py)
 
 A chunk's commit says which run wrote it last, so a killed run goes on with the chunks that an
 earlier run wrote. A run of the same settings as the last, finished one has nothing to do, unless

@@ -33,7 +33,7 @@ from pipelines.images.rows import DUPLICATE, OK
 from pipelines.images.urls import addresses_of
 from pipelines.storage.files import open_parquet, read_parquet_file, write_parquet
 from pipelines.storage.sorting import Buckets, Sorting
-from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
+from pipelines.storage.tables import IMAGE_ROW_GROUP, PLAN, Table
 from vlv_model.config import Config
 
 _ROW_BYTES = 48  # of a row of hashes, for the number of buckets
@@ -85,7 +85,7 @@ def mark_duplicates(
         # A chunk without a copy, now and before, is not opened.
         if start < end or commit.statuses.get(DUPLICATE):
             keys = pa.table({"key": pa.array(copies[start:end, 1], pa.int64())})
-            write_parquet(folder / f"copies-{commit.chunk:06d}.parquet", keys)
+            write_parquet(folder / f"copies-{commit.chunk:06d}{PLAN}", keys)
             work.append(commit.chunk)
     mark = partial(_mark, table=table, run=run, folder=folder)
     return sum(pc.sum(block["changed"]).as_py() for block in map_chunks(cluster, work, mark))
@@ -94,7 +94,7 @@ def mark_duplicates(
 def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
     """Change the statuses in a chunk's part where they say something else of its copies."""
     (chunk,) = chunks["chunk"].to_pylist()
-    copies = read_parquet_file(folder / f"copies-{chunk:06d}.parquet")["key"]
+    copies = read_parquet_file(folder / f"copies-{chunk:06d}{PLAN}")["key"]
     with open_parquet(table.part(chunk)) as parquet:
         small = parquet.read(columns=["key", "status"])
     is_copy = pc.is_in(small["key"], value_set=copies)

@@ -145,6 +145,7 @@ class Ingest(TableJob):
         self.run_now.end(table.counts())
         if not (self.was_done and is_file(table.folder / REPORT)):
             write_report(table)
+        super().finish(table)
 
 
 def plan_only(config: IngestConfig) -> Plan:

@@ -35,12 +35,12 @@ from pipelines.ingest.known_rows import (
 from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
 from pipelines.lists.metadata import OddValues, read_batches
-from pipelines.storage.files import write_parquet
+from pipelines.storage.files import read_parquet_file, write_parquet
 from pipelines.storage.sorting import Buckets, Sorting
-from pipelines.storage.tables import Table
+from pipelines.storage.tables import PLAN, Table, plan_file
 from vlv_model.errors import DataError
 
-CHUNKS_FILE = "_chunks.npy"  # no Parquet: a glob of the folder finds the rows alone
+CHUNKS_FILE = "_chunks.npy"
 _LEAST = -(2**63)
 _MOST_GROWTH = 32  # times the usual rows of a chunk: its ranges of keys were cut for a shorter list
 
@@ -59,8 +59,13 @@ class Plan:
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
-    """Where the plan of one chunk lies, by the run's folder of plans."""
-    return folder / f"chunk-{chunk:06d}.parquet"
+    """Where the plan of one chunk is written (Parquet), by the run's folder of plans."""
+    return folder / f"chunk-{chunk:06d}{PLAN}"
+
+
+def read_chunk(folder: Path, chunk: int) -> pa.Table:
+    """The PLAN_ROW rows of one chunk."""
+    return read_parquet_file(plan_file(chunk_file(folder, chunk)))
 
 
 def read_list(

@@ -14,7 +14,7 @@ from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
 from pipelines.ingest.fetch import ImageFetcher
 from pipelines.ingest.known_rows import CARRIED, with_marks
-from pipelines.ingest.plan import chunk_file
+from pipelines.ingest.plan import read_chunk
 from pipelines.storage.files import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
@@ -65,7 +65,7 @@ class Merge:
 
     def _marked(self, chunk: int) -> pa.Table:
         """The rows of the chunk's plan that are marked and not fetched."""
-        plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
+        plan = read_chunk(self.run.plan_folder, chunk)
         return plan.filter(plan["mark"].is_valid())
 
 
@@ -93,7 +93,7 @@ class ReadPlan:
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         (chunk,) = chunks["chunk"].to_pylist()
-        plan = read_parquet_file(chunk_file(self.run.plan_folder, chunk))
+        plan = read_chunk(self.run.plan_folder, chunk)
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
         blocked = Blocked.read(self.merge.table)  # since the run was planned, perhaps
         rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))

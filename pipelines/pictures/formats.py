@@ -101,7 +101,7 @@ def image_format(data: bytes | bytearray) -> str | None:
     head = bytes(data[: sniffed(data)])
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    if head[4:8] == b"ftyp":
+    if head[:1] == b"\0" and head[4:8] == b"ftyp":  # the size of a box, and its kind
         # A major brand of mif1 says little; AVIF files then list avif among the compatible ones.
         brands = [head[i : i + 4] for i in (8, *range(16, len(head) - 3, 4))]
         if b"avif" in brands or b"avis" in brands:

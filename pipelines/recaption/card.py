@@ -1,4 +1,4 @@
-"""The dataset card of a caption table: `README.md`, from what the table itself knows.
+"""The card of a caption table: what pipelines/images/card.py says of any table, and what is known of captions.
 
 `_published.json` has the model and the settings, `_health.json` the counts; so a takedown writes the
 card anew without the job.
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT, JOINED_ROW, OK
+from pipelines.images.card import COLUMNS, FILE, Card, path_of, table_card
+from pipelines.images.markdown import plain, table
+from pipelines.images.rows import OK
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
-from pipelines.report.markdown import card, plain, table
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.tables import PUBLISHED_FILE, Table, read_json_object
 from vlv_model.checkpoints.files import read_checkpoint
@@ -23,13 +24,9 @@ from vlv_model.checkpoints.fingerprint import short
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
 
-FILE = "README.md"
 _SAMPLES = 8
 _SHOWN = 300  # characters of a sample
-# The hub's names of sizes, by their upper ends.
-_SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"),
-          (1e7, "1M<n<10M"), (1e8, "10M<n<100M"), (1e9, "100M<n<1B")]  # fmt: skip
-_COLUMNS = {
+_COLUMNS = COLUMNS | {
     "key": "the image, as in the table that it comes from",
     "name": "its file name or URL",
     "caption": "null where the status is not ok",
@@ -42,11 +39,8 @@ _COLUMNS = {
     "non_language": "whether it is mostly no letters",
     "model": "fingerprint of the weights and of all settings that decide a caption",
     "status": "`ok`, or why there is no caption",
-    "error": "why, in words",
     "image": "the image as it was captioned from, with its name as path",
 }
-
-_HUB_TYPES = {str(IMAGE_STRUCT): "image", "float": "float32"}  # the others are named as Arrow does
 
 
 def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[str, Any]:
@@ -78,66 +72,38 @@ def write_card(output: Table) -> None:
 def caption_card(output: Table, about: Mapping[str, Any]) -> str:
     """The card's text; `about` is what `_published.json` says."""
     counts, model, found = output.counts(), about["model"], Survey.read(output)
-    rows = sum(counts.values())
     sources = {source for source, _ in model["base_models"].values() if source}
-    header = {
-        "license": about["license"],
-        "pretty_name": output.folder.name,
-        "task_categories": ["image-to-text"],
-        "tags": ["vlv", "arxiv:2507.07104", "synthetic"],
-        "size_categories": [next((name for end, name in _SIZES if rows < end), "n>1T")],
-        "base_model": sorted(sources),
-        "dataset_info": {"features": _features(about["join"])},
-        # Nothing else in the folder is data, whatever its suffix.
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": "data/*.parquet"}],
-            }
-        ],
-    }
     joined = ", each with its image" if about["join"] else ""
-    path = f"path/to/{output.folder.name}"
-    blocks = [
-        f"# {output.folder.name}",
-        f"{counts.get(OK, 0):,} captions of {rows:,} images{joined}, written by a model "
+    parts = [
+        ("captioner", f"step {model['step']:,}", f"sha256:{model['weights'][:12]}"),
+        *((p, s or "a folder", short(f)) for p, (s, f) in model["base_models"].items()),
+    ]
+    told = Card(
+        what=f"{counts.get(OK, 0):,} captions of {sum(counts.values()):,} images{joined}, written by a model "
         "(Vision-Language-Vision auto-encoder, arXiv 2507.07104) and checked by no person: what is "
         "known of them stands under Health.",
-        f"""```python
-from datasets import load_dataset
-
-captions = load_dataset("{path}", split="train")
-```""",
-        f"""```python
-import pandas as pd
-
-captions = pd.read_parquet("{path}/data")
-```""",
-        _questions(path, found is not None),
-        "Rows lie in `data/` alone. Names with an underscore are the job's own, and `_table.json` has the "
-        "paths that its input lay at: leave them out of what you publish"
-        + (f", but for `{SIMILAR_FILE}` and `_report.html`." if found else "."),
-        "## Rows by status",
-        table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
-        "## Health",
-        *_health(found),
-        "## Model",
-        table(
-            ("part", "from", "fingerprint"),
-            [
-                ("captioner", f"step {model['step']:,}", f"sha256:{model['weights'][:12]}"),
-                *((p, s or "a folder", short(f)) for p, (s, f) in model["base_models"].items()),
-            ],
-        ),
-        f"`model` in every row is `{model['fingerprint']}`.",
-        "## Settings",
-        table(("setting", "value"), [*_cut(model), *settings_told(about)]),
-        "## Columns",
-        table(("column", "type", "meaning"), _columns(about["join"])),
-        "## Samples",
-        table(("name", "caption"), list(_samples(output))),
-    ]
-    return card(header, blocks)
+        columns=_COLUMNS,
+        header={
+            "license": about["license"],
+            "task_categories": ["image-to-text"],
+            "tags": ["vlv", "arxiv:2507.07104", "synthetic"],
+            "base_model": sorted(sources),
+        },
+        reading=[_questions(path_of(output), found is not None)],
+        sections=[
+            "## Health",
+            *_health(found),
+            "## Model",
+            table(("part", "from", "fingerprint"), parts),
+            f"`model` in every row is `{model['fingerprint']}`.",
+            "## Settings",
+            table(("setting", "value"), [*_cut(model), *settings_told(about)]),
+            "## Samples",
+            table(("name", "caption"), list(_samples(output))),
+        ],
+        public=[SIMILAR_FILE, "_report.html"] if found else [],
+    )
+    return table_card(output, counts, told)
 
 
 def settings_told(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -145,18 +111,6 @@ def settings_told(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     decoding = [(f"generate.{name}", value) for name, value in about["generate"].items()]
     gates = [(f"gate.{n}", f"{v:.2%}") for n, v in about["gate"].items() if v is not None]
     return [*((n, "none" if v is None else str(v)) for n, v in decoding), *gates]
-
-
-def _columns(join: bool) -> list[tuple[str, str, str]]:
-    return [(f"`{f['name']}`", f["dtype"], _COLUMNS[f["name"]]) for f in _features(join)]
-
-
-def _features(join: bool) -> list[dict[str, str]]:
-    """Columns and their types by the names that Hugging Face `datasets` has for them."""
-    return [
-        {"name": field.name, "dtype": _HUB_TYPES.get(str(field.type), str(field.type))}
-        for field in (JOINED_ROW if join else CAPTION_ROW)
-    ]
 
 
 def _questions(path: str, with_similar: bool) -> str:
@@ -170,7 +124,7 @@ and key not in (select key from read_csv('{path}/{SIMILAR_FILE}', types={{'key':
 select name, caption from '{path}/data/*.parquet' where status = 'ok';{similar * with_similar}
 -- with the images, where they lie in a table with the same keys:
 select c.key, c.caption, i.image
-from '{path}/data/*.parquet' c join 'path/to/images/*.parquet' i using (key);
+from '{path}/data/*.parquet' c join 'path/to/images/data/*.parquet' i using (key);
 ```"""
 
 

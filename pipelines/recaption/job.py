@@ -8,8 +8,8 @@ from typing import Any
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.image_job import ROW_GROUP, ImageJob
 from pipelines.execution.table_job import run_table_job
+from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.rows import CAPTION_ROW, JOINED_ROW
-from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
@@ -83,7 +83,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         columns=(JOINED_ROW if config.join else CAPTION_ROW).names,
         among=earlier.keys if earlier.captions else None,
         sums={"tokens": "num_tokens"},
-        notes={"checked": True, "parts": "data"},
+        notes={"checked": True},
         config=config,
         about_model=model_notes(model, checkpoint, fingerprint),
     )

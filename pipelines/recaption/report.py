@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.plans import has_plan, planned, read_plan
 from pipelines.images.random_access import RowReader
 from pipelines.images.rows import OK
-from pipelines.recaption.card import FILE as CARD_FILE
 from pipelines.recaption.card import settings_told, write_card
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.json_file import FILE as JSON_FILE

@@ -21,6 +21,7 @@ class Reconstruction(ImageJob):
     side_by_side: bool = False
 
     def finish(self, table: Table) -> None:
+        super().finish(table)
         if self.side_by_side:
             write_files(table, self.square)
 

@@ -2,7 +2,7 @@
 
 <data.output>/_side_by_side/<key>.png   left the square that the encoder saw, right the picture
 
-Underscored, as Arrow would take them for parts of the table.
+Underscored, as all that is not a row of the table.
 """
 
 from __future__ import annotations

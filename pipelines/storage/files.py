@@ -339,11 +339,18 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> None:
     if is_url(path):
         # In memory first: a remote file that is closed by an error would be kept, cut.
         file = io.BytesIO()
-        pq.write_table(table, file, compression="zstd", **options)
+        _write_rows(file, table, options)
         patiently(lambda: path.write_bytes(file.getvalue()), path)
         return
     with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", **options)
+        _write_rows(temporary, table, options)
+
+
+def _write_rows(file: Path | IO[bytes], table: pa.Table, options: dict[str, Any]) -> None:
+    if table.num_rows:
+        pq.write_table(table, file, compression="zstd", **options)
+    else:  # no row group: Hugging Face `datasets` fails at one without a row
+        pq.ParquetWriter(file, table.schema).close()
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 A table is a folder:
 
-    part-000007.parquet        one part for each chunk of the plan; its name depends on nothing else
-                               (in data/, where the table has a card)
+    data/part-000007.parquet   one part for each chunk of the plan; its name depends on nothing else
+    README.md                  what the table is, for people and for other readers (pipelines/images/card.py)
     _commits/000007.json       written after the part: rows, counts by status, the run that wrote it
     _table.json                what the table is: kind, identity (the settings that made it), chunks
-    _plan/                     the input of each chunk, where a job has to remember it
+    _plan/                     the input of each chunk, where a job has to remember it (`.plan`)
     _published.json            of a table that has to pass a check: written when it has
 
 A part without its commit is unfinished work of a killed job: the rerun writes it anew under the
 same name. So every chunk is in the table once, however often a job is killed. A later run of ingest
-replaces a part in place, whole or not at all, and then its commit. Names that begin
-with an underscore are passed over by Arrow, datasets and Spark.
+replaces a part in place, whole or not at all, and then its commit.
+
+Rows are the only Parquet files by their suffix, since readers do not agree on what is hidden: Arrow and
+Spark pass over names that begin with an underscore; DuckDB, polars and `datasets` do not. Tables of
+earlier versions have their parts beside `_table.json` and no card.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ from vlv_model.errors import DataError, RunError, VLVError
 
 TABLE_FILE = "_table.json"
 PUBLISHED_FILE = "_published.json"
+PARTS = "data"
+PLAN = ".plan"  # suffix of a plan's files, which are Parquet
 
 _READERS = 16  # threads that read small columns of parts
 
@@ -118,7 +123,9 @@ class Table:
         """
         if not self.exists:
             # A job that was killed while it planned leaves these, and no table yet.
-            ours = ("_plan", "_commits", "_runs", "_chunks.npy")
+            ours = ["_plan", "_commits", "_runs", "_chunks.npy"]
+            if not names_in(self.folder / PARTS):
+                ours.append(PARTS)
             refuse_strangers(self.folder, ours, "table", "data.output")
             return False
         described = self.describe()
@@ -148,11 +155,13 @@ class Table:
     def create(self, kind: str, identity: Mapping[str, Any], chunks: int, **notes: Any) -> None:
         """Declare the table. Done last in planning, so a table that exists has its whole plan.
 
-        `parts` in the notes names a folder for them: `data` of tables with a README.md, as on the
-        hub, since Arrow takes every file of a folder for a part whose name has no underscore.
+        `parts` in `_table.json` names the folder of the parts: `data`, as on the hub, since Arrow takes
+        every file of a folder for a part whose name has no underscore. Where a table is there already
+        its parts stay where they are.
         """
+        notes["parts"] = self.describe().get("parts", "") if self.exists else PARTS
         self.__dict__.pop("parts", None)
-        for name in ("_commits", notes.get("parts", "")):
+        for name in ("_commits", notes["parts"]):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         content = {"kind": kind, "identity": dict(identity), "chunks": chunks, **notes}
         write_atomically(self.folder / TABLE_FILE, json.dumps(content, indent=2))
@@ -326,8 +335,14 @@ def parquet_files(path: str, setting: str = "data.input", published: bool = True
 
 
 def _is_data(names: Sequence[str]) -> bool:
-    """False in folders and for files that Arrow, datasets and Spark pass over too."""
+    """False in folders and for files that Arrow and Spark pass over too."""
     return not any(map(is_hidden, names))
+
+
+def plan_file(file: Path) -> Path:
+    """Where the file of a plan lies that is called `file` now; earlier versions wrote `.parquet`."""
+    earlier = file.with_suffix(".parquet")
+    return earlier if not is_file(file) and is_file(earlier) else file
 
 
 def read_schema(file: Path) -> pa.Schema:

@@ -28,6 +28,7 @@ from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocked
+from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.removal import remove_rows
 from pipelines.images.rows import (
@@ -52,7 +53,15 @@ from pipelines.storage.files import (
     write_parquet,
 )
 from pipelines.storage.sorting import Buckets, Sorting
-from pipelines.storage.tables import IMAGE_ROW_GROUP, TABLE_FILE, Table, parquet_files, read_schema
+from pipelines.storage.tables import (
+    IMAGE_ROW_GROUP,
+    PLAN,
+    TABLE_FILE,
+    Table,
+    parquet_files,
+    plan_file,
+    read_schema,
+)
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,6 +72,7 @@ JoinOn = Literal["key", "url"]
 
 _ROWS_PER_CHUNK = 256  # at least, in whole row groups
 _BATCH_ROWS = 65_536
+_CHUNKS, _STARTS = f"chunks{PLAN}", f"starts{PLAN}"
 _CAPTIONS = pa.schema([("key", pa.int64()), ("caption", pa.string())])
 
 
@@ -177,8 +187,10 @@ class Pairs(TableJob):
             for name in names_in(table.parts):
                 if name.startswith("part-"):
                     remove_file(table.parts / name)
-            remove_file(table.folder / TABLE_FILE)
+            for name in (CARD_FILE, TABLE_FILE):
+                remove_file(table.folder / name)
             return
+
         blocked = Blocked.read(table)
         for path in self.sources.values():
             blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
@@ -228,7 +240,7 @@ def _plan(
                     rows = 0
                 chunks[-1]["groups"].append(group)
                 rows += parquet.metadata.row_group(group).num_rows
-    write_parquet(folder / "chunks.parquet", pa.Table.from_pylist(chunks))
+    write_parquet(folder / _CHUNKS, pa.Table.from_pylist(chunks))
     return {"chunks": len(chunks), "images": images, **counts}
 
 
@@ -282,9 +294,9 @@ def _sort_captions(
         first[1:] = keys[1:] != keys[:-1]
         counts["repeated_captions"] += len(keys) - int(first.sum())
         counts["captions"] += int(first.sum())
-        write_parquet(folder / f"captions-{i:04d}.parquet", rows.filter(pa.array(first)))
+        write_parquet(folder / f"captions-{i:04d}{PLAN}", rows.filter(pa.array(first)))
     buckets.remove()
-    write_parquet(folder / "starts.parquet", pa.table({"start": buckets.starts}))
+    write_parquet(folder / _STARTS, pa.table({"start": buckets.starts}))
     return dict(counts)
 
 
@@ -330,7 +342,8 @@ def _stages(chunks: Any, last: Step, table: Table, join_on: JoinOn) -> Any:
 def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
     (chunk,) = chunks["chunk"].to_pylist()
-    (source,) = read_parquet_file(table.folder / "_plan/chunks.parquet").slice(chunk, 1).to_pylist()
+    plan = table.folder / "_plan"
+    (source,) = read_parquet_file(plan_file(plan / _CHUNKS)).slice(chunk, 1).to_pylist()
     file = place(source["file"])
     with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
@@ -338,7 +351,7 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     # A plan of an earlier version was made of the URLs as they are spelled.
     number = address_of if table.describe().get("addresses") else url_key
     keys = _keys(rows[join_on], join_on, where, number)
-    captions = _captions_of(keys, table.folder / "_plan")
+    captions = _captions_of(keys, plan)
     found = captions.is_valid()
     rows, captions = rows.filter(found), captions.filter(found)
     if "key" not in rows.column_names:  # a table of the user's, joined by URL
@@ -372,11 +385,11 @@ def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
     if len(keys) == keys.null_count:
         return captions
     least, greatest = pc.min_max(keys).as_py().values()
-    starts = read_parquet_file(plan / "starts.parquet")["start"].to_numpy()
+    starts = read_parquet_file(plan_file(plan / _STARTS))["start"].to_numpy()
     first = int(np.searchsorted(starts, least, "right")) - 1
     last = int(np.searchsorted(starts, greatest, "right")) - 1
     for bucket in range(first, last + 1):
-        rows = read_parquet_file(plan / f"captions-{bucket:04d}.parquet")
+        rows = read_parquet_file(plan_file(plan / f"captions-{bucket:04d}{PLAN}"))
         places = pc.index_in(keys, value_set=rows["key"].combine_chunks())
         captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(places))
     return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

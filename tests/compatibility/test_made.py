@@ -150,6 +150,8 @@ def test_a_table_that_was_begun_is_finished(home: Path, name: str) -> None:
         for one, other in zip(here.to_pylist(), there.to_pylist(), strict=True):
             assert looks_like(one, other)
     assert not list(begun.glob(".part-*"))  # nor is a half-written part left
+    # Parts that lie beside `_table.json` stay there, and no card among them.
+    assert (begun / "README.md").exists() == (table.parts != begun)
 
 
 def looks_like(one: dict[str, Any], other: dict[str, Any]) -> bool:

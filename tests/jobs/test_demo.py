@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_every_test_scene_is_judged(demo: Path) -> None:
     assert losses["true_caption"] < losses["encoder"] < losses["no_caption"]
     gap = losses["no_caption"] - losses["true_caption"]
     assert losses["gap_closed"] == pytest.approx((losses["no_caption"] - losses["encoder"]) / gap)
+
+
+@pytest.mark.parametrize("name", ["images", "pairs", "captions", "reconstructions"])
+def test_its_tables_are_data_sets(demo: Path, name: str, tmp_path: Path) -> None:
+    import datasets
+    import duckdb
+
+    folder, counts = demo / name, Table(demo / name).counts()
+    opened = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path))
+    assert Counter(opened["status"]) == counts
+    if name != "captions":
+        assert isinstance(opened.features["image"], datasets.Image)
+    question = f"select status, count(*) from '{folder}/**/*.parquet' group by status"
+    assert dict(duckdb.sql(question).fetchall()) == counts
+    assert str(demo) not in (folder / "README.md").read_text()
 
 
 def test_report_stands_alone(demo: Path) -> None:

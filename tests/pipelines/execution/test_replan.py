@@ -190,3 +190,9 @@ def test_a_plan_of_many_chunks_is_read_by_chunk(tmp_path: Path) -> None:
         assert read_plan(tmp_path, number)["key"].to_pylist() == [number] * (number % 3)
     found = list(planned_keys(tmp_path, 2200))
     assert [keys.tolist() for keys in found] == [[n] * (n % 3) for n in range(2200)]
+    for file in (tmp_path / "_plan").iterdir():  # as earlier versions named them
+        file.rename(file.with_suffix(".parquet"))
+    assert read_plan(tmp_path, 2300)["key"].to_pylist() == [2300, 2300]
+    write_chunks(tmp_path, [*chunks, np.zeros(1, ROW)])
+    assert {file.suffix for file in (tmp_path / "_plan").iterdir()} == {".plan"}
+    assert read_plan(tmp_path, 2500)["key"].to_pylist() == [0]

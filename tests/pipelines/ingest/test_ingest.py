@@ -136,14 +136,14 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
         write_world(tmp_path, web.base_url, 9, num_broken=1)
         ingest(config_of(tmp_path, rows_per_chunk=4))
     # What a user writes who knows of a folder of Parquet files, and no more.
-    files = str(tmp_path / "out/*.parquet")
-    table = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
+    files, cache = str(tmp_path / "out/**/*.parquet"), str(tmp_path / "cache")
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=cache)
     pictures = {row["key"]: row["image"] for row in table if row["status"] == "ok"}
     assert [picture.size for picture in pictures.values()] == [(64, 64)] * 9
     question = f"SELECT key, image.bytes, status FROM '{files}' WHERE status = 'ok'"
     by_duckdb = {key: content for key, content, _ in duckdb.sql(question).fetchall()}
     by_polars = polars.scan_parquet(files).filter(polars.col("status") == "ok").collect()
-    by_pandas = pd.read_parquet(tmp_path / "out")  # the folder itself
+    by_pandas = pd.read_parquet(tmp_path / "out/data")  # the folder itself
     assert len(by_pandas) == 10
     by_pandas = by_pandas[by_pandas["status"] == "ok"]
     found = [
@@ -157,6 +157,9 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
             assert Image.open(BytesIO(content)).tobytes() == pictures[key].tobytes()
     counts = duckdb.sql(f"SELECT status, count(*) FROM '{files}' GROUP BY status").fetchall()
     assert dict(counts) == Table(tmp_path / "out").counts()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "9 images that are to be used, of 10 URLs" in card
+    assert str(tmp_path) not in card
 
 
 def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None:

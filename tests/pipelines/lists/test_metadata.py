@@ -371,7 +371,7 @@ def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
     assert [row["key"] for row in found] == sorted(url_key(row["url"]) for row in rows)
     assert {row["url"]: row["alt_text"] for row in found} == {r["url"]: r["TEXT"] for r in rows}
     assert sorted(p.name for p in (tmp_path / "table/plan").iterdir()) == [
-        f"chunk-00000{i}.parquet" for i in range(3)
+        f"chunk-00000{i}.plan" for i in range(3)
     ]
 
 

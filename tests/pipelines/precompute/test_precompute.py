@@ -20,7 +20,7 @@ from pipelines.images.selection import Selection
 from pipelines.precompute.config import EncodeConfig, PrecomputeConfig
 from pipelines.precompute.job import precompute
 from pipelines.precompute.predictor import EncodeImages
-from pipelines.storage.tables import IMAGE_ROW_GROUP, parquet_files
+from pipelines.storage.tables import IMAGE_ROW_GROUP, Table, parquet_files
 from pipelines.training.config import Stage1Config
 from pipelines.training.data import Batch
 from pipelines.training.metrics import heldout_losses, read_metrics
@@ -207,19 +207,21 @@ def test_the_job_writes_each_image_once(
         f"model.path={tiny_models}", "actors.use_gpu=false", "actors.num_actors=1",
     ])  # fmt: skip
     assert precompute(config) == {"ok": 120}
+    assert "of 120 of 120 images" in (card := (out / "README.md").read_text())
+    assert str(tmp_path) not in card
     expected, found = LatentReader(str(latents)), LatentReader(str(out))
     keys = expected.index.keys.tolist()
     assert found.index.keys.tolist() == keys
     for here, there in zip(found.read(keys), expected.read(keys), strict=True):
         assert torch.allclose(here, there, rtol=2**-7, atol=1e-6)  # other batches, other rounding
     # Lost work is done again, finished work is not.
-    before = {part: part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))}
+    before = {part: part.stat().st_mtime_ns for part in sorted(Table(out).parts.iterdir())}
     (out / "_commits/000001.json").unlink()
     with pytest.raises(DataError, match=r"data\.latents=.* not finished"):
         LatentReader(str(out))
     here = config.model_copy(update={"ray": RayConfig(address="in-process")})
     assert precompute(here) == {"ok": 120}
-    again = {part: part.stat().st_mtime_ns for part in sorted(out.glob("part-*"))}
+    again = {part: part.stat().st_mtime_ns for part in sorted(Table(out).parts.iterdir())}
     assert [part.stem for part in before if again[part] != before[part]] == ["part-000001"]
     assert "latents table" in status_text(StatusConfig(table=str(out)))
 

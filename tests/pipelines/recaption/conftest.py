@@ -42,7 +42,7 @@ def caption_table(
 ) -> Table:
     """A finished caption table: a part for each chunk, None for a row whose image was broken."""
     table = Table(folder)
-    table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True, parts="data")
+    table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True)
     for number, captions in enumerate(chunks):
         rows = []
         for row, text in enumerate(captions):

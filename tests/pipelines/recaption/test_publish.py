@@ -77,7 +77,7 @@ def test_readers_that_are_not_ours(settings, pictures: Path) -> None:
     assert str(folder.parent) not in text
     images = folder.parent / "images.parquet"
     pd.DataFrame({"key": frame["key"], "image": [b"i"] * 4}).to_parquet(images)
-    snippets = text.replace("path/to/images/*.parquet", str(images))
+    snippets = text.replace("path/to/images/data/*.parquet", str(images))
     snippets = snippets.replace(f"path/to/{folder.name}", str(folder))
     (sql,) = re.findall(r"```sql\n(.*?)```", snippets, re.DOTALL)
     captions, apart, joined = (duckdb.sql(part).fetchall() for part in sql.split(";")[:3])

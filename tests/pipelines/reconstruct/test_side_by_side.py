@@ -93,7 +93,7 @@ def test_what_is_there_is_not_written_again_and_arrow_reads_the_table(table: Tab
     write_files(table, SQUARE)
     assert first.exists()
     assert second.stat().st_mtime_ns == written
-    assert pq.read_table(table.folder).num_rows == 3
+    assert pq.read_table(table.parts).num_rows == 3
 
 
 def test_an_original_that_is_gone_costs_its_file_alone(

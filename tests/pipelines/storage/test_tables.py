@@ -90,7 +90,11 @@ def test_what_a_killed_planner_leaves_is_no_stranger(tmp_path: Path) -> None:
     (tmp_path / "_plan").mkdir()
     (tmp_path / "_commits").mkdir()
     (tmp_path / f"._table.json.{'0' * 32}").write_text("{")
+    (tmp_path / "data").mkdir()
     assert not Table(tmp_path).check_free("image", {})
+    (tmp_path / "data" / "thesis.parquet").write_text("dear to somebody")
+    with pytest.raises(RunError, match=r"holds no table of ours \(data, …\)"):
+        Table(tmp_path).check_free("image", {})
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines.storage.tables import Table, parquet_files
 from pipelines.training import pairs
 from pipelines.training.config import Stage2Config
 from pipelines.training.pairs import _captions_of, _sort_captions, with_pairs
+from tests.pipelines.earlier import as_of_earlier_version
 from vlv_model.errors import DataError, RunError
 
 write_pairs = partial(pairs.write_pairs, ray=RayConfig(address="in-process"))
@@ -143,7 +144,7 @@ def test_captions_are_found_in_many_buckets(tmp_path: Path) -> None:
     plan.mkdir()
     counts = _sort_captions(plan, [Path(file)], "caption", "url", small)
     assert counts == {"captions": 400, "repeated_captions": 1, "blank_captions": 0}
-    assert len(list(plan.glob("captions-*.parquet"))) > 4
+    assert len(list(plan.glob("captions-*.plan"))) > 4
     for some in (range(405), [3], [402]):
         keys = pa.chunked_array([pa.array([url_key(url(i)) for i in some], pa.int64())])
         expected = [f"c{i}" if i < 400 else None for i in some]
@@ -163,6 +164,14 @@ def test_a_stopped_join_is_continued_and_a_finished_one_kept(tmp_path: Path) -> 
     assert write_pairs(images, teacher, output) == counts
     assert pairs_of(tmp_path / "pairs") == whole
     assert table.part(0).stat().st_mtime_ns == others
+    assert "24 images, each with a caption" in (table.folder / "README.md").read_text()
+    # One that an earlier version began goes on where its parts are.
+    table = as_of_earlier_version(table)
+    (table.folder / "_commits/000002.json").unlink()
+    assert write_pairs(images, teacher, output) == counts
+    assert pairs_of(tmp_path / "pairs") == whole
+    assert len(list(table.folder.glob("part-*"))) == 3
+    assert not (table.folder / "README.md").exists()
 
 
 def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from pipelines.cli.config import build, dump, load
 from pipelines.images.runs import last_run
-from pipelines.ingest import lenient
 from pipelines.ingest.job import IngestConfig, ingest
+from pipelines.ingest.web import lenient
 from pipelines.ingest.web.config import DownloadConfig
 from pipelines.ingest.web.proxy import Outage, Proxy
 from pipelines.storage.tables import Table

@@ -1,0 +1,246 @@
+"""A table's folder as other people's readers open it: exactly its rows, whatever lies beside them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.admin.takedown import TakedownConfig, take_down
+from pipelines.cli.config import build
+from pipelines.images.card import FILE, write_card
+from pipelines.images.plans import write_chunks
+from pipelines.images.random_access import ROW
+from pipelines.images.rows import (
+    IMAGE_ROW,
+    JOINED_ROW,
+    LATENT_ROW,
+    PAIR_ROW,
+    RECONSTRUCTION_ROW,
+    with_image_feature,
+)
+from pipelines.images.runs import Run
+from pipelines.ingest.plan import chunk_file
+from pipelines.recaption import card as caption_card
+from pipelines.storage.files import write_parquet
+from pipelines.storage.tables import PARTS, Table
+from tests.pipelines.earlier import as_of_earlier_version
+
+Rows = list[dict[str, Any]]
+HOME = "/home/of/somebody"  # which no card may name
+SCHEMAS = {
+    "image": with_image_feature(IMAGE_ROW),
+    "pair": with_image_feature(PAIR_ROW),
+    "latents": LATENT_ROW,
+    "reconstruction": with_image_feature(RECONSTRUCTION_ROW),
+    "caption": with_image_feature(JOINED_ROW),
+}
+SETTINGS = {"filter.min_aesthetic": 5.5, "data.input": {f"{HOME}/list.parquet": "1 byte"}}
+MODEL = {"base_models": {}, "step": 1, "weights": "w", "fingerprint": "f", "image_size": 8}
+
+
+def rows_of(kind: str) -> list[Rows]:
+    """The rows of three chunks: none; one that failed, whose columns are null; two that are `ok`."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
+    failed = {"key": 1, "status": "decode:corrupt", "error": "cut"}
+    good: dict[str, Any] = {"status": "ok"}
+    if kind == "latents":
+        words = (np.arange(8, dtype="<f4").view("<u4") >> 16).astype("<u2").tobytes()  # bfloat16
+        good |= {"mean": words, "deviation": words}
+    else:
+        good |= {"image": {"bytes": buffer.getvalue(), "path": None}}
+    if kind == "caption":
+        good |= {"name": "1.png"}
+    if kind in ("pair", "caption"):
+        good |= {"caption": "A red field."}
+    if kind in ("image", "pair"):
+        good |= {"url": "http://a.org/1.png", "aesthetic": 6.5, "run": 1}
+    return [[], [failed], [{**good, "key": -5}, {**good, "key": 2}]]
+
+
+def finished(folder: Path, kind: str) -> Table:
+    """A finished table of a kind, with all that its jobs may leave beside the rows."""
+    table, schema = Table(folder / kind), SCHEMAS[kind]
+    identity = {
+        "data.input": f"{HOME}/images",
+        "files": f"{HOME}/x",
+        "image.size": 32,
+        "none": None,
+    }
+    identity |= {"latent_shape": [2, 2, 2], "base_models": {"vae": "sha256:1"}}
+    table.create(kind, identity, 3, files=[f"{HOME}/images/part-000000.parquet"])
+    for chunk, rows in enumerate(rows_of(kind)):
+        table.write(chunk, pa.Table.from_pylist(rows, schema), row_group_size=1)
+    (table.folder / "_plan").mkdir()
+    write_chunks(table.folder, [np.zeros(2, ROW)] * 3)
+    if kind == "image":
+        run = Run(table.folder / "_runs/0001", 1)
+        run.begin(SETTINGS, [0], read=40, dropped={"no_url": 1}, fetched=3, marked=0)
+        run.plan_folder.mkdir()
+        write_parquet(chunk_file(run.plan_folder, 0), pa.table({"key": [77]}))  # of a run under way
+        (run.folder / "link_rot.csv").write_text("host,rows\na.org,77\n")
+    for name in ("_report.html", "captions.json", "_health.json", "_similar.csv"):
+        (table.folder / name).write_text(json.dumps({"key": 77, "words": {}, "tokens": {}}))
+    if kind == "caption":
+        (table.folder / "_health.json").unlink()
+        about = {"model": MODEL, "license": "mit", "join": True, "generate": {}, "gate": {}}
+        table.publish(about)
+        caption_card.write_card(table)
+    write_card(table)
+    return table
+
+
+@pytest.fixture(params=list(SCHEMAS))
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Table:
+    return finished(tmp_path, request.param)
+
+
+def by_key(rows: Any) -> Rows:
+    return sorted(rows, key=lambda row: row["key"])
+
+
+def expected(table: Table) -> Rows:
+    return by_key(row for chunk in range(3) for row in pq.read_table(table.part(chunk)).to_pylist())
+
+
+def test_the_folder_is_a_data_set(table: Table, tmp_path: Path) -> None:
+    import datasets
+
+    there = expected(table)
+    assert [row["key"] for row in there] == [-5, 1, 2]
+    for streaming in (False, True):
+        cache = str(tmp_path / "cache")
+        opened = datasets.load_dataset(
+            str(table.folder), split="train", streaming=streaming, cache_dir=cache
+        )
+        if "image" in there[0]:
+            assert isinstance(opened.features["image"], datasets.Image)
+            assert [row["image"] and row["image"].size for row in by_key(opened)] == [
+                (4, 3), None, (4, 3),
+            ]  # fmt: skip
+            opened = opened.cast_column("image", datasets.Image(decode=False))
+        assert by_key(opened) == there
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {}
+
+
+def reader(read: Callable[[Path], Rows]) -> Callable[[Path], Rows]:
+    READERS[read.__name__] = read
+    return read
+
+
+@reader
+def polars_folder(folder: Path) -> Rows:
+    import polars
+
+    return polars.scan_parquet(folder / PARTS).collect().to_dicts()
+
+
+@reader
+def polars_glob(folder: Path) -> Rows:
+    import polars
+
+    return polars.read_parquet(f"{folder}/**/*.parquet").to_dicts()
+
+
+@reader
+def duckdb_glob(folder: Path) -> Rows:
+    import duckdb
+
+    return duckdb.sql(f"select * from '{folder}/**/*.parquet'").to_arrow_table().to_pylist()
+
+
+@reader
+def pandas_folder(folder: Path) -> Rows:
+    import pandas as pd
+
+    frame = pd.read_parquet(folder / PARTS, dtype_backend="pyarrow")
+    return pa.Table.from_pandas(frame, preserve_index=False).to_pylist()
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_readers_of_parquet_see_the_rows_alone(table: Table, name: str) -> None:
+    assert by_key(READERS[name](table.folder)) == expected(table)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ray_data_sees_the_rows_alone(tmp_path: Path) -> None:
+    import ray
+
+    for kind in SCHEMAS:
+        table = finished(tmp_path, kind)
+        there = expected(table)
+        read = ray.data.read_parquet(str(table.parts))
+        assert read.count() == len(there)
+        assert read.schema().names == list(there[0])
+        if kind in ("image", "latents"):  # to run a task for each kind takes seconds
+            keys = [(row["key"], row["status"]) for row in by_key(read.take_all())]
+            assert keys == [(row["key"], row["status"]) for row in there]
+
+
+def test_a_card_says_what_the_table_is(table: Table) -> None:
+    text = (table.folder / FILE).read_text()
+    assert HOME not in text
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["size_categories"] == ["n<1K"]
+    assert [column["name"] for column in header["dataset_info"]["features"]] == list(
+        expected(table)[0]
+    )
+    assert "| decode:corrupt | 1 |" in text
+    assert "| ok | 2 |" in text
+    for line in text.partition("## Columns")[2].strip().splitlines()[2:]:
+        assert len(line.split("|")[3].strip()) > 3, line  # each has a meaning
+    if table.describe()["kind"] != "caption":
+        assert "| image.size | 32 |" in text
+        assert "| base_models.vae | sha256:1 |" in text
+    if table.describe()["kind"] == "image":
+        assert "| filter.min_aesthetic | 5.5 |" in text
+        assert "| 1 | 40 | 1 | 3 |" in text  # the run
+
+
+def test_latents_open_as_their_card_says(tmp_path: Path) -> None:
+    table = finished(tmp_path, "latents")
+    code = re.findall(r"```python\n(.*?)```", (table.folder / FILE).read_text(), re.DOTALL)[-1]
+    names: dict[str, Any] = {"rows": expected(table)}
+    exec(code, names)
+    assert names["mean"].float().tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_a_takedown_is_counted_and_the_same_card_is_not_written_again(tmp_path: Path) -> None:
+    images, pairs = (finished(tmp_path, kind) for kind in ("image", "pair"))
+    cards = [table.folder / FILE for table in (images, pairs)]
+    before = [card.stat().st_mtime_ns for card in cards]
+    write_card(images)
+    write_card(pairs, pairs.counts())
+    assert [card.stat().st_mtime_ns for card in cards] == before
+    named = {"table": str(images.folder), "keys": [2], "derived": [str(pairs.folder)]}
+    assert list(take_down(build(TakedownConfig, named)).values()) == [1, 1]
+    for card in cards:
+        assert "| ok | 1 |" in card.read_text()
+
+
+def test_no_card_where_it_would_be_taken_for_a_part(tmp_path: Path) -> None:
+    """Neither in a table of an earlier version, nor before there is a whole one."""
+    table = finished(tmp_path, "image")
+    (table.folder / FILE).unlink()
+    (table.folder / "_commits/000002.json").unlink()
+    write_card(table)
+    assert not (table.folder / FILE).exists()
+    table.write(2, pq.read_table(table.part(2)))
+    earlier = as_of_earlier_version(table)
+    write_card(earlier)
+    assert not (table.folder / FILE).exists()
+    earlier.create("image", {}, 3)  # as a job does that goes on with it
+    assert Table(table.folder).parts == table.folder
