@@ -12,7 +12,7 @@ from pipelines.cli.config import InputPlace
 from pipelines.execution.checkpoints import latest_checkpoint, step_of
 from pipelines.execution.progress import counts_table
 from pipelines.images.runs import runs_of
-from pipelines.storage.files import is_file, place
+from pipelines.storage.files import as_path, is_file
 from pipelines.storage.tables import Table, read_json_object
 from pipelines.training.metrics import data_share, heldout_losses, read_metrics
 from pipelines.training.run_folder import RESULT
@@ -35,7 +35,7 @@ def status_text(config: StatusConfig) -> str:
     table = Table(config.table)
     if table.exists:
         return _table_text(config.table, table)
-    if is_file(place(config.table) / "run.json"):
+    if is_file(as_path(config.table) / "run.json"):
         return _training_text(Path(config.table))
     raise DataError(
         f"{config.table} holds no table and no training run: expected a folder with a _table.json or a "

@@ -14,8 +14,8 @@ from torch import Tensor
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.reconstruct.predictor import png, sampled
-from pipelines.storage.files import write_parquet
-from pipelines.storage.tables import parquet_files, read_rows
+from pipelines.storage.parquet import read_rows, write_parquet
+from pipelines.storage.tables import parquet_files
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.denoising import denoising_losses, gap_closed, text_conditions
 from pipelines.tiny_world.scoring import score_captions, score_pictures

@@ -8,7 +8,8 @@ from typing import Any
 from pipelines.demo.page import DemoReport, write_report
 from pipelines.demo.proof import FROM_CAPTION
 from pipelines.report.gallery import GalleryItem
-from pipelines.storage.tables import parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import parquet_files
 from pipelines.tiny_world import scenes
 from pipelines.training.metrics import read_metrics
 

@@ -26,7 +26,7 @@ from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.plans import LAYOUT, lay_out
 from pipelines.images.selection import Selection
-from pipelines.storage.files import remove_folder, stamp_of
+from pipelines.storage.folders import remove_folder, stamp_of
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError

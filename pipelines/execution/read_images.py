@@ -14,7 +14,7 @@ from pipelines.execution.quarantine import Deaths
 from pipelines.images.plans import planned, read_plan
 from pipelines.images.random_access import RowReader, UndecodableImage
 from pipelines.images.rows import OK, status
-from pipelines.storage.files import place
+from pipelines.storage.files import as_path
 from pipelines.storage.tables import Table
 from vlv_model.squares import Square
 
@@ -39,7 +39,7 @@ class ReadImages:
         self.keep_images, self.decode = keep_images, decode
         self.folder = table.folder
         about = table.describe()
-        self.files = [place(file) for file in about["files"]]
+        self.files = [as_path(file) for file in about["files"]]
         self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
         self.square = square
 

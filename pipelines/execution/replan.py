@@ -26,8 +26,10 @@ from pipelines.images.changes import changes_of, unexplained
 from pipelines.images.plans import planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
-from pipelines.storage.files import is_file, remove_file, remove_folder
-from pipelines.storage.tables import Table, read_schema
+from pipelines.storage.files import is_file, remove_file
+from pipelines.storage.folders import remove_folder
+from pipelines.storage.parquet import read_schema
+from pipelines.storage.tables import Table
 from vlv_model.errors import RunError
 
 

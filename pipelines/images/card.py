@@ -16,8 +16,9 @@ from typing import Any
 from pipelines.images.markdown import card, table
 from pipelines.images.rows import IMAGE_STRUCT, OK
 from pipelines.images.runs import runs_of
-from pipelines.storage.files import is_file, patiently, write_atomically
-from pipelines.storage.tables import Table, read_schema
+from pipelines.storage.files import is_file, read_text, write_atomically
+from pipelines.storage.parquet import read_schema
+from pipelines.storage.tables import Table
 
 FILE = "README.md"
 _METHOD = "the Vision-Language-Vision auto-encoder (arXiv 2507.07104)"
@@ -95,7 +96,7 @@ def write_card(output: Table, counts: Mapping[str, int] | None = None) -> None:
     text = table_card(output, counts, kind(output, counts))
     if is_there:
         file = output.folder / FILE
-        is_there = patiently(lambda: file.read_text(encoding="utf-8"), file) == text
+        is_there = read_text(file) == text
     if not is_there:
         write_atomically(output.folder / FILE, text)
 

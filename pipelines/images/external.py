@@ -6,7 +6,6 @@ means the same by it), with the place of the image in that file beside it (`LIST
 
 from __future__ import annotations
 
-import errno
 import itertools
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.images.rows import IMAGE_STRUCT, OK, key_of
-from pipelines.storage.files import is_folder, open_parquet, patiently, place, readable
+from pipelines.storage.files import as_path, read_bytes
+from pipelines.storage.folders import is_folder
+from pipelines.storage.parquet import open_parquet, readable
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
@@ -106,9 +107,9 @@ class ExternalImages:
             raise UndecodableImage(f"{path}: its name is not UTF-8: rename it", "unreadable")
         if row["size"] is not None and row["size"] > LARGEST:
             raise UndecodableImage(f"{path} has {row['size']:,} bytes: too large", "too_large")
-        file = place(path)
+        file = as_path(path)
         try:
-            return _bytes(file, row["offset"] or 0, row["size"])
+            return read_bytes(file, row["offset"] or 0, row["size"], LARGEST)
         except OSError as error:
             reason = getattr(error, "strerror", None) or error
             if row["offset"] is not None or not is_folder(file.parent):
@@ -119,15 +120,15 @@ class ExternalImages:
         # Neighbours come next: a row group too large for memory is passed through once, forwards.
         if self._at != (path, group) or row < self._start:
             self._at, self._start, self._batch = (path, group), 0, pa.nulls(0)
-            self._rows = _column(place(path), group, self.column or "image", self.whole)
-        with readable(place(path)):
+            self._rows = _column(as_path(path), group, self.column or "image", self.whole)
+        with readable(as_path(path)):
             while row >= self._start + len(self._batch):
                 self._start += len(self._batch)
                 following = next(self._rows, None)
                 if following is None:
                     raise DataError(f"{path} was changed while it was in use: row {row} is gone")
                 self._batch = following
-        return image_bytes(self._batch[row - self._start].as_py(), place(path))
+        return image_bytes(self._batch[row - self._start].as_py(), as_path(path))
 
 
 def image_bytes(value: Any, parquet: Path) -> bytes | None:
@@ -146,27 +147,10 @@ def _named_file(name: str, parquet: Path) -> bytes:
         raise UndecodableImage(f"the image at '{name}' is not in the table's folder", "outside")
     file = parquet.parent / name
     try:
-        return _bytes(file, 0, None)
+        return read_bytes(file, most=LARGEST)
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise UndecodableImage(f"{file} cannot be read: {reason}", "unreadable") from None
-
-
-def _bytes(file: Path, offset: int, size: int | None) -> bytes:
-    if size == 0:  # stores refuse to send a range of nothing
-        return b""
-    end = None if size is None else offset + size
-    if is_url(file):
-        remote: Any = file
-        found: bytes = patiently(
-            lambda: remote.fs.cat_file(remote.path, start=offset, end=end), file
-        )
-        return found
-    if not file.is_file():  # of a pipe no end would come
-        raise FileNotFoundError(errno.ENOENT, "there is no such file")
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        return stream.read(LARGEST if size is None else size)
 
 
 def _column(file: Path, group: int, column: str, whole: int) -> Iterator[pa.Array]:

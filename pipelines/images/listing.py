@@ -38,16 +38,11 @@ from pipelines.images.sources import (
     is_integer,
     walk,
 )
-from pipelines.storage.files import (
-    files_below,
-    is_file,
-    open_parquet,
-    remove_folder,
-    write_atomically,
-    write_parquet,
-)
+from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.folders import files_below, remove_folder
+from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
 from pipelines.storage.protocols import is_url
-from pipelines.storage.tables import PLAN, Table, read_json_object, read_schema
+from pipelines.storage.tables import PLAN, Table, read_json_object
 from vlv_model.errors import DataError
 
 FOLDER, MADE_OF = "_plan/listing", "_plan/listing.json"

@@ -28,13 +28,8 @@ from pipelines.images.random_access import (
     repeated_key,
     usable_rows,
 )
-from pipelines.storage.files import (
-    is_file,
-    open_parquet,
-    remove_file,
-    write_atomically,
-    write_parquet,
-)
+from pipelines.storage.files import is_file, remove_file, write_atomically
+from pipelines.storage.parquet import open_parquet, write_parquet
 from pipelines.storage.sorting import Buckets
 from pipelines.storage.tables import PLAN, plan_file
 

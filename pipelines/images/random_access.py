@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.images.external import COLUMN, PLACE, ExternalImages, UndecodableImage, image_bytes
 from pipelines.images.rows import OK, check_status, has_text, require_columns
-from pipelines.storage.files import open_parquet
-from pipelines.storage.tables import read_schema
+from pipelines.storage.parquet import open_parquet, read_schema
 from vlv_model.errors import DataError
 from vlv_model.squares import Square
 

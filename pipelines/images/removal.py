@@ -9,8 +9,10 @@ import pyarrow as pa
 
 from pipelines.images.blocklist import Blocked
 from pipelines.images.urls import addresses_of
-from pipelines.storage.files import names_in, open_parquet, remove_file
-from pipelines.storage.tables import Commit, Table, read_schema
+from pipelines.storage.files import remove_file
+from pipelines.storage.folders import names_in
+from pipelines.storage.parquet import open_parquet, read_schema
+from pipelines.storage.tables import Commit, Table
 
 Looked = tuple[Commit, pa.Table, np.ndarray, np.ndarray]
 

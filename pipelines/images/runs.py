@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.files import files_below, remove_folder, write_atomically
+from pipelines.storage.files import write_atomically
+from pipelines.storage.folders import files_below, remove_folder
 from pipelines.storage.tables import Table, read_json_object
 
 FOLDER = "_runs"

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipelines.cli.config import InputPlace, OutputPlace
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import in_holdout, usable_rows
-from pipelines.storage.files import place
+from pipelines.storage.files import as_path
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 
@@ -55,7 +55,7 @@ class Selection(Config):
         known by.
         """
         asked = (self.input, self.image_column, self.key_column, self.where)
-        return list_images(place(self.output), *asked, again=again)
+        return list_images(as_path(self.output), *asked, again=again)
 
     @property
     def is_ours(self) -> bool:

@@ -13,9 +13,11 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipelines.storage.files import entries, is_file, is_folder, is_hidden, matching, place
+from pipelines.storage.files import as_path, is_file
+from pipelines.storage.folders import entries, is_folder, is_hidden, matching
+from pipelines.storage.parquet import read_schema
 from pipelines.storage.protocols import is_url
-from pipelines.storage.tables import TABLE_FILE, Table, parquet_files, read_schema
+from pipelines.storage.tables import TABLE_FILE, Table, parquet_files
 from vlv_model.errors import DataError
 
 Layout = Literal["table", "parquet", "tar", "folder"]
@@ -49,7 +51,7 @@ def find_source(
 
     Raises DataError, one line that says what was found there.
     """
-    where, named = place(path), []
+    where, named = as_path(path), []
     if is_file(where):
         found = _Found()
         found.add(where)

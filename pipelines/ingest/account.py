@@ -22,7 +22,8 @@ from pipelines.execution.chunks import map_chunks
 from pipelines.execution.cluster import Cluster
 from pipelines.images.rows import DOWNLOAD, OK, host_of
 from pipelines.images.runs import Run
-from pipelines.storage.files import is_file, open_parquet, write_atomically
+from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table
 
 _THROUGHPUT, _LINK_ROT = "throughput.jsonl", "link_rot.csv"

@@ -31,7 +31,7 @@ from pipelines.execution.chunks import map_chunks
 from pipelines.execution.cluster import Cluster
 from pipelines.images.rows import DUPLICATE, OK
 from pipelines.images.urls import addresses_of
-from pipelines.storage.files import open_parquet, read_parquet_file, write_parquet
+from pipelines.storage.parquet import open_parquet, read_parquet_file, write_parquet
 from pipelines.storage.sorting import Buckets, Sorting
 from pipelines.storage.tables import IMAGE_ROW_GROUP, PLAN, Table
 from vlv_model.config import Config

@@ -39,7 +39,8 @@ from pipelines.ingest.web.config import PER_CPU, share_of
 from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
 from pipelines.lists.files import input_files
-from pipelines.storage.files import is_file, is_folder, remove_folder, write_atomically
+from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.folders import is_folder, remove_folder
 from pipelines.storage.tables import Table
 from vlv_model.errors import RunError
 

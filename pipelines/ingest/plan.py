@@ -35,7 +35,7 @@ from pipelines.ingest.known_rows import (
 from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
 from pipelines.lists.metadata import OddValues, read_batches
-from pipelines.storage.files import read_parquet_file, write_parquet
+from pipelines.storage.parquet import read_parquet_file, write_parquet
 from pipelines.storage.sorting import Buckets, Sorting
 from pipelines.storage.tables import PLAN, Table, plan_file
 from vlv_model.errors import DataError

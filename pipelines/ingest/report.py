@@ -14,7 +14,8 @@ from pipelines.images.rows import DOWNLOAD, OK
 from pipelines.images.runs import Run, last_run, runs_of
 from pipelines.ingest.account import OTHERS, last_throughput, read_link_rot
 from pipelines.ingest.page import IngestReport, RunLine, Sample, render
-from pipelines.storage.files import is_file, open_parquet, write_atomically
+from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table
 
 REPORT = "_report.html"  # hidden, as globs of the rows should pass it over

@@ -15,7 +15,7 @@ from pipelines.images.runs import Run
 from pipelines.ingest.fetch import ImageFetcher
 from pipelines.ingest.known_rows import CARRIED, with_marks
 from pipelines.ingest.plan import read_chunk
-from pipelines.storage.files import open_parquet, read_parquet_file
+from pipelines.storage.parquet import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
 # A part is in memory several times while it is written. A retry of few rows in many chunks would

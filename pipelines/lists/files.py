@@ -9,15 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipelines.lists.readers import SUFFIXES, format_of
-from pipelines.storage.files import (
-    check_files,
-    files_below,
-    is_file,
-    is_folder,
-    is_hidden,
-    matching,
-    place,
-)
+from pipelines.storage.files import as_path, is_file
+from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
@@ -29,7 +22,7 @@ def input_files(path: str) -> list[Path]:
 
     Raises DataError where there are none, and for one that is not there or is not read.
     """
-    where = place(path)
+    where = as_path(path)
     if is_file(where):
         return [where]
     folder = is_folder(where)

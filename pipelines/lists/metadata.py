@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.images.rows import METADATA_ROW, PROVENANCE, require_columns
 from pipelines.lists.filters import RULE_COLUMNS, FilterConfig, check_columns, none_passes
 from pipelines.lists.readers import format_of, read_parquet, read_tables
-from pipelines.storage.tables import read_schema
+from pipelines.storage.parquet import read_schema
 from vlv_model.errors import ConfigError, DataError
 
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {

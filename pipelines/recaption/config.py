@@ -17,7 +17,7 @@ from pipelines.images.rows import require_columns
 from pipelines.images.selection import Selection
 from pipelines.recaption.gate import GateConfig
 from pipelines.recaption.postprocess import RULES, reference
-from pipelines.storage.files import open_parquet
+from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import parquet_files
 from vlv_model.config import Config, Precision
 

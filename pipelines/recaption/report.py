@@ -20,7 +20,7 @@ from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
 from pipelines.recaption.survey import FILE as HEALTH_FILE
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
-from pipelines.storage.files import place, remove_file, write_atomically
+from pipelines.storage.files import as_path, remove_file, write_atomically
 from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
@@ -115,7 +115,7 @@ def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     if not has_plan(output.folder):
         return found
-    files = [place(file) for file in output.describe()["files"]]
+    files = [as_path(file) for file in output.describe()["files"]]
     by_chunk: dict[int, list[int]] = {}
     for row in rows:
         by_chunk.setdefault(row["chunk"], []).append(row["key"])

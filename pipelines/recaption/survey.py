@@ -26,7 +26,8 @@ from pipelines.execution.cluster import Cluster
 from pipelines.images.rows import OK
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.similar import HASHES, SimilarCaptions, signature
-from pipelines.storage.files import is_file, open_parquet, write_atomically, write_pieces
+from pipelines.storage.files import is_file, write_atomically, write_pieces
+from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table, read_json_object
 
 FILE = "_health.json"

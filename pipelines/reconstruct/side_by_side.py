@@ -18,7 +18,9 @@ from pipelines.images.plans import planned, read_plan
 from pipelines.images.random_access import RowReader
 from pipelines.images.removal import SIDE_BY_SIDE, file_of
 from pipelines.images.rows import OK
-from pipelines.storage.files import names_in, place, read_parquet_file, write_atomically
+from pipelines.storage.files import as_path, write_atomically
+from pipelines.storage.folders import names_in
+from pipelines.storage.parquet import read_parquet_file
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import Table
 from vlv_model.squares import Square
@@ -32,7 +34,7 @@ def write_files(table: Table, square: Square) -> None:
     if not is_url(folder):
         folder.mkdir(exist_ok=True)
     there = set(names_in(folder))
-    files = [place(file) for file in about["files"]]
+    files = [as_path(file) for file in about["files"]]
     decode = isolated_squares(square) if about.get("isolated", True) else None
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)

@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.files import make_folder, patiently, remove_halves
+from pipelines.storage.files import remove_halves
+from pipelines.storage.folders import make_folder
 from pipelines.storage.protocols import is_url
+from pipelines.storage.retries import with_retries
 from vlv_model.errors import RunError
 
 LOCK_FILE = ".lock"
@@ -62,17 +64,19 @@ def _lease(folder: Path, setting: str, renew_every: float) -> Iterator[None]:
     remote: Any = lock
 
     def renew() -> None:
-        patiently(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
+        with_retries(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
 
     def holder() -> dict[str, Any]:
         # In one request: an opened file that its owner renews meanwhile fails when it is read.
-        held: dict[str, Any] = json.loads(patiently(lambda: remote.fs.cat_file(remote.path), lock))
+        held: dict[str, Any] = json.loads(
+            with_retries(lambda: remote.fs.cat_file(remote.path), lock)
+        )
         return held
 
     first = json.dumps({"owner": me, "time": time.time()}).encode()
     try:
         # If-None-Match: one of us wins
-        patiently(lambda: remote.fs.pipe_file(remote.path, first, mode="create"), lock)
+        with_retries(lambda: remote.fs.pipe_file(remote.path, first, mode="create"), lock)
     except FileExistsError:
         try:
             held = holder()
@@ -99,4 +103,4 @@ def _lease(folder: Path, setting: str, renew_every: float) -> Iterator[None]:
         # Where the store has not answered since, the lease runs out by itself.
         with suppress(FileNotFoundError, RunError):
             if holder().get("owner") == me:
-                patiently(lock.unlink, lock)
+                with_retries(lock.unlink, lock)

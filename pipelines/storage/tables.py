@@ -31,24 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.storage.column_update import update_columns
-from pipelines.storage.files import (
-    files_below,
-    is_file,
-    is_folder,
-    is_hidden,
-    make_folder,
-    names_in,
-    open_parquet,
-    patiently,
-    place,
-    read_texts,
-    write_atomically,
-    write_parquet,
-)
+from pipelines.storage.files import as_path, is_file, read_text, read_texts, write_atomically
+from pipelines.storage.folders import files_below, is_folder, is_hidden, make_folder, names_in
 from pipelines.storage.locks import LOCK_FILE
+from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError, RunError, VLVError
 
@@ -67,7 +55,7 @@ IMAGE_ROW_GROUP = 16
 def read_json_object(path: Path, error: type[VLVError] = RunError) -> dict[str, Any]:
     """A JSON file that a job of ours wrote; `error` in one line where it is damaged or gone."""
     try:
-        content = json.loads(patiently(lambda: path.read_text(encoding="utf-8"), path))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or "it is not JSON"
         raise error(f"{path} cannot be read: {reason}") from None
@@ -97,7 +85,7 @@ class Table:
     """A folder of committed Parquet parts; see the module's text for its layout."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = place(folder)
+        self.folder = as_path(folder)
 
     # ------------------------------------------------------------------ the driver's side
 
@@ -316,7 +304,7 @@ def parquet_files(path: str, setting: str = "data.input", published: bool = True
     Raises DataError where there is nothing, and where a table of ours is not finished, or not
     `published`.
     """
-    where = place(path)
+    where = as_path(path)
     if is_file(where):
         return [where]
     table = Table(where)
@@ -343,25 +331,3 @@ def plan_file(file: Path) -> Path:
     """Where the file of a plan lies that is called `file` now; earlier versions wrote `.parquet`."""
     earlier = file.with_suffix(".parquet")
     return earlier if not is_file(file) and is_file(earlier) else file
-
-
-def read_schema(file: Path) -> pa.Schema:
-    """Schema of one Parquet file; DataError where it is none, or names a column twice."""
-    with open_parquet(file) as parquet:
-        return schema_of(parquet, file)
-
-
-def schema_of(parquet: pq.ParquetFile, file: Path) -> pa.Schema:
-    """Schema of a Parquet file that is open; DataError where it names a column twice."""
-    schema = parquet.schema_arrow
-    if repeated := [name for name, n in Counter(schema.names).items() if n > 1]:
-        raise DataError(f"{file} has several columns named {repeated[0]!r}: rename all but one")
-    return schema
-
-
-def read_rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of some columns, one after the other, in the order of the files."""
-    for file in files:
-        with open_parquet(file) as parquet:
-            for batch in parquet.iter_batches(256, columns=columns):
-                yield from batch.to_pylist()

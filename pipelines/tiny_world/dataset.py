@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.storage.files import write_parquet
+from pipelines.storage.parquet import write_parquet
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.server import HOSTILE, quote_path
 from vlv_model.errors import DataError

@@ -17,7 +17,7 @@ from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import check_resources, ray_session
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex, in_holdout
-from pipelines.storage.files import place
+from pipelines.storage.files import as_path
 from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import parquet_files, read_json_object
 from pipelines.training import checkpointing, kept_rows, run_folder, samples
@@ -336,7 +336,7 @@ def run_worker(
     else:
         config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, start)
-    index = RowIndex.open([place(file) for file in loop["files"]], stage.columns)
+    index = RowIndex.open([as_path(file) for file in loop["files"]], stage.columns)
     if (began := kept_rows.kept(run_dir)) is None:
         began = index.keys
     index = index.select(np.isin(index.keys, began))  # what was added since waits for a new run

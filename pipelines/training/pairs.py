@@ -43,15 +43,9 @@ from pipelines.images.urls import address_of
 from pipelines.lists.files import fingerprint, input_bytes
 from pipelines.lists.metadata import as_text, our_columns
 from pipelines.lists.readers import read_parquet
-from pipelines.storage.files import (
-    names_in,
-    open_parquet,
-    place,
-    read_parquet_file,
-    remove_file,
-    remove_folder,
-    write_parquet,
-)
+from pipelines.storage.files import as_path, remove_file
+from pipelines.storage.folders import names_in, remove_folder
+from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema, write_parquet
 from pipelines.storage.sorting import Buckets, Sorting
 from pipelines.storage.tables import (
     IMAGE_ROW_GROUP,
@@ -60,7 +54,6 @@ from pipelines.storage.tables import (
     Table,
     parquet_files,
     plan_file,
-    read_schema,
 )
 from vlv_model.errors import DataError
 
@@ -344,7 +337,7 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     (chunk,) = chunks["chunk"].to_pylist()
     plan = table.folder / "_plan"
     (source,) = read_parquet_file(plan_file(plan / _CHUNKS)).slice(chunk, 1).to_pylist()
-    file = place(source["file"])
+    file = as_path(source["file"])
     with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
     where = f"{file}: column '{join_on}'"

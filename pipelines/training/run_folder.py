@@ -24,7 +24,8 @@ from pipelines.execution import checkpoints
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import RowIndex
 from pipelines.images.sources import find_source
-from pipelines.storage.files import remove_folder, write_atomically
+from pipelines.storage.files import write_atomically
+from pipelines.storage.folders import remove_folder
 from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig

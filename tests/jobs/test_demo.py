@@ -14,7 +14,8 @@ import pytest
 from pipelines.cli.config import load
 from pipelines.demo.config import DemoConfig
 from pipelines.demo.job import Demo, run_demo
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import Table, parquet_files
 from tests.jobs.conftest import ROOT
 
 pytestmark = pytest.mark.end_to_end

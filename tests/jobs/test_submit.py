@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import serve
 from tests.ray_head import BIN, Head, ray_head

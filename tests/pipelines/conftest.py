@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage.files import place
+from pipelines.storage.files import as_path
 from tests.pipelines.pictures.nasty import make_nasty, real_nasty
 from tests.pipelines.report.pages import browse, parse, proof, report
 
@@ -17,8 +17,8 @@ __all__ = ["browse", "parse", "proof", "report"]  # fixtures of all reports
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder that is not there yet, on either kind of storage."""
     if request.param == "disk":
-        return place(tmp_path / "a" / "b")
-    return place(request.getfixturevalue("bucket") + "/a/b")
+        return as_path(tmp_path / "a" / "b")
+    return as_path(request.getfixturevalue("bucket") + "/a/b")
 
 
 @pytest.fixture(params=["made", "shared"])

@@ -12,7 +12,8 @@ import pytest
 
 from pipelines.execution.chunks import map_chunks, run_chunks
 from pipelines.execution.cluster import InProcess
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import Table, parquet_files
 
 CHUNKS = 24
 

@@ -21,7 +21,8 @@ from pipelines.execution.quarantine import ALONE, TOGETHER, Deaths, Survivor
 from pipelines.execution.table_job import run_table_job
 from pipelines.images.rows import OK, status
 from pipelines.images.selection import Selection
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import Table, parquet_files
 from tests.pipelines.image_jobs import image_job
 from vlv_model.errors import ModelError, RunError
 

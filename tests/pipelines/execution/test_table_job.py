@@ -18,7 +18,8 @@ from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.rows import status
 from pipelines.images.selection import Selection
 from pipelines.storage.locks import exclusive
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.pairs import write_pairs
 from tests.pipelines.image_jobs import image_job
 from vlv_model.errors import RunError

@@ -32,7 +32,7 @@ from pipelines.images.rows import (
 from pipelines.images.runs import Run
 from pipelines.ingest.plan import chunk_file
 from pipelines.recaption import card as caption_card
-from pipelines.storage.files import write_parquet
+from pipelines.storage.parquet import write_parquet
 from pipelines.storage.tables import PARTS, Table
 from tests.pipelines.earlier import as_of_earlier_version
 

@@ -16,7 +16,7 @@ from pipelines.execution.read_images import ReadImages
 from pipelines.images import external
 from pipelines.images.rows import key_of, url_key
 from pipelines.images.selection import Selection
-from pipelines.storage.files import place
+from pipelines.storage.files import as_path
 from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
 from tests.pipelines.image_jobs import open_table
 from vlv_model.errors import ConfigError, DataError, RunError
@@ -296,14 +296,14 @@ def test_changed_shards_are_another_run(shards: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def remote(bucket: str, folder: Path, shards: Path) -> str:
     img2dataset(folder.parent / "00000.parquet")
-    (place(bucket) / "parquet/00000.parquet").write_bytes(
+    (as_path(bucket) / "parquet/00000.parquet").write_bytes(
         (folder.parent / "00000.parquet").read_bytes()
     )
     for root in (folder, shards):
         for file in root.rglob("*"):
             if file.is_file():
                 below = file.relative_to(root.parent).as_posix()
-                (place(bucket) / below).write_bytes(file.read_bytes())
+                (as_path(bucket) / below).write_bytes(file.read_bytes())
     return bucket
 
 

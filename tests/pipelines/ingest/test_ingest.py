@@ -28,7 +28,8 @@ from pipelines.ingest.decoder import image_columns
 from pipelines.ingest.job import ingest
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.files import place, read_parquet_file, write_atomically
+from pipelines.storage.files import as_path, write_atomically
+from pipelines.storage.parquet import read_parquet_file
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import Web, serve
@@ -298,7 +299,7 @@ def test_a_list_and_a_table_in_an_object_store(tmp_path: Path, bucket: str) -> N
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 20, num_broken=2)
         write_atomically(
-            place(f"{bucket}/lists/a.parquet"), (tmp_path / "metadata.parquet").read_bytes()
+            as_path(f"{bucket}/lists/a.parquet"), (tmp_path / "metadata.parquet").read_bytes()
         )
         data = {"input": f"{bucket}/lists", "output": f"{bucket}/tables/images"}
         config = build(IngestConfig, {"data": data, **SETTINGS, **ON_RAY})
@@ -306,7 +307,7 @@ def test_a_list_and_a_table_in_an_object_store(tmp_path: Path, bucket: str) -> N
         assert counts["ok"] == 20
         asked = sum(web.requests.values())
         table = Table(data["output"])
-        place(f"{bucket}/tables/images/_commits/000001.json").unlink()  # as a kill leaves it
+        as_path(f"{bucket}/tables/images/_commits/000001.json").unlink()  # as a kill leaves it
         assert table.pending() == [1]
         # Workers have reached the store by now.
         assert ingest(build(IngestConfig, {"data": data, **SETTINGS})) == counts

@@ -17,7 +17,8 @@ from pipelines.recaption.health import health_of
 from pipelines.recaption.job import recaption
 from pipelines.recaption.similar import SimilarCaptions, signature
 from pipelines.recaption.survey import survey
-from pipelines.storage.tables import parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import parquet_files
 from tests.pipelines.recaption.conftest import caption_table
 from vlv_model.errors import ConfigError, DataError, GateError
 

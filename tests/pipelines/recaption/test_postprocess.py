@@ -5,7 +5,8 @@ import pytest
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.job import recaption
 from pipelines.recaption.postprocess import reference
-from pipelines.storage.tables import parquet_files, read_rows
+from pipelines.storage.parquet import read_rows
+from pipelines.storage.tables import parquet_files
 
 
 @pytest.mark.parametrize(

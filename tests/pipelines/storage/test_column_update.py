@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.storage.column_update import update_columns
-from pipelines.storage.files import place, read_parquet_file
+from pipelines.storage.files import as_path
+from pipelines.storage.parquet import read_parquet_file
 
 NAMES = {"number": pa.int64(), "text": pa.string(), "share": pa.float32(), "flag": pa.bool_()}
 VALUES = {
@@ -105,7 +106,7 @@ def test_no_rows_need_no_other_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [20_000, 3_000_000])  # below and above what S3 copies itself
 def test_a_store_copies_the_pictures(s3_server: str, size: int) -> None:
-    path: Any = place(f"s3://columns-{size}/data/part-000000.parquet")
+    path: Any = as_path(f"s3://columns-{size}/data/part-000000.parquet")
     path.fs.mkdir(path.drive)
     table = pa.table({"image": pictures(2, size), "text": ["a", "b"]})
     with path.open("wb") as file:

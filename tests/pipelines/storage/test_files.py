@@ -20,25 +20,27 @@ from pyarrow.parquet import encryption
 
 from benchmarks.faults.kinds import Line
 from pipelines.images.sources import walk
-from pipelines.storage import files as places
-from pipelines.storage.files import (
+from pipelines.storage import retries
+from pipelines.storage.files import as_path, write_atomically
+from pipelines.storage.folders import (
+    files_below,
+    is_folder,
+    make_folder,
     matching,
-    open_parquet,
-    place,
-    read_parquet_file,
+    names_in,
     remove_folder,
-    write_atomically,
-    write_parquet,
 )
 from pipelines.storage.locks import exclusive
-from pipelines.storage.tables import Table, parquet_files, read_rows
+from pipelines.storage.parquet import open_parquet, read_parquet_file, read_rows, write_parquet
+from pipelines.storage.retries import with_retries
+from pipelines.storage.tables import Table, parquet_files
 from vlv_model.errors import DataError, RunError
 
 ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
 
 
 def test_files_are_written_and_read_alike(folder: Path) -> None:
-    places.make_folder(folder, "data.output")
+    make_folder(folder, "data.output")
     write_atomically(folder / "x.json", "{}")
     write_parquet(folder / "x.parquet", ROWS, row_group_size=2)
     assert (folder / "x.json").read_text() == "{}"
@@ -63,14 +65,14 @@ def test_files_are_written_and_read_alike(folder: Path) -> None:
 
 def test_a_bucket_that_is_not_there_is_one_line(s3_server: str) -> None:
     with pytest.raises(RunError, match=r"data\.output=s3://no-such-bucket/t: there is no such"):
-        places.make_folder(place("s3://no-such-bucket/t"), "data.output")
+        make_folder(as_path("s3://no-such-bucket/t"), "data.output")
 
 
 def test_what_another_process_wrote_is_seen(folder: Path) -> None:
-    places.make_folder(folder, "data.output")
+    make_folder(folder, "data.output")
     write_atomically(folder / "one", "1")
     assert len(list(folder.glob("*"))) == 1
-    write_atomically(place(str(folder)) / "two", "2")
+    write_atomically(as_path(str(folder)) / "two", "2")
     assert len(list(folder.glob("*"))) == 2
 
 
@@ -93,7 +95,7 @@ def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path
     )
     with pq.ParquetWriter(tmp_path / "x", ROWS.schema, encryption_properties=keys) as writer:
         writer.write_table(ROWS)
-    places.make_folder(folder, "data.output")
+    make_folder(folder, "data.output")
     write_atomically(folder / "x.parquet", (tmp_path / "x").read_bytes())
     refused = pytest.raises(DataError, match=r"x\.parquet .*encrypted")
     with refused, open_parquet(folder / "x.parquet") as parquet:
@@ -101,7 +103,7 @@ def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path
 
 
 def test_a_damaged_file_is_one_line_that_names_it(folder: Path) -> None:
-    places.make_folder(folder, "data.output")
+    make_folder(folder, "data.output")
     write_atomically(folder / "x.parquet", b"PAR1 and no more")
     with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
         read_parquet_file(folder / "x.parquet")
@@ -127,14 +129,14 @@ def test_a_table_lives_on_either(folder: Path) -> None:
 
 
 def test_a_strangers_folder_is_refused(folder: Path) -> None:
-    places.make_folder(folder, "data.output")
+    make_folder(folder, "data.output")
     write_atomically(folder / "thesis.txt", "dear to somebody")
     with pytest.raises(RunError, match=r"not empty.*thesis"):
         Table(str(folder)).check_free("image", {})
 
 
 def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
-    path, calls = place(f"{bucket}/x"), []
+    path, calls = as_path(f"{bucket}/x"), []
 
     def fails_three_times() -> str:
         calls.append(1)
@@ -142,10 +144,10 @@ def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
             raise OSError("SlowDown")
         return "done"
 
-    assert places.patiently(fails_three_times, path, pauses=(0.01,) * 4) == "done"
+    assert with_retries(fails_three_times, path, pauses=(0.01,) * 4) == "done"
     assert len(calls) == 4
     with pytest.raises(FileNotFoundError):  # that will not mend by itself
-        places.patiently(lambda: path.read_bytes(), path)
+        with_retries(lambda: path.read_bytes(), path)
 
 
 def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
@@ -188,14 +190,14 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     """A table that seems not to be there would be begun again, over the one that is."""
     import s3fs
 
-    monkeypatch.setattr(places, "_PATIENCE", (0.01,))
+    monkeypatch.setattr(retries, "PAUSES", (0.01,))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     line = Line(int(s3_server.rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        folder = place(f"{bucket}/t")
+        folder = as_path(f"{bucket}/t")
         table = Table(folder)
         table.create("image", {"a": 1}, 1)
         table.write(0, ROWS)
@@ -204,9 +206,9 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
             table.pending,
             lambda: table.check_free("image", {"a": 1}),
             lambda: parquet_files(str(folder)),
-            lambda: places.files_below(folder),
-            lambda: places.names_in(folder),
-            lambda: places.is_folder(folder),
+            lambda: files_below(folder),
+            lambda: names_in(folder),
+            lambda: is_folder(folder),
             lambda: matching(f"{folder}/part-*.parquet"),
             lambda: matching(f"{folder}/**"),
             lambda: list(walk(folder)),
@@ -223,7 +225,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
         assert table.pending() == []
         for ask in asked:
             ask()
-        assert places.files_below(folder) == []
+        assert files_below(folder) == []
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
 

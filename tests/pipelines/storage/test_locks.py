@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.storage import locks
-from pipelines.storage.files import place, write_atomically
+from pipelines.storage.files import as_path, write_atomically
 from pipelines.storage.locks import exclusive
 from vlv_model.errors import RunError
 
@@ -38,7 +38,7 @@ def test_what_killed_writers_left_half_written_is_removed(tmp_path: Path) -> Non
 
 
 def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
-    folder = place(f"{bucket}/t")
+    folder = as_path(f"{bucket}/t")
     lock = folder / locks.LOCK_FILE
     write_atomically(lock, json.dumps({"owner": "gone", "time": time.time() - 1000}))
     with exclusive(folder, "data.output"):
@@ -47,7 +47,7 @@ def test_an_abandoned_lease_is_taken_over(bucket: str) -> None:
 
 
 def test_leases_are_renewed(bucket: str) -> None:
-    folder = place(f"{bucket}/t")
+    folder = as_path(f"{bucket}/t")
     lock: Any = folder / locks.LOCK_FILE
 
     def noted() -> float:
@@ -67,7 +67,7 @@ def test_a_lease_whose_answer_was_lost_is_ours(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is there, but the line broke before the store could say so."""
-    folder = place(f"{bucket}/t")
+    folder = as_path(f"{bucket}/t")
     remote: Any = folder
     # The instance is patched, not the class: s3fs gives each instance its own `pipe_file`.
     store, puts = remote.fs, []

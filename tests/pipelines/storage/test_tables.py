@@ -3,9 +3,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.storage.files import write_atomically, write_parquet
+from pipelines.storage.files import write_atomically
 from pipelines.storage.locks import exclusive
-from pipelines.storage.tables import Table, parquet_files, read_rows, read_schema
+from pipelines.storage.parquet import read_rows, read_schema, write_parquet
+from pipelines.storage.tables import Table, parquet_files
 from vlv_model.errors import DataError, RunError
 
 

@@ -348,7 +348,8 @@ def test_recaption_and_reconstruct_give_one_row_per_image(
     from pipelines.recaption.job import recaption
     from pipelines.reconstruct.config import ReconstructConfig
     from pipelines.reconstruct.job import reconstruct
-    from pipelines.storage.tables import parquet_files, read_rows
+    from pipelines.storage.parquet import read_rows
+    from pipelines.storage.tables import parquet_files
 
     select = [f"data.input={pair_table}", "data.rows_per_chunk=7", "actors.use_gpu=false"]
     select.append("ray.address=in-process")
