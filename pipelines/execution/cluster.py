@@ -1,4 +1,4 @@
-"""What a job works on: a Ray, or this process alone; what it has, and how chunks pass through it."""
+"""Where a job runs: on a Ray cluster, or in this process alone. Both pass chunks through its steps."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-# Chunks whose descriptors are handed to Ray Data at once: bounds what the driver holds.
 CHUNKS_PER_WAVE = 4096
+"""Chunks that Ray Data gets at once, which bounds the driver's memory."""
 Step = Callable[[pa.Table], pa.Table]
-"""What is done with a chunk, as one block."""
+"""Turns the block of a chunk into the next one."""
 WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
-"""Options of `map_batches` with which a chunk stays one block all the way."""
+"""Options of `map_batches` that keep a chunk in one block."""
 
 
 class Cluster(Protocol):
     """The machines of a job."""
 
     seconds_here: float
-    """Seconds of work for which it is not worth while to start workers."""
+    """Seconds of work that the driver does itself, since workers would take as long to start."""
 
     def resources(self) -> Mapping[str, float]:
-        """What all machines have together, by Ray's names: CPU, GPU, and groups of machines."""
+        """The resources of all machines together, by Ray's names: CPU, GPU, node groups."""
 
     def cpus_by_node(self) -> list[float]:
-        """CPUs of each machine that is there."""
+        """CPUs of each live machine."""
 
     def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-        """Ray Datasets of `chunk`, one block for each, of no more chunks than a driver may hold."""
+        """Ray Datasets with one block for each chunk (one row: `chunk`), in waves of bounded size."""
 
     def actors(self, least: int, most: int | None, **options: Any) -> Any:
-        """A pool of actors, as the `compute` option of `map_batches`."""
+        """A pool of actors, for the `compute` option of `map_batches`."""
 
 
 class RayCluster:
-    """The Ray that is connected."""
+    """The Ray that this process is connected to."""
 
     def __init__(self, seconds_here: float = 3.0) -> None:
         self.seconds_here = seconds_here
@@ -59,10 +59,10 @@ class RayCluster:
 
         context = ray.data.DataContext.get_current()
         _quiet_ray_data()
-        context.enable_progress_bars = False  # ours counts rows and failures, not blocks
-        context.raise_original_map_exception = True  # so that a refusal keeps its class
-        context.target_max_block_size = None  # a chunk is never cut in two
-        # By default a kill while a model loads ends a job.
+        context.enable_progress_bars = False  # our bar counts rows and failures, not blocks
+        context.raise_original_map_exception = True  # keeps the class of our errors
+        context.target_max_block_size = None  # never splits a chunk
+        # By default one kill while a model loads ends the job.
         context.max_consecutive_actor_init_deaths = 2
         for start in range(0, len(chunks), CHUNKS_PER_WAVE):
             wave = chunks[start : start + CHUNKS_PER_WAVE]
@@ -77,16 +77,16 @@ class RayCluster:
 
 
 def _quiet_ray_data() -> None:
-    # Its loggers are set up when ray.data is imported; the file handlers are left as they are.
+    # The import of ray.data sets its loggers up; the file handlers stay as they are.
     for handler in logging.getLogger("ray.data").handlers:
         if handler.get_name() == "console":
             handler.setLevel(logging.WARNING)
 
 
 class InProcess:
-    """No Ray: chunks are worked on in this process, one after the other, by the steps of a Ray."""
+    """No Ray: this process takes the chunks through the same steps, one after the other."""
 
-    seconds_here = 0.0  # all of it is here, by way of `datasets`
+    seconds_here = 0.0  # `datasets` does all work here anyway
 
     def resources(self) -> Mapping[str, float]:
         return {"CPU": float(os.cpu_count() or 1)}
@@ -95,30 +95,32 @@ class InProcess:
         return [1.0]
 
     def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-        yield ChunksHere(pa.table({"chunk": [chunk]}) for chunk in chunks)
+        yield LocalDataset(pa.table({"chunk": [chunk]}) for chunk in chunks)
 
     def actors(self, least: int, most: int | None, **options: Any) -> Any:
         return None
 
 
-class ChunksHere:
-    """What a job asks of a Ray Dataset of chunks, done in this process and in order."""
+class LocalDataset:
+    """The part of Ray Dataset that jobs use, in this process and in order."""
 
     def __init__(self, blocks: Iterable[pa.Table]) -> None:
         self.blocks = blocks
 
     def map_batches(
         self, step: Any, fn_constructor_args: Sequence[Any] = (), **resources: Any
-    ) -> ChunksHere:
-        # What a cluster could not send to its machines is an error here, too.
+    ) -> LocalDataset:
+        # A step that a cluster could not pickle is an error here, too.
         step, arguments = pickle.loads(pickle.dumps((step, fn_constructor_args)))
-        return ChunksHere(self._mapped(step, arguments))
+        return LocalDataset(self._mapped(step, arguments))
 
     def _mapped(self, step: Any, arguments: Sequence[Any]) -> Iterator[pa.Table]:
         is_actor = isinstance(step, type)
         do = step(*arguments) if is_actor else step
         try:
-            yield from (do(block) for block in self.blocks if block.num_rows)  # as Ray does
+            yield from (
+                do(block) for block in self.blocks if block.num_rows
+            )  # Ray drops empty ones
         finally:
             if is_actor and hasattr(do, "close"):
                 do.close()

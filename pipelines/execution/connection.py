@@ -1,4 +1,4 @@
-"""Ray as the jobs use it: connecting to one, starting one, and what ends with it."""
+"""Connects a job to a Ray cluster, or starts a Ray for it, and ends the job when that Ray is lost."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from pipelines.execution.cluster import Cluster, InProcess, RayCluster
 from vlv_model.config import Config
 from vlv_model.errors import RunError, one_line
 
-RAY_LOST = 3  # exit status where the embedded Ray died
-_NEEDED = ("raylet", "gcs_server")  # processes without which there is no Ray
-_GLANCE = 0.02  # seconds in which what has happened is seen
-_UNWINDING = 30.0  # seconds that a job may take to end after a SIGTERM or SIGHUP
-_ANSWER = 20.0  # seconds that a head is given to take a connection
+RAY_LOST = 3
+"""Exit status of a job whose own Ray died."""
+_NEEDED = ("raylet", "gcs_server")  # a Ray without one of these processes is lost
+_POLL = 0.02  # seconds to wait for a signal that has come already
+_GRACE = 30.0  # seconds that a job may take to end after SIGTERM or SIGHUP
+_CONNECT = 20.0  # seconds for a connection to the head
 
 
 def _one_number_or_two(value: Any) -> Any:
@@ -37,7 +38,7 @@ def _one_number_or_two(value: Any) -> Any:
 
 
 PoolSize = Annotated[int | tuple[int, int], BeforeValidator(_one_number_or_two)]
-"""How many workers or actors: a number, or the fewest and the most of them."""
+"""A number of workers or actors, or the fewest and the most of them."""
 
 
 def bounds(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -50,43 +51,40 @@ class RayConfig(Config):
 
     address: str | None = Field(
         None,
-        description="a running cluster ('auto' or host:port), or 'in-process': no Ray at all, chunks are "
-        "worked on in this process, one after the other (a few images, a debugger; no training); "
-        "default: RAY_ADDRESS where it is set (as in `ray job submit`), else a Ray of the job's own "
-        "on this machine",
+        description="a running cluster ('auto' or host:port), or 'in-process': no Ray, this process does all "
+        "work (for a few images, or under a debugger; trainings need a Ray); default: RAY_ADDRESS "
+        "where it is set (as in `ray job submit`), else the job starts a Ray of its own on this machine",
     )
-    num_cpus: int | None = Field(
-        None, ge=1, description="CPUs of a Ray of the job's own; default: all"
-    )
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the job's own Ray; default: all")
     object_store_gb: float | None = Field(
         None,
         ge=0.1,
         le=10_000,
-        description="object store of a Ray of the job's own, in GB; default: Ray's",
+        description="object store of the job's own Ray, in GB; default: Ray's own choice",
     )
     group: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
-        description="node group whose machines hold the job's models: a custom resource of "
-        "which each of them has 1 (cluster/sizes.yaml); default: any",
+        description="node group whose machines hold the job's models: a custom resource, of which each "
+        "of these machines has 1 (cluster/sizes.yaml); default: any machine",
     )
 
     @property
     def cluster(self) -> str | None:
-        """Address of the cluster that the job runs on; None: a Ray of its own."""
+        """The address of the running cluster; None where the job starts its own Ray, or none."""
         return None if self.in_process else self.address or os.environ.get("RAY_ADDRESS")
 
     @property
     def in_process(self) -> bool:
-        """Whether there is no Ray at all."""
+        """Whether the job runs without a Ray."""
         return self.address == "in-process"
 
     def pinned(self) -> dict[str, float]:
-        """The share of a node's `group` resource that a worker or actor with a model asks for."""
+        """The resources by which Ray places a worker or an actor with a model on `group`."""
         return {self.group: 0.001} if self.group else {}
 
 
-# What libraries say at every start and what nobody can act upon, by the logger that says it.
+# Messages of every start that nobody can act on, by logger.
 _NOISE = {
     "DeepSpeed": "Setting accelerator to CPU",
     "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
@@ -95,7 +93,7 @@ _NOISE = {
 
 
 def quiet_libraries() -> None:
-    """Keep the console for our own bars and errors; the libraries' log files keep all."""
+    """Keep these messages off the console; the libraries' log files keep them."""
     for name in _NOISE:
         logging.getLogger(name).addFilter(_is_worth_reading)
 
@@ -104,21 +102,14 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return _NOISE[record.name] not in record.getMessage()
 
 
-def _quiet_ray_data() -> None:
-    # Its loggers are set up when ray.data is imported; the file handlers are left as they are.
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.get_name() == "console":
-            handler.setLevel(logging.WARNING)
-
-
-def _knock(address: str) -> None:
-    """Refuse a host:port where nobody listens, which Ray would try for two minutes and more."""
+def _check_reachable(address: str) -> None:
+    """Refuse a host:port where nobody listens; Ray would try it for two minutes and more."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
-        return  # 'auto', or what Ray refuses at once
+        return  # 'auto', or an address that Ray refuses at once
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-    except (OSError, OverflowError) as error:  # the latter: a port that no port can be
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT).close()
+    except (OSError, OverflowError) as error:  # OverflowError: no valid port number
         raise _no_ray(address, error) from None
 
 
@@ -131,7 +122,7 @@ def _no_ray(address: str, error: Exception) -> RunError:
 
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[Cluster]:
-    """Connect to Ray for the duration of a job; a Ray that is already connected is shared."""
+    """Connect to Ray while a job runs; a process that is connected already keeps its connection."""
     if config.in_process:
         yield InProcess()
         return
@@ -141,20 +132,20 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
         yield RayCluster()
         return
     quiet_libraries()
-    # Faster failure detection on short runs, and each line of a worker printed once.
+    # Short runs detect failures sooner, and each line of a worker is printed once.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address := config.cluster:
-        _knock(address)
+        _check_reachable(address)
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _no_ray(address, error) from None
     else:
-        # A machine that was busy or asleep is not a lost one; `_ending_with_ray` sees what is lost.
+        # A busy or sleeping machine is not lost; `_end_with_ray` notices a Ray that is.
         os.environ.setdefault("RAY_health_check_failure_threshold", "100")
-        # The core worker logs a restartable actor's big arguments as an error on every start.
+        # The core worker logs large arguments of a restartable actor as an error at every start.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         store = config.object_store_gb
         try:
@@ -172,46 +163,46 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
                 "memory and disk to spare, or give a running cluster by ray.address"
             ) from error
     try:
-        with _told_to_end() if config.cluster else _ending_with_ray():
+        with _end_by_signals() if config.cluster else _end_with_ray():
             yield RayCluster()
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def _ending_with_ray() -> Iterator[None]:
-    """End this process when the embedded Ray's raylet or GCS has ended.
+def _end_with_ray() -> Iterator[None]:
+    """End this process when the raylet or the GCS of its own Ray has ended.
 
-    Nobody starts them again, and Ray itself waits a minute for that before its core ends the
-    process, with lines of C++, or raises errors of many kinds. Where a raylet ends in good order, as
-    one does whose agent was killed, Ray's core may end a process first that Ray Data works in.
+    Nobody restarts them. Ray itself waits a minute before its core ends the process, with C++ frames, or
+    raises errors of many kinds. When a raylet exits normally, as after a kill of its agent, Ray's core may
+    end a process that runs Ray Data first.
     """
     from ray._private.worker import _global_node as node
 
-    over, saying = threading.Event(), threading.Lock()
+    over, reporting = threading.Event(), threading.Lock()
 
-    def watch(name: str, process: subprocess.Popen[bytes], told: Callable[[], bool]) -> None:
+    def watch(name: str, process: subprocess.Popen[bytes], signalled: Callable[[], bool]) -> None:
         status = process.wait()
         if over.is_set():
             return
-        in_good_order = status in (0, -signal.SIGTERM, -signal.SIGHUP)
-        if in_good_order and told() and over.wait(_UNWINDING):
+        by_signal = status in (0, -signal.SIGTERM, -signal.SIGHUP)
+        if by_signal and signalled() and over.wait(_GRACE):
             return
-        saying.acquire()  # for good: once is enough
+        reporting.acquire()  # never released: one report is enough
         line = (
             f"error: Ray's {name} on this machine is gone (it or an agent of it was killed, or ran out "
             "of memory): the same command continues where this one stopped (with an output in an "
             "object store: after two minutes)"
         )
         try:
-            os.write(2, f"\n{line}\n".encode())  # a bar's lock may be held for ever
+            os.write(2, f"\n{line}\n".encode())  # not print: a bar may hold its lock for ever
             node.kill_all_processes(check_alive=False, allow_graceful=False)
         finally:
             os._exit(RAY_LOST)
 
-    with _told_to_end() as told:
+    with _end_by_signals() as signalled:
         watches = [
-            threading.Thread(target=watch, args=(name, one.process, told), daemon=True)
+            threading.Thread(target=watch, args=(name, one.process, signalled), daemon=True)
             for name in _NEEDED
             for one in node.all_processes.get(name, ())
         ]
@@ -220,30 +211,32 @@ def _ending_with_ray() -> Iterator[None]:
         try:
             yield
         except Exception:
-            for thread in watches:  # Ray may be the first to notice
-                thread.join(5 * _GLANCE)
-            saying.acquire()  # who says it ends the process
+            for thread in watches:  # Ray may have noticed first
+                thread.join(5 * _POLL)
+            reporting.acquire()  # whoever reports ends the process
             raise
         finally:
             over.set()
 
 
 @contextmanager
-def _told_to_end() -> Iterator[Callable[[], bool]]:
-    """Whether a signal told this process to end (with its Ray, where all of a group got it).
+def _end_by_signals() -> Iterator[Callable[[], bool]]:
+    """End the job by SystemExit after SIGTERM or SIGHUP; yields whether such a signal has come.
 
-    Python's own handlers wait for the main thread, which Ray may hold; the file that signals are
-    written to as they come does not. The process ends by SystemExit, and is not told twice: Ray's
-    core sends a second signal when its raylet is gone, and would abort what is being unwound.
+    Python's handlers wait for the main thread, which Ray may hold; the wake-up file of signals does not.
+    A second signal is ignored: Ray's core sends one when its raylet is gone, which would abort the
+    unwinding.
     """
-    if threading.current_thread() is not threading.main_thread():  # others may not listen
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread gets signals
         yield lambda: False
         return
 
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     def raises() -> bool:
-        # An error of the Ray that is gone, which came first, is unwinding already.
+        # An error of the lost Ray came first and is unwinding already.
         error = sys.exc_info()[1]
         return not isinstance(error, RayError) or isinstance(error, GetTimeoutError | RayTaskError)
 
@@ -252,24 +245,23 @@ def _told_to_end() -> Iterator[Callable[[], bool]]:
         signals.setblocking(False)
         before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
         try:
-            yield lambda: bool(select.select([ours], [], [], _GLANCE)[0])
+            yield lambda: bool(select.select([ours], [], [], _POLL)[0])
         except (Exception, KeyboardInterrupt):
             if asked.status:
                 sys.exit(asked.status)
             raise
         finally:
             signal.set_wakeup_fd(before)
-        if asked.status:  # and what it raised was swallowed
+        if asked.status:  # whatever the signal raised was swallowed
             sys.exit(asked.status)
 
 
 def check_resources(
     config: RayConfig, cluster: Cluster, needed: Mapping[str, float], settings: str
 ) -> None:
-    """Refuse a job that would wait for ever; RunError names what is asked and what there is.
+    """Raise RunError for a request that would wait for ever; the line names `settings` as its source.
 
-    A cluster may be asleep and grow, so there it is only said what is waited for. `settings` tells
-    where the request comes from.
+    A cluster may still grow, so there a line says what the job waits for.
     """
     there = cluster.resources()
     for resource, amount in needed.items():

@@ -18,8 +18,8 @@ from pydantic import Field
 from pipelines.execution.chunks import run_chunks
 from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.connection import PoolSize, RayConfig, bounds, check_resources
-from pipelines.execution.quarantine import FOLDER as DEATHS
-from pipelines.execution.quarantine import Survivor
+from pipelines.execution.quarantine import FOLDER as ATTEMPTS
+from pipelines.execution.quarantine import GuardedStep
 from pipelines.execution.read_images import ReadImages
 from pipelines.execution.replan import plan_again, take_out
 from pipelines.execution.table_job import TableJob
@@ -174,7 +174,7 @@ class ImageJob(TableJob):
             pool = cluster.actors(least, most)
             held = (self.step, self.arguments, table.folder)
             made = decoded.map_batches(
-                Survivor, fn_constructor_args=held, compute=pool, **device, **WHOLE
+                GuardedStep, fn_constructor_args=held, compute=pool, **device, **WHOLE
             )
             # Not by the actor, whose device would wait for the disk.
             return made.map_batches(last, num_cpus=_TASK_CPUS, **WHOLE)
@@ -182,4 +182,4 @@ class ImageJob(TableJob):
         write = partial(table.write, row_group_size=self.row_group)
         total, done = table.describe()["planned_rows"], table.counts()
         run_chunks(cluster, table.pending(), stages, write, self.title, total, done, sums=self.sums)
-        remove_folder(table.folder / DEATHS)
+        remove_folder(table.folder / ATTEMPTS)

@@ -1,12 +1,12 @@
-"""The figures that jobs export for Prometheus, each declared once: name, kind, tags, meaning.
+"""The metrics that jobs export to Prometheus, each declared once: name, kind, tags, meaning.
 
-    telemetry.ROWS.add(12, job="ingest", status="ok")
-    telemetry.TRAIN_LOSS.set(0.12, stage="stage1", run="first")
+    metrics.ROWS.add(12, job="ingest", status="ok")
+    metrics.TRAIN_LOSS.set(0.12, stage="stage1", run="first")
 
-Ray's agent on every machine serves what the processes of that machine say, at the machine's
-metrics port, under the names of `series`. Without a Ray nothing is exported, and nothing is said
-about it: the same code runs in tests and benchmarks. `METRICS` is what the dashboard is held
-against. Tags have few values, as every combination is kept for as long as a process lives.
+Ray's agent on each machine serves the metrics of that machine's processes at its metrics port, under the
+names of `series`. Without a Ray nothing is exported, so that the same code runs in tests and benchmarks.
+A test compares the dashboard with `METRICS`. Tags have few values, because each combination lives as long
+as its process.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-_PREFIX = "ray_"  # of everything that Ray's agent serves
+_PREFIX = "ray_"  # Ray's agent adds it to all names
 
 METRICS: dict[str, Metric] = {}
 """Every metric by its name."""
 
 
 class Metric:
-    """A declared figure. Its instrument is made where it is first used, in each process."""
+    """A declared metric. Each process creates its instrument at the first use."""
 
     def __init__(self, name: str, description: str, *tags: str) -> None:
         if not name.startswith("vlv_") or name in METRICS:
@@ -33,7 +33,7 @@ class Metric:
 
     @property
     def series(self) -> tuple[str, ...]:
-        """The names under which Prometheus finds it."""
+        """The names of its time series in Prometheus."""
         raise NotImplementedError
 
     def _make(self) -> Any:

@@ -1,4 +1,4 @@
-"""What a job says of its rows: the bar while it works, the counts at its end."""
+"""The progress of a job in rows: the bar while it runs, the counts at its end."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from types import TracebackType
 from tqdm import tqdm
 
 BUSY, PRESENT = "busy", "present"
-"""Among the figures of a chunk: seconds that its actor's model took, of those since the chunk before."""
+"""Figures of a chunk: seconds in its actor's model, and seconds since that actor's chunk before."""
 
 
 class RowBar:
-    """The bar of a table's rows: how many by status, and rates of what else is counted.
+    """A bar of a table's rows, with counts by status and rates of other figures.
 
-    `done` are the rows by status of earlier attempts, which it goes on from; rates and shares are of
-    this attempt alone. The rates count from the first chunk, so that no start is in them, in seconds
-    of `clock`.
+    It starts at `done`, the rows by status of earlier attempts. Rates and shares cover this attempt, from
+    its first chunk on, so that start-up does not count; `clock` returns seconds.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class RowBar:
         self._bar.close()
 
     def update(self, statuses: Mapping[str, int], figures: Mapping[str, float]) -> None:
-        """Count a chunk that was committed."""
+        """Count a committed chunk."""
         self.statuses.update(statuses)
         if self._first is None:
             self._first = self._clock()
@@ -70,7 +69,7 @@ class RowBar:
 
 
 def summary(statuses: Mapping[str, int]) -> str:
-    """Counts by status in a few words: `ok 94% | download:http_404 12, decode:broken 3`."""
+    """Counts by status in one line: `ok 94% | download:http_404 12, decode:broken 3`."""
     total = sum(statuses.values())
     if not total:
         return ""
@@ -82,7 +81,7 @@ def summary(statuses: Mapping[str, int]) -> str:
 
 
 def counts_table(statuses: Mapping[str, int]) -> str:
-    """Counts by status as lines of text, with their shares."""
+    """Counts by status and their shares, a line each."""
     total = sum(statuses.values())
     width = max([len(name) for name in statuses] + [5])
     lines = [f"{name:<{width}}  {n:>9,}  {n / total:6.1%}" for name, n in statuses.items()]

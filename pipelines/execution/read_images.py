@@ -1,4 +1,4 @@
-"""First step of a chunk of images: they are read and decoded, each failure a row."""
+"""The first step of a chunk of images: reads and decodes them. A failure is a row with a status."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipelines.execution.quarantine import FOLDER as DEATHS
-from pipelines.execution.quarantine import Deaths
+from pipelines.execution.quarantine import FOLDER as ATTEMPTS
+from pipelines.execution.quarantine import Attempts
 from pipelines.images.plans import planned, read_plan
 from pipelines.images.random_access import RowReader, UndecodableImage
 from pipelines.images.rows import OK, status
@@ -54,15 +54,15 @@ class ReadImages:
         reader = RowReader(planned(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}
-        deaths = Deaths(self.folder / DEATHS / f"read-{chunk:06d}.json")
-        for position in deaths.order(plan.num_rows):
-            if deaths.is_deadly(position):
-                why = f"the process died {deaths.alone[position]} times while it read this image"
+        attempts = Attempts(self.folder / ATTEMPTS / f"read-{chunk:06d}.json")
+        for position in attempts.order(plan.num_rows):
+            if attempts.is_quarantined(position):
+                why = f"the process died {attempts.alone[position]} times while it read this image"
                 read[position] = _Read(status("decode", "crashed"), why)
                 continue
-            with deaths.working_on(position) if deaths.is_careful else nullcontext():
+            with attempts.suspecting(position) if attempts.row_by_row else nullcontext():
                 read[position] = self._read(reader, position)
-        deaths.end()
+        attempts.end()
         rows = [read[position] for position in range(plan.num_rows)]
         images = {"image": pa.array([row.image for row in rows], pa.binary())}
         return pa.table(

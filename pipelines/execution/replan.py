@@ -1,11 +1,11 @@
-"""Going on with a table whose input was changed on purpose since it was planned.
+"""Plans a begun table again after a takedown or an ingest changed its input.
 
     planned rows ── taken down, or marked by an ingest ──▶ left out of the plan
                  ── still there ─────────────────────────▶ stay in their chunk, at their new place
     new rows ────────────────────────────────────────────▶ further chunks
 
-What was taken down of the input goes from the parts that are written already, too. A row that is gone
-for another reason is an error. Whoever calls holds the table's folder. Memory: 40 bytes for each row of the input.
+Rows that were taken down of the input are also removed from the parts that are written already. A row that
+is gone for another reason is an error. The caller holds the table's lock. Memory: 40 bytes a row of the input.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.execution.quarantine import FOLDER as DEATHS
+from pipelines.execution.quarantine import FOLDER as ATTEMPTS
 from pipelines.images.blocklist import Blocked
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.card import write_card
@@ -44,32 +44,36 @@ def plan_again(
     conditional: bool = False,
     **notes: Any,
 ) -> None:
-    """Lay the plan of `table` out again over the `images` of the table at `path`, as they are today.
+    """Plan `table` again over the `images` of the table at `path`, as they are today.
 
-    `chosen` tells of keys int64 `[n]` which are selected (bool `[n]`); at most `limit` rows in all.
-    `conditional` is that of `unexplained`.
-    `identity` is the table's from now on, and `notes` replace those in its `_table.json`. One that is
-    killed is repeated. Raises RunError for planned rows that are gone and were not taken down.
+    A call that is killed is repeated. Raises RunError for planned rows that are gone without a takedown.
+
+    Args:
+        chosen: Takes keys int64 `[n]` and returns which of them are selected, bool `[n]`.
+        identity: The table's new identity; `notes` replace those in its `_table.json`.
+        limit: The most rows in all.
+        conditional: See `unexplained`.
     """
     about = table.describe()
     today = np.concatenate([np.zeros(0, ROW), *usable_rows(images)])
     today = today[np.argsort(today["key"])]
     planned = list(planned_keys(table.folder, about["chunks"]))
     keys = np.concatenate([np.zeros(0, np.int64), *planned])
-    there = np.ascontiguousarray(today["key"])
-    missing = keys[~np.isin(keys, there)]
+    present = np.ascontiguousarray(today["key"])
+    missing = keys[~np.isin(keys, present)]
     if len(accidents := unexplained(path, missing, conditional)):
         raise RunError(
             f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
             f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "
             "back, or choose another data.output"
         )
-    new = today[chosen(there) & ~np.isin(there, keys)]
+    new = today[chosen(present) & ~np.isin(present, keys)]
     if limit is not None:
         new = new[: max(0, limit - len(keys) + len(missing))]
     new = new[np.lexsort([new[name] for name in ("row", "group", "file")])]
     chunks = [
-        today[np.searchsorted(there, some[np.isin(some, missing, invert=True)])] for some in planned
+        today[np.searchsorted(present, some[np.isin(some, missing, invert=True)])]
+        for some in planned
     ]
     chunks += [new[i : i + rows_per_chunk] for i in range(0, len(new), rows_per_chunk)]
     if len(missing) or len(new):
@@ -79,7 +83,7 @@ def plan_again(
             file=sys.stderr,
         )
     take_out(table, path)
-    remove_folder(table.folder / DEATHS)  # which know rows by their places in a chunk
+    remove_folder(table.folder / ATTEMPTS)  # they number rows by their places in a chunk
     chunks = _without_empty_ones(table, chunks)
     write_chunks(table.folder, chunks)
     kept = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
@@ -88,17 +92,17 @@ def plan_again(
 
 
 def take_out(table: Table, path: str) -> None:
-    """Remove from `table` the rows that were taken down of the table at `path`, which it was made of."""
+    """Remove from `table` the rows that were taken down of its input, the table at `path`."""
     blocked = Blocked.read(Table(path))
     (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
     if remove_rows(table, blocked) and is_file(card := table.folder / CARD_FILE):
-        remove_file(card)  # that of captions has samples, and is written when their job is through
+        remove_file(card)  # a caption table's card has samples: its job writes it at the end
         write_card(table)
     remove_files(table, blocked.keys)
 
 
 def _without_empty_ones(table: Table, chunks: list[np.ndarray]) -> list[np.ndarray]:
-    """The chunks, of which none waits without a row: no step would ever finish it."""
+    """The chunks without pending ones that have no row: no step would ever finish those."""
     commits = table.commits()
     done = {commit.chunk for commit in commits}
     empty = [n for n, rows in enumerate(chunks) if not len(rows) and n not in done]

@@ -17,7 +17,7 @@ from pipelines.cli.main import causes_of
 from pipelines.execution import image_job as image_job_module
 from pipelines.execution.connection import PoolSize, RayConfig
 from pipelines.execution.image_job import ActorConfig
-from pipelines.execution.quarantine import ALONE, TOGETHER, Deaths, Survivor
+from pipelines.execution.quarantine import MOST_ALONE, MOST_WHOLE, Attempts, GuardedStep
 from pipelines.execution.table_job import run_table_job
 from pipelines.images.rows import OK, status
 from pipelines.images.selection import Selection
@@ -112,8 +112,8 @@ def test_images_that_kill_are_rows_and_cost_no_other(ray_local, by_value, pictur
             assert row["mean"] == 10 + number
     # As a whole twice in each chunk that has one, then alone: three times for each of them.
     deaths = [int(line) for line in (tmp_path / "deaths").read_text().split()]
-    assert deaths.count(1) == 2 * ALONE
-    assert len(deaths) - deaths.count(1) in (TOGETHER, 2 * TOGETHER)
+    assert deaths.count(1) == 2 * MOST_ALONE
+    assert len(deaths) - deaths.count(1) in (MOST_WHOLE, 2 * MOST_WHOLE)
     assert not (table.folder / "_deaths").exists()
 
 
@@ -181,24 +181,24 @@ def test_a_step_that_refuses_its_model_says_so(
 def test_a_death_of_another_cause_is_forgotten(tmp_path: Path) -> None:
     """A machine that goes while a row is worked on says nothing of the row."""
     file = tmp_path / "0.json"
-    for _ in range(TOGETHER):
-        assert not Deaths(file).is_careful
-    deaths = Deaths(file)
-    assert deaths.is_careful
-    with deaths.working_on(5):
+    for _ in range(MOST_WHOLE):
+        assert not Attempts(file).row_by_row
+    deaths = Attempts(file)
+    assert deaths.row_by_row
+    with deaths.suspecting(5):
         assert json.loads(file.read_text())["alone"] == {"5": 1}
-    with deaths.working_on(6):  # and the process is killed
-        again = Deaths(file)
+    with deaths.suspecting(6):  # and the process is killed
+        again = Attempts(file)
     assert again.alone == {6: 1}
     assert again.order(8)[0] == 6
-    with again.working_on(6):
+    with again.suspecting(6):
         pass
-    assert not again.is_deadly(6)
-    with pytest.raises(OSError, match="disk"), again.working_on(7):
+    assert not again.is_quarantined(6)
+    with pytest.raises(OSError, match="disk"), again.suspecting(7):
         raise OSError("the disk is gone")  # says nothing of the row either
-    assert Deaths(file).alone == {7: 0}
+    assert Attempts(file).alone == {7: 0}
     again.end()
-    assert Deaths(file).begun == 1
+    assert Attempts(file).begun == 1
 
 
 def test_a_chunk_without_deaths_goes_through_as_a_whole(tmp_path: Path) -> None:
@@ -212,10 +212,10 @@ def test_a_chunk_without_deaths_goes_through_as_a_whole(tmp_path: Path) -> None:
             "error": pa.array([None, "why"], pa.string()),
         }
     )
-    step = Survivor(Mean, (WHITE, ""), tmp_path)
+    step = GuardedStep(Mean, (WHITE, ""), tmp_path)
     whole = step(block)
-    for _ in range(TOGETHER):
-        Deaths(tmp_path / "_deaths/000004.json")
+    for _ in range(MOST_WHOLE):
+        Attempts(tmp_path / "_deaths/000004.json")
     again = step(block)
     assert again.drop_columns(TIMES) == whole.drop_columns(TIMES)
     # Between the two it waited; what it took is shared out among the rows.
