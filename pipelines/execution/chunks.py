@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -17,18 +17,30 @@ from pipelines.execution.metrics import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
 from pipelines.execution.progress import BUSY, PRESENT, RowBar
 
 
-def _commit(
-    rows: pa.Table, write: Callable[[int, pa.Table], Any], sums: Mapping[str, str]
-) -> pa.Table:
-    """The last step of a chunk: writes its rows, and returns one row of figures for the driver."""
-    (chunk,) = rows["chunk"].unique().to_pylist()
-    timings = [name for name in (BUSY, PRESENT) if name in rows.column_names]
-    columns = {**sums, **{name: name for name in timings}}
-    figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in columns.items()}
-    rows = rows.drop_columns(["chunk", *timings])
-    write(chunk, rows)
-    statuses = Counter(rows["status"].to_pylist())
-    return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
+@dataclass(frozen=True)
+class CommitChunk:
+    """The last step of a chunk: writes its rows, and returns one row of figures for the driver.
+
+    `sums` are those of `run_chunks`.
+    """
+
+    write: Callable[[int, pa.Table], Any]
+    sums: Mapping[str, str]
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Commit rows with their `chunk`."""
+        (chunk,) = rows["chunk"].unique().to_pylist()
+        return self.commit(chunk, rows.drop_columns(["chunk"]))
+
+    def commit(self, chunk: int, rows: pa.Table) -> pa.Table:
+        """Commit the rows of a chunk, which may be none: Ray Data drops blocks without a row."""
+        timings = [name for name in (BUSY, PRESENT) if name in rows.column_names]
+        columns = {**self.sums, **{name: name for name in timings}}
+        figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in columns.items()}
+        rows = rows.drop_columns(timings)
+        self.write(chunk, rows)
+        statuses = Counter(rows["status"].to_pylist())
+        return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
 
 
 def map_chunks(
@@ -50,7 +62,7 @@ def map_chunks(
 def run_chunks(
     cluster: Cluster,
     pending: Sequence[int],
-    stages: Callable[[Any, Step], Any],
+    stages: Callable[[Any, CommitChunk], Any],
     write: Callable[[int, pa.Table], Any],
     title: str,
     total_rows: int,
@@ -63,8 +75,8 @@ def run_chunks(
     Args:
         stages: Takes a Ray Dataset with one block per chunk (one row: `chunk`) and the last step, and
             returns a dataset of what the last step returns. Each of its steps is a `map_batches` of
-            WHOLE chunks. The last step takes the rows of a chunk, with their `chunk` and, from
-            actors, their timings (pipelines.execution.quarantine).
+            WHOLE chunks. The last step commits the rows of a chunk, to which actors add their
+            timings (pipelines.execution.quarantine).
         write: Commits the rows of a chunk; runs on the cluster.
         title: The job's name, for the bar and the metrics.
         done: Rows by status of earlier attempts, where the bar starts.
@@ -72,7 +84,7 @@ def run_chunks(
         sums: Columns whose sums the bar shows as rates, by the name that it shows.
     """
     counts = Counter[str]()
-    last = partial(_commit, write=write, sums=sums or {})
+    last = CommitChunk(write, sums or {})
     with RowBar(title, total_rows, done) as bar:
         for chunks in cluster.datasets(pending):
             for row in stages(chunks, last).iter_rows():
