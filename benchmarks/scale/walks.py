@@ -30,7 +30,8 @@ OURS = tuple(f"{REPO / package}{os.sep}" for package in ("jobs", "pipelines", "v
 class Walk:
     """The files that are entered while it is open, in order, and the pairs of them that call."""
 
-    def __init__(self) -> None:
+    def __init__(self, packages: tuple[str, ...] = OURS) -> None:
+        self.packages = packages
         self.files: list[str] = []
         self.calls: set[tuple[str, str]] = set()
 
@@ -47,10 +48,10 @@ class Walk:
         if event != "call" or frame.f_code.co_name == "<module>":
             return
         here = frame.f_code.co_filename
-        if not here.startswith(OURS):
+        if not here.startswith(self.packages):
             return
         caller = frame.f_back
-        while caller and not caller.f_code.co_filename.startswith(OURS):
+        while caller and not caller.f_code.co_filename.startswith(self.packages):
             caller = caller.f_back
         if here not in self.files:
             self.files.append(here)
