@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import GROUP_OF
+
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "vlv_model": {"vlv_model"},
@@ -103,3 +105,8 @@ def test_nothing_imports_torchvision() -> None:
     for package in ALLOWED:
         for file in (ROOT / package).rglob("*.py"):
             assert "torchvision" not in imported(file), file
+
+
+def test_every_file_of_a_group_exists() -> None:
+    """Or its tests are a group of their own, with a Ray of their own."""
+    assert [file for file in GROUP_OF if not (ROOT / "tests" / file).is_file()] == []

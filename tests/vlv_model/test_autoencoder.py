@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel, Florence2ForConditionalGeneration
 
-from tests.vlv_model import reference
+from tests.vlv_model import formulas as reference
 from tests.vlv_model.drawings import scenes
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import MORE_DETAILED_CAPTION

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-from tests.vlv_model import reference
+from tests.vlv_model import formulas as reference
 from vlv_model.caption_tokens import GeneratedCaption, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ModelError

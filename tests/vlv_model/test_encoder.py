@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration
 
-from tests.vlv_model import reference
+from tests.vlv_model import formulas as reference
 from vlv_model.checkpoints.loading import load_florence, resolve_model
 from vlv_model.config import MORE_DETAILED_CAPTION, ModelConfig
 from vlv_model.encoder import VLVEncoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tests.vlv_model import reference
+from tests.vlv_model import formulas as reference
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ModelError
