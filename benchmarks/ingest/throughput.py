@@ -224,7 +224,7 @@ def _urls(folder: Path, column: str) -> dict[str, Path]:
     """The file that has the picture of each address."""
     return {
         url: file
-        for file in folder.glob("*.parquet")
+        for file in folder.rglob("*.parquet")
         for url in pq.read_table(file, columns=["url"], filters=pc.field(column).is_valid())[
             "url"
         ].to_pylist()
