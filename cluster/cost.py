@@ -48,7 +48,7 @@ class Ingest(Config):
         30.0,
         gt=0,
         description="of a core: download, decode, resize to 512, JPEG; measured on loopback with "
-        "two cores (docs/log.md), where the network was no limit",
+        "two cores (docs/performance.md), where the network was no limit",
     )
     megabytes: float = Field(0.4, gt=0, description="of an image as it is downloaded")
     gigabits: float = Field(10.0, gt=0, description="per second that a machine gets from the web")

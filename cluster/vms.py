@@ -39,7 +39,7 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
     }
     for name, group in groups.items():
         # No second type on demand beside spot: Ray 2.60 asks for a refused type again, for ever
-        # (docs/log.md); it does go on to the next subnet, and so to another zone.
+        # (docs/decisions.md); it does go on to the next subnet, and so to another zone.
         nodes[name] = _worker(name, group, node_config(group, site), site)
     # Into the environment that Ray's processes have, and into no file.
     secret = site[f"{cloud}_secret"]

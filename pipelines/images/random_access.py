@@ -28,7 +28,7 @@ V = TypeVar("V")
 _CACHE_BYTES = 512 * 2**20
 # Memory of the footers that one reader keeps: without its file's, a row costs the reading of one.
 _FOOTER_BYTES = 512 * 2**20
-_CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/log.md)
+_CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/experiments.md)
 
 _BATCH_ROWS = 1 << 16  # of small columns that are looked at together
 

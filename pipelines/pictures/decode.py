@@ -84,7 +84,7 @@ _MADE_UP = re.compile(
 _BEFORE_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MAX_SCANS = 100  # ten are usual, optimisers make some more
 # A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
-# near to one decoded whole as resampling filters are to one another (docs/log.md).
+# near to one decoded whole as resampling filters are to one another (docs/experiments.md).
 _JPEG_MARGIN = 1.2
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # by Pillow's mode
 _AS_IT_IS = ImageConfig(resize="no", reencode="always")

@@ -104,7 +104,7 @@ def _resampled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Smaller by three and more: means over areas. By less, as after a JPEG's own scaling, what the new
     size cannot show is filtered away before: nearer to Lanczos than areas are, in a third of the
-    time (docs/log.md).
+    time (docs/experiments.md).
     """
     if picture.strides[0] < 0 or picture.strides[1:] != (3, 1):  # a turned view
         picture = np.ascontiguousarray(picture)

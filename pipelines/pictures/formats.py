@@ -59,7 +59,7 @@ def ends_in_zeros(kind: str, data: bytes) -> bool:
     """Whether much of what is packed is zeros, up to its end: a download that was never filled.
 
     Of lossy WebP, AVIF and HEIF, whose decoders make a picture of it: arithmetic coding leaves no such
-    run. Of other formats zeros may be pixels, or their decoders find it (docs/log.md).
+    run. Of other formats zeros may be pixels, or their decoders find it (docs/decisions.md).
     """
     parts = {"WEBP": _webp_chunks, "AVIF": boxes, "HEIF": boxes}.get(kind)
     if parts is None:

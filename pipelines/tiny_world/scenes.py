@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZES = ("large", "small")
-# Of six, captions of a pair that training never shows came out right in two thirds (docs/log.md).
+# Of six, captions of a pair that training never shows came out right in two thirds (docs/experiments.md).
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 70),
@@ -46,7 +46,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "above")
 # As captions say them, in equally many words: what follows then has the same place in all captions.
-# Where it had not, stage 1 told everything but the relation (docs/log.md).
+# Where it had not, stage 1 told everything but the relation (docs/experiments.md).
 PHRASES = {"left of": "left of", "above": "just above"}
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 

@@ -1,4 +1,4 @@
-"""What docs/cluster.md tells people to type is there, and what is there is told."""
+"""docs/cluster.md names what cluster/ has, and what its pods need. Paths and commands: tests/test_docs.py."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import pytest
 
 from cluster.render import HERE, read_sizes, rendered
 from tests.cluster.test_rendered import pods
+from tests.test_docs import fences, inline
 
 TEXT = (HERE.parent / "docs/cluster.md").read_text()
 SIZES = read_sizes()
-CODE = re.findall(r"`([^`]+)`", TEXT) + re.findall(r"^    (.+)$", TEXT, re.MULTILINE)
+CODE = [*inline(TEXT), *fences(TEXT, "sh").splitlines()]
 
 
 def words(pattern: str) -> set[str]:
     return {found for code in CODE for found in re.findall(pattern, code)}
 
 
-def test_files_that_are_named_are_there() -> None:
-    named = words(r"cluster/[\w/.-]+\.\w+") | {
-        f"cluster/kuberay/{n}" for n in words(r"(?:storage|rayjob)-\w+\.yaml")
-    }
-    assert len(named) > 10
-    for name in named:
-        assert (HERE.parent / name).is_file(), name
+def test_files_that_are_named_without_their_folder_exist() -> None:
+    for name in words(r"(?<![\w/])(?:storage|rayjob|kueue)-\w+\.yaml"):
+        assert (HERE / "kuberay" / name).is_file(), name
 
 
 def test_settings_that_are_named_are_in_sizes() -> None:

@@ -2,7 +2,7 @@
 
 Of each object a text names either the colour or the shape. The held-out pairs of both are in no
 training text, and a language model that has read thousands of whole captions knows that: it then
-takes the likelier word whatever it is told of a picture (docs/log.md).
+takes the likelier word whatever it is told of a picture (docs/experiments.md).
 """
 
 from __future__ import annotations

@@ -152,10 +152,10 @@ def test_lists_of_others_are_read_as_they_are_published(tmp_path: Path, release:
     assert read_all(releases.write_release(tmp_path, release)) == [pytest.approx(expected)]
 
 
-def test_yfcc_is_read_with_the_line_of_names_that_the_readme_gives(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+def test_yfcc_is_read_with_the_header_that_docs_give(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/ingest.md").read_text()
     names = r"\t".join(releases.YFCC)
-    assert rf"printf '{names}\n'" in readme
+    assert rf"printf '{names}\n'" in page
     row = dict.fromkeys(releases.YFCC, "") | {"title": "A+boat", "marker": "0"}
     row |= {"pageurl": "http://photos.example.org/1/", "url": releases._url(0)}
     row |= {"licensename": "Attribution License", "license_url": "http://cc.example.org/by/2.0/"}

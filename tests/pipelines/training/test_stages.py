@@ -128,7 +128,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(
     # All but the making of kernels, which is torch's own and takes minutes on two cores.
     build = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", build)
-    # Nor the vision tower: its tracing takes two minutes (looked at by hand, docs/log.md).
+    # Nor the vision tower: its tracing takes two minutes (looked at by hand, docs/experiments.md).
     blocks = tuple(kind for kind in BLOCKS if kind is not Florence2VisionBlock)
     stage = stage_of(name, SMALLEST, tmp_path, "projector+llm+encoder")
     names = list(stage.model.state_dict())
