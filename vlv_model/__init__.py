@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 
-# Imported when first asked for: the models bring transformers and diffusers along, which takes
-# seconds, and who needs only a setting or an error must not wait for that.
+# Imported on first access: the models import transformers and diffusers, which takes seconds, and
+# code that needs only a setting or an error should not wait for that.
 _MODELS = {
     "VLVAutoEncoder": "vlv_model.autoencoder",
     "VLVCaptioner": "vlv_model.captioner",

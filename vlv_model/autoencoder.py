@@ -1,7 +1,7 @@
 """The VLV auto-encoder (stage 1): image -> caption embeddings -> frozen decoder -> image.
 
-Trained on images alone: the frozen diffusion model is asked to denoise an image given what the
-encoder says about it. (arXiv 2507.07104, stage 1)
+Trained on images alone: the frozen diffusion model denoises an image, conditioned on the encoder's
+caption embeddings of it. (arXiv 2507.07104, stage 1)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class VLVAutoEncoder(nn.Module):
     """Encoder (trainable), text encoder and diffusion decoder (both frozen)."""
 
     base_parts = ("florence", "text_encoder", "unet", "vae")  # with weights
-    read_parts = (*base_parts, "tokenizer", "scheduler")  # all that from_pretrained reads
-    passed_over = VLVEncoder.passed_over
+    read_parts = (*base_parts, "tokenizer", "scheduler")  # everything from_pretrained reads
+    ignored_parts = VLVEncoder.ignored_parts
     new_parts = tuple(f"encoder.{part}" for part in VLVEncoder.new_parts)
     trained_parts = tuple(f"encoder.{part}" for part in VLVEncoder.trained_parts)
 
@@ -65,10 +65,11 @@ class VLVAutoEncoder(nn.Module):
     ) -> VLVAutoEncoder:
         """Build from pretrained parts, then load the trained weights, if any, strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
-        too: its encoder is opened); `parts` are fields of ModelConfig that win over it. Without
-        its VAE it takes `latents` and makes no pictures. In `precision`, on the CPU, in eval mode.
-        Without `verify` digests are not looked at. Raises ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint folder (a stage-2
+        checkpoint gives its encoder); `parts` are fields of ModelConfig that override it. Without
+        the VAE the model trains on `latents` and generates no pictures. Returned in `precision`,
+        on the CPU, in eval mode. `verify=False` skips the digest checks. Raises ModelError or
+        CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         encoder = VLVEncoder.from_pretrained(config, precision=precision)
@@ -87,7 +88,7 @@ class VLVAutoEncoder(nn.Module):
 
     @property
     def latent_format(self) -> LatentFormat:
-        """What the VAE's latents look like."""
+        """Channels, downsampling factor and scale of the VAE's latents."""
         return self.diffusion_decoder.latent_format
 
     @property
@@ -97,7 +98,7 @@ class VLVAutoEncoder(nn.Module):
 
     @property
     def num_timesteps(self) -> int:
-        """Draw `timesteps` from 0 to this, exclusive."""
+        """Length of the noise schedule: `timesteps` are in [0, num_timesteps)."""
         return self.diffusion_decoder.num_timesteps
 
     def clip_embeddings(self, pixel_values: Tensor) -> Tensor:
@@ -116,12 +117,13 @@ class VLVAutoEncoder(nn.Module):
     ) -> Tensor:
         """Stage-1 loss, a float32 scalar.
 
-        pixel_values: squares `[b 3 s s]`, uint8 or float in [-1, 1] · noise `[b c h w]` ·
-        timesteps int64 `[b]` · posterior_noise `[b c h w]`: the VAE's sampling noise, zeros for
-        the posterior's mean; without it the global generator draws, as in `latent_dist.sample()` ·
-        encoder_pixel_values float `[b 3 e e]`, ImageNet-normalised, spares the preprocessing;
-        without it the encoder sees the same squares, float ones rounded to uint8 · latents
-        `[b c h w]`, scaled, spare the VAE.
+        pixel_values: squares `[b 3 s s]`, uint8 or float in [-1, 1]
+        noise: `[b c h w]` · timesteps: int64 `[b]`
+        posterior_noise: `[b c h w]`, the VAE's sampling noise; zeros give the posterior mean. By
+            default it is drawn from the global generator, as in `latent_dist.sample()`.
+        encoder_pixel_values: float `[b 3 e e]`, ImageNet-normalised, skips the preprocessing. By
+            default the encoder gets the same squares, float ones rounded to uint8.
+        latents: `[b c h w]`, scaled, skip the VAE.
         """
         if latents is None:
             latents = self.latents(pixel_values, posterior_noise)
@@ -131,7 +133,7 @@ class VLVAutoEncoder(nn.Module):
         clip_embeddings = self.clip_embeddings(encoder_pixel_values)
         return self.denoising_loss(latents, noise, timesteps, clip_embeddings)
 
-    # An engine that wraps the module calls forward; everybody else reads better with a name.
+    # DeepSpeed and DDP wrap the module and call forward; elsewhere the name says what it returns.
     loss = forward
 
     def latents(self, pixel_values: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
@@ -144,7 +146,7 @@ class VLVAutoEncoder(nn.Module):
     def denoising_loss(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, clip_embeddings: Tensor
     ) -> Tensor:
-        """The loss under any condition `[b q d]` or `[1 q d]`: an image's, a caption's, none."""
+        """The loss for given CLIP embeddings, `[b q d]` or `[1 q d]`: of images or of prompts."""
         return self.diffusion_decoder.loss(latents, noise, timesteps, clip_embeddings)
 
     def reconstruct(
@@ -155,7 +157,7 @@ class VLVAutoEncoder(nn.Module):
         num_steps: int = 50,
         scheduler: Sampler = "ddpm",
     ) -> Tensor:
-        """Pictures from images, uint8 `[b 3 s s]` -> uint8 `[b 3 s s]`; one generator per row."""
+        """Reconstruct images, uint8 `[b 3 s s]` -> uint8 `[b 3 s s]`; one generator per row."""
         with evaluating(self):
             condition = self.clip_embeddings(pixel_values)
             return self._generate(condition, generators, guidance_scale, num_steps, scheduler)
@@ -168,7 +170,10 @@ class VLVAutoEncoder(nn.Module):
         num_steps: int = 50,
         scheduler: Sampler = "ddpm",
     ) -> Tensor:
-        """Pictures from text -> uint8 `[b 3 s s]`: the diffusion model alone, one generator per row."""
+        """Generate pictures from text -> uint8 `[b 3 s s]`, by the diffusion model alone.
+
+        One generator per row.
+        """
         with evaluating(self):
             condition = self.text_encoder.encode_prompts(prompts)
             return self._generate(condition, generators, guidance_scale, num_steps, scheduler)

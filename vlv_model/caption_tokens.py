@@ -1,8 +1,8 @@
 """Captions as token ids, and back: `[caption][end-of-text][padding]`.
 
-No begin-of-text and no chat template. Labels and masks follow from lengths and never from
-`ids == pad`: in Qwen2.5 the padding token *is* the end-of-text, and a mask taken from it would
-hide the one label that teaches the model to stop.
+No begin-of-text and no chat template. Labels and masks come from lengths, never from
+`ids == pad`: Qwen2.5 pads with the end-of-text token, so a mask taken from the ids would hide the
+label that teaches the model to stop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlv_model.errors import ModelError
 
-IGNORED = -100  # the label that cross_entropy leaves out
+IGNORED = -100  # cross_entropy's ignore_index
 
 FinishReason = Literal["stop", "length"]
 
@@ -26,8 +26,8 @@ FinishReason = Literal["stop", "length"]
 class GeneratedCaption:
     """One generated caption.
 
-    num_tokens counts the caption's tokens without the end-of-text; finish_reason is `stop` when
-    the model ended the caption itself and `length` when it was cut at `max_new_tokens`.
+    num_tokens excludes the end-of-text. finish_reason is `stop` when the model produced the
+    end-of-text and `length` when the caption was cut at `max_new_tokens`.
     """
 
     text: str
@@ -36,9 +36,9 @@ class GeneratedCaption:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one token id that ends a caption, in training and in generation.
+    """The token id that ends a caption, in training and generation: the tokenizer's eos token.
 
-    It is the tokenizer's eos token: `<|endoftext|>` of the Qwen2.5 base models.
+    For the Qwen2.5 base models this is `<|endoftext|>`. Raises ModelError without an eos token.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -53,15 +53,14 @@ def tokenize_captions(
 ) -> dict[str, Tensor]:
     """Captions -> `input_ids attention_mask labels`, int64 `[b n]`, n <= `max_tokens`.
 
-    `max_tokens` counts the end-of-text; a caption that has to be cut fills it with its own tokens
-    and carries no end-of-text, since it does not end there. Labels are `IGNORED` on the padding.
-    Text that spells a special token stays text.
+    `max_tokens` includes the end-of-text; a caption that is cut gets none, since it does not end
+    there. Labels are `IGNORED` on the padding. Text that spells a special token stays text.
     """
     end_of_text = end_of_text_id(tokenizer)
     rows = []
     for ids in _encode(tokenizer, captions):
-        whole = len(ids) < max_tokens
-        rows.append([*ids, end_of_text] if whole else ids[:max_tokens])
+        fits = len(ids) < max_tokens
+        rows.append([*ids, end_of_text] if fits else ids[:max_tokens])
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     length = max((len(row) for row in rows), default=0)
     input_ids = torch.full((len(rows), length), end_of_text, dtype=torch.int64)
@@ -76,12 +75,12 @@ def tokenize_captions(
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[int]:
-    """Tokens of each caption, without the end-of-text."""
+    """Number of tokens of each caption, without the end-of-text."""
     return [len(ids) for ids in _encode(tokenizer, captions)]
 
 
 def decode_captions(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor) -> list[GeneratedCaption]:
-    """Generated ids `[b n]`, whatever follows the end-of-text ignored -> captions."""
+    """Generated ids `[b n]` -> captions; ids after the end-of-text are ignored."""
     end_of_text = end_of_text_id(tokenizer)
     captions = []
     for ids in new_ids.tolist():
@@ -94,7 +93,7 @@ def decode_captions(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor) -> list
 
 
 def caption_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """What generated ids without their end-of-text say."""
+    """Generated ids, without the end-of-text, as text."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 

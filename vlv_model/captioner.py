@@ -25,11 +25,11 @@ from vlv_model.caption_tokens import (
 from vlv_model.checkpoints import loading
 from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint
 from vlv_model.config import Lora, Precision, Trainable
-from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
+from vlv_model.decoding import FinishedSequence, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating, freeze, thaw
-from vlv_model.lora import add_adapters, merge_adapters, train_adapters_alone
+from vlv_model.lora import add_adapters, merge_adapters, train_only_adapters
 from vlv_model.precision import cast
 from vlv_model.text_encoder import TextEncoder
 
@@ -38,8 +38,8 @@ class VLVCaptioner(nn.Module):
     """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
 
     base_parts = ("florence", "text_encoder", "language_model")  # with weights
-    read_parts = (*base_parts, "tokenizer")  # all that from_pretrained reads
-    passed_over = ()  # it has all that a checkpoint holds
+    read_parts = (*base_parts, "tokenizer")  # everything from_pretrained reads
+    ignored_parts = ()  # it has a place for everything in a checkpoint
     new_parts = (
         *(f"encoder.{part}" for part in VLVEncoder.new_parts),
         "language_projector",
@@ -72,8 +72,8 @@ class VLVCaptioner(nn.Module):
                 f"the caption tokenizer has {len(tokenizer)} tokens, the language model {rows}: "
                 "take both from one language model"
             )
-        # Sampling defaults published with a language model (temperature, repetition penalty,
-        # other stop tokens) would otherwise join every call of generate.
+        # generate() would otherwise use the sampling defaults published with a language model
+        # (temperature, repetition penalty, other stop tokens).
         language_model.generation_config = GenerationConfig()
         self.set_trainable("projector+llm+encoder")
 
@@ -91,22 +91,22 @@ class VLVCaptioner(nn.Module):
     ) -> VLVCaptioner:
         """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder; `parts` are
-        fields of ModelConfig that win over it. A stage-2 checkpoint brings its stage-1 parent
-        along. A stage-1 checkpoint leaves the language projector random, which is refused unless
-        `for_training`; so are adapters merged unless they are to be trained on. `lora` gives new
-        ones to a language model without any. In `precision`, on the CPU, in eval mode. Without
-        `verify` digests are not looked at. Raises ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint folder; `parts` are
+        fields of ModelConfig that override it. A stage-2 checkpoint loads its stage-1 parent
+        too. A stage-1 checkpoint leaves the language projector random, which is an error unless
+        `for_training`. Saved adapters (LoRA) are merged unless `for_training`; `lora` adds new ones
+        where the checkpoint has none. Returned in `precision`, on the CPU, in eval mode.
+        `verify=False` skips the digest checks. Raises ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         saved = Lora() if checkpoint is None else read_checkpoint(checkpoint).lora
         merges = bool(saved.rank) and not for_training
-        at_first: Precision = "float32" if merges else precision  # adapters are added up unrounded
-        encoder = VLVEncoder.from_pretrained(config, precision=at_first)
+        load_precision: Precision = "float32" if merges else precision  # merge, then round
+        encoder = VLVEncoder.from_pretrained(config, precision=load_precision)
         text_encoder = TextEncoder(
-            *loading.load_text_encoder(config, at_first), bottleneck=config.bottleneck
+            *loading.load_text_encoder(config, load_precision), bottleneck=config.bottleneck
         )
-        language_model = loading.load_language_model(config, at_first)
+        language_model = loading.load_language_model(config, load_precision)
         language_projector = build_language_projector(
             text_encoder.width, language_model.config.hidden_size, config.projector_seed
         )
@@ -126,8 +126,8 @@ class VLVCaptioner(nn.Module):
     def set_trainable(self, trainable: Trainable) -> None:
         """Choose what stage 2 trains; `encoder` means Florence-2's language model.
 
-        Queries, caption projector and text encoder stay as stage 1 left them. What is not trained
-        is frozen and held in eval mode.
+        Queries, caption projector and text encoder keep their stage-1 weights. Parts that are not
+        trained are frozen and stay in eval mode. Raises ModelError for another value.
         """
         if trainable not in get_args(Trainable):
             raise ModelError(
@@ -137,16 +137,17 @@ class VLVCaptioner(nn.Module):
         thaw(self.language_projector)
         (thaw if "+llm" in trainable else freeze)(self.language_model)
         if "+llm" in trainable:
-            # In train mode as a whole: a frozen part would not pass it on to the adapters' dropout.
-            train_adapters_alone(self.language_model)
+            # Not `freeze`: its train() does nothing, and the adapters' dropout would stay in eval
+            # mode.
+            train_only_adapters(self.language_model)
 
     def add_adapters(self, lora: Lora, seed: int) -> None:
-        """Have adapters trained in the language model's place; at first they change nothing."""
+        """Train adapters (LoRA) instead of the language model; new ones do not change its output."""
         add_adapters(self.language_model, lora, seed)
         self.lora = lora
 
     def merge_adapters(self) -> None:
-        """Make the language model a plain one again, with what its adapters have learned."""
+        """Add the adapters to the language model's weights and remove them."""
         merge_adapters(self.language_model)
         self.lora = Lora()
         self.set_trainable("projector+llm+encoder")
@@ -160,7 +161,7 @@ class VLVCaptioner(nn.Module):
         return self.text_encoder(self.encoder(pixel_values))
 
     def prefix(self, pixel_values: Tensor) -> Tensor:
-        """uint8 squares `[b 3 s s]` or float encoder pixels `[b 3 e e]` -> `[b q h]`."""
+        """The language model's prefix: squares or pixels as in `clip_embeddings` -> `[b q h]`."""
         dtype = next(self.language_projector.parameters()).dtype
         prefix = self.language_projector(self.clip_embeddings(pixel_values).to(dtype))
         return prefix.to(self.language_model.dtype)
@@ -177,35 +178,36 @@ class VLVCaptioner(nn.Module):
     ) -> Tensor:
         """Stage-2 loss, a float32 scalar: summed cross-entropy / `num_label_tokens`.
 
-        pixel_values uint8 `[b 3 s s]` · input_ids, attention_mask, labels int64 `[b n]` as
-        `tokenize` makes them, padded at the end · encoder_pixel_values float `[b 3 e e]` spares the preprocessing.
-        num_label_tokens is this batch's own count unless given: in data-parallel training give
-        the global batch's, since the mean of the ranks' means is another number.
+        pixel_values: uint8 `[b 3 s s]`
+        input_ids, attention_mask, labels: int64 `[b n]` from `tokenize`, padded at the end
+        num_label_tokens: default, this batch's count. In data-parallel training pass the global
+            batch's: the mean of the ranks' means is a different number.
+        encoder_pixel_values: float `[b 3 e e]`, ImageNet-normalised, skips the preprocessing.
         """
         pixels = pixel_values if encoder_pixel_values is None else encoder_pixel_values
         prefix = self.prefix(pixels)  # [b q h]
         num_queries = prefix.shape[1]
         embeddings = self.language_model.get_input_embeddings()(input_ids)  # [b n h]
-        # Without the mask: padding stands at the end, where causal attention sees none of it from
-        # a label's place, and no mask lets attention take its fastest kernel.
+        # No attention mask: padding is at the end, where causal attention hides it from every
+        # label, and without a mask attention uses its fastest kernel.
         hidden = self.language_model.model(
             inputs_embeds=torch.cat([prefix, embeddings], dim=1),
             use_cache=False,
         ).last_hidden_state  # [b q+n h]
-        # Each position predicts the next: the last query's the first caption token. A vocabulary
-        # of 150,000 makes logits dear, so they are taken where there is a label only.
+        # Each position predicts the next one; the last query predicts the first caption token. With
+        # a vocabulary of 150,000 logits are expensive: only those with a label are computed.
         is_label = labels != IGNORED
         logits = self.language_model.lm_head(hidden[:, num_queries - 1 : -1][is_label])  # [l v]
         total = F.cross_entropy(logits.float(), labels[is_label], reduction="sum")
         return total / (is_label.sum() if num_label_tokens is None else num_label_tokens)
 
-    # An engine that wraps the module calls forward; everybody else reads better with a name.
+    # DeepSpeed and DDP wrap the module and call forward; elsewhere the name says what it returns.
     loss = forward
 
     def decoder(
         self, slots: int, max_new_tokens: int, sampling: Sampling | None = None
     ) -> SlotDecoder:
-        """What decodes prefixes greedily, or by `sampling`, at most `slots` at a time."""
+        """A decoder for at most `slots` prefixes at a time: greedy, or with `sampling`."""
         return SlotDecoder(
             self.language_model,
             end_of_text_id(self.tokenizer),
@@ -219,17 +221,18 @@ class VLVCaptioner(nn.Module):
     ) -> list[GeneratedCaption]:
         """Captions of uint8 squares `[b 3 s s]` (or float encoder pixels), by beam search.
 
-        One beam is greedy search. Rows do not see each other: all prefixes are equally long. A
-        caption ends at `end_of_text_id`, or is cut at `max_new_tokens`, which count it too.
+        One beam is greedy search. Rows are independent: all prefixes have the same length. A
+        caption ends with the end-of-text or is cut at `max_new_tokens`, which include it.
         """
         with evaluating(self):
             prefix = self.prefix(pixel_values)
             if num_beams > 1:
                 return self.search(prefix, num_beams, max_new_tokens)
-            found = decode(self.decoder(len(prefix), max_new_tokens), range(len(prefix)), prefix)
-        return [self.caption_of(finished) for finished in found]
+            decoder = self.decoder(len(prefix), max_new_tokens)
+            sequences = decode(decoder, range(len(prefix)), prefix)
+        return [self.caption_of(finished) for finished in sequences]
 
-    def caption_of(self, finished: Finished) -> GeneratedCaption:
+    def caption_of(self, finished: FinishedSequence) -> GeneratedCaption:
         """A decoded sequence as text."""
         text = caption_text(self.tokenizer, finished.ids)
         return GeneratedCaption(text, len(finished.ids), finished.finish_reason)
@@ -237,9 +240,9 @@ class VLVCaptioner(nn.Module):
     def search(
         self, prefix: Tensor, num_beams: int, max_new_tokens: int, early_stopping: bool = False
     ) -> list[GeneratedCaption]:
-        """Captions of prefixes `[b q h]` by transformers' beam search, all of them at once.
+        """Captions of prefixes `[b q h]` by transformers' beam search, as one batch.
 
-        `early_stopping` ends a search when `num_beams` captions have ended.
+        With `early_stopping` a row's search ends as soon as `num_beams` captions are complete.
         """
         end_of_text = end_of_text_id(self.tokenizer)
         with torch.no_grad():

@@ -7,24 +7,24 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-# Florence-2's processor replaces the task token by this sentence; the token itself is never fed.
+# Florence-2's processor replaces the task token with this sentence.
 MORE_DETAILED_CAPTION = "Describe with a paragraph what is shown in the image."
 
 Trainable = Literal["projector", "projector+llm", "projector+llm+encoder"]
-"""What stage 2 trains: the language projector, the language model too, Florence-2's too."""
+"""What stage 2 trains: the language projector; + Qwen; + Florence-2's language model."""
 
 Precision = Literal["float32", "bfloat16"]
-"""In what numbers one calculates, or weights are stored."""
+"""Data type of computation or of stored weights."""
 
 Preprocess = Literal["default", "reference"]
-"""How the square is made of an image file: as we do, or as the published implementation does."""
+"""How an image file becomes a square: our way, or the published implementation's."""
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""The linear layers of a Qwen2.5 block: attention's four, the MLP's three."""
+"""The linear layers of a Qwen2.5 block: four in attention, three in the MLP."""
 
 
 class Config(BaseModel):
-    """Base of every group of settings: frozen, and unknown keys are refused."""
+    """Base of every group of settings: immutable, rejects unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -32,8 +32,8 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # To Python and pydantic, YAML's `true`, `yes` and `on` are the number 1.
+    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes YAML's `true`, `yes` and `on` for the number 1.
         values = value if isinstance(value, list | tuple) else [value]
         field = cls.model_fields[info.field_name or ""]
         if any(isinstance(v, bool) for v in values) and not _takes_bool(field.annotation):
@@ -46,15 +46,14 @@ def _takes_bool(annotation: Any) -> bool:
 
 
 class Lora(Config):
-    """Low-rank adapters upon the caption decoder, trained in its place (arXiv 2106.09685)."""
+    """Low-rank adapters on the caption decoder, trained instead of it (arXiv 2106.09685)."""
 
     rank: int = Field(
         0,
         ge=0,
-        description="rank of the adapters (LoRA) that are trained in Qwen's place; 0: none, all of "
-        "Qwen is trained",
+        description="rank of the adapters (LoRA) trained instead of Qwen; 0: train all of Qwen",
     )
-    alpha: int = Field(32, ge=1, description="what adapters add counts by alpha / rank")
+    alpha: int = Field(32, ge=1, description="the adapters' output is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     targets: tuple[LoraTarget, ...] = Field(
         get_args(LoraTarget), min_length=1, description="layers of each block that get adapters"
@@ -62,10 +61,10 @@ class Lora(Config):
 
 
 class ModelConfig(Config):
-    """The pretrained parts of a VLV auto-encoder and the sizes of what is trained between them.
+    """The pretrained parts of a VLV model, and the sizes of the modules trained between them.
 
-    Each part is a pretrained folder or a hub id. The parts of the diffusion decoder are found in
-    the subfolders of `diffusion` unless they are named one by one.
+    Each part is a pretrained folder or a hub id. The parts of the diffusion decoder default to the
+    subfolders of `diffusion`.
     """
 
     florence: str = Field(
@@ -93,32 +92,30 @@ class ModelConfig(Config):
     )
     bottleneck: bool = Field(
         True,
-        description="caption embeddings pass through the frozen text encoder; false lets them "
-        "skip it, which is an ablation",
+        description="caption embeddings pass through the frozen text encoder; false: they skip it "
+        "(an ablation)",
     )
     image_size: int = Field(
-        384, ge=8, description="side of the square that the VAE sees, in pixels"
+        384, ge=8, description="side of the square image that enters the VAE, in pixels"
     )
     preprocess: Preprocess = Field(
         "default",
-        description="how an image becomes that square. default: upright, in sRGB, alpha on white, "
-        "bicubic; reference: as the published implementation does, bilinear, without regard to EXIF, "
-        "colour profile and alpha, which checkpoints imported from it were trained with",
+        description="how an image becomes that square. default: EXIF orientation applied, sRGB, "
+        "alpha over white, bicubic; reference: as the published implementation does (bilinear; EXIF, "
+        "colour profile and alpha ignored), for checkpoints imported from it",
     )
     encoder_image_size: int = Field(
         768,
         ge=8,
-        description="side to which that square is resized for the vision tower",
+        description="side to which that square is resized for the vision tower, in pixels",
     )
-    prompt: str = Field(
-        MORE_DETAILED_CAPTION, min_length=1, description="sentence that Florence-2 is asked"
-    )
+    prompt: str = Field(MORE_DETAILED_CAPTION, min_length=1, description="Florence-2's task prompt")
     projector_scale: float = Field(
         1.0,
         gt=0,
-        description="factor on the caption projector's last layer before any training; below 1 "
-        "the captions of all images start nearly alike, instead of as different noise",
+        description="factor on the initial weights of the caption projector's last layer; below 1 "
+        "all images start with nearly equal caption embeddings",
     )
     projector_seed: int = Field(
-        0, ge=0, lt=2**63, description="seed of the queries and projectors before any training"
+        0, ge=0, lt=2**63, description="seed of the initial queries and projectors"
     )

@@ -1,8 +1,8 @@
-"""Captions decoded in slots: where a sequence ends, the next one enters, and no batch waits.
+"""Continuous batching: when a sequence ends, the next one takes its slot.
 
-A batch that is decoded as one runs as long as its longest caption, with fewer and fewer rows that
-still say anything. Here each sequence has a slot of one preallocated cache. The slots in use are
-kept side by side, so that every step computes what is still being said and nothing else.
+A fixed batch runs until its longest caption ends, while most of its rows are already done. Here
+each sequence has a slot in one preallocated key-value cache. The slots in use stay contiguous, so
+every step computes only running sequences.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ from vlv_model.errors import ModelError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws tokens instead of taking the most probable one.
+    """Top-p (nucleus) sampling.
 
-    What is drawn follows from (seed, key of the sequence, number of the token) alone: whatever else
-    is decoded at the same time, a sequence of one key gets one caption.
+    The draw depends only on (seed, key of the sequence, index of the token), so a key gets the same
+    caption in any batch.
     """
 
     temperature: float = 1.0
-    top_p: float = 1.0  # of the most probable tokens, those that reach this share together
+    top_p: float = 1.0
     seed: int = 0
 
-    def draw(self, logits: Tensor, keys: Sequence[int], numbers: Sequence[int]) -> Tensor:
-        """Logits `[n v]`, each row's key and the number of its token -> token ids `[n]`."""
+    def draw(self, logits: Tensor, keys: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Logits `[n v]`, each row's key and token index -> token ids `[n]`."""
         probabilities = (logits.float() / self.temperature).softmax(-1)
         ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        reached = ranked.double().cumsum(-1)  # [n v]
-        # The token that crosses the share still belongs to it, as does the first one always.
-        kept = ((reached - ranked) < self.top_p).sum(-1, keepdim=True)  # [n 1]
-        points = [self._uniform(*row) for row in zip(keys, numbers, strict=True)]
-        target = torch.tensor(points, dtype=torch.float64, device=logits.device)[:, None]
-        target = target * reached.gather(1, kept - 1)
-        rank = torch.searchsorted(reached, target, right=True).minimum(kept - 1)
+        cumulative = ranked.double().cumsum(-1)  # [n v]
+        # The token that crosses top_p is kept, and so is the first one in any case.
+        kept = ((cumulative - ranked) < self.top_p).sum(-1, keepdim=True)  # [n 1]
+        uniform = [self._uniform(*row) for row in zip(keys, indices, strict=True)]
+        target = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
+        target = target * cumulative.gather(1, kept - 1)
+        rank = torch.searchsorted(cumulative, target, right=True).minimum(kept - 1)
         return ids.gather(1, rank)[:, 0]
 
-    def _uniform(self, key: int, number: int) -> float:
-        """A number in [0, 1) that looks random and is the same on every machine."""
-        name = struct.pack("<qqq", self.seed, key, number)
-        digest = hashlib.blake2b(name, digest_size=8).digest()
+    def _uniform(self, key: int, index: int) -> float:
+        """A pseudo-random number in [0, 1), the same on every machine."""
+        message = struct.pack("<qqq", self.seed, key, index)
+        digest = hashlib.blake2b(message, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A sequence that came to its end: its ids, without the end-of-text."""
+class FinishedSequence:
+    """A finished sequence; `ids` are without the end-of-text."""
 
-    ticket: int
+    request_id: int
     ids: list[int]
     finish_reason: FinishReason
 
 
 @dataclass
-class Running:
-    """A sequence that has a slot, and what it says so far."""
+class RunningSequence:
+    """A sequence in a slot, and its token ids so far."""
 
-    ticket: int
+    request_id: int
     key: int
     ids: list[int] = field(default_factory=list)
 
@@ -74,9 +74,9 @@ class Running:
 class SlotDecoder:
     """Decodes captions from prefixes `[n q h]`, at most `slots` at a time.
 
-    `admit` prefixes while there are `free` slots, `step` while any is `busy`; a step adds a token to
-    every sequence and hands back those that ended. All prefixes are equally long. The cache takes
-    `2 · layers · slots · kv heads · (q + max_new_tokens - 1) · head dim` values, once.
+    `admit` prefixes while there are `free` slots, and `step` while it is `busy`: a step adds a token
+    to every sequence and returns those that ended. All prefixes have the same length. The cache holds
+    `2 · layers · slots · kv heads · (q + max_new_tokens - 1) · head dim` values.
     """
 
     def __init__(
@@ -101,66 +101,71 @@ class SlotDecoder:
         self.heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.epsilon = config.rms_norm_eps
-        self._sequences: list[Running] = []  # that of slot i at i: slots in use have no gaps
-        self._finished: list[Finished] = []
+        self._sequences: list[RunningSequence] = []  # index = slot: slots in use have no gaps
+        self._finished: list[FinishedSequence] = []
         self._cache = torch.empty(0)  # [layers 2 slots kv_heads positions head_dim]
         self._rotation = torch.empty(0)  # [2 positions head_dim]: cosines, sines
 
     @property
     def free(self) -> int:
+        """Number of free slots."""
         return self.slots - len(self._sequences)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to step for, or to hand back."""
+        """Whether a sequence is running, or finished and not yet returned."""
         return bool(self._sequences or self._finished)
 
     def reset(self) -> list[int]:
-        """Forget all sequences, after an error; returns their tickets."""
-        tickets = [s.ticket for s in self._sequences] + [f.ticket for f in self._finished]
+        """Drop all sequences, after an error; returns their request ids."""
+        dropped = [s.request_id for s in self._sequences]
+        dropped += [s.request_id for s in self._finished]
         self._sequences, self._finished = [], []
-        return tickets
+        return dropped
 
     @torch.no_grad()
-    def admit(self, tickets: Sequence[int], keys: Sequence[int], prefixes: Tensor) -> None:
-        """Take in prefixes `[n q h]`, n <= `free`, each with its ticket and the key of its image."""
+    def admit(self, request_ids: Sequence[int], keys: Sequence[int], prefixes: Tensor) -> None:
+        """Start prefixes `[n q h]`, n <= `free`, each with a request id and its image's key.
+
+        Raises ValueError for more prefixes than free slots, or of another length or dtype.
+        """
         count, length = prefixes.shape[:2]
         if count > self.free:
             raise ValueError(f"{count} prefixes, but {self.free} free slots")
         self._allocate(prefixes)
         first = len(self._sequences)
-        mine = slice(first, first + count)
+        slots = slice(first, first + count)
         rotation = self._rotation[:, None, :length]  # [2 1 q d]
         hidden = prefixes
         for number, layer in enumerate(self.model.layers):
             query, key, value = self._project(layer, hidden, rotation)  # [n heads|kv_heads q d]
-            self._cache[number, 0, mine, :, :length] = key
-            self._cache[number, 1, mine, :, :length] = value
+            self._cache[number, 0, slots, :, :length] = key
+            self._cache[number, 1, slots, :, :length] = value
             attended = F.scaled_dot_product_attention(
                 query, *map(self._repeated, (key, value)), is_causal=True
             )
             hidden = self._finish_layer(layer, hidden, attended.transpose(1, 2))
-        self._sequences += [Running(*pair) for pair in zip(tickets, keys, strict=True)]
+        self._sequences += [RunningSequence(*pair) for pair in zip(request_ids, keys, strict=True)]
         self._position = length
-        self._choose(hidden[:, -1], mine)
+        self._append_tokens(hidden[:, -1], slots)
 
     @torch.no_grad()
-    def step(self) -> list[Finished]:
+    def step(self) -> list[FinishedSequence]:
         """Add a token to every sequence; returns those that ended since the last call."""
         if self._sequences:
-            self._choose(self._forward(), slice(0, len(self._sequences)))
+            self._append_tokens(self._forward(), slice(0, len(self._sequences)))
         finished, self._finished = self._finished, []
         return finished
 
     def _forward(self) -> Tensor:
-        """Feed every sequence its last token -> hidden states `[n h]`."""
+        """Run the model on the last token of every sequence -> hidden states `[n h]`."""
         count = len(self._sequences)
         device = self._cache.device
         last = torch.tensor([s.ids[-1] for s in self._sequences], device=device)
         lengths = [len(s.ids) for s in self._sequences]
         positions = torch.tensor(lengths, device=device) + (self._position - 1)  # [n]
         end = self._position + max(lengths)
-        mask = None  # needed only where some are further on than others
+        mask = None  # needed only when the lengths differ
         if min(lengths) < max(lengths):
             mask = torch.arange(end, device=device) <= positions[:, None]
             mask = mask[:, None, None]  # [n 1 1 end]
@@ -172,7 +177,8 @@ class SlotDecoder:
             keys, values = self._cache[number, :, :count].unbind()
             keys[rows, :, positions] = key[:, :, 0]
             values[rows, :, positions] = value[:, :, 0]
-            # Query heads of one key head take the place of query positions: nothing is repeated.
+            # Grouped-query attention without repeating keys: the query heads of a key head become
+            # query positions.
             grouped = query.view(count, self.kv_heads, -1, self.head_dim)
             attended = F.scaled_dot_product_attention(
                 grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask
@@ -205,14 +211,13 @@ class SlotDecoder:
     def _repeated(self, heads: Tensor) -> Tensor:
         return heads.repeat_interleave(self.heads // self.kv_heads, dim=1)
 
-    def _choose(self, hidden: Tensor, where: slice) -> None:
-        """The next token of the sequences in `where`, whose last hidden states `[n h]` these are."""
+    def _append_tokens(self, hidden: Tensor, slots: slice) -> None:
+        """Append the next token to the sequences in `slots`, from their last hidden states `[n h]`."""
         logits = self.lm_head(self._norm(self.model.norm, hidden))  # [n v]
-        mine = self._sequences[where]
+        sequences = self._sequences[slots]
+        tokens = self._choose_tokens(logits, sequences)
         ended = []
-        for slot, (sequence, token) in enumerate(
-            zip(mine, self._tokens(logits, mine), strict=True)
-        ):
+        for slot, (sequence, token) in enumerate(zip(sequences, tokens, strict=True), slots.start):
             reason: FinishReason | None = None
             if token == self.end_of_text:
                 reason = "stop"
@@ -221,21 +226,21 @@ class SlotDecoder:
                 if len(sequence.ids) == self.max_new_tokens:
                     reason = "length"
             if reason:
-                self._finished.append(Finished(sequence.ticket, sequence.ids, reason))
-                ended.append(where.start + slot)
-        self._close_gaps(ended)
+                self._finished.append(FinishedSequence(sequence.request_id, sequence.ids, reason))
+                ended.append(slot)
+        self._free_slots(ended)
 
-    def _tokens(self, logits: Tensor, sequences: Sequence[Running]) -> list[int]:
-        """The token that each sequence goes on with, by its logits `[n v]`."""
+    def _choose_tokens(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[int]:
+        """The next token of each sequence, from logits `[n v]`."""
         if self.sampling is None:
             chosen = logits.argmax(-1)
         else:
-            numbers = [len(s.ids) for s in sequences]
-            chosen = self.sampling.draw(logits, [s.key for s in sequences], numbers)
+            indices = [len(s.ids) for s in sequences]
+            chosen = self.sampling.draw(logits, [s.key for s in sequences], indices)
         return chosen.tolist()
 
-    def _close_gaps(self, ended: list[int]) -> None:
-        """Take the slots `ended` out of use: the last slots in use move into the gaps."""
+    def _free_slots(self, ended: list[int]) -> None:
+        """Free the slots `ended`: sequences of the last slots in use move into the gaps."""
         for slot in reversed(ended):
             last = self._sequences.pop()
             if slot < (moved := len(self._sequences)):
@@ -244,36 +249,36 @@ class SlotDecoder:
                 self._sequences[slot] = last
 
     def _allocate(self, prefixes: Tensor) -> None:
-        """Make the cache when the first prefix tells length, device and dtype."""
+        """Allocate the cache once the first prefix gives length, device and dtype."""
         positions = prefixes.shape[1] + self.max_new_tokens - 1
         layers = len(self.model.layers)
         shape = (layers, 2, self.slots, self.kv_heads, positions, self.head_dim)
         if self._cache.shape == shape and self._cache.dtype == prefixes.dtype:
             return
         if self._sequences:
-            raise ValueError("all prefixes have to be equally long and of one dtype")
+            raise ValueError("all prefixes must have the same length and dtype")
         self._cache = prefixes.new_zeros(shape)
-        everywhere = torch.arange(positions, device=prefixes.device)[None]
-        cosines, sines = self.model.rotary_emb(prefixes, everywhere)  # [1 positions d] each
-        # The half turn of `_rotated` has its sign here, once.
+        all_positions = torch.arange(positions, device=prefixes.device)[None]
+        cosines, sines = self.model.rotary_emb(prefixes, all_positions)  # [1 positions d] each
+        # rotate_half negates the first half; the sign goes into the sines, once.
         sines[..., : self.head_dim // 2] *= -1
         self._rotation = torch.cat([cosines, sines])
 
 
 def _rotated(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary positions on `[n heads t d]`: halves of a head are the two axes that turn."""
+    """Rotary position embedding of heads `[n heads t d]` (Su et al. 2021, in halves)."""
     cosines, sines = rotation
     return heads * cosines + heads.roll(heads.shape[-1] // 2, -1) * sines
 
 
-def decode(decoder: SlotDecoder, keys: Sequence[int], prefixes: Tensor) -> list[Finished]:
-    """All prefixes `[n q h]` through an empty decoder, in their order."""
-    results: dict[int, Finished] = {}
+def decode(decoder: SlotDecoder, keys: Sequence[int], prefixes: Tensor) -> list[FinishedSequence]:
+    """Decode all prefixes `[n q h]` with an idle decoder; results are in the same order."""
+    results: dict[int, FinishedSequence] = {}
     admitted = 0
     while admitted < len(keys) or decoder.busy:
         if count := min(decoder.free, len(keys) - admitted):
             rows = range(admitted, admitted + count)
             admitted += count
             decoder.admit(rows, keys[rows.start : admitted], prefixes[rows.start : admitted])
-        results |= {finished.ticket: finished for finished in decoder.step()}
+        results |= {finished.request_id: finished for finished in decoder.step()}
     return [results[i] for i in range(len(keys))]

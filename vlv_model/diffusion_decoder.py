@@ -1,7 +1,7 @@
 """The frozen diffusion decoder: VAE, UNet and noise schedule of Stable Diffusion.
 
-Stage 1 needs its loss (the gradient passes through the UNet into the conditioning), pictures need
-its sampler with classifier-free guidance (Ho & Salimans 2022).
+Stage 1 uses its loss, whose gradient passes through the UNet into the conditioning. Pictures are
+sampled with classifier-free guidance (Ho & Salimans 2022).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Sampler = Literal["ddpm", "ddim"]
 class DiffusionDecoder(nn.Module):
     """Frozen VAE and UNet. Latents are float32 `[b c h w]`, c=4 and h=w=s/8 for an s x s image.
 
-    With a LatentFormat in the VAE's place it takes latents and gives losses, but neither encodes
-    nor makes pictures.
+    Built with a LatentFormat instead of a VAE it computes losses of given latents, but neither
+    encodes nor generates pictures.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class DiffusionDecoder(nn.Module):
 
     @property
     def num_timesteps(self) -> int:
-        """Timesteps of the noise schedule; draw `timesteps` from 0 to this, exclusive."""
+        """Length of the noise schedule: `timesteps` are in [0, num_timesteps)."""
         return self.noise_scheduler.config.num_train_timesteps
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> a sample of their latents `[b c h w]`, scaled.
+        """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> sampled, scaled latents `[b c h w]`.
 
-        `posterior_noise` `[b c h w]` makes the sample the caller's: zeros give the posterior's
-        mean. Without it the device's global generator draws, as in `latent_dist.sample()`.
+        `posterior_noise` `[b c h w]` is the sampling noise: zeros give the posterior mean. By default
+        it is drawn from the device's global generator, as in `latent_dist.sample()`.
         """
-        mean, deviation = posterior(self._needed_vae(), pixel_values)
+        mean, deviation = posterior(self._required_vae(), pixel_values)
         noise = posterior_noise
         if noise is None:
-            # Not randn_like: it fills in the order of `mean`'s strides, which are a slice's.
+            # Not randn_like: it fills in the order of the strides of `mean`, which is a slice.
             noise = torch.randn(mean.shape, device=mean.device, dtype=mean.dtype)
         return self.latent_format.sample(mean, deviation, noise)
 
@@ -74,9 +74,9 @@ class DiffusionDecoder(nn.Module):
     ) -> Tensor:
         """Mean squared error of the UNet's output, a float32 scalar.
 
-        latents, noise `[b c h w]` · timesteps int64 `[b]` · clip_embeddings `[b q d]` or, one
-        condition for all, `[1 q d]`. The target is the noise, or the velocity where the schedule's
-        configuration says `v_prediction` (Salimans & Ho 2022).
+        latents, noise `[b c h w]` · timesteps int64 `[b]` · clip_embeddings `[b q d]`, or `[1 q d]`
+        for all rows. The target is the noise, or the velocity if the scheduler's `prediction_type`
+        is `v_prediction` (Salimans & Ho 2022).
         """
         noise = noise.to(latents)
         noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
@@ -99,11 +99,12 @@ class DiffusionDecoder(nn.Module):
     ) -> Tensor:
         """Sample pictures: CLIP embeddings `[b q d]` -> uint8 `[b 3 s s]`.
 
-        `unconditional` `[1 n d]` is the empty prompt's. `generators` holds one generator per row,
-        on the model's device or the CPU, so that a row's picture does not depend on its batch.
-        `ddpm` is ancestral sampling, `ddim` is deterministic after the first noise.
+        `unconditional` `[1 n d]` are the empty prompt's CLIP embeddings. `generators` has one
+        generator per row, on the model's device or the CPU: a row's picture does not depend on its
+        batch. `ddpm` is ancestral sampling; `ddim` is deterministic after the initial noise. Raises
+        ValueError for another number of generators, ModelError without a VAE.
         """
-        vae, batch = self._needed_vae(), clip_embeddings.shape[0]
+        vae, batch = self._required_vae(), clip_embeddings.shape[0]
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} rows: give one per row")
         kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[scheduler]
@@ -112,10 +113,11 @@ class DiffusionDecoder(nn.Module):
         latents = self._noise(generators).to(clip_embeddings.device) * sampler.init_noise_sigma
         unconditional = unconditional.expand(batch, -1, -1)
         for t in sampler.timesteps:
-            # Two passes: the empty prompt has 77 positions, the queries may be fewer.
-            guided = self._predict(latents, t, clip_embeddings).float()
-            free = self._predict(latents, t, unconditional).float()
-            noise_pred = free + guidance_scale * (guided - free)
+            # Two passes: the empty prompt has 77 positions, there may be fewer queries.
+            conditional_pred = self._predict(latents, t, clip_embeddings).float()
+            unconditional_pred = self._predict(latents, t, unconditional).float()
+            guidance = conditional_pred - unconditional_pred
+            noise_pred = unconditional_pred + guidance_scale * guidance
             latents = sampler.step(noise_pred, t, latents, generator=list(generators)).prev_sample
         latents = latents / self.latent_format.scaling_factor
         return pixels_from_vae(vae.decode(latents.to(vae.dtype)).sample)
@@ -129,9 +131,9 @@ class DiffusionDecoder(nn.Module):
         rows = [torch.randn(self.latent_shape, generator=g, device=g.device) for g in generators]
         return torch.stack(rows)
 
-    def _needed_vae(self) -> AutoencoderKL:
+    def _required_vae(self) -> AutoencoderKL:
         if self.vae is None:
-            raise ModelError("this diffusion decoder was built without its VAE: build it with one")
+            raise ModelError("this diffusion decoder was built without a VAE: build it with one")
         return self.vae
 
     def _check_parts(self) -> None:
@@ -145,5 +147,5 @@ class DiffusionDecoder(nn.Module):
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"the scheduler's prediction_type is '{prediction_type}', expected 'epsilon' or "
-                "'v_prediction': choose a diffusion model of one of these kinds"
+                "'v_prediction': choose a diffusion model with one of these"
             )

@@ -1,7 +1,7 @@
-"""The VLV encoder: an image becomes caption embeddings, in Florence-2 with learnable queries.
+"""The VLV encoder: Florence-2 with learnable queries, from an image to caption embeddings.
 
-The vision tower's features and the task prompt go through the BART encoder; the BART decoder is
-fed learnable queries instead of text and cross-attends to them. (arXiv 2507.07104, stage 1)
+The BART encoder reads the vision tower's features and the task prompt. The BART decoder reads
+learnable queries instead of text and cross-attends to the encoder. (arXiv 2507.07104, stage 1)
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vlv_model.preprocessing import encoder_pixels
 class VLVEncoder(nn.Module):
     """uint8 squares `[b 3 s s]` -> caption embeddings `[b q d]`, d the text encoder's width.
 
-    Vision tower, its projector and the shared token embeddings are frozen for good; the BART
+    Vision tower, its projector and the shared token embeddings are always frozen. The BART
     encoder and decoder, the queries and the caption projector are trainable (`set_trainable`).
     """
 
-    base_parts = ("florence", "text_encoder")  # the pretrained parts it was trained upon
-    passed_over = ("language_projector", "language_model")  # of a stage-2 checkpoint
-    # Trained in stage 1, by prefix; the first two exist in no pretrained model.
+    base_parts = ("florence", "text_encoder")  # the pretrained parts its training depends on
+    ignored_parts = ("language_projector", "language_model")  # of a stage-2 checkpoint
+    # Trained in stage 1, by prefix; new_parts are in no pretrained model.
     new_parts = ("learnable_queries", "caption_projector")
     trained_parts = (
         *new_parts,
@@ -53,9 +53,11 @@ class VLVEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.florence = florence
-        # A sinusoid buffer before this layer is float32 where an engine casts parameters only
-        # (DeepSpeed), and would promote the features beyond the layer's weight.
-        florence.multi_modal_projector.image_projection.register_forward_pre_hook(_as_weight)
+        # DeepSpeed casts parameters only: a sinusoid buffer before this layer stays float32 and
+        # would make the features float32 too.
+        florence.multi_modal_projector.image_projection.register_forward_pre_hook(
+            _cast_to_weight_dtype
+        )
         self.encoder_image_size = encoder_image_size
         d_model = florence.config.text_config.d_model
         with torch.random.fork_rng(devices=[]):
@@ -67,7 +69,7 @@ class VLVEncoder(nn.Module):
         with torch.no_grad():
             for parameter in self.caption_projector[-1].parameters():
                 parameter.mul_(projector_scale)
-        # Florence-2's processor: image features, then <s> sentence </s>, without padding.
+        # As Florence-2's processor does: <s> sentence </s>, without padding.
         sentence = tokenizer(prompt, add_special_tokens=False).input_ids
         prompt_ids = torch.tensor([[tokenizer.bos_token_id, *sentence, tokenizer.eos_token_id]])
         self.register_buffer("prompt_ids", prompt_ids, persistent=False)
@@ -85,10 +87,10 @@ class VLVEncoder(nn.Module):
     ) -> VLVEncoder:
         """Build from pretrained Florence-2, then load the trained weights, if any, strictly.
 
-        `model` is a ModelConfig, a folder with model.json, or a checkpoint's folder (of stage 2
-        too: its language model is passed over); `parts` are fields of ModelConfig that win over
-        it, such as `florence="folder or hub id"`. In `precision`, on the CPU, in eval mode. Raises
-        ModelError or CheckpointError.
+        `model` is a ModelConfig, a folder with model.json, or a checkpoint folder (of a stage-2
+        checkpoint the language model is ignored); `parts` are fields of ModelConfig that override
+        it, such as `florence="folder or hub id"`. Returned in `precision`, on the CPU, in eval mode.
+        Raises ModelError or CheckpointError.
         """
         config, checkpoint = loading.resolve_checkpoint(model, checkpoint, parts)
         florence, tokenizer = loading.load_florence(config, precision)
@@ -108,8 +110,8 @@ class VLVEncoder(nn.Module):
         return encoder
 
     def set_trainable(self, *, language_model: bool, queries: bool) -> None:
-        """Choose what takes gradients: Florence-2's language model; queries and projector."""
-        # Part by part: a frozen Florence-2 would no longer pass train() on to its language model.
+        """Choose what is trained: Florence-2's language model; the queries and caption projector."""
+        # Part by part: a frozen Florence-2 would not pass train() on to its language model.
         freeze(self.florence.vision_tower)
         freeze(self.florence.multi_modal_projector)
         (thaw if language_model else freeze)(self.florence.language_model)
@@ -126,13 +128,13 @@ class VLVEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """uint8 squares `[b 3 s s]`, or float encoder pixels `[b 3 e e]` -> `[b q d]`.
 
-        Float input is taken as resized and normalised already (`preprocessing.encoder_pixels`).
+        Float input must be resized and normalised already (`preprocessing.encoder_pixels`).
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = encoder_pixels(pixel_values, self.encoder_image_size)
         bart = self.florence.language_model
         dtype = self.learnable_queries.dtype
-        with torch.no_grad():  # both are frozen: no gradient is kept for them
+        with torch.no_grad():  # vision tower and token embeddings are frozen
             image_features = self.florence.get_image_features(pixel_values).pooler_output  # [b i m]
             prompt = bart.shared(self.prompt_ids)  # [1 p m]
         batch = image_features.shape[0]
@@ -163,15 +165,15 @@ class VLVEncoder(nn.Module):
         for what, length in needed.items():
             if length > text.max_position_embeddings:
                 raise ModelError(
-                    f"{what}: {length} positions, Florence-2's language model has "
+                    f"{what} need {length} positions, Florence-2's language model has "
                     f"{text.max_position_embeddings}: lower num_queries or encoder_image_size"
                 )
         if not 1 <= grid <= vision.max_position_embeddings:
             raise ModelError(
-                f"encoder_image_size {self.encoder_image_size} gives a {grid} x {grid} grid, the "
-                f"vision tower has positions for 1 to {vision.max_position_embeddings} a side"
+                f"encoder_image_size {self.encoder_image_size} gives a {grid} x {grid} grid, expected "
+                f"1 to {vision.max_position_embeddings} per side (the vision tower's positions)"
             )
 
 
-def _as_weight(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _cast_to_weight_dtype(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(value.to(layer.weight.dtype) for value in inputs)

@@ -1,16 +1,16 @@
-"""The one hierarchy of errors that a user is meant to read.
+"""Errors that a user can fix, in one hierarchy.
 
 Every message is one line: what came, what was expected, what to do. The jobs print it as their
-last line and exit with status 2, without a traceback; any other exception is a bug of ours.
+last line and exit with status 2, without a traceback. Any other exception is a bug in the program.
 """
 
 from pydantic import ValidationError
 
 
 class VLVError(Exception):
-    """Base of all errors that are the input's fault and not the program's.
+    """Base of all errors that the input causes, not the program.
 
-    The message becomes one printable line, whatever a user's input brought into it.
+    Unprintable characters in the message, such as line breaks from user input, become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -19,31 +19,31 @@ class VLVError(Exception):
 
 
 class ConfigError(VLVError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
 class DataError(VLVError):
-    """A dataset is missing, empty, or lacks a column that is needed."""
+    """A dataset is missing, empty, or lacks a required column."""
 
 
 class ModelError(VLVError):
-    """A pretrained part is missing or does not fit the parts that it is joined with."""
+    """A pretrained part is missing or does not fit the other parts."""
 
 
 class CheckpointError(VLVError):
-    """A checkpoint is missing, damaged, or of another shape than the model."""
+    """A checkpoint is missing, damaged, or does not fit the model."""
 
 
 class GateError(VLVError):
-    """What a job made is worse than its settings allow, and is not published."""
+    """A job's output fails the quality limits in its settings and is not published."""
 
 
 class RunError(VLVError):
-    """An output folder cannot be used: it holds another run, or a run that is still going."""
+    """An output folder cannot be used: it holds another run, or a run that is still active."""
 
 
 def one_line(problem: BaseException) -> str:
-    """The first line of an exception, or pydantic's first finding, short enough to be read."""
+    """An exception as one line of at most 300 characters; of pydantic's errors, the first."""
     if isinstance(problem, ValidationError):
         finding = problem.errors()[0]
         return f"{'.'.join(map(str, finding['loc']))}: {finding['msg']}"

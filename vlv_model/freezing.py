@@ -1,8 +1,8 @@
-"""Freezing that holds: a frozen part takes no gradient and never enters train mode.
+"""Freezing that lasts: a frozen part gets no gradient and never enters train mode.
 
-`model.train()` sets the mode of every module below it. On a frozen vision tower that would switch
-drop-path on (0.1 in DaViT), on a frozen text encoder dropout: the targets would become noise. So
-a frozen module gets a `train()` that does nothing, and so does every module inside it.
+`model.train()` sets the mode of every submodule. On a frozen vision tower that would switch on
+drop-path (0.1 in DaViT), on a frozen text encoder dropout. So the `train()` of a frozen module, and
+of every module inside it, does nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Stop gradients into `module`'s parameters and hold it in eval mode. Returns `module`."""
+    """Stop gradients to `module`'s parameters and keep it in eval mode. Returns `module`."""
     module.requires_grad_(False)
     for part in module.modules():
         part.training = False
-        # On the instance, so that train() called on a parent, on the module itself or on any
-        # module inside it ends here; a partial of a named function survives pickle and deepcopy.
+        # Set on each instance, so train() does nothing whether a parent, the module or a submodule
+        # is the one it is called on. A partial of a named function survives pickle and deepcopy.
         part.train = partial(_stay_in_eval, part)
     return module
 
 
 def thaw(module: nn.Module) -> nn.Module:
-    """Undo `freeze`; the parts are in eval mode until the next `train()`. Returns `module`."""
+    """Undo `freeze`; the module stays in eval mode until the next `train()`. Returns `module`."""
     module.requires_grad_(True)
     for part in module.modules():
         part.__dict__.pop("train", None)
@@ -39,7 +39,7 @@ def thaw(module: nn.Module) -> nn.Module:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """True when no parameter of `module` takes a gradient and no part of it can enter train mode."""
+    """Whether no parameter of `module` gets a gradient and no submodule can enter train mode."""
     return not any(p.requires_grad for p in module.parameters()) and all(
         "train" in part.__dict__ for part in module.modules()
     )
@@ -47,7 +47,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in eval mode; the mode it had comes back afterwards."""
+    """Run a block without gradients and in eval mode, then restore the mode."""
     was_training = module.training
     module.eval()
     try:

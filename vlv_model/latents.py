@@ -1,7 +1,7 @@
-"""Latents: what the VAE says of an image, as a distribution, and a scaled sample of it.
+"""Latents of the VAE: a distribution per image, and scaled samples of it.
 
-The VAE gives each latent's mean and standard deviation. They depend on the image alone, so they can
-be computed once; what training draws anew for every row and epoch is the sample.
+The VAE gives the mean and standard deviation of each latent. They depend only on the image and can
+be precomputed; training draws a new sample for every row and epoch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """The latents of one VAE, known from its configuration alone."""
+    """Shape and scale of a VAE's latents, from its configuration."""
 
     channels: int
-    factor: int  # by which they are smaller than the image
-    scaling_factor: float  # which the diffusion model's latents are multiplied by
+    factor: int  # image side / latent side
+    scaling_factor: float  # the diffusion model's latents are the VAE's times this
 
     @classmethod
     def of(cls, vae_config: Mapping[str, Any]) -> LatentFormat:
@@ -38,10 +38,10 @@ class LatentFormat:
         )
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
-        """(c, h, w) of one image's latents. Raises ModelError for a side that does not divide."""
+        """(c, h, w) of one image's latents. Raises ModelError unless `factor` divides the side."""
         if image_size % self.factor:
             raise ModelError(
-                f"image_size is {image_size}, the VAE shrinks by {self.factor}: "
+                f"image_size is {image_size}, the VAE downsamples by {self.factor}: "
                 f"choose a multiple of {self.factor}"
             )
         side = image_size // self.factor
@@ -54,7 +54,7 @@ class LatentFormat:
 
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> mean and deviation `[b c h w]`, unscaled."""
+    """Squares `[b 3 s s]`, uint8 or float in [-1, 1] -> mean and std `[b c h w]`, unscaled."""
     if pixel_values.dtype == torch.uint8:
         pixel_values = vae_pixels(pixel_values)
     distribution = vae.encode(pixel_values.to(vae.dtype)).latent_dist

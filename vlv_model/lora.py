@@ -1,9 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) upon the caption decoder, through peft.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the caption decoder, by peft.
 
-Each adapted linear layer becomes peft's: the frozen `base_layer`, and beside it what is trained,
-`lora_A` `[rank in]` and `lora_B` `[out rank]`, whose product counts by alpha / rank. Merged, the
-product is added to the weight and the model is a plain one again. Files have the names of a plain
-model's weights, and the adapters' own beside them.
+An adapted linear layer has a frozen `base_layer` and two trained matrices, `lora_A` `[rank in]` and
+`lora_B` `[out rank]`; their product is scaled by alpha / rank. Merging adds the product to the
+weight and restores the plain layer. In files the base weights keep the plain model's names.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import nn
 
 from vlv_model.config import Lora
 
-PART = "language_model"  # of a captioner: the only one with adapters
+PART = "language_model"  # the only part of a captioner with adapters
 
 
 def is_adapter(name: str) -> bool:
@@ -22,21 +21,21 @@ def is_adapter(name: str) -> bool:
 
 
 def name_in_file(name: str) -> str:
-    """The name of a parameter in a file: that of a plain model, for what is no adapter's."""
+    """The name of a parameter in a file: for base weights, their name in the plain model."""
     return name.replace(".base_layer.", ".")
 
 
 def belongs_in_file(name: str, lora: Lora) -> bool:
-    """Whether a checkpoint of a training with `lora` may hold a parameter of this name.
+    """Whether a checkpoint of a run with `lora` may contain a parameter of this name.
 
-    With adapters it holds them in the language model's place, without them none.
+    With adapters it contains them instead of the language model's weights.
     """
     return is_adapter(name) == (lora.rank > 0 and name.startswith(f"{PART}."))
 
 
 def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Put adapters upon `model`'s layers, in place: random from `seed`, and without effect yet."""
-    from peft import LoraConfig, inject_adapter_in_model  # here: only who uses it waits for it
+    """Add adapters to `model`'s layers in place, random from `seed`. `lora_B` starts at zero."""
+    from peft import LoraConfig, inject_adapter_in_model  # a slow import, needed for LoRA only
 
     config = LoraConfig(
         r=lora.rank,
@@ -49,8 +48,8 @@ def add_adapters(model: nn.Module, lora: Lora, seed: int) -> None:
         inject_adapter_in_model(config, model)
 
 
-def train_adapters_alone(model: nn.Module) -> None:
-    """Take the gradients from all but the adapters; a model without any stays as it is."""
+def train_only_adapters(model: nn.Module) -> None:
+    """Stop gradients to all parameters but the adapters', if `model` has adapters."""
     named = dict(model.named_parameters())
     if any(map(is_adapter, named)):
         for name, parameter in named.items():
@@ -58,7 +57,7 @@ def train_adapters_alone(model: nn.Module) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add the adapters to the weights that they lie upon and take them out, in place."""
+    """Add the adapters to the base weights and remove them, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):

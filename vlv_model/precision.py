@@ -1,4 +1,4 @@
-"""In what numbers a model calculates: weights are rounded, and what was computed for them is not."""
+"""Casting a model's parameters, but not its buffers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
+    """The torch dtype of a precision."""
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def cast(module: M, precision: Precision) -> M:
-    """Have the floating-point parameters of `module` in `precision`, in place. Returns `module`.
+    """Cast the floating-point parameters of `module` in place. Returns `module`.
 
-    Buffers stay as they were computed, which `module.to(dtype)` would round too: tables that
-    angles and embeddings of positions are taken from. Rounded to bfloat16, the frequencies of
-    Qwen2.5's rotary embedding are off by up to 1/512, so an angle at position 376 by 0.4 rad.
-    DeepSpeed keeps them so in training.
+    `module.to(dtype)` would round buffers too, such as tables of positions. In bfloat16 the
+    frequencies of Qwen2.5's rotary embedding are off by up to 1/512, so an angle at position 376 by
+    0.4 rad. DeepSpeed leaves buffers in float32 too.
     """
     dtype = dtype_of(precision)
     with torch.no_grad():

@@ -1,8 +1,7 @@
-"""The frozen CLIP text encoder of the diffusion model, entered with embeddings or with text.
+"""The diffusion model's frozen CLIP text encoder, for caption embeddings or text.
 
-Caption embeddings take the place of token embeddings: position embeddings, causal mask and final
-norm stay. What passes this frozen encoder is all that the diffusion decoder learns about an image:
-it is the wall of the information bottleneck.
+Caption embeddings replace token embeddings; position embeddings, causal mask and final norm stay.
+Its output is all the diffusion decoder gets of an image: the information bottleneck.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from vlv_model.freezing import freeze
 class TextEncoder(nn.Module):
     """`[b q d]` caption embeddings, or token ids, or prompts -> CLIP embeddings `[b q d]`.
 
-    With `bottleneck=False` caption embeddings pass by unchanged and prompts are still encoded: the
-    ablation that shows what the wall is good for.
+    With `bottleneck=False` (an ablation) caption embeddings are returned unchanged; prompts are
+    still encoded.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class TextEncoder(nn.Module):
         return self._encode(caption_embeddings) if self.bottleneck else caption_embeddings
 
     def _encode(self, token_embeddings: Tensor) -> Tensor:
-        # CLIPTextModel itself takes ids only, so its parts are called in its own order.
+        # CLIPTextModel takes ids only, so this calls its parts in the same order.
         dtype = self.clip.final_layer_norm.weight.dtype
         hidden = self.clip.embeddings(inputs_embeds=token_embeddings.to(dtype))
         mask = create_causal_mask(
@@ -76,17 +75,17 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompts, cut or padded to all positions -> CLIP embeddings `[b 77 d]`.
+        """Prompts, truncated or padded to all positions -> CLIP embeddings `[b 77 d]`.
 
-        No attention mask, as Stable Diffusion was trained; the empty prompt is the unconditional
-        side of classifier-free guidance.
+        No attention mask, as Stable Diffusion was trained. The empty prompt is the unconditional
+        input of classifier-free guidance.
         """
         ids = prompt_ids(self.tokenizer, prompts, self.max_length)
         return self.encode_ids(ids.to(self.clip.final_layer_norm.weight.device))
 
 
 def prompt_ids(tokenizer: CLIPTokenizer, prompts: list[str], max_length: int) -> Tensor:
-    """Prompts, cut or padded to `max_length` tokens, int64 `[b max_length]`."""
+    """Token ids of prompts, truncated or padded, int64 `[b max_length]`."""
     tokens = tokenizer(
         prompts,
         padding="max_length",

@@ -1,7 +1,7 @@
-"""A complete set of tiny, randomly initialised models in the ordinary pretrained layout.
+"""Writes a complete set of tiny, randomly initialised models in the usual pretrained layout.
 
-The same classes, folders and tokenizer kinds as at full size, so that tests and newcomers run
-every line of the real loading code without a model hub:
+Classes, folders and kinds of tokenizers are those of the full size, so tests and newcomers run the
+real loading code without a model hub:
 
     model.json                                       a ModelConfig, paths relative to the folder
     florence/                                        Florence-2 and its BART tokenizer
@@ -36,21 +36,21 @@ from transformers import (
 
 from vlv_model.checkpoints.loading import quietly
 
-# All sizes of the tiny world are here.
+# All sizes of the tiny models are here.
 NUM_QUERIES = 16
 TEXT_POSITIONS = 20  # a scene's caption has 13 or 14 words, two special tokens, and some padding
 IMAGE_SIZE = 64
-LATENT_CHANNELS = 8  # VAE f=8: latents [8 8 8]; four lose the shapes of small objects
+LATENT_CHANNELS = 8  # VAE f=8: latents [8 8 8]; with 4 the shapes of small objects are lost
 ENCODER_IMAGE_SIZE = 128  # vision strides 8 * 2 * 1: a grid of 8 x 8 image features
 
-# From different noise for each image stage 1 first learns to say nothing, and then finds it hard to
-# say the relation.
+# At scale 1 each image starts with different noise: stage 1 first learns to ignore the embeddings,
+# and then learns the objects' relation slowly.
 PROJECTOR_SCALE = 0.15
 
-NUM_LOCATIONS = 16  # Florence-2's words for places, 1000 in the original
+NUM_LOCATIONS = 16  # Florence-2's location tokens, 1000 in the original
 
-# Of transformers that are 32 to 128 wide. The published models' 0.02 suits widths of 1,000: here it
-# leaves attention flat for a thousand steps.
+# For transformers of width 32 to 128. The published models' 0.02 suits a width of 1,000; here it
+# leaves attention uniform for a thousand steps.
 INIT_STD = 0.1
 
 VISION: dict[str, Any] = {
@@ -76,7 +76,7 @@ BART: dict[str, Any] = {
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "max_position_embeddings": 160,  # 65 image features + the prompt, at most a token per byte
-    # The published model has 0.1. Of 64 numbers it hides what only a few pixels tell of.
+    # The published model has 0.1, which at a width of 64 loses small details.
     "dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
@@ -88,7 +88,7 @@ VAE: dict[str, Any] = {
     "block_out_channels": [16, 32, 64, 64],
     "layers_per_block": 1,
     "latent_channels": LATENT_CHANNELS,
-    "norm_num_groups": 4,  # a group to a channel would forget the colours
+    "norm_num_groups": 4,  # one group per channel would normalise the colours away
     "sample_size": IMAGE_SIZE,
 }
 UNET: dict[str, Any] = {
@@ -121,8 +121,8 @@ CLIP_TEXT: dict[str, Any] = {
     "max_position_embeddings": TEXT_POSITIONS,
     "hidden_act": "gelu",
 }
-# About what a caption projector of this width gives before any training: stage 1 then starts where
-# the text encoder was trained. (By default they are 0.02, and it starts far outside.)
+# About the std of an untrained caption projector's output, so stage 1 starts in the range that the
+# text encoder was trained on. (The default, 0.02, is far from it.)
 TOKEN_EMBEDDING_STD = 0.3
 QWEN: dict[str, Any] = {
     "hidden_size": 96,
@@ -131,13 +131,13 @@ QWEN: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "attention_dropout": 0.1,  # what is seen then counts more than which words go together
+    "attention_dropout": 0.1,  # makes it rely on the image more than on word statistics
     "initializer_range": INIT_STD,
     "tie_word_embeddings": True,
 }
 
-# Words of the drawn scenes' captions: each becomes one token of its own, with and without a space
-# before it. All other text falls back on bytes.
+# Words of the scenes' captions: each is one token, with and without a leading space. All other text
+# falls back to bytes.
 SCENE_TEXT = """
 a an the and of on in at to with next is are there picture image scene shows background corner
 left right above below over under inside behind between front top bottom middle center
@@ -151,9 +151,9 @@ SCENE_WORDS = SCENE_TEXT.split()
 
 
 def write_tiny_models(folder: str | os.PathLike[str], seed: int = 0) -> Path:
-    """Write the whole set below `folder` and return it; the same seed gives the same weights.
+    """Write all models below `folder` and return it; the same seed gives the same weights.
 
-    The folder is what every `from_pretrained` of this package accepts as `model`.
+    Every `from_pretrained` of this package accepts the folder as `model`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def _write_florence(folder: Path) -> None:
         "<pad>",
         "</s>",
         "<unk>",
-    ]  # BART's order: its config counts on ids 0, 1, 2
+    ]  # BART's order: its config expects ids 0, 1, 2
     merges = _merges(_spaced_words())
     vocab = _vocab(special + sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
     added = ["<mask>", "<image>", *(f"<loc_{i}>" for i in range(NUM_LOCATIONS))]
@@ -211,8 +211,8 @@ def _write_diffusion(folder: Path) -> None:
         **CLIP_TEXT,
     )
     vae = AutoencoderKL(**VAE)
-    with torch.no_grad():  # a narrow posterior, as trained VAEs have: a sample is nearly its mean
-        vae.quant_conv.bias[VAE["latent_channels"] :] = -8.0  # of the log-variance
+    with torch.no_grad():  # a narrow posterior, as trained VAEs have: a sample is close to the mean
+        vae.quant_conv.bias[VAE["latent_channels"] :] = -8.0  # log-variance
     vae.register_to_config(scaling_factor=_scaling_factor(vae))
     text_encoder = CLIPTextModel(text_config)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def _write_diffusion(folder: Path) -> None:
 
 
 def _write_language_model(folder: Path) -> None:
-    # No normaliser, where Qwen's own tokenizer applies NFC: any caption comes back exactly.
+    # No normaliser (Qwen's tokenizer applies NFC): any caption decodes back exactly.
     merges = _merges(_spaced_words())
     vocab = _vocab(sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -249,7 +249,7 @@ def _write_language_model(folder: Path) -> None:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,  # an embedding row of its own would stay zero, and pad is end-of-text
+        pad_token_id=None,  # transformers would zero its embedding, and pad is the end-of-text
         **QWEN,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -257,14 +257,14 @@ def _write_language_model(folder: Path) -> None:
 
 
 def _scaling_factor(vae: AutoencoderKL) -> float:
-    """1 / standard deviation of the latents of random rectangles, as published VAEs choose it."""
+    """1 / std of the latents of random rectangles; published VAEs set it the same way."""
     with torch.no_grad():
         latents = vae.encode(_random_rectangles(16)).latent_dist.mean
     return 1.0 / float(latents.std())
 
 
 def _random_rectangles(count: int) -> Tensor:
-    """Plain backgrounds with one filled rectangle each: `[count 3 64 64]` in [-1, 1]."""
+    """Plain backgrounds with one filled rectangle each, float `[count 3 64 64]` in [-1, 1]."""
     images = (torch.rand(count, 3, 1, 1) * 2 - 1).repeat(1, 1, IMAGE_SIZE, IMAGE_SIZE)
     for image in images:
         top, left = torch.randint(0, IMAGE_SIZE // 2, (2,)).tolist()
@@ -280,8 +280,8 @@ def _spaced_words() -> list[str]:
 def _merges(words: list[str], end_of_word: str = "") -> list[tuple[str, str]]:
     """Byte-pair merges that make each of `words` one token, the most frequent pair first.
 
-    Ties go to the alphabet: the trainer of the tokenizers library breaks them by hash order, and
-    gives another tokenizer in every process.
+    Ties are broken alphabetically: the tokenizers library's trainer breaks them by hash order, so
+    every process would get a different tokenizer.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = [list(byte_level.pre_tokenize_str(word)[0][0]) for word in words]

@@ -33,7 +33,7 @@ from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints.export import export_model
 from vlv_model.checkpoints.sources import resolve_model
-from vlv_model.decoding import Running, Sampling, SlotDecoder
+from vlv_model.decoding import RunningSequence, Sampling, SlotDecoder
 from vlv_model.preprocessing import square_image
 from vlv_model.tiny import write_tiny_models
 
@@ -106,12 +106,12 @@ def forced_length(key: int, longest: int) -> int:
 
 
 class _ForcedDecoder(SlotDecoder):
-    def _tokens(self, logits: Tensor, sequences: Sequence[Running]) -> list[int]:
+    def _choose_tokens(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[int]:
         logits[:, self.end_of_text] = -torch.inf
         for row, sequence in enumerate(sequences):
             if len(sequence.ids) + 1 >= forced_length(sequence.key, self.max_new_tokens):
                 logits[row, self.end_of_text] = torch.inf
-        return super()._tokens(logits, sequences)
+        return super()._choose_tokens(logits, sequences)
 
 
 class ForcedCaptioner(VLVCaptioner):

@@ -30,13 +30,13 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
 
     `there` is what a manifest says already: the same VAE is called what it is called there.
     """
-    from vlv_model.checkpoints.fingerprint import fingerprint_like, is_same
+    from vlv_model.checkpoints.fingerprint import fingerprint_like, matches_fingerprint
     from vlv_model.checkpoints.loading import read_latent_format
     from vlv_model.checkpoints.sources import part_source
 
     latents, vae = read_latent_format(model), part_source(model, "vae")
     recorded = (there or {}).get("vae") or ""
-    same = recorded and is_same(recorded, vae)
+    same = recorded and matches_fingerprint(recorded, vae)
     return {
         "vae": recorded if same else fingerprint_like(recorded, vae),
         "scaling_factor": latents.scaling_factor,

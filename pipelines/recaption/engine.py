@@ -109,4 +109,4 @@ class Engine:
                 decoder.admit(rows, keys[rows.start : rows.stop], prefixes[within])
                 start = rows.stop
             for finished in decoder.step():
-                yield Outcome(finished.ticket, self.captioner.caption_of(finished))
+                yield Outcome(finished.request_id, self.captioner.caption_of(finished))

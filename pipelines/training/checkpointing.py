@@ -77,7 +77,7 @@ def load_optimizer(engine: Any, folder: Path) -> None:
     the parameters that are trained here.
     """
     from pipelines.training import optimizer_state
-    from vlv_model.checkpoints.weights import describe_misfits
+    from vlv_model.checkpoints.weights import describe_mismatches
 
     info = read_checkpoint(folder)
     if OPTIMIZER_FILE not in info.more_files:
@@ -92,6 +92,6 @@ def load_optimizer(engine: Any, folder: Path) -> None:
             for name, parameter in optimizer_state.trainable(engine.module)
             for moment in optimizer_state.MOMENTS
         }
-        if misfits := describe_misfits(shapes_in(states), expected):
+        if misfits := describe_mismatches(shapes_in(states), expected):
             raise CheckpointError(f"'{file}' does not fit the model: {'; '.join(misfits)}")
         optimizer_state.restore(engine, info.step, weights.get_tensor, states.get_tensor)

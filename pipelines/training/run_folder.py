@@ -31,7 +31,7 @@ from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
 from vlv_model.checkpoints.files import read_checkpoint
-from vlv_model.checkpoints.sources import PLACES
+from vlv_model.checkpoints.sources import SOURCE_FIELDS
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
 
@@ -155,7 +155,7 @@ def _recorded_names(
     Digests of the files (`digests` are today's, by part) decide; where one is not known, the ids of
     the hub or the folders do.
     """
-    from vlv_model.checkpoints.fingerprint import is_digest, is_same
+    from vlv_model.checkpoints.fingerprint import is_digest, matches_fingerprint
     from vlv_model.checkpoints.sources import field_of, part_source
 
     differing, names = set(), {}
@@ -163,17 +163,17 @@ def _recorded_names(
         source, digest = part_source(model, part), f"model.{part} digest"
         known = there.get(digest) or ""
         if is_digest(known) and is_digest(here):
-            same = known == here or is_same(known, source)
+            same = known == here or matches_fingerprint(known, source)
         else:
             own = there.get(f"model.{part}")
-            same = bool(own) == (not source.subfolder) and source.may_be(
+            same = bool(own) == (not source.subfolder) and source.may_match(
                 own or there.get("model.diffusion") or ""
             )
         if same:
             names[digest] = there.get(digest)
         else:
             differing.add(field_of(model, part))
-    for field in set(PLACES) - differing:
+    for field in set(SOURCE_FIELDS) - differing:
         if f"model.{field}" in there:
             names[f"model.{field}"] = there[f"model.{field}"]
     return names

@@ -1,4 +1,4 @@
-"""The tiny models, written once, and fresh copies of what is built from them."""
+"""The tiny models, written once, and fresh copies of the models built from them."""
 
 import copy
 import os
@@ -55,7 +55,7 @@ def squares():
 
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
-    """A -> B -> C: stage 1; stage 2 of everything; stage 2 of the language projector alone."""
+    """A -> B -> C: stage 1; stage 2 of everything; stage 2 of the language projector only."""
     folder = tmp_path_factory.mktemp("trained")
     a, b, c = (folder / run / "step_7" for run in ("run1", "run2", "run3"))
     autoencoder = VLVAutoEncoder.from_pretrained(tiny)
@@ -73,7 +73,7 @@ def trained(tiny, tmp_path_factory):
 
 @pytest.fixture
 def chain(trained, tmp_path):
-    """Copies of the three checkpoints, to be spoilt, and the module of the last."""
+    """Copies of the three checkpoints, to be damaged, and the module of the last."""
     folder, modules = trained
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return [tmp_path / run / "step_7" for run in ("run1", "run2", "run3")], modules[2]

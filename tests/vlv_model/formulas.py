@@ -1,4 +1,4 @@
-"""The method once more, out of tensors and formulas: what our classes are compared with.
+"""An independent implementation of the method from formulas, to compare our classes with.
 
 Nothing here touches vlv_model. Transformer stacks are written out from state dicts; of the vision
 tower, the VAE and the UNet the libraries' forward is used, freshly loaded. Eval mode, float32.

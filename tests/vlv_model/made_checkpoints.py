@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: standing in for training, comparing, spoiling."""
+"""Helpers for tests of checkpoints: fake training, comparison, tampering."""
 
 import json
 
@@ -14,7 +14,7 @@ from vlv_model.errors import CheckpointError
 
 
 def shift(module) -> None:
-    """Stands for training: every trainable tensor moves."""
+    """Fake training: change every trainable tensor."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -33,7 +33,7 @@ def same_weights(one, other) -> bool:
 
 
 def tamper(folder, change) -> None:
-    """Rewrite the weights and make the digest fit again."""
+    """Rewrite the weights and update the digest."""
     path = folder / "model.safetensors"
     weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file(change(weights), path)  # clones: the file under a mapped tensor must not change
@@ -43,7 +43,7 @@ def tamper(folder, change) -> None:
 
 
 def relink(folder, parent) -> None:
-    """Make a tampered parent the one that `folder` names."""
+    """Update the digest of a tampered parent in `folder`."""
     path = folder / "checkpoint.json"
     info = json.loads(path.read_text())
     info["parent"]["sha256"] = read_checkpoint(parent).sha256

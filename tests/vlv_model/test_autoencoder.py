@@ -95,7 +95,7 @@ def test_gradients_reach_exactly_the_encoders_trained_parts(autoencoder, squares
     assert queries.abs().amax(-1).min() > 0  # through UNet and text encoder into each query
 
 
-def test_train_wakes_no_frozen_part(autoencoder):
+def test_train_never_sets_frozen_parts_to_train_mode(autoencoder):
     autoencoder.train()
     autoencoder.diffusion_decoder.unet.train()
     awake = {name for name, part in autoencoder.named_modules() if part.training}
@@ -174,7 +174,7 @@ def test_parameters_cast_without_buffers_train_as_in_float32(autoencoder, square
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in trained)
 
 
-def test_a_text_encoder_of_another_width_is_refused(autoencoder):
+def test_a_text_encoder_of_another_width_is_rejected(autoencoder):
     autoencoder.diffusion_decoder.unet.register_to_config(cross_attention_dim=32)
     with pytest.raises(ModelError, match="64 wide, the UNet attends to 32"):
         VLVAutoEncoder(autoencoder.encoder, autoencoder.text_encoder, autoencoder.diffusion_decoder)

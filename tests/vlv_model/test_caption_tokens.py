@@ -83,7 +83,7 @@ def test_what_follows_the_end_of_text_is_ignored(tokenizer):
     assert (cut.text, cut.num_tokens, cut.finish_reason) == ("a red", 2, "length")
 
 
-def test_a_tokenizer_without_eos_is_refused(tiny):
+def test_a_tokenizer_without_eos_is_rejected(tiny):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny / "language_model")
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="has no eos token"):

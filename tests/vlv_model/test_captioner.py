@@ -89,9 +89,7 @@ def test_prepared_pixels_give_the_same_loss(captioner, squares):
         ("projector+llm+encoder", {"language_projector", "language_model", "encoder.florence"}),
     ],
 )
-def test_the_policy_decides_what_gets_gradients_and_train_mode(
-    captioner, squares, trainable, parts
-):
+def test_set_trainable_decides_gradients_and_train_mode(captioner, squares, trainable, parts):
     captioner.set_trainable(trainable)
     captioner.train()
     captioner.loss(squares, **batch_of(captioner)).backward()
@@ -107,7 +105,7 @@ def test_the_policy_decides_what_gets_gradients_and_train_mode(
     assert (bart in awake) == ("encoder.florence" in parts)
 
 
-def test_the_policy_can_be_changed_and_a_wrong_one_is_refused(captioner):
+def test_set_trainable_can_change_and_rejects_unknown_values(captioner):
     captioner.set_trainable("projector")
     captioner.set_trainable("projector+llm+encoder")
     captioner.train()
@@ -118,7 +116,7 @@ def test_the_policy_can_be_changed_and_a_wrong_one_is_refused(captioner):
 
 @pytest.fixture
 def trained(captioner, squares):
-    """A captioner that knows the captions of four images by heart."""
+    """A captioner that has memorised the captions of four images."""
     captions = [*CAPTIONS[:3], "a red circle"]
     trained = [p for p in captioner.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, lr=2e-3)
@@ -135,7 +133,7 @@ def trained(captioner, squares):
     return captioner.eval(), captions
 
 
-def test_what_was_learned_is_said_and_ends_there(trained, squares):
+def test_memorised_captions_are_generated_and_end(trained, squares):
     captioner, captions = trained
     counts = (captioner.tokenize(captions)["labels"] != -100).sum(1) - 1
     expected = [GeneratedCaption(c, int(n), "stop") for c, n in zip(captions, counts, strict=True)]
@@ -205,7 +203,7 @@ def test_neither_unet_nor_vae_is_loaded(captioner):
     assert not kinds & {"UNet2DConditionModel", "AutoencoderKL"}
 
 
-def test_a_tokenizer_of_a_larger_model_is_refused(captioner):
+def test_a_tokenizer_of_a_larger_model_is_rejected(captioner):
     captioner.language_model.resize_token_embeddings(500)
     words = len(captioner.tokenizer)
     with pytest.raises(ModelError, match=f"has {words} tokens, the language model 500"):

@@ -1,4 +1,4 @@
-"""Checkpoints that build upon others: parents, and merging them into one."""
+"""Checkpoints with parents: loading and merging them."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError
 
 
-def test_a_stage_2_checkpoint_brings_its_parent_along(stage1, stage2):
+def test_a_stage_2_checkpoint_loads_its_parent(stage1, stage2):
     folder, captioner = stage2
     names = load_file(folder / "model.safetensors").keys()
     assert "encoder.learnable_queries" not in names
@@ -50,9 +50,7 @@ def test_what_stage_2_did_not_train_comes_from_the_parent(tiny, tmp_path, stage1
     assert same_weights(VLVCaptioner.from_pretrained(folder), captioner)
 
 
-def test_a_parent_that_is_missing_or_another_is_refused(
-    tmp_path, stage1, stage2, trained_autoencoder
-):
+def test_a_missing_or_different_parent_is_rejected(tmp_path, stage1, stage2, trained_autoencoder):
     folder, _ = stage2
     tamper(stage1, lambda weights: {n: t + 1 for n, t in weights.items()})
     refused(folder, "is not the parent that", VLVCaptioner)
@@ -60,7 +58,7 @@ def test_a_parent_that_is_missing_or_another_is_refused(
     refused(folder, "the parent of .* is not at", VLVCaptioner)
 
 
-def test_a_circle_of_parents_is_refused(stage1):
+def test_a_circle_of_parents_is_rejected(stage1):
     path = stage1 / "checkpoint.json"
     info = json.loads(path.read_text())
     info["parent"] = {"path": ".", "sha256": info["sha256"]}
@@ -75,7 +73,7 @@ def test_the_encoder_of_a_stage_2_checkpoint_can_be_opened_alone(stage2):
 
 
 @pytest.mark.parametrize("kind", [VLVEncoder, VLVAutoEncoder])
-def test_of_stage_2_only_its_own_parts_are_passed_over(stage1, stage2, kind):
+def test_only_the_parts_of_stage_2_are_ignored(stage1, stage2, kind):
     folder, _ = stage2
     tamper(stage1, lambda weights: weights | {"language_model.x": torch.zeros(1)})
     refused(stage1, r"1 tensors unexpected \(language_model.x\)", kind)
@@ -86,7 +84,7 @@ def test_of_stage_2_only_its_own_parts_are_passed_over(stage1, stage2, kind):
     refused(folder, r"1 tensors unexpected \(language_modelling.x\)", kind)
 
 
-def test_the_encoder_of_a_stage_2_checkpoint_comes_whole(stage2):
+def test_the_encoder_of_a_stage_2_checkpoint_is_complete(stage2):
     folder, _ = stage2
     lost = "encoder.florence.language_model.decoder.layers.0.fc1.bias"
     tamper(folder, lambda weights: {n: t for n, t in weights.items() if n != lost})
@@ -111,7 +109,7 @@ def test_a_merged_chain_stands_alone(tmp_path, chain):
     assert "unet" in info.base_models
     assert info.model_dump(exclude=changed) == own.model_dump(exclude=changed)
     assert (info.parent, info.step) == (None, 9)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         merge_checkpoint(merged, merged)
 
 
@@ -132,9 +130,9 @@ def test_the_stages_of_a_chain_are_known_also_when_it_is_merged(tiny, tmp_path, 
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (lambda folder: shutil.rmtree(folder), "is not at|is no checkpoint"),
+        (lambda folder: shutil.rmtree(folder), "is not at|is not a checkpoint"),
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
-        (lambda folder: (folder / "checkpoint.json").write_text('{"format'), "is no checkpoint"),
+        (lambda folder: (folder / "checkpoint.json").write_text('{"format'), "is not a checkpoint"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
     ],
 )

@@ -47,13 +47,13 @@ def test_numbers_come_as_yaml_and_the_command_line_write_them(given, expected):
 
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("name", ["steps", "limit", "stage", "rate", "name"])
-def test_true_and_false_are_no_numbers_and_no_text(name, value):
+def test_booleans_are_not_numbers_or_text(name, value):
     with pytest.raises(ValidationError, match="should not be true or false"):
         Settings(**{name: value})
 
 
 @pytest.mark.parametrize("given", [{"betas": [0.9, True]}, {"sizes": [True]}])
-def test_nor_are_they_inside_a_list(given):
+def test_booleans_in_lists_are_rejected(given):
     with pytest.raises(ValidationError, match="should not be true or false"):
         Settings(**given)
 

@@ -1,4 +1,4 @@
-"""Decoding in slots against transformers' own generate, and what must not depend on batching."""
+"""Continuous batching gives the captions of transformers' generate, whatever the batch."""
 
 from collections import Counter
 from itertools import takewhile
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.decoding import Finished, Sampling, SlotDecoder, decode
+from vlv_model.decoding import FinishedSequence, Sampling, SlotDecoder, decode
 from vlv_model.errors import ModelError
 
 LIMIT = 24
@@ -32,13 +32,13 @@ def by_transformers(captioner: VLVCaptioner, prefixes: torch.Tensor, end: int) -
 
 
 def an_end(captioner: VLVCaptioner, prefixes: torch.Tensor) -> int:
-    """A token that many of the untrained model's captions say: as end-of-text it ends them."""
-    said = Counter(t for ids in by_transformers(captioner, prefixes, -1) for t in {*ids[3:]})
-    return said.most_common(1)[0][0]
+    """A token that is in many of the untrained model's captions: as end-of-text it ends them."""
+    counts = Counter(t for ids in by_transformers(captioner, prefixes, -1) for t in {*ids[3:]})
+    return counts.most_common(1)[0][0]
 
 
 def gap(captioner: VLVCaptioner, prefix: torch.Tensor, ids: list[int]) -> float:
-    """How far the two best logits are apart behind a prefix and the tokens after it."""
+    """Difference of the two largest logits after a prefix and token ids."""
     embeddings = captioner.language_model.get_input_embeddings()(torch.tensor([ids]).long())
     logits = captioner.language_model(inputs_embeds=torch.cat([prefix[None], embeddings], 1)).logits
     best, second = logits[0, -1].topk(2).values
@@ -61,17 +61,17 @@ def test_greedy_captions_are_those_of_transformers(captioner, prefixes, slots):
                 assert gap(captioner, prefix, ids[:same]) < 1e-4
 
 
-def test_a_slot_is_given_on_as_soon_as_its_sequence_ends(captioner, prefixes):
+def test_a_slot_is_reused_as_soon_as_its_sequence_ends(captioner, prefixes):
     end = an_end(captioner, prefixes)
     decoder = SlotDecoder(captioner.language_model, end, slots=8, max_new_tokens=LIMIT)
     decoder.admit(range(8), range(8), prefixes[:8])
-    ended: list[Finished] = []
+    ended: list[FinishedSequence] = []
     while not ended:
         ended = decoder.step()
     assert decoder.free == len(ended)
     with pytest.raises(ValueError, match="free slots"):
         decoder.admit(range(8, 16), range(8), prefixes[8:16])
-    decoder.admit([8], [8], prefixes[8:9])  # beside sequences that are further on
+    decoder.admit([8], [8], prefixes[8:9])  # while longer sequences are running
     while decoder.busy:
         ended += decoder.step()
     alone = decode(
@@ -79,11 +79,11 @@ def test_a_slot_is_given_on_as_soon_as_its_sequence_ends(captioner, prefixes):
         range(9),
         prefixes[:9],
     )
-    assert sorted(ended, key=lambda f: f.ticket) == alone
+    assert sorted(ended, key=lambda f: f.request_id) == alone
     assert decoder.free == 8
 
 
-def test_what_is_drawn_depends_on_seed_and_key_not_on_the_batch(captioner, prefixes):
+def test_samples_depend_on_seed_and_key_and_not_on_the_batch(captioner, prefixes):
     def drawn(slots: int, rows: list[int], **sampling: float) -> dict[int, list[int]]:
         decoder = SlotDecoder(
             captioner.language_model,
@@ -126,7 +126,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     assert shares(temperature=0.5) == pytest.approx(sharper.tolist(), abs=0.03)
 
 
-def test_a_language_model_with_sliding_windows_is_refused(captioner):
+def test_a_language_model_with_sliding_windows_is_rejected(captioner):
     captioner.language_model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ModelError, match="sliding windows"):
         captioner.decoder(slots=2, max_new_tokens=4)

@@ -47,7 +47,7 @@ def test_latents_are_scaled_samples(decoder, squares):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_target_is_what_the_schedule_says(decoder, prediction_type):
+def test_the_target_follows_the_prediction_type(decoder, prediction_type):
     decoder = with_schedule(decoder, prediction_type=prediction_type)
     latents, noise, condition = (
         torch.randn(2, *s) for s in (decoder.latent_shape, decoder.latent_shape, (16, 64))
@@ -71,10 +71,10 @@ def test_one_condition_serves_all_rows(decoder, empty):
         assert once == decoder.loss(latents, noise, timesteps, empty.repeat(3, 1, 1))
 
 
-def test_other_targets_and_sizes_are_refused(decoder):
+def test_other_targets_and_sizes_are_rejected(decoder):
     with pytest.raises(ModelError, match="prediction_type is 'sample'"):
         with_schedule(decoder, prediction_type="sample")
-    with pytest.raises(ModelError, match="image_size is 60, the VAE shrinks by 8"):
+    with pytest.raises(ModelError, match="image_size is 60, the VAE downsamples by 8"):
         DiffusionDecoder(decoder.vae, decoder.unet, decoder.noise_scheduler, 60)
 
 
@@ -136,7 +136,7 @@ def test_one_generator_per_row_is_demanded(decoder, empty):
         decoder.generate(torch.randn(2, 16, 64), empty, generators(0))
 
 
-def test_parts_of_two_diffusion_models_are_refused(decoder):
+def test_parts_of_two_diffusion_models_are_rejected(decoder):
     vae = AutoencoderKL(latent_channels=5)
     with pytest.raises(ModelError, match="5 latent channels, the UNet expects 8"):
         DiffusionDecoder(vae, decoder.unet, decoder.noise_scheduler, 64)

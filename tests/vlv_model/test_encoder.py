@@ -103,17 +103,17 @@ def test_same_seed_same_queries(tiny, encoder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_queries": 161}, "num_queries: 161 positions"),
-        ({"encoder_image_size": 256}, "image features and prompt: 270 positions"),
+        ({"num_queries": 161}, "num_queries need 161 positions"),
+        ({"encoder_image_size": 256}, "image features and prompt need 270 positions"),
         ({"prompt": "word " * 200}, "image features and prompt"),
     ],
 )
-def test_sizes_that_do_not_fit_florence_are_refused(tiny, settings, message):
+def test_sizes_that_do_not_fit_florence_are_rejected(tiny, settings, message):
     with pytest.raises(ModelError, match=message):
         VLVEncoder.from_pretrained(with_settings(tiny, **settings))
 
 
-def test_a_grid_beyond_the_vision_positions_is_refused(tiny):
+def test_a_grid_beyond_the_vision_positions_is_rejected(tiny):
     florence, tokenizer = load_florence(resolve_model(tiny)[0])
     florence.config.text_config.max_position_embeddings = 1000
     sizes = {"width": 64, "num_queries": 16, "encoder_image_size": 272}

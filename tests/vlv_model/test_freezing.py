@@ -14,7 +14,7 @@ def parent():
     return nn.Sequential(freeze(inner), nn.Linear(2, 2))
 
 
-def test_train_wakes_nothing_frozen_whatever_it_is_called_on(parent):
+def test_train_never_sets_a_frozen_part_to_train_mode(parent):
     inner = parent[0]
     for module in (parent, inner, inner[1]):
         module.train()

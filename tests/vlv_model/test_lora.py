@@ -1,4 +1,4 @@
-"""Adapters upon the caption decoder: trained in its place, saved without it, merged when opened."""
+"""Adapters on the caption decoder: trained instead of it, saved without it, merged when loaded."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def loss_of(captioner: VLVCaptioner, squares: torch.Tensor) -> torch.Tensor:
     return captioner.loss(squares, **captioner.tokenize(["a red circle", "b", "", "a blue star"]))
 
 
-def test_new_adapters_change_nothing_and_alone_take_a_gradient(
+def test_new_adapters_change_nothing_and_only_they_get_gradients(
     adapted: VLVCaptioner, stage1: Path, squares: torch.Tensor
 ) -> None:
     plain = VLVCaptioner.from_pretrained(stage1, for_training=True)
@@ -75,18 +75,18 @@ def test_a_checkpoint_has_the_adapters_and_opens_as_a_plain_captioner(
     )
 
 
-def test_nothing_is_built_upon_adapters(
+def test_a_checkpoint_with_adapters_cannot_be_a_parent(
     adapted: VLVCaptioner, stage1: Path, tmp_path: Path
 ) -> None:
     saved = save_checkpoint(tmp_path / "a", adapted, metadata(stage1, "stage2", parent=str(stage1)))
     plain = VLVCaptioner.from_pretrained(saved)
     plain.set_trainable("projector")
     above = save_checkpoint(tmp_path / "b", plain, metadata(stage1, "stage2", parent=str(saved)))
-    with pytest.raises(CheckpointError, match=r"holds adapters .* export it with jobs/export\.py"):
+    with pytest.raises(CheckpointError, match=r"has adapters .* export it with jobs/export\.py"):
         VLVCaptioner.from_pretrained(above)
 
 
-def test_adapters_are_added_up_before_they_are_rounded(
+def test_adapters_are_merged_before_rounding(
     adapted: VLVCaptioner, stage1: Path, tmp_path: Path
 ) -> None:
     shift(adapted)

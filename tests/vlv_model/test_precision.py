@@ -23,14 +23,14 @@ def language_model():
 
 
 def logits(model):
-    """Those of a sequence that is given, at some of its positions, `[position vocabulary]`."""
+    """Logits of a fixed sequence at some positions, `[position vocabulary]`."""
     ids = torch.randint(512, (1, 400), generator=torch.manual_seed(1))
     with torch.no_grad():
         return model(ids).logits[0, POSITIONS].float()
 
 
-def test_angles_are_those_of_float32(language_model):
-    """Rounded frequencies turn the heads of far positions elsewhere."""
+def test_rotary_angles_stay_float32(language_model):
+    """Rounded frequencies give wrong angles at far positions."""
     low = cast(copy.deepcopy(language_model), "bfloat16")
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
     # The same rounded weights in float32 arithmetic: what is left is the arithmetic and the angles.
@@ -41,7 +41,7 @@ def test_angles_are_those_of_float32(language_model):
     assert (off < 0.05 * exact.std(-1)).all()
 
 
-def test_weights_are_cast_and_tables_are_not(autoencoder, captioner):
+def test_weights_are_cast_and_buffers_are_not(autoencoder, captioner):
     for model in (autoencoder, captioner):
         tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
         floats = [name for name, table in tables.items() if table.is_floating_point()]

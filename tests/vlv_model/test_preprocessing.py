@@ -31,7 +31,7 @@ def pillow_resize(square: torch.Tensor, size: int) -> torch.Tensor:
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_resize_is_pillows_but_for_rounding(side, size, seed, extreme):
+def test_resize_equals_pillows_up_to_rounding(side, size, seed, extreme):
     square = torch.from_numpy(np.array(noise_image(side, side, seed))).permute(2, 0, 1)
     if extreme:  # black and white only: the filter overshoots and has to be clamped
         square = (square > 127).to(torch.uint8) * 255
@@ -73,7 +73,7 @@ def test_square_image_keeps_the_centre_and_needs_no_resize_for_a_square():
     ],
 )
 def test_the_references_square_is_torchvisions_resize_and_centre_crop(size, resized, corner):
-    """`Resize(128)` and `CenterCrop(128)` of torchvision's documentation, upon a Pillow image."""
+    """`Resize(128)` and `CenterCrop(128)` of torchvision's documentation, on a Pillow image."""
     image = noise_image(*size)
     left, top = corner
     bilinear = image.resize(resized, Image.Resampling.BILINEAR)
@@ -130,7 +130,7 @@ def test_encoder_pixels_agree_with_the_published_image_processor():
     ],
 )
 @pytest.mark.parametrize("scale", [vae_pixels, lambda x: encoder_pixels(x, 16)])
-def test_other_shapes_and_types_are_refused_in_one_line(wrong, scale):
+def test_other_shapes_and_types_are_rejected_in_one_line(wrong, scale):
     with pytest.raises(ModelError, match=r"expected uint8 \[b 3 s s\]") as error:
         scale(wrong)
     assert "\n" not in str(error.value)

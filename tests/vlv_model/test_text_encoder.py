@@ -58,13 +58,13 @@ def test_gradient_passes_through_but_not_into_it(text_encoder):
     assert not any(part.training for part in text_encoder.modules())
 
 
-def test_more_queries_than_positions_are_refused(text_encoder):
+def test_more_queries_than_positions_are_rejected(text_encoder):
     text_encoder.check_queries(20)
     with pytest.raises(ModelError, match="num_queries is 21, the text encoder has 20 positions"):
         text_encoder.check_queries(21)
 
 
-def test_without_the_bottleneck_embeddings_pass_by_and_prompts_do_not(text_encoder):
+def test_without_the_bottleneck_embeddings_skip_it_and_prompts_do_not(text_encoder):
     bypassed = TextEncoder(text_encoder.clip, text_encoder.tokenizer, bottleneck=False)
     embeddings = torch.randn(2, 16, text_encoder.width)
     assert torch.equal(bypassed(embeddings), embeddings)

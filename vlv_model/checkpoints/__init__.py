@@ -1,1 +1,1 @@
-"""Pretrained parts and checkpoints: found, checked, loaded, saved, exported."""
+"""Pretrained parts and checkpoints: resolve, verify, load, save, export."""

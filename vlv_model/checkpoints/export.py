@@ -1,12 +1,12 @@
-"""A trained model as one folder that stands alone: a checkpoint upon base models of its own.
+"""Exports a trained model as one self-contained folder: a checkpoint with its base models.
 
     checkpoint.json      the checkpoint's, with paths relative to the folder, and `origin`
-    model.safetensors    what no pretrained class has: queries and projectors
-    florence/ …          the pretrained parts with the trained weights in them, each an ordinary
-                         pretrained folder (config, safetensors, tokenizer)
+    model.safetensors    the weights that are in no pretrained model: queries and projectors
+    florence/ …          the pretrained parts with the trained weights, each an ordinary pretrained
+                         folder (config, safetensors, tokenizer)
 
-It is opened as any checkpoint, by every `from_pretrained` of this package, and its base models by
-transformers and diffusers alone.
+Every `from_pretrained` of this package opens it like any checkpoint. transformers and diffusers
+open its base models without this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import loading
-from vlv_model.checkpoints.files import StageName, new_folder, put_checkpoint
+from vlv_model.checkpoints.files import StageName, new_folder, write_checkpoint_files
 from vlv_model.checkpoints.fingerprint import fingerprint, fingerprint_parts
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.config import ModelConfig, Precision
@@ -32,11 +32,11 @@ from vlv_model.precision import cast
 Parts = Literal["needed", "all"]
 
 MAX_SHARD_SIZE = "5GB"
-_KINDS: dict[StageName, type[VLVAutoEncoder | VLVCaptioner]] = {
+_MODEL_CLASSES: dict[StageName, type[VLVAutoEncoder | VLVCaptioner]] = {
     "stage1": VLVAutoEncoder,
     "stage2": VLVCaptioner,
 }
-# Beside weights and configuration; a repository has some of them. Copied as they were published.
+# Copied unchanged; a repository has some of them.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,7 +52,7 @@ _TOKENIZER_FILES = (
 def open_model(
     config: ModelConfig, checkpoint: Path | None, stage: StageName
 ) -> VLVAutoEncoder | VLVCaptioner:
-    """The model whose weights a checkpoint of that stage holds; None: its base models alone."""
+    """The model of a stage with a checkpoint's weights, or (None) its base models' weights only."""
     if stage == "stage2":
         untrained = checkpoint is None
         return VLVCaptioner.from_pretrained(config, checkpoint, for_training=untrained)
@@ -69,14 +69,14 @@ def export_model(
     parts: Parts = "needed",
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model with all its base models into a new folder, whole or not at all.
+    """Write a model with all its base models into a new folder, atomically.
 
-    `config` is what `model` was built from. `about` holds the fields of CheckpointInfo that
-    neither the weights nor the base models tell. `precision` is that of all weights; bfloat16
-    rounds `model` itself too. With `parts="all"` the base models of the other stage come along,
-    as they were published: the language model with an auto-encoder, VAE and UNet with a captioner.
-    `texts` are further files by name (the model card). Raises CheckpointError when `folder`
-    exists, ModelError for a part that cannot be read.
+    `config` is what `model` was built from. `about` holds the fields of CheckpointInfo that do not
+    follow from the weights or base models. All weights are written in `precision`; bfloat16 also
+    rounds `model` in place. `parts="all"` adds the unchanged base models of the other stage: the
+    language model for an auto-encoder, VAE and UNet for a captioner. `texts` are further files by
+    name (the model card). Raises CheckpointError when `folder` exists, ModelError for a part that
+    cannot be read.
     """
     cast(model, precision)
     modules = _modules(model)
@@ -88,18 +88,17 @@ def export_model(
                 module.save_pretrained(work / part, max_shard_size=MAX_SHARD_SIZE)
         for part in _with_published_files(modules):
             _copy_files(config, part, work / part)
-        own = _own_config(config, work)
+        exported_config = _exported_config(config, work)
         fingerprints = {part: fingerprint(work / part) for part in modules}
-        # Of base models that stay behind it is still known which they were.
+        # Base models that are not exported keep their recorded fingerprints.
         fingerprints = {**about.get("base_models", {}), **fingerprints}
         weights = {
             name: tensor.detach().contiguous()
             for name, tensor in model.named_parameters()
             if any(name == part or name.startswith(f"{part}.") for part in model.new_parts)
         }
-        put_checkpoint(
-            work, weights, {**about, "model": own, "base_models": fingerprints, "parent": None}
-        )
+        about = {**about, "model": exported_config, "base_models": fingerprints, "parent": None}
+        write_checkpoint_files(work, weights, about)
         for name, text in (texts or {}).items():
             (work / name).write_text(text, encoding="utf-8")
     return Path(folder).absolute()
@@ -109,20 +108,20 @@ def parts_read(stage: StageName, parts: Parts) -> tuple[str, ...]:
     """The pretrained parts that an export of that stage reads."""
     if parts == "all":
         return (*VLVAutoEncoder.read_parts, "language_model")
-    return _KINDS[stage].read_parts
+    return _MODEL_CLASSES[stage].read_parts
 
 
 def sources_of(config: ModelConfig, stage: StageName) -> dict[str, dict[str, str]]:
-    """Where each base model came from, by part: its hub id or folder's name, and fingerprint."""
-    found = fingerprint_parts(config, _KINDS[stage].base_parts)
+    """The source of each base model, by part: its hub id or folder name, and its fingerprint."""
+    fingerprints = fingerprint_parts(config, _MODEL_CLASSES[stage].base_parts)
     return {
         part: {"source": _public_name(part_source(config, part)), "fingerprint": digest}
-        for part, digest in found.items()
+        for part, digest in fingerprints.items()
     }
 
 
 def _modules(model: VLVAutoEncoder | VLVCaptioner) -> dict[str, Any]:
-    """The pretrained parts of a model, by part: what their own classes can save and open."""
+    """The pretrained parts of a model, by part: those with a `save_pretrained`."""
     modules: dict[str, Any] = {
         "florence": model.encoder.florence,
         "text_encoder": model.text_encoder.clip,
@@ -135,15 +134,15 @@ def _modules(model: VLVAutoEncoder | VLVCaptioner) -> dict[str, Any]:
     return modules
 
 
-def _other_modules(config: ModelConfig, there: Mapping[str, nn.Module]) -> dict[str, Any]:
-    if "language_model" in there:
+def _other_modules(config: ModelConfig, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    if "language_model" in modules:
         vae, unet, _ = loading.load_diffusion(config)
         return {"vae": vae, "unet": unet}
     return {"language_model": loading.load_language_model(config)}
 
 
 def _with_published_files(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Parts that get files as they were published."""
+    """Parts with files that are copied unchanged."""
     parts = ["florence", "tokenizer"]
     parts += ["language_model"] if "language_model" in modules else []
     parts += ["scheduler"] if "unet" in modules else []
@@ -155,32 +154,36 @@ def _copy_files(config: ModelConfig, part: str, target: Path) -> None:
     names = ("scheduler_config.json",) if part == "scheduler" else _TOKENIZER_FILES
     target.mkdir(exist_ok=True)
     for name in names:
-        found = cached_file(
+        file = cached_file(
             source.name,
             name,
-            **source.where,
+            **source.load_kwargs,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if found is not None:
-            shutil.copyfile(found, target / name)
+        if file is not None:
+            shutil.copyfile(file, target / name)
 
 
-def _own_config(config: ModelConfig, work: Path) -> ModelConfig:
-    """`config` with the parts that are in the folder named by their place in it.
+def _exported_config(config: ModelConfig, work: Path) -> ModelConfig:
+    """`config` with exported parts named by their subfolders.
 
-    What was left out keeps its hub id. A folder of this machine would mean nothing elsewhere: it
-    becomes the place where the part would lie, so that opening it says what is missing.
+    Other parts keep their hub id. A local folder means nothing on another machine: it is replaced by
+    the part's subfolder, so opening the part says what is missing.
     """
-    inside = {p.name for p in work.iterdir()}
-    named = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-    places: dict[str, str | None] = {part: part if part in inside else None for part in named}
+    exported = {p.name for p in work.iterdir()}
+    diffusion_parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+    update: dict[str, str | None] = {
+        part: part if part in exported else None for part in diffusion_parts
+    }
     for part in ("florence", "diffusion", "language_model"):
         source = getattr(config, part)
-        places[part] = part if part in inside or Path(source).is_absolute() else source
-    return config.model_copy(update=places)
+        update[part] = part if part in exported or Path(source).is_absolute() else source
+    return config.model_copy(update=update)
 
 
 def _public_name(source: Source) -> str:
-    place = Path(source.place.name) if isinstance(source.place, Path) else source.place
-    return str(Source(place, source.subfolder))
+    """The source without the path of a local folder."""
+    location = source.location
+    public = Path(location.name) if isinstance(location, Path) else location
+    return str(Source(public, source.subfolder))

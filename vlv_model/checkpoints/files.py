@@ -1,10 +1,9 @@
-"""A checkpoint's folder: `model.safetensors` with `checkpoint.json` beside it. No pickle anywhere.
+"""The files of a checkpoint: `model.safetensors` and its manifest `checkpoint.json`. No pickles.
 
-A training's checkpoint has more files of tensors beside them (the optimiser's), with their digests.
+Checkpoints of a training run also have files with optimiser state, listed with their digests.
 
-A stage-2 checkpoint names its stage-1 parent, which holds the queries and the caption projector,
-by a path relative to itself and by digest. This module knows the files; what the tensors mean to
-a module is `vlv_model.checkpoints.weights`'s business.
+A stage-2 checkpoint names its stage-1 parent, which has the queries and the caption projector, by
+relative path and digest. `vlv_model.checkpoints.weights` loads the tensors into modules.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ StageName = Literal["stage1", "stage2"]
 
 
 class CheckpointMetadata(Config):
-    """What the trainer says about a checkpoint; the rest of checkpoint.json follows from it."""
+    """The fields of checkpoint.json that the trainer supplies."""
 
-    stage: StageName = Field(description="which loss trained these weights")
+    stage: StageName = Field(description="stage that trained these weights")
     step: int = Field(ge=0, description="optimiser updates done in this stage")
-    rows_seen: int = Field(ge=0, description="training rows seen in this stage, repeats counted")
+    rows_seen: int = Field(ge=0, description="training rows seen in this stage, with repeats")
     config: dict[str, Any] = Field(description="the resolved settings of the run")
     model: ModelConfig = Field(description="pretrained parts and sizes, folders absolute")
-    parent: str | None = Field(None, description="checkpoint folder that this one builds upon")
+    parent: str | None = Field(None, description="checkpoint folder that this one builds on")
 
 
 class Parent(Config):
-    """The checkpoint whose weights are applied first."""
+    """The checkpoint whose weights are loaded first."""
 
     path: str = Field(description="its folder, relative to this checkpoint's folder")
     sha256: str = Field(description="digest of its weights file")
@@ -57,30 +56,30 @@ class CheckpointInfo(CheckpointMetadata):
     """The content of checkpoint.json."""
 
     format_version: int = Field(description="version of this layout")
-    parent: Parent | None = Field(None, description="the checkpoint applied first")  # type: ignore[assignment]
+    parent: Parent | None = Field(None, description="the checkpoint loaded first")  # type: ignore[assignment]
     merged_stages: list[StageName] = Field(
-        [], description="stages of the parents whose weights are in this file, the oldest first"
+        [], description="stages of the parents merged into this file, oldest first"
     )
     base_models: dict[str, str] = Field(description="fingerprint of each pretrained part")
     origin: dict[str, Any] | None = Field(
-        None, description="what an exported or imported checkpoint was made of"
+        None, description="what an exported or imported checkpoint was made from"
     )
     lora: Lora = Field(
-        Lora(), description="the adapters that it holds in the language model's place"
+        Lora(), description="the adapters it contains instead of the language model's weights"
     )
     tensors: dict[str, list[int]] = Field(description="shape of each tensor in the weights file")
     sha256: str = Field(description="digest of the weights file")
     more_files: dict[str, str] = Field(
-        {}, description="digest of each further file, which only a training reads"
+        {}, description="digest of each further file, which only a training run reads"
     )
 
 
 Chain = list[tuple[Path, CheckpointInfo]]
-"""A checkpoint and all its parents, the oldest first."""
+"""A checkpoint and all its parents, oldest first."""
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInfo:
-    """checkpoint.json of a checkpoint's folder. Raises CheckpointError when there is none."""
+    """Read checkpoint.json. Raises CheckpointError when it is missing or malformed."""
     path = Path(folder) / CHECKPOINT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -88,41 +87,41 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> CheckpointInfo:
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"'{path}' has format version {version}, this program reads {FORMAT_VERSION}: "
-                "use the version of the program that wrote it"
+                "use the version of this program that wrote it"
             )
         return CheckpointInfo.model_validate(content)
     except (OSError, ValueError) as problem:
         raise CheckpointError(
-            f"'{folder}' is no checkpoint, expected a folder with {CHECKPOINT_FILE} and "
+            f"'{folder}' is not a checkpoint, expected a folder with {CHECKPOINT_FILE} and "
             f"{WEIGHTS_FILE}: {one_line(problem)}"
         ) from problem
 
 
 @contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder to write into, which becomes `folder` at the end: whole or not at all.
+    """A temporary folder to write into, renamed to `folder` when the block ends without an error.
 
-    Raises CheckpointError when `folder` exists already.
+    Raises CheckpointError when `folder` already exists.
     """
     folder = Path(folder).absolute()
     if folder.exists():
-        raise CheckpointError(f"'{folder}' exists already: save each checkpoint to a new folder")
+        raise CheckpointError(f"'{folder}' already exists: save each checkpoint to a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            # mkdtemp's 0700 and safetensors' 0600 would hide the checkpoint from other users.
+            # mkdtemp (0700) and safetensors (0600) hide the checkpoint from other users.
             path.chmod(0o755 if path.is_dir() else 0o644)
-            _flush(path)  # or a machine that loses power keeps the name and not the content
+            _fsync(path)  # or a power failure could leave the name without the content
         temporary.rename(folder)
-        _flush(folder.parent)
+        _fsync(folder.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
+        shutil.rmtree(temporary, ignore_errors=True)  # does nothing after the rename
 
 
-def _flush(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder."""
+def _fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,21 +129,21 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def put_checkpoint(
+def write_checkpoint_files(
     folder: Path,
     weights: Mapping[str, Tensor],
     about: Mapping[str, Any],
     more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write weights and checkpoint.json into a folder; arguments as in `write_checkpoint`."""
-    from safetensors.torch import save_file  # here: the files are told of without torch
+    """Write weights and checkpoint.json into an existing folder, as `write_checkpoint` does."""
+    from safetensors.torch import save_file  # imports torch, which reading manifests does not need
 
     try:
         save_file(dict(weights), folder / WEIGHTS_FILE)
         for name, tensors in (more_files or {}).items():
             save_file(dict(tensors), folder / name)
-    except SafetensorError as error:  # a full disk, for one
-        raise CheckpointError(f"'{folder}' cannot be written: {one_line(error)}") from None
+    except SafetensorError as error:  # such as a full disk
+        raise CheckpointError(f"cannot write '{folder}': {one_line(error)}") from None
     info = CheckpointInfo(
         format_version=FORMAT_VERSION,
         tensors={name: list(tensor.shape) for name, tensor in weights.items()},
@@ -162,20 +161,20 @@ def write_checkpoint(
     about: Mapping[str, Any],
     more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write weights and checkpoint.json, all or nothing: beside `folder`, which is then renamed.
+    """Write weights and checkpoint.json into a new folder, atomically. Returns its absolute path.
 
     `about` holds the fields of CheckpointInfo that do not follow from the weights; `more_files`
-    are further safetensors files by name. Raises CheckpointError when `folder` exists already.
+    are further safetensors files by name. Raises CheckpointError when `folder` already exists.
     """
     with new_folder(folder) as temporary:
-        put_checkpoint(temporary, weights, about, more_files)
+        write_checkpoint_files(temporary, weights, about, more_files)
     return Path(folder).absolute()
 
 
 def read_chain(folder: str | os.PathLike[str]) -> Chain:
-    """The manifests of a checkpoint and all its parents, the oldest first.
+    """The manifests of a checkpoint and all its parents, oldest first.
 
-    Raises CheckpointError for a parent that is missing or another than the one built upon.
+    Raises CheckpointError when a parent is missing or is not the recorded one.
     """
     folder = Path(folder)
     chain = [(folder, read_checkpoint(folder))]
@@ -185,28 +184,28 @@ def read_chain(folder: str | os.PathLike[str]) -> Chain:
             raise CheckpointError(f"'{folder}' is its own ancestor: its parent chain is a circle")
         if not path.is_dir():
             raise CheckpointError(
-                f"the parent of '{chain[0][0]}' is not at '{path}': keep both at the places that "
-                "they had to each other"
+                f"the parent of '{chain[0][0]}' is not at '{path}': move both together, so that "
+                "their relative path stays the same"
             )
         info = read_checkpoint(path)
         if info.sha256 != parent.sha256:
             raise CheckpointError(
-                f"'{path}' is not the parent that '{chain[0][0]}' was trained upon: its weights "
+                f"'{path}' is not the parent that '{chain[0][0]}' was trained on: its weights "
                 f"have digest {info.sha256[:12]}, expected {parent.sha256[:12]}"
             )
         if info.lora.rank:
             raise CheckpointError(
-                f"'{path}', which '{chain[0][0]}' builds upon, holds adapters (LoRA): export it with "
-                "jobs/export.py, which merges them, and build upon that"
+                f"'{path}', the parent of '{chain[0][0]}', has adapters (LoRA): export it with "
+                "jobs/export.py, which merges them, and use the export as the parent"
             )
         chain.insert(0, (path, info))
     return chain
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Hold every file of a checkpoint, and its parents' weights, against its digest.
+    """Check the digests of a checkpoint's files and of its parents' weights.
 
-    Raises CheckpointError where one is missing or damaged.
+    Raises CheckpointError when a file is missing or damaged.
     """
     chain = read_chain(folder)
     for path, info in chain:
@@ -217,12 +216,12 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
 
 
 def check_weights(folder: Path, info: CheckpointInfo) -> Path:
-    """The weights file of a checkpoint; CheckpointError unless it has the manifest's digest."""
+    """Path of the weights file. Raises CheckpointError unless it has the recorded digest."""
     return check_file(folder, WEIGHTS_FILE, info.sha256)
 
 
 def check_file(folder: Path, name: str, sha256: str) -> Path:
-    """A file of a checkpoint; CheckpointError unless it is there and has this digest."""
+    """Path of a checkpoint's file. Raises CheckpointError unless it exists with this digest."""
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"'{folder}' lacks {name}: copy the whole folder")
@@ -237,17 +236,19 @@ def check_file(folder: Path, name: str, sha256: str) -> Path:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which tensors are read one by one (`safe_open`).
+    """Open a safetensors file to read tensors one by one (`safe_open`).
 
-    Processes of one machine that read the same file share what the system keeps of it in memory.
-    Raises CheckpointError where it is none.
+    The file is memory-mapped: processes of a machine share its pages. Raises CheckpointError when
+    it is not a safetensors file.
     """
     from safetensors import safe_open
 
     try:
         opened = safe_open(path, "pt")
     except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"'{path}' is no safetensors file: {one_line(problem)}") from problem
+        raise CheckpointError(
+            f"'{path}' is not a safetensors file: {one_line(problem)}"
+        ) from problem
     with opened as file:
         yield file
 
@@ -258,6 +259,6 @@ def shapes_in(file: Any) -> dict[str, list[int]]:
 
 
 def read_weights(folder: Path, info: CheckpointInfo) -> dict[str, Tensor]:
-    """The tensors of one checkpoint, without its parents', on the CPU."""
+    """The tensors of one checkpoint, without its parents', on the CPU. Checks the digest."""
     with open_tensors(check_weights(folder, info)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

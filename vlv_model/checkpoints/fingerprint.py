@@ -1,10 +1,10 @@
-"""Digests: of a file, exactly; of a pretrained model, cheaply.
+"""Digests of files, and fingerprints of pretrained models.
 
-A checkpoint holds trained weights only, and is worth nothing upon other frozen parts. So it keeps
-a fingerprint of each pretrained part: gigabytes are sampled, not read.
+A checkpoint has trained weights only, which are useless with other frozen parts. So it records a
+fingerprint of each pretrained part, computed from samples of its files instead of all gigabytes.
 
-An id of the hub, a commit of it and the digest of its files name one thing. Digests decide where
-both are known; an id says nothing of files that are elsewhere.
+A part that is not on this machine has its hub id instead of a digest. Two digests are compared; a
+digest and a hub id are not comparable and count as equal.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from vlv_model.config import ModelConfig
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_FILE = 16
 _DIGEST = "opened-sha256:"
-# Of before: the bytes of config.json, and every safetensors file that lay there, read or not.
+# Fingerprints of older versions: config.json as bytes and every safetensors file in the folder.
 _ALL_FILES = "sha256:"
 
-# What a library notes in a configuration about itself, and not about the model.
-_NOTES = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
-_COMMIT = re.compile(r"@[0-9a-f]{40}")  # in the name of a part
+# Configuration keys about the library that wrote it, not about the model.
+_LIBRARY_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
+_COMMIT = re.compile(r"@[0-9a-f]{40}")  # in the hub id of a part
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -40,18 +40,18 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint(source: Source | str | os.PathLike[str]) -> str:
-    """`opened-sha256:...` of a pretrained part; of one that is not on this machine, its name.
+    """`opened-sha256:...` of a pretrained part, or its name if it is not on this machine.
 
-    Taken from what is opened of it: its configuration, and of each file of its weights name,
-    size, header and 64 KiB samples at even distances. So other variants of the weights that lie
-    beside them do not count. Of a noise schedule it is the configuration, of a tokenizer
+    Covers the files that `from_pretrained` opens: the configuration, and of each weights file its
+    name, size, header and evenly spaced samples of 64 KiB. Other variants of the weights in the
+    folder do not count. For a noise schedule it covers the configuration; for a tokenizer
     tokenizer.json, or vocabulary and merges.
     """
     return fingerprint_like("", source if isinstance(source, Source) else Source(Path(source)))
 
 
 def fingerprint_like(recorded: str, source: Source) -> str:
-    """The fingerprint of a part by the rule that `recorded` was taken by; by today's of none."""
+    """The fingerprint of a part by the same rule as `recorded`; by default the current rule."""
     folder = source.folder()
     opened = _opened_files(folder) if folder is not None else []
     if folder is None or not opened:
@@ -71,50 +71,50 @@ def _digest(opened: Iterable[Path]) -> str:
 
 
 def fingerprint_parts(model: ModelConfig, parts: Iterable[str]) -> dict[str, str]:
-    """The fingerprints of some parts of a model, such as `florence` and `unet`, by part."""
+    """The fingerprints of a model's parts, such as `florence` and `unet`, by part."""
     return {part: fingerprint(part_source(model, part)) for part in parts}
 
 
-def is_same(recorded: str, source: Source) -> bool:
-    """Whether a part is the one whose fingerprint was `recorded`, as far as can be told.
+def matches_fingerprint(recorded: str, source: Source) -> bool:
+    """Whether a part can be the one whose fingerprint was `recorded`.
 
-    Digests decide, by the rule of the recorded one. Of two names without a digest repository,
-    commit and subfolder do. Where there is a digest on one side alone, nothing speaks against it.
+    Two digests are compared by the rule of the recorded one, two names by repository, commit and
+    subfolder. A digest and a name are not comparable: True.
     """
-    here = fingerprint_like(recorded, source)
-    if is_digest(recorded) != is_digest(here):
+    current = fingerprint_like(recorded, source)
+    if is_digest(recorded) != is_digest(current):
         return True
     if is_digest(recorded):
-        return recorded == here
-    names = [_COMMIT.sub("", name) for name in (recorded, here)]
-    return recorded == here or (names[0] == names[1] and names[0] in (recorded, here))
+        return recorded == current
+    names = [_COMMIT.sub("", name) for name in (recorded, current)]
+    return recorded == current or (names[0] == names[1] and names[0] in (recorded, current))
 
 
 def is_digest(recorded: str) -> bool:
-    """Whether a fingerprint is one of files, and not the name of a part."""
+    """Whether a fingerprint is a digest of files, not the name of a part."""
     return recorded.startswith((_DIGEST, _ALL_FILES))
 
 
 def short(recorded: str) -> str:
-    """A fingerprint for people: twelve of its digits."""
+    """A fingerprint to display: the first twelve digits."""
     rule, colon, digits = recorded.rpartition(":")
     return f"{rule}:{digits[:12]}" if colon else recorded
 
 
 def _opened_files(folder: Path) -> list[Path]:
-    """The files of a part that `from_pretrained` reads; none where one of them is not there."""
+    """The files of a part that `from_pretrained` reads; empty if one is missing."""
     if (config := folder / "config.json").is_file():
         weights = _weight_files(config)
-        there = weights and all(file.is_file() for file in weights)
-        return [config, *weights] if there else []
+        complete = weights and all(file.is_file() for file in weights)
+        return [config, *weights] if complete else []
     if (schedule := folder / "scheduler_config.json").is_file():
         return [schedule]
-    found = ([folder / name for name in names] for names in _TOKENIZERS)
-    return next((files for files in found if all(file.is_file() for file in files)), [])
+    candidates = ([folder / name for name in names] for names in _TOKENIZERS)
+    return next((files for files in candidates if all(file.is_file() for file in files)), [])
 
 
 def _weight_files(config: Path) -> list[Path]:
-    """The files of weights beside a configuration; of one library an index goes before a file."""
+    """The weights files that belong to a configuration. diffusers prefers an index to one file."""
     diffusers = "_class_name" in _parsed(config)
     stem = "diffusion_pytorch_model" if diffusers else "model"
     single = config.with_name(f"{stem}.safetensors")
@@ -127,7 +127,7 @@ def _weight_files(config: Path) -> list[Path]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one of a file that holds none, whose load will say it."""
+    """The JSON object in a file; empty if there is none (loading the model reports that)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -135,17 +135,18 @@ def _parsed(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _without_notes(settings: Any) -> Any:
+def _without_library_keys(settings: Any) -> Any:
     if isinstance(settings, list):
-        return [_without_notes(value) for value in settings]
+        return [_without_library_keys(value) for value in settings]
     if isinstance(settings, dict):
-        return {n: _without_notes(value) for n, value in settings.items() if n not in _NOTES}
+        kept = {n: value for n, value in settings.items() if n not in _LIBRARY_KEYS}
+        return {n: _without_library_keys(value) for n, value in kept.items()}
     return settings
 
 
 def _settings(path: Path) -> bytes:
-    """A configuration without libraries' notes, in one spelling; its bytes where it is none."""
-    settings = _without_notes(_parsed(path))
+    """A configuration without the library's keys, as canonical JSON; malformed ones as bytes."""
+    settings = _without_library_keys(_parsed(path))
     return json.dumps(settings, sort_keys=True).encode() if settings else path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Repositories of the model hub: how they are named, which commit a name stands for, what is cached.
+"""Ids of model hub repositories: parse them, pin them to a commit, find their cache.
 
 A hub id is `owner/name` or `owner/name@revision`; a revision is a commit, a branch or a tag.
 """
@@ -20,21 +20,21 @@ from vlv_model.errors import ModelError, one_line
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Of the HTTP library below, which was another one in each major version: no connection, no answer.
+# Connection errors of huggingface_hub's HTTP library, which differs between its major versions.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-_PATIENCE = 10.0  # seconds in which the hub has to say which commit a name stands for
+_TIMEOUT_SECONDS = 10.0  # for the hub to resolve a revision
 
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository of the hub, and which of its revisions; None: that of its main branch."""
+    """A repository of the hub at a revision; None: its main branch."""
 
     repo: str
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> HubId | None:
-        """None for what is no hub id."""
+        """The hub id in a string, or None if it is not one."""
         found = _HUB_ID.fullmatch(text)
         return cls(found[1], found[2]) if found else None
 
@@ -43,34 +43,35 @@ class HubId:
 
     @property
     def commit(self) -> str | None:
-        """The commit that it names; None where it names a branch or a tag, or nothing."""
+        """The revision if it is a commit; None for a branch, a tag or no revision."""
         return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
 
     def pinned(self) -> HubId:
-        """The same repository at the commit that the hub, or else its cache here, has for it now.
+        """The same repository at its current commit, from the hub or else the local cache.
 
-        Raises ModelError where neither knows it.
+        Raises ModelError when neither has it.
         """
         if self.commit:
             return self
         try:
-            commit = HfApi().model_info(self.repo, revision=self.revision, timeout=_PATIENCE).sha
+            info = HfApi().model_info(self.repo, revision=self.revision, timeout=_TIMEOUT_SECONDS)
+            commit = info.sha
         except (OSError, _HTTP_ERROR, ValueError) as problem:  # no network, no such repository, …
             if (folder := self.snapshot()) is None:
                 raise ModelError(
-                    f"'{self}' is no local folder, and the model hub does not give it: "
+                    f"'{self}' is not a local folder, and the model hub does not provide it: "
                     f"{one_line(problem)}"
                 ) from problem
             commit = folder.name
         return HubId(self.repo, commit)
 
     def snapshot(self) -> Path | None:
-        """The folder of what is cached here of it, which may lack files; None where nothing is."""
+        """The folder in the local cache, which may lack files; None if nothing is cached."""
         try:
             found = snapshot_download(self.repo, revision=self.revision, local_files_only=True)
             return Path(found)
-        except LocalEntryNotFoundError as known:
-            incomplete = getattr(known, "snapshot_path", None)  # told by newer versions
+        except LocalEntryNotFoundError as error:
+            incomplete = getattr(error, "snapshot_path", None)  # in newer versions
             return Path(incomplete) if incomplete else None
         except HFValidationError:
             return None

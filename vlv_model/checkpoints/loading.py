@@ -1,9 +1,9 @@
-"""Loads of pretrained parts: strict, safetensors only, in the precision that is asked for.
+"""Loads pretrained parts strictly, from safetensors only, in a given precision.
 
-A pickle can run code; Qwen2.5 is published in bfloat16, in which updates of 1e-5 round away; a
-tensor that the file lacks would silently stay random. So each of them is an error or converted.
-Large parts come in their precision at once: eight ranks that each held a model of 3B in float32
-first would need more memory than their machine has.
+Pickles are rejected since they can run code. A tensor missing from the file is an error, since
+it would silently stay random. Weights are converted to the requested precision: Qwen2.5 is published
+in bfloat16, in which updates at a learning rate of 1e-5 round to zero. Large parts are loaded
+directly in their precision: eight ranks that first load 3B parameters in float32 run out of memory.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def load_florence(
 ) -> tuple[Florence2Model, PreTrainedTokenizerBase]:
     """Florence-2 without its language-modelling head, and its tokenizer."""
     source = part_source(config, "florence")
-    # Not at once: the library would round the table of positions in it, too.
+    # Load in float32, then cast: the library would also round a buffer of positions.
     model = cast(_load_transformer(config, "florence", Florence2Model), precision)
-    load = partial(AutoTokenizer.from_pretrained, source.name, **source.where)
+    load = partial(AutoTokenizer.from_pretrained, source.name, **source.load_kwargs)
     tokenizer = _load("florence", source, load)
     _check_vocabulary("florence", source, tokenizer, model.config.text_config.vocab_size)
     return model, tokenizer
@@ -84,7 +84,7 @@ def load_text_encoder(
 ) -> tuple[CLIPTextModel, CLIPTokenizer]:
     """The diffusion model's CLIP text encoder and tokenizer."""
     source = part_source(config, "tokenizer")
-    load = partial(CLIPTokenizer.from_pretrained, source.name, **source.where)
+    load = partial(CLIPTokenizer.from_pretrained, source.name, **source.load_kwargs)
     tokenizer = _load("tokenizer", source, load)
     model = _load_transformer(config, "text_encoder", CLIPTextModel, precision)
     _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
@@ -92,34 +92,34 @@ def load_text_encoder(
 
 
 def text_encoder_width(config: ModelConfig) -> int:
-    """Width of the text encoder's embeddings, read from its configuration alone."""
+    """Width of the text encoder's embeddings, from its configuration."""
     source = part_source(config, "text_encoder")
     _check_kind("text_encoder", source, "model_type", CLIPTextConfig.model_type)
-    load = partial(CLIPTextConfig.from_pretrained, source.name, **source.where)
+    load = partial(CLIPTextConfig.from_pretrained, source.name, **source.load_kwargs)
     return _load("text_encoder", source, load).hidden_size
 
 
 def load_diffusion(
     config: ModelConfig,
 ) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler]:
-    """VAE, UNet and the noise schedule (whatever sampler was published with it)."""
+    """VAE, UNet and the noise schedule (as DDPM, whichever sampler it was published with)."""
     return load_vae(config), *load_unet(config)
 
 
 def load_vae(config: ModelConfig, precision: Precision = "float32") -> AutoencoderKL:
-    """The VAE alone."""
-    from diffusers import AutoencoderKL  # here: a captioner need not wait for it
+    """The VAE."""
+    from diffusers import AutoencoderKL  # a slow import that a captioner does not need
 
     return _load_diffuser(config, "vae", AutoencoderKL, precision)
 
 
 def read_latent_format(config: ModelConfig) -> LatentFormat:
-    """What the VAE's latents look like, from its configuration alone."""
+    """Shape and scale of the VAE's latents, from its configuration."""
     from diffusers import AutoencoderKL
 
     source = part_source(config, "vae")
     _check_kind("vae", source, "_class_name", AutoencoderKL.__name__)
-    load = partial(AutoencoderKL.load_config, source.name, **source.where)
+    load = partial(AutoencoderKL.load_config, source.name, **source.load_kwargs)
     return LatentFormat.of(_load("vae", source, load))
 
 
@@ -131,7 +131,7 @@ def load_unet(
 
     unet = _load_diffuser(config, "unet", UNet2DConditionModel, precision)
     source = part_source(config, "scheduler")
-    load = partial(DDPMScheduler.load_config, source.name, **source.where)
+    load = partial(DDPMScheduler.load_config, source.name, **source.load_kwargs)
     return unet, DDPMScheduler.from_config(_load("scheduler", source, load))
 
 
@@ -141,21 +141,22 @@ def load_language_model(config: ModelConfig, precision: Precision = "float32") -
 
 
 def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The caption decoder's tokenizer alone: data workers need no weights.
+    """The caption decoder's tokenizer, without the weights (for data workers).
 
-    Read as published in tokenizer.json, through the generic class: the class that transformers
-    infers from the model's type rebuilds the pipeline, with a normaliser that may not be there.
+    Uses the generic class, which reads tokenizer.json as published. The class that transformers
+    infers from the model type rebuilds it with a normaliser that the published one may lack.
     """
     config, _ = resolve_model(model)
     source = part_source(config, "language_model")
-    load = partial(PreTrainedTokenizerFast.from_pretrained, source.name, **source.where)
+    load = partial(PreTrainedTokenizerFast.from_pretrained, source.name, **source.load_kwargs)
     return _load("language_model", source, load)
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence transformers' bars over tensors and its lists of their names, which are looked at here;
-    bars of downloads from the hub stay.
+    """Silence transformers' loading bars and its warnings about tensor names, checked here instead.
+
+    Progress bars of downloads from the hub stay.
     """
     were_shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
@@ -186,7 +187,7 @@ def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precisi
 
 
 def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
-    """The part with all its weights; the two libraries differ in the name of the data type."""
+    """A part with its weights. `dtype` is the libraries' keyword: `dtype` or `torch_dtype`."""
     with quietly():
         model, report = _load(
             part,
@@ -195,7 +196,7 @@ def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) ->
                 source.name,
                 use_safetensors=True,
                 output_loading_info=True,
-                **source.where,
+                **source.load_kwargs,
                 **dtype,
             ),
         )
@@ -204,29 +205,29 @@ def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) ->
 
 
 def _check_kind(part: str, source: Source, key: str, expected: str) -> None:
-    # Before the load: a class reads another's configuration without a word, fills what it lacks
-    # with defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
+    # Checked first: a class accepts another model's configuration, fills missing fields with
+    # defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
     def read() -> Any:
-        path = cached_file(source.name, "config.json", **source.where)
+        path = cached_file(source.name, "config.json", **source.load_kwargs)
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
     content = _load(part, source, read)
     if part == "florence":
-        _refuse_microsofts_layout(source, content)
+        _reject_microsoft_layout(source, content)
     found = content.get(key) if isinstance(content, dict) else None
     if found != expected:
         raise ModelError(
             f"{part}: config.json in '{source}' says {key} {found!r}, expected "
-            f"{expected!r}: set the model's '{part}' to a folder of that kind"
+            f"{expected!r}: set the model's '{part}' to a model of that type"
         )
 
 
-def _refuse_microsofts_layout(source: Source, content: Any) -> None:
-    """Florence-2 with code of its own in the repository; transformers' classes have other names."""
+def _reject_microsoft_layout(source: Source, content: Any) -> None:
+    """Reject Florence-2 as remote code, whose tensors have other names than transformers' classes."""
     vision = content.get("vision_config") if isinstance(content, dict) else None
     if isinstance(vision, dict) and "dim_embed" in vision and "embed_dim" not in vision:
         raise ModelError(
-            f"florence: '{source}' is in Microsoft's own layout, expected that of transformers: set "
+            f"florence: '{source}' is in Microsoft's own layout, expected transformers' layout: set "
             "the model's florence to florence-community/Florence-2-large or -base, or convert it in "
             f"a clone of transformers: python {_CONVERTER} --hf_model_id {source.name} "
             "--pytorch_dump_folder_path FOLDER"
@@ -237,29 +238,30 @@ def _check_complete(part: str, source: Source, missing: list[str]) -> None:
     if missing:
         raise ModelError(
             f"{part}: '{source}' lacks {len(missing)} tensors of the model, such as "
-            f"{', '.join(missing[:3])}: give weights in the layout of transformers' own classes"
+            f"{', '.join(missing[:3])}: use weights in the layout of transformers' own classes"
         )
 
 
 def _check_vocabulary(
     part: str, source: Source, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    # Without its vocabulary files a tokenizer class may come up with a handful of special tokens
-    # and no error. All tokenizers here are byte-level: at least one token for each byte.
+    # Without its vocabulary files a tokenizer may load without an error, with only a few special
+    # tokens. All tokenizers here are byte-level: they have at least one token per byte.
     if not 256 <= len(tokenizer) <= vocab_size:
         raise ModelError(
             f"{part}: the tokenizer of '{source}' has {len(tokenizer)} tokens, expected 256 to the "
-            f"model's {vocab_size}: are its vocabulary files there, and of the same model?"
+            f"{vocab_size}, the model's vocabulary: check that its vocabulary files exist and belong "
+            "to this model"
         )
 
 
 def _load(part: str, source: Source, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    # What the two libraries raise for a missing file, an unreachable hub, a broken configuration,
-    # and shapes that do not fit.
+    # transformers and diffusers raise these for missing files, an unreachable hub, broken
+    # configurations and wrong shapes.
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        where = ", which is no local folder, from the model hub" if source.repo else ""
+        where = ", which is not a local folder, from the model hub" if source.repo else ""
         raise ModelError(
             f"{part}: cannot load '{source}'{where}; expected a pretrained folder with safetensors "
             f"weights or a reachable hub id: {one_line(problem)}"

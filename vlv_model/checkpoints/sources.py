@@ -1,7 +1,7 @@
-"""Which pretrained parts and which checkpoint a model is opened from, without loading any.
+"""Resolves which pretrained parts and which checkpoint a model is loaded from. Loads nothing.
 
-A ModelConfig, a model folder or a checkpoint comes in, with single parts named beside it; folders
-come out absolute, hub ids as they are, or at one commit where `pin` was asked.
+The input is a ModelConfig, a model folder or a checkpoint, with single parts overridden. The result
+has absolute folders and unchanged hub ids; `pin` adds the commit to hub ids.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vlv_model.errors import CheckpointError, ModelError, one_line
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.json"
 DIFFUSION_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
-# The fields of ModelConfig that say where something is read from.
-PLACES = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
+# The fields of ModelConfig that name a folder or hub id.
+SOURCE_FIELDS = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
 
 Model = ModelConfig | str | os.PathLike[str]
 
@@ -45,8 +45,8 @@ def resolve_model(model: Model) -> tuple[ModelConfig, Path | None]:
         path = folder / MODEL_FILE
     else:
         raise ModelError(
-            f"'{folder}' holds neither {CHECKPOINT_FILE} nor {MODEL_FILE}: give a checkpoint's "
-            "folder, a model folder such as vlv_model.tiny writes, or a ModelConfig"
+            f"'{folder}' has neither {CHECKPOINT_FILE} nor {MODEL_FILE}: give a checkpoint folder, "
+            "a model folder such as vlv_model.tiny writes, or a ModelConfig"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def resolve_model(model: Model) -> tuple[ModelConfig, Path | None]:
         )
     except (ValueError, KeyError, TypeError) as problem:
         error = CheckpointError if path.name == CHECKPOINT_FILE else ModelError
-        raise error(f"'{path}' cannot be read as a model: {one_line(problem)}") from problem
+        raise error(f"cannot read a model from '{path}': {one_line(problem)}") from problem
     config = _with_absolute_folders(config, folder.resolve())
     return config, folder if path.name == CHECKPOINT_FILE else None
 
@@ -65,12 +65,12 @@ def resolve_checkpoint(
     checkpoint: str | os.PathLike[str] | None = None,
     parts: Mapping[str, Any] | None = None,
 ) -> tuple[ModelConfig, Path | None]:
-    """What `from_pretrained` opens: the ModelConfig, and the checkpoint's folder or None.
+    """What `from_pretrained` loads: the ModelConfig, and the checkpoint folder or None.
 
-    Without `model` it is the checkpoint's own, or ModelConfig's defaults where there is no
-    checkpoint either. `parts` are fields of ModelConfig that win over the model's. The checkpoint
-    is named apart or found in `model`. Raises ModelError for an unknown or unfit part, and
-    CheckpointError for two different checkpoints.
+    `model` defaults to the checkpoint's own, or to ModelConfig() without a checkpoint. `parts` are
+    fields of ModelConfig that override the model's. The checkpoint is `checkpoint`, or `model` if
+    that is one. Raises ModelError for an unknown or invalid part, and CheckpointError for two
+    different checkpoints.
     """
     if model is None:
         model = ModelConfig() if checkpoint is None else checkpoint
@@ -81,93 +81,93 @@ def resolve_checkpoint(
         and found.resolve() != Path(checkpoint).resolve()
     ):
         raise CheckpointError(
-            f"two checkpoints: '{found}' as the model and '{checkpoint}': give one of them"
+            f"two checkpoints: '{found}' as the model and '{checkpoint}': give only one"
         )
     return _with_parts(config, parts or {}), found if checkpoint is None else Path(checkpoint)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pretrained part is read from: a folder or a repository of the hub, and where in it."""
+    """Where a pretrained part is loaded from: a folder or hub repository, and a subfolder."""
 
-    place: Path | HubId
+    location: Path | HubId
     subfolder: str = ""
 
     def __str__(self) -> str:
-        return f"{self.place}/{self.subfolder}" if self.subfolder else str(self.place)
+        return f"{self.location}/{self.subfolder}" if self.subfolder else str(self.location)
 
     @property
     def name(self) -> str:
-        """Folder or repository, as `from_pretrained` takes it."""
-        return self.place.repo if isinstance(self.place, HubId) else str(self.place)
+        """Folder or repository, the first argument of `from_pretrained`."""
+        return self.location.repo if isinstance(self.location, HubId) else str(self.location)
 
     @property
-    def where(self) -> dict[str, str]:
-        """What `from_pretrained` has to be told beside the name."""
-        where = {"subfolder": self.subfolder}
-        if isinstance(self.place, HubId) and self.place.revision:
-            where["revision"] = self.place.revision
-        return where
+    def load_kwargs(self) -> dict[str, str]:
+        """Further arguments of `from_pretrained`: subfolder and revision."""
+        kwargs = {"subfolder": self.subfolder}
+        if isinstance(self.location, HubId) and self.location.revision:
+            kwargs["revision"] = self.location.revision
+        return kwargs
 
     @property
     def repo(self) -> str | None:
-        """The repository of the hub that it is read from."""
-        return self.place.repo if isinstance(self.place, HubId) else None
+        """The hub repository; None for a folder."""
+        return self.location.repo if isinstance(self.location, HubId) else None
 
-    def may_be(self, recorded: str) -> bool:
-        """Whether it is what a field of ModelConfig was, as far as names tell."""
+    def may_match(self, recorded: str) -> bool:
+        """Whether a recorded field of ModelConfig can name the same source, judged by names."""
         before = HubId.parse(recorded)
-        if not isinstance(self.place, HubId):
-            # Folders were recorded as they were given once.
-            return Path(recorded).absolute() == self.place.absolute()
+        if not isinstance(self.location, HubId):
+            # Older versions recorded relative folders.
+            return Path(recorded).absolute() == self.location.absolute()
         if before is None:
             return False
-        revisions = {before.revision, self.place.revision} - {None}
-        return before.repo == self.place.repo and len(revisions) < 2
+        revisions = {before.revision, self.location.revision} - {None}
+        return before.repo == self.location.repo and len(revisions) < 2
 
     def folder(self) -> Path | None:
-        """Its files on this machine, which may not be all; None of what was never downloaded."""
-        base = self.place.snapshot() if isinstance(self.place, HubId) else self.place
+        """The files on this machine, perhaps incomplete; None if nothing was downloaded."""
+        base = self.location.snapshot() if isinstance(self.location, HubId) else self.location
         return None if base is None else base / self.subfolder
 
 
 def field_of(config: ModelConfig, part: str) -> str:
-    """The field of ModelConfig that says where a part is: its own, or `diffusion`."""
+    """The field of ModelConfig that names a part's source: its own, or `diffusion`."""
     return part if getattr(config, part) is not None else "diffusion"
 
 
 def part_source(config: ModelConfig, part: str) -> Source:
-    """Where a part is read from.
+    """Where a part is loaded from.
 
     `part` is `florence`, `language_model`, `vae`, `unet`, `text_encoder`, `tokenizer` or
     `scheduler`. Raises ModelError when a local folder does not exist.
     """
     field = field_of(config, part)
-    place, subfolder = getattr(config, field), "" if field == part else part
-    path = Path(place, subfolder)
+    value, subfolder = getattr(config, field), "" if field == part else part
+    path = Path(value, subfolder)
     if path.is_dir():
-        return Source(Path(place), subfolder)
-    if (hub_id := _hub_id(place)) is None:
+        return Source(Path(value), subfolder)
+    if (hub_id := _hub_id(value)) is None:
         raise ModelError(
-            f"{part}: there is no folder '{path}', and '{place}' is no hub id (owner/name or "
+            f"{part}: there is no folder '{path}', and '{value}' is not a hub id (owner/name or "
             f"owner/name@revision): set the model's '{field}' to a pretrained folder or hub id"
         )
     return Source(hub_id, subfolder)
 
 
-def _hub_id(place: str) -> HubId | None:
-    """None for a folder that is there, and for what is no hub id."""
-    return None if Path(place).is_dir() else HubId.parse(place)
+def _hub_id(value: str) -> HubId | None:
+    """The hub id in a field of ModelConfig; None for an existing folder."""
+    return None if Path(value).is_dir() else HubId.parse(value)
 
 
 def pin(
     config: ModelConfig, parts: Iterable[str], known: Mapping[str, str] | None = None
 ) -> ModelConfig:
-    """`config` with a commit in each hub id that `parts` are read from: `owner/name@commit`.
+    """`config` with the hub ids of `parts` pinned to a commit: `owner/name@commit`.
 
-    So all processes of a job read the same files, also after somebody has pushed to the repository.
-    `known` are the ids that an earlier attempt got, by field: an id without a revision gets the
-    same commit again. Raises ModelError where neither the hub nor its cache knows an id.
+    So all processes of a job read the same files, even after a push to the repository. `known` are
+    the pinned ids of an earlier attempt, by field: an id without a revision gets the same commit
+    again. Raises ModelError when neither the hub nor the local cache has an id.
     """
     pinned = {}
     for field in {field_of(config, part) for part in parts}:
@@ -188,7 +188,7 @@ def _with_absolute_folders(config: ModelConfig, base: Path) -> ModelConfig:
         path = Path(base, value).expanduser()
         return str(path.resolve()) if path.exists() or not HubId.parse(value) else value
 
-    values = {name: getattr(config, name) for name in PLACES}
+    values = {name: getattr(config, name) for name in SOURCE_FIELDS}
     return config.model_copy(
         update={name: absolute(value) for name, value in values.items() if value is not None}
     )
@@ -202,10 +202,10 @@ def _with_parts(config: ModelConfig, parts: Mapping[str, Any]) -> ModelConfig:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(known)}"
-            raise ModelError(f"a model has no part or size '{name}': {hint}")
+            raise ModelError(f"unknown model setting '{name}': {hint}")
     given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in parts.items()}
     try:
         merged = ModelConfig(**({name: getattr(config, name) for name in known} | given))
     except ValidationError as problem:
-        raise ModelError(f"these parts make no model: {one_line(problem)}") from problem
+        raise ModelError(f"invalid model settings: {one_line(problem)}") from problem
     return _with_absolute_folders(merged, Path.cwd())

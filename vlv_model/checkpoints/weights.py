@@ -1,7 +1,7 @@
-"""Checkpoints of trained weights: saved from a module, loaded into one, merged with their parents.
+"""Saves a module's trained weights, loads them, merges a checkpoint with its parents.
 
-Only what was trained is written, in float32; loads are strict. The files themselves are described
-in `vlv_model.checkpoints.files`.
+Only trained weights are saved, in float32; loading is strict. For the files see
+`vlv_model.checkpoints.files`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from vlv_model.checkpoints.files import (
     shapes_in,
     write_checkpoint,
 )
-from vlv_model.checkpoints.fingerprint import fingerprint_like, fingerprint_parts, is_same, short
+from vlv_model.checkpoints.fingerprint import (
+    fingerprint_like,
+    fingerprint_parts,
+    matches_fingerprint,
+    short,
+)
 from vlv_model.checkpoints.sources import part_source, resolve_model
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.errors import CheckpointError
@@ -45,7 +50,7 @@ __all__ = [
     "stages_of",
 ]
 
-LISTED = 4  # names in an error message
+_MAX_LISTED = 4  # names in an error message
 
 
 def save_checkpoint(
@@ -55,12 +60,12 @@ def save_checkpoint(
     weights: Mapping[str, Tensor] | None = None,
     more_files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write the trainable weights of `module` (those that require gradients), in float32.
+    """Write the weights of `module` that require gradients, in float32, atomically.
 
-    `weights` are those weights by name, where the module does not hold them itself: gathered from
-    ZeRO-3's partitions, or the float32 masters of bfloat16 ones. `more_files` are further tensors,
-    by file and name, that lie beside the weights. All or nothing. Raises CheckpointError when `folder` exists already, the parent is no checkpoint or
-    the weights are not the trainable ones of `module`, whole.
+    `weights` replaces the module's own: weights gathered from ZeRO-3's partitions, or the float32
+    master copies of bfloat16 weights. `more_files` are further tensors by file and name. Returns
+    the absolute path. Raises CheckpointError when `folder` already exists, the parent is not a
+    checkpoint, or `weights` are not the complete trainable weights of `module`.
     """
     weights = _trainable_weights(module, weights)
     config, _ = resolve_model(metadata.model)
@@ -83,70 +88,72 @@ def load_checkpoint(
     may_be_untrained: tuple[str, ...] = (),
     verify: bool = True,
 ) -> CheckpointInfo:
-    """Load a checkpoint into `module`, its parents first, strictly. Returns its checkpoint.json.
+    """Load a checkpoint into `module` strictly, its parents first. Returns its checkpoint.json.
 
-    Every tensor must have its place and shape; a trained part comes whole or not at all; each
-    of `module.new_parts`, which no pretrained model fills, must come from somewhere unless it is
-    in `may_be_untrained`. Only `module.passed_over`, parts of a stage-2 checkpoint that the module
-    does not have, are left in the file. `model` is what the module was built from: its parts must
-    have the fingerprints of those trained upon. `prefix` stands before the module's names in the
-    file. Weights take the type of the module's. Without `verify` the digests of the files are not
-    looked at: `verify_checkpoint` was called on this machine. Raises CheckpointError, before
-    anything was changed unless a file cannot be read to its end.
+    Names and shapes must match, and a trained part must be complete or absent. Each of
+    `module.new_parts`, which no pretrained model has, must be in the chain unless it is in
+    `may_be_untrained`. `module.ignored_parts`, parts of a stage-2 checkpoint that the module does
+    not have, are skipped.
+
+    `model` is what the module was built from: its parts must have the recorded fingerprints.
+    `prefix` precedes the module's names in the file. Weights are cast to the module's dtypes.
+    `verify=False` skips the digest checks, after `verify_checkpoint` on this machine. Raises
+    CheckpointError; the module is then unchanged, unless reading a tensor failed.
     """
     chain = read_chain(folder)
     if model is not None:
         _check_base_models(chain, model, module.base_parts)
-    found: dict[str, Any] = {}  # by name, the file of which a tensor is taken
+    file_of: dict[str, Any] = {}  # by tensor name, the open file to read it from
     with ExitStack() as files:
         for path, info in chain:
             weights = check_weights(path, info) if verify else path / WEIGHTS_FILE
             file = files.enter_context(open_tensors(weights))
             shapes = shapes_in(file)
             if info.stage == "stage2":
-                shapes = {n: s for n, s in shapes.items() if not _in_any(n, module.passed_over)}
+                shapes = {n: s for n, s in shapes.items() if not _in_any(n, module.ignored_parts)}
             _check_names(path, shapes, module, prefix, info.lora)
-            found |= dict.fromkeys(shapes, file)
-        filled = {name.removeprefix(prefix) for name in found}
+            file_of |= dict.fromkeys(shapes, file)
+        names = {name.removeprefix(prefix) for name in file_of}
         for part in module.new_parts:
-            if part not in may_be_untrained and not any(_in_any(name, [part]) for name in filled):
+            if part not in may_be_untrained and not any(_in_any(name, [part]) for name in names):
                 raise CheckpointError(
                     f"'{folder}' leaves {prefix}{part} untrained: give a checkpoint of the stage "
                     "that trains it"
                 )
         parameters = {name_in_file(name): p for name, p in module.named_parameters()}
         with torch.no_grad():
-            for name, file in found.items():
+            for name, file in file_of.items():
                 parameters[name.removeprefix(prefix)].copy_(file.get_tensor(name))
     return chain[-1][1]
 
 
 def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Write a checkpoint to `target` that stands alone: `folder`'s weights and all its parents'.
+    """Write `folder`'s weights and all its parents' to `target`, a checkpoint without a parent.
 
-    Where both have a tensor the child's is taken. What `folder` says about itself is kept, but for
-    the parent, which is gone, and for the base models, which are those of all. Returns `target`'s absolute path; raises CheckpointError when it
-    exists already or anything in the chain is missing or damaged.
+    A tensor of the child replaces the parent's. The manifest is the child's, with the base models
+    of the whole chain. Returns `target`'s absolute path. Raises CheckpointError when it already
+    exists or anything in the chain is missing or damaged.
     """
     chain = read_chain(folder)
     weights: dict[str, Tensor] = {}
     for path, info in chain:
         weights |= read_weights(path, info)
-    own = {"format_version", "tensors", "sha256", "parent", "merged_stages", "more_files"}
+    rewritten = {"format_version", "tensors", "sha256", "parent", "merged_stages", "more_files"}
     merged_stages = _stages(chain)[:-1]
     base_models: dict[str, str] = {}
-    for _, info in chain:  # stage 1 knows the UNet's fingerprint, stage 2 the language model's
+    for _, info in chain:  # stage 1 has the UNet's fingerprint, stage 2 the language model's
         base_models |= info.base_models
-    about = chain[-1][1].model_dump(exclude=own)
+    about = chain[-1][1].model_dump(exclude=rewritten)
     about |= {"merged_stages": merged_stages, "base_models": base_models}
     return write_checkpoint(target, weights, about)
 
 
 def stages_of(folder: str | os.PathLike[str], *, verify: bool = True) -> list[str]:
-    """Stages that trained the weights of a checkpoint and its parents, the oldest first.
+    """Stages that trained the weights of a checkpoint and its parents, oldest first.
 
-    Reads every file of the chain and raises CheckpointError where one is missing or damaged, so
-    that a run can be refused before any model is loaded. Without `verify` manifests alone.
+    Checks the digests of the whole chain, so a job can fail before it loads a model;
+    `verify=False` reads only the manifests. Raises CheckpointError when a file is missing or
+    damaged.
     """
     chain = read_chain(folder)
     for path, info in chain if verify else []:
@@ -164,16 +171,16 @@ def _trainable_weights(module: nn.Module, given: Mapping[str, Tensor] | None) ->
     if not trainable:
         raise CheckpointError(f"{type(module).__name__} has no trainable weights to save")
     weights = trainable if given is None else given
-    # ZeRO-3 leaves an empty shell in a parameter's place, which still knows the whole shape.
+    # ZeRO-3 replaces a parameter by an empty tensor; ds_shape is the full shape.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trainable.items()}
-    misfits = describe_misfits(shapes_of(weights), shapes)
+    mismatches = describe_mismatches(shapes_of(weights), shapes)
     empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
     if empty:
-        misfits = [*misfits, f"{len(empty)} tensors empty ({_listed(empty)})"]
-    if misfits:
+        mismatches = [*mismatches, f"{len(empty)} tensors empty ({_listed(empty)})"]
+    if mismatches:
         raise CheckpointError(
             f"the weights to save are not the trainable ones of {type(module).__name__}: "
-            f"{'; '.join(misfits)}: gather the whole tensors from all workers first"
+            f"{'; '.join(mismatches)}: gather the whole tensors from all workers first"
         )
     return {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in weights.items()}
 
@@ -192,28 +199,29 @@ def _check_names(
     prefix: str,
     lora: Lora,
 ) -> None:
-    """Unexpected, missing and misshapen tensors of one checkpoint, named."""
+    """Raise CheckpointError that names unexpected, missing and misshapen tensors."""
     shapes = {prefix + name_in_file(name): p.shape for name, p in module.named_parameters()}
     shapes = {name: shape for name, shape in shapes.items() if belongs_in_file(name, lora)}
     parts = [prefix + part for part in module.trained_parts]
     present = [part for part in parts if any(_in_any(name, [part]) for name in found)]
     expected = {name: shape for name, shape in shapes.items() if _in_any(name, present)}
-    if misfits := describe_misfits(found, expected):
+    if mismatches := describe_mismatches(found, expected):
         raise CheckpointError(
-            f"'{folder}' does not fit {type(module).__name__}: {'; '.join(misfits)}: "
+            f"'{folder}' does not fit {type(module).__name__}: {'; '.join(mismatches)}: "
             "give a checkpoint of this model and stage"
         )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    """The shape of each tensor, by name."""
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def describe_misfits(
+def describe_mismatches(
     found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """How names and shapes of tensors differ from those expected, a phrase for each way."""
-    ways = {
+    """How names and shapes of tensors differ from the expected ones: one phrase per kind."""
+    kinds = {
         "unexpected": sorted(found.keys() - expected.keys()),
         "missing": sorted(expected.keys() - found.keys()),
         "of another shape": [
@@ -223,12 +231,12 @@ def describe_misfits(
         ],
     }
     return [
-        f"{len(names)} tensors {way} ({_listed(names)})" for way, names in ways.items() if names
+        f"{len(names)} tensors {kind} ({_listed(names)})" for kind, names in kinds.items() if names
     ]
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)
+    return ", ".join(names[:_MAX_LISTED]) + ", ..." * (len(names) > _MAX_LISTED)
 
 
 def _in_any(name: str, parts: Sequence[str]) -> bool:
@@ -236,7 +244,7 @@ def _in_any(name: str, parts: Sequence[str]) -> bool:
 
 
 def _check_base_models(chain: Chain, model: ModelConfig, parts: Sequence[str]) -> None:
-    # Most parts are recorded by each checkpoint of the chain, and looked at once.
+    # Most parts are recorded by each checkpoint of the chain; each is checked once.
     recorded = {
         (part, info.base_models[part]): folder
         for folder, info in chain
@@ -245,9 +253,9 @@ def _check_base_models(chain: Chain, model: ModelConfig, parts: Sequence[str]) -
     }
     for (part, trained), folder in recorded.items():
         source = part_source(model, part)
-        if not is_same(trained, source):
-            here = short(fingerprint_like(trained, source))
+        if not matches_fingerprint(trained, source):
+            current = short(fingerprint_like(trained, source))
             raise CheckpointError(
-                f"'{folder}' was trained upon another {part}: its fingerprint was {short(trained)}, "
-                f"that of '{source}' is {here}: set the model's {part} to the one of that training"
+                f"'{folder}' was trained with another {part}: its fingerprint was {short(trained)}, "
+                f"that of '{source}' is {current}: set the model's {part} to the one of that run"
             )

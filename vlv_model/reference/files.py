@@ -1,8 +1,8 @@
-"""Checkpoints of the published implementation, as files: found, opened safely, put together.
+"""Reads checkpoint files of the published implementation safely.
 
-Its stage 1 is a DeepSpeed checkpoint (a folder with `latest`, or that of one step) or a state dict
-made of one; its stage 2 is `model.pt`. All but safetensors are pickles. They are opened
-for their tensors alone: whatever else a file asks for is refused, not run.
+Its stage 1 is a DeepSpeed checkpoint (a folder with `latest`, or the folder of one step) or a state
+dict consolidated from one; its stage 2 is `model.pt`. All but safetensors are pickles: only tensors
+are unpickled, anything else is rejected and not run.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _MODEL_STATES = "*mp_rank_00_model_states.pt"
 _OPTIMIZER_STATES = "*zero_pp_rank_*_optim_states.pt"
 
 
-class _Inert:
-    """Stands for DeepSpeed's own objects beside the tensors of an optimiser: holds, does nothing."""
+class _Placeholder:
+    """Replaces DeepSpeed's own objects in optimiser files, so that its code is never run."""
 
     def __init__(self, *_: Any) -> None:
         pass
 
 
 _DEEPSPEED_OBJECTS = [
-    (_Inert, f"deepspeed.{name}")
+    (_Placeholder, f"deepspeed.{name}")
     for name in (
         "runtime.fp16.loss_scaler.LossScaler",
         "runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -52,22 +52,22 @@ _DEEPSPEED_OBJECTS = [
 
 @dataclass(frozen=True)
 class Reference:
-    """A published state dict: tensors by name, the files' SHA-256 by name, the step if known."""
+    """A published state dict: tensors by name, SHA-256 by file name, and the step if known."""
 
     tensors: dict[str, Tensor]
     digests: dict[str, str]
     step: int | None
-    drops_copies: bool  # safetensors keeps one name of tensors that several names share
+    omits_shared: bool  # safetensors stores a tensor with several names under one of them
 
 
 def read_reference(path: Path) -> Reference:
-    """Open a file or folder. Raises CheckpointError, one line, for what is no state dict of tensors."""
+    """Read a file or folder. Raises CheckpointError unless it is a state dict of tensors."""
     try:
         return _read(path)
     except CheckpointError:
         raise
     except Exception as problem:
-        # A malformed pickle, zip, index or partition brings about whatever its reader did not expect.
+        # A malformed pickle, zip file, index or partition can raise anything.
         raise CheckpointError(
             f"'{path}' cannot be read as a checkpoint of the published implementation "
             f"({type(problem).__name__}: {one_line(problem)}): if it is one, copy it again"
@@ -77,12 +77,12 @@ def read_reference(path: Path) -> Reference:
 def _read(path: Path) -> Reference:
     files = _files(path)
     if any(file.name.endswith("_model_states.pt") for file in files):
-        tensors = _deepspeed(files)
+        tensors = _deepspeed_weights(files)
     else:
         tensors = {}
         for file in files:
             tensors |= _state_dict(file)
-    # What torch.compile and data-parallel wrappers put before names.
+    # Prefixes of torch.compile and of data-parallel wrappers.
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -90,16 +90,16 @@ def _read(path: Path) -> Reference:
         tensors,
         {file.name: sha256_of(file) for file in files},
         _step_of(path, files[0]),
-        drops_copies=files[0].suffix == ".safetensors",
+        omits_shared=files[0].suffix == ".safetensors",
     )
 
 
 def _files(path: Path) -> list[Path]:
-    """The files to read; of a DeepSpeed folder the optimiser's too where the weights are there."""
+    """The files to read; for a DeepSpeed folder with weights, the optimiser files too."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise CheckpointError(f"'{path}' is not there: give a checkpoint's file or folder")
+        raise CheckpointError(f"'{path}' does not exist: give a checkpoint file or folder")
     latest = path / "latest"
     if latest.is_file():
         path = path / Path(latest.read_text(encoding="utf-8").strip()).name
@@ -150,12 +150,12 @@ def _tensors(file: Path, content: Any) -> dict[str, Tensor]:
     if not named or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise CheckpointError(f"'{file}' is no state dict: expected tensors by name")
+        raise CheckpointError(f"'{file}' is not a state dict: expected tensors by name")
     for name, value in content.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "without values" if value.is_meta else "sparse or quantised"
             raise CheckpointError(
-                f"'{file}' holds {name} as a tensor that is {kind}: expected plain numbers"
+                f"'{file}' has {name} as a tensor that is {kind}: expected a dense tensor"
             )
     return dict(content)
 
@@ -172,8 +172,8 @@ def _open(file: Path) -> Any:
         asked = re.search(r"(?:GLOBAL|global:) (?:GLOBAL )?([\w.]+)", str(problem))
         what = f" ('{asked[1]}')" if asked else ""
         raise CheckpointError(
-            f"'{file}' is refused: beside tensors it holds something that could run code{what}, or "
-            "it is no torch file: give a state dict of tensors alone"
+            f"'{file}' is rejected: it contains an object that could run code{what}, or it is not a "
+            "torch file: give a state dict of tensors only"
         ) from problem
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as problem:
         raise CheckpointError(f"'{file}' cannot be read: {one_line(problem)}") from problem
@@ -182,11 +182,11 @@ def _open(file: Path) -> Any:
 # ------------------------------------------------------------------------------------ DeepSpeed
 
 
-def _deepspeed(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The weights of a DeepSpeed checkpoint: whole under ZeRO 0-2, else put together.
+def _deepspeed_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights of a DeepSpeed checkpoint.
 
-    Where the module was kept in less than float32, or in parts (ZeRO-3), the float32 weights are
-    taken from the optimiser's partitions.
+    If the module's weights are not float32, or are partitioned (ZeRO-3), the float32 weights come
+    from the optimiser's partitions.
     """
     states = [_open(file) for file in files if file.name.endswith("_model_states.pt")]
     shards = [file for file in files if file.name.endswith("_optim_states.pt")]
@@ -197,13 +197,13 @@ def _deepspeed(files: Sequence[Path]) -> dict[str, Tensor]:
     if not partitioned and not (rounded and shards):
         return weights
     if not shards:
-        raise CheckpointError(f"'{files[0].parent}' lacks the optimiser's files: copy all of it")
+        raise CheckpointError(f"'{files[0].parent}' lacks the optimiser files: copy all of it")
     parts = [_open(file)["optimizer_state_dict"] for file in shards]
     count = parts[0]["partition_count"]
     world_size = max(count) if isinstance(count, list) else count
     if world_size != len(parts) or (partitioned and world_size != len(states)):
         raise CheckpointError(
-            f"'{files[0].parent}' holds {len(parts)} of {world_size} partitions: copy all of them"
+            f"'{files[0].parent}' has {len(parts)} of {world_size} partitions: copy all of them"
         )
     weights |= _zero3(states, parts) if partitioned else _zero2(states[0], parts)
     for alias, name in states[0].get("shared_params", {}).items():
@@ -212,7 +212,7 @@ def _deepspeed(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _zero2(state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """ZeRO 1 and 2: each group of parameters is one vector, cut into equal parts by rank."""
+    """ZeRO-1 and 2: each parameter group is one vector, split evenly between ranks."""
     paddings = parts[0].get("param_alignment_paddings")
     weights = {}
     for group, shapes in enumerate(state["param_shapes"]):
@@ -227,7 +227,7 @@ def _zero2(state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict
 def _zero3(
     states: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """ZeRO-3: each parameter by itself is cut into equal parts by rank, the last one padded."""
+    """ZeRO-3: each parameter is split evenly between ranks, the last part padded."""
     vectors = [torch.cat([*part["fp32_flat_groups"]]) for part in parts]
     weights, offset = {}, 0
     for name, shape in ((n, s) for group in states[0]["param_shapes"] for n, s in group.items()):

@@ -1,8 +1,8 @@
-"""Names of the published implementation's weights, beside ours.
+"""Names of the published implementation's weights, and ours.
 
-Facts of a file format, to read its checkpoints: its Florence-2 has the layout of the remote code
-that Microsoft published, not that of transformers' own classes; its text encoder has
-`text_model.` before every name; stage 2 has all of stage 1 under `VLV_model.`, without VAE and UNet.
+Its Florence-2 has the layout of Microsoft's remote code, not of transformers' own classes. Its text
+encoder has the prefix `text_model.`. Stage 2 contains stage 1, without VAE and UNet, under
+`VLV_model.`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VISION = "encoder.florence.vision_tower"
 _PROJECTOR = "encoder.florence.multi_modal_projector"
 _BLOCK = "vision_tower.blocks.{stage}.{block}"
 
-# (ours, theirs); {rest} is any remainder of a name, other fields are one component of it.
+# (ours, theirs); {rest} matches the rest of a name, other fields match one component.
 STAGE1_NAMES = (
     ("encoder.learnable_queries", "query_embed"),
     ("encoder.caption_projector.{rest}", "language_proj.{rest}"),
@@ -50,24 +50,24 @@ STAGE2_NAMES = (
     ("language_model.{rest}", "qwen2_model.{rest}"),
 )
 
-# A matrix that multiplies from the right there, and a linear layer's weight here.
+# A plain matrix there (x @ W), the weight of a linear layer here.
 TRANSPOSED = ("model.image_projection",)
-# Tables that transformers padded with rows for tokens that the published vocabulary lacks.
+# Tables that transformers pads with rows for tokens the published vocabulary lacks.
 PADDED = tuple(
     f"model.language_model.model.{table}.weight"
     for table in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
 )
-# Of Florence-2's word predictions, which nothing here reads.
+# Florence-2's language-modelling head, unused here.
 HEAD = "model.language_model.lm_head.weight"
 BIAS = "model.language_model.final_logits_bias"
-# A buffer that older versions of transformers saved, and the table that it counts through.
+# A buffer that older versions of transformers saved, and the table that it indexes.
 POSITION_IDS = "text_encoder.text_model.embeddings.position_ids"
 POSITIONS = "text_encoder.text_model.embeddings.position_embedding.weight"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that the published state dict has, and its place in our model."""
+    """A tensor of the published state dict, and its name in our model."""
 
     ours: str
     shape: list[int]
@@ -76,7 +76,7 @@ class Expected:
 
 
 def expected_tensors(weights: Mapping[str, Tensor], stage: str) -> dict[str, Expected]:
-    """By their names, the tensors of `weights`: the state dict of a model of that stage."""
+    """The published tensors of a stage by their names, from our model's state dict `weights`."""
     names = STAGE2_NAMES if stage == "stage2" else STAGE1_NAMES
     rules = [(_pattern(ours), theirs) for ours, theirs in names]
     found: dict[str, Expected] = {}

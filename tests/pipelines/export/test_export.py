@@ -174,7 +174,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        "vlv_model.checkpoints.export.put_checkpoint", full
+        "vlv_model.checkpoints.export.write_checkpoint_files", full
     )  # the last thing that is written
     with pytest.raises(OSError, match="No space left"):
         export(config(tmp_path / "captioner", trained.run))

@@ -161,5 +161,5 @@ def test_shipped_stage1_weights_open_wherever_they_are_moved(models: Path, tmp_p
     with pytest.raises(RunError, match="exists already"):
         ship_stage1(run, models, shipped)
     other = write_tiny_models(tmp_path / "other", seed=3)
-    with pytest.raises(CheckpointError, match="trained upon another"):
+    with pytest.raises(CheckpointError, match="trained with another"):
         ship_stage1(run, other, tmp_path / "third")

@@ -287,7 +287,7 @@ def test_an_optimizer_that_is_damaged_or_of_another_model_is_refused(
         verify_checkpoint(folder)
     file.write_bytes(file.read_bytes()[:-1])
     assert not is_finished(folder)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         load_optimizer(Engine(), folder)
     file.unlink()
     assert not is_finished(folder)

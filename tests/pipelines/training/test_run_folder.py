@@ -84,7 +84,9 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     assert said[:3] == [f"open: {first}", f"load: {first}", f"save: {first}"]
     assert said[3] == f"push={pushed}: {first}"
     assert f"model.florence: {first} there, some/florence@{SECOND} here" in said[4]
-    assert "'some/florence@v9' is no local folder, and the model hub does not give it" in said[5]
+    assert (
+        "'some/florence@v9' is not a local folder, and the model hub does not provide it" in said[5]
+    )
 
     # Another machine, which has no hub, and downloaded more files than the first one before.
     here = tmp_path / "two/hub/models--some--florence/snapshots" / FIRST
@@ -99,7 +101,9 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     assert said[1].endswith(f": {first}")
     assert said[2].endswith(f": {copy}")  # a folder of the same files
     assert f"{first} there, {other} here" in said[3]
-    assert "'nobody/nothing' is no local folder, and the model hub does not give it" in said[4]
+    assert (
+        "'nobody/nothing' is not a local folder, and the model hub does not provide it" in said[4]
+    )
 
 
 def test_a_run_of_before_on_relative_folders_goes_on(

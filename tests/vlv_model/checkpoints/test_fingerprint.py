@@ -12,7 +12,7 @@ from vlv_model.checkpoints.fingerprint import (
     fingerprint,
     fingerprint_parts,
     is_digest,
-    is_same,
+    matches_fingerprint,
     sha256_of,
     short,
 )
@@ -28,20 +28,20 @@ def unet(tiny, tmp_path):
     return Path(shutil.copytree(tiny / "diffusion" / "unet", tmp_path / "unet"))
 
 
-def test_a_copy_elsewhere_has_the_same_fingerprint(tiny, unet):
+def test_a_copy_in_another_folder_has_the_same_fingerprint(tiny, unet):
     assert fingerprint(unet) == fingerprint(Source(tiny / "diffusion", "unet"))
     assert is_digest(fingerprint(unet))
 
 
-def test_settings_and_weights_count(unet):
+def test_settings_and_weights_change_the_fingerprint(unet):
     before = fingerprint(unet)
     config = json.loads((unet / "config.json").read_text())
     (unet / "config.json").write_text(json.dumps({**config, "norm_num_groups": 8}))
     assert fingerprint(unet) != before
 
 
-def test_what_is_not_opened_does_not_count(unet):
-    """Which variants of the weights lie beside, and what libraries note, differs between machines."""
+def test_files_that_are_not_opened_do_not_change_it(unet):
+    """Other variants of the weights and the library's keys differ between machines."""
     before = fingerprint(unet)
     (unet / "README.md").write_text("notes")
     weights = next(unet.glob("*.safetensors"))
@@ -71,7 +71,7 @@ def test_weights_in_several_files_are_those_of_the_index(tiny, tmp_path):
     assert fingerprint(model) == whole
 
 
-def test_schedules_and_tokenizers_have_one_too(tiny, tmp_path):
+def test_schedules_and_tokenizers_have_fingerprints(tiny, tmp_path):
     for part, file in (("scheduler", "scheduler_config.json"), ("tokenizer", "tokenizer.json")):
         copy = Path(shutil.copytree(tiny / "diffusion" / part, tmp_path / part))
         before = fingerprint(copy)
@@ -81,7 +81,7 @@ def test_schedules_and_tokenizers_have_one_too(tiny, tmp_path):
         assert fingerprint(copy) != before
 
 
-def test_a_changed_weight_is_seen_where_it_is_sampled(unet):
+def test_a_changed_weight_in_a_sample_changes_it(unet):
     weights = next(unet.glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     before = fingerprint(unet)
@@ -95,17 +95,17 @@ def test_a_changed_weight_is_seen_where_it_is_sampled(unet):
     assert fingerprint(unet) != before
 
 
-def test_a_part_that_is_not_here_has_its_name_which_says_nothing(tiny):
+def test_a_part_not_on_this_machine_has_its_name_which_matches_any_digest(tiny):
     assert fingerprint(NOWHERE) == "nobody/nothing/unet"
     digest = fingerprint(tiny / "florence")
-    assert is_same(digest, NOWHERE)
-    assert is_same("nobody/nothing", Source(tiny / "florence"))
-    assert is_same(digest, Source(tiny / "florence"))
-    assert not is_same(digest, Source(tiny / "language_model"))
+    assert matches_fingerprint(digest, NOWHERE)
+    assert matches_fingerprint("nobody/nothing", Source(tiny / "florence"))
+    assert matches_fingerprint(digest, Source(tiny / "florence"))
+    assert not matches_fingerprint(digest, Source(tiny / "language_model"))
 
 
-def test_a_digest_of_before_is_compared_by_its_own_rule(unet):
-    """It was taken of the bytes of config.json and of every safetensors file in the folder."""
+def test_a_digest_of_an_older_version_is_compared_by_its_own_rule(unet):
+    """It covers the bytes of config.json and every safetensors file in the folder."""
     digest = hashlib.sha256()
     for path in (unet / "config.json", unet / "diffusion_pytorch_model.safetensors"):
         content = path.read_bytes()
@@ -120,24 +120,24 @@ def test_a_digest_of_before_is_compared_by_its_own_rule(unet):
             digest.update(content[start : start + SAMPLE_BYTES])
     before = f"sha256:{digest.hexdigest()}"
     assert is_digest(before)
-    assert is_same(before, Source(unet))
-    assert is_same(before, NOWHERE)
+    assert matches_fingerprint(before, Source(unet))
+    assert matches_fingerprint(before, NOWHERE)
     settings = json.loads((unet / "config.json").read_text())
     (unet / "config.json").write_text(json.dumps({**settings, "another": 1}))
-    assert not is_same(before, Source(unet))
+    assert not matches_fingerprint(before, Source(unet))
     (unet / "diffusion_pytorch_model.safetensors").unlink()
-    assert is_same(before, Source(unet))  # half downloaded: that says nothing
+    assert matches_fingerprint(before, Source(unet))  # half downloaded: not comparable
 
 
-def test_of_two_names_repository_and_commit_decide():
+def test_names_are_compared_by_repository_and_commit():
     one, other = (Source(HubId("some/model", commit * 40), "vae") for commit in "12")
-    assert is_same(str(one), one)
-    assert is_same("some/model/vae", one)
-    assert not is_same(str(one), other)
-    assert not is_same("another/model/vae", one)
+    assert matches_fingerprint(str(one), one)
+    assert matches_fingerprint("some/model/vae", one)
+    assert not matches_fingerprint(str(one), other)
+    assert not matches_fingerprint("another/model/vae", one)
 
 
-def test_diffusers_reads_its_own_name_of_weights(unet):
+def test_diffusers_weights_have_another_file_name(unet):
     own = unet / "diffusion_pytorch_model.safetensors"
     shutil.copy(own, unet / "model.safetensors")
     before = fingerprint(unet)
@@ -146,12 +146,12 @@ def test_diffusers_reads_its_own_name_of_weights(unet):
     assert fingerprint(unet) != before
 
 
-def test_shown_short(unet):
+def test_short_form(unet):
     assert short("sha256:" + "0123456789abcdef" * 4) == "sha256:0123456789ab"
     assert short("nobody/nothing") == "nobody/nothing"
 
 
-def test_parts_are_listed_by_name(tiny):
+def test_fingerprints_of_parts_by_name(tiny):
     config, _ = resolve_model(tiny)
     assert fingerprint_parts(config, ("vae", "florence")) == {
         "vae": fingerprint(tiny / "diffusion" / "vae"),

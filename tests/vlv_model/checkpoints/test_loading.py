@@ -46,7 +46,7 @@ def message_of(error) -> str:
     return str(error.value)
 
 
-def test_a_model_folder_is_read_relative_to_itself(models, monkeypatch):
+def test_paths_in_a_model_folder_are_relative_to_it(models, monkeypatch):
     monkeypatch.chdir(models.parent)
     config, checkpoint = resolve_model("models")
     assert checkpoint is None
@@ -63,7 +63,7 @@ def test_hub_ids_stay_and_relative_folders_become_absolute(models, monkeypatch):
     assert config.language_model == "Qwen/Qwen2.5-3B"
 
 
-def test_parts_can_be_named_one_by_one(models, config):
+def test_diffusion_parts_can_be_given_one_by_one(models, config):
     shutil.move(models / "diffusion" / "vae", models / "another_vae")
     own = config.model_copy(update={"vae": str(models / "another_vae")})
     assert VLVAutoEncoder.from_pretrained(own).latent_shape == (LATENT_CHANNELS, 8, 8)
@@ -71,7 +71,7 @@ def test_parts_can_be_named_one_by_one(models, config):
         load_diffusion(config)
 
 
-def test_parts_given_by_name_make_a_model_or_win_over_one(models, monkeypatch):
+def test_parts_given_by_name_define_a_model_or_override_one(models, monkeypatch):
     monkeypatch.chdir(models)
     named = {"florence": "florence", "diffusion": models / "diffusion", "encoder_image_size": 128}
     encoder = VLVEncoder.from_pretrained(num_queries=5, **named)
@@ -86,7 +86,7 @@ def test_parts_given_by_name_make_a_model_or_win_over_one(models, monkeypatch):
     assert captioner.encoder.num_queries == 5
 
 
-def test_a_checkpoint_alone_brings_its_model(models):
+def test_a_checkpoint_alone_gives_its_model(models):
     config, _ = resolve_model(models)
     (models / "checkpoint.json").write_text(json.dumps({"model": config.model_dump()}))
     assert resolve_checkpoint(None, models) == (config, models)
@@ -96,16 +96,16 @@ def test_a_checkpoint_alone_brings_its_model(models):
 @pytest.mark.parametrize(
     ("parts", "match"),
     [
-        ({"florense": "x"}, "no part or size 'florense': did you mean 'florence'"),
-        ({"zzz": "x"}, "no part or size 'zzz': expected one of florence, "),
-        ({"num_queries": 0}, "these parts make no model: num_queries: "),
-        ({"num_queries": True}, "these parts make no model: num_queries: "),
-        ({"prompt": ""}, "these parts make no model: prompt: "),
-        ({"projector_seed": -1}, "these parts make no model: projector_seed: "),
-        ({"projector_seed": 2**63}, "these parts make no model: projector_seed: "),
+        ({"florense": "x"}, "unknown model setting 'florense': did you mean 'florence'"),
+        ({"zzz": "x"}, "unknown model setting 'zzz': expected one of florence, "),
+        ({"num_queries": 0}, "invalid model settings: num_queries: "),
+        ({"num_queries": True}, "invalid model settings: num_queries: "),
+        ({"prompt": ""}, "invalid model settings: prompt: "),
+        ({"projector_seed": -1}, "invalid model settings: projector_seed: "),
+        ({"projector_seed": 2**63}, "invalid model settings: projector_seed: "),
     ],
 )
-def test_unknown_and_unfit_parts_are_named_in_one_line(tiny, kind, parts, match):
+def test_unknown_and_invalid_parts_are_named_in_one_line(tiny, kind, parts, match):
     with pytest.raises(ModelError, match=match) as error:
         kind.from_pretrained(tiny, **parts)
     message_of(error)
@@ -121,7 +121,7 @@ WRONG_KINDS = {
 
 
 @pytest.mark.parametrize("part", WRONG_KINDS)
-def test_a_folder_of_another_kind_is_refused(models, config, part):
+def test_a_folder_of_another_kind_is_rejected(models, config, part):
     folder, load, match = WRONG_KINDS[part]
     with pytest.raises(ModelError, match=f"{part}: .*{match}") as error:
         load(config.model_copy(update={part: str(models / folder)}))
@@ -136,7 +136,7 @@ def test_the_text_encoders_width_is_not_read_from_another_kind(models, config):
 
 @pytest.mark.parametrize("content", ["{}", "[]", "", "null", '{"model_type": ["qwen2"]}', "\xff"])
 @pytest.mark.parametrize("part", ["florence", "language_model", "text_encoder", "vae"])
-def test_a_broken_configuration_is_refused_before_anything_is_built(
+def test_a_broken_configuration_is_rejected_before_anything_is_built(
     models, config, monkeypatch, part, content
 ):
     folder = models if part in ("florence", "language_model") else models / "diffusion"
@@ -147,7 +147,7 @@ def test_a_broken_configuration_is_refused_before_anything_is_built(
     message_of(error)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_rejected(tmp_path):
     with pytest.raises(ModelError, match=r"neither checkpoint\.json nor model\.json") as error:
         resolve_model(tmp_path)
     message_of(error)
@@ -159,17 +159,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         ("{", "model.json"),
         ("[]", "model.json"),
         ('{"florense": "x"}', "florense"),
-        ("\xff", "cannot be read as a model"),
+        ("\xff", "cannot read a model from"),
     ],
 )
-def test_a_broken_model_file_is_refused(models, content, named):
+def test_a_broken_model_file_is_rejected(models, content, named):
     (models / "model.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=named) as error:
         resolve_model(models)
     message_of(error)
 
 
-def test_a_model_and_another_checkpoint_are_refused(models, tmp_path):
+def test_a_model_and_another_checkpoint_are_rejected(models, tmp_path):
     content = {"model": resolve_model(models)[0].model_dump()}
     (models / "checkpoint.json").write_text(json.dumps(content))
     assert resolve_checkpoint(models, None)[1] == models
@@ -219,7 +219,7 @@ def test_a_pickle_is_not_opened(models, config, file, pickled, load):
 
 
 @pytest.mark.parametrize("part", ["florence", "language_model", "diffusion/text_encoder"])
-def test_a_tensor_that_is_missing_is_not_made_up(models, config, part):
+def test_a_missing_tensor_is_an_error(models, config, part):
     lost: list[str] = []
 
     def drop_one(weights):
@@ -233,7 +233,7 @@ def test_a_tensor_that_is_missing_is_not_made_up(models, config, part):
     assert lost[0].split("layers.0")[1] in message_of(error)
 
 
-def test_a_diffusion_tensor_that_is_missing_is_not_made_up(models, config):
+def test_a_missing_diffusion_tensor_is_an_error(models, config):
     rewrite(
         models / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors",
         lambda weights: {n: t for n, t in weights.items() if n != "conv_out.bias"},
@@ -242,7 +242,7 @@ def test_a_diffusion_tensor_that_is_missing_is_not_made_up(models, config):
         load_diffusion(config)
 
 
-def test_florence_in_microsofts_layout_is_one_line_that_says_how_to_convert_it(
+def test_florence_in_microsofts_layout_is_an_error_that_says_how_to_convert_it(
     models, config, capfd
 ):
     path = models / "florence" / "config.json"
@@ -259,7 +259,7 @@ def test_florence_in_microsofts_layout_is_one_line_that_says_how_to_convert_it(
     assert capfd.readouterr() == ("", "")
 
 
-def test_names_of_another_layout_are_one_line(models, config, capfd):
+def test_tensor_names_of_another_layout_are_one_line(models, config, capfd):
     rewrite(
         models / "florence" / "model.safetensors",
         lambda weights: {f"other.{name}": tensor for name, tensor in weights.items()},
@@ -271,7 +271,7 @@ def test_names_of_another_layout_are_one_line(models, config, capfd):
 
 
 @pytest.mark.parametrize("load", [load_florence, load_text_encoder, load_language_model])
-def test_parts_in_bfloat16_are_rounded_and_their_tables_are_not(config, load):
+def test_bfloat16_rounds_weights_and_not_buffers(config, load):
     def loaded(precision):
         found = load(config, precision)
         return found[0] if isinstance(found, tuple) else found
@@ -285,7 +285,7 @@ def test_parts_in_bfloat16_are_rounded_and_their_tables_are_not(config, load):
         assert torch.equal(table, tables[name])
 
 
-def test_models_open_in_bfloat16_as_if_they_were_cast(config):
+def test_loading_in_bfloat16_equals_casting(config):
     for kind in (VLVAutoEncoder, VLVCaptioner):
         given = {"for_training": True} if kind is VLVCaptioner else {}
         low = kind.from_pretrained(config, precision="bfloat16", **given).state_dict()
@@ -305,7 +305,7 @@ def test_a_damaged_file_is_named(models, config, damage):
     message_of(error)
 
 
-def test_another_shape_is_refused(models, config):
+def test_another_shape_is_rejected(models, config):
     rewrite(
         models / "language_model" / "model.safetensors",
         lambda weights: {n: t.repeat(2, *[1] * (t.dim() - 1)) for n, t in weights.items()},
@@ -323,7 +323,7 @@ def test_another_shape_is_refused(models, config):
         ("language_model", load_caption_tokenizer),
     ],
 )
-def test_a_tokenizer_without_its_vocabulary_is_refused(models, config, part, load):
+def test_a_tokenizer_without_its_vocabulary_is_rejected(models, config, part, load):
     (models / part / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=part.split("/")[-1]) as error:
         load(config)
@@ -349,7 +349,7 @@ def test_weights_published_in_bfloat16_are_loaded_in_float32(models, config):
 
 
 def test_the_published_layout_of_the_text_encoder_is_read(models, config):
-    """On the hub, Stable Diffusion's text encoder has `text_model.` before every name."""
+    """On the hub, Stable Diffusion's text encoder has the prefix `text_model.`."""
     path = models / "diffusion" / "text_encoder" / "model.safetensors"
     expected, _ = load_text_encoder(config)
     rewrite(
@@ -373,7 +373,7 @@ SHARDED = {
 
 @pytest.mark.parametrize("part", SHARDED)
 def test_weights_in_shards_are_read_through_their_index(models, config, part):
-    """Larger models are published so: Qwen2.5-3B in two shards."""
+    """Large models are published in shards: Qwen2.5-3B in two."""
     folder, load = SHARDED[part]
 
     def loaded():

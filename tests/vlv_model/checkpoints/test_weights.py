@@ -1,4 +1,4 @@
-"""One checkpoint: what is written, what is read back, what is refused."""
+"""Saving and loading one checkpoint, and the errors of bad ones."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.vlv_model.made_checkpoints import metadata, refused, same_weights, tamper
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoints.files import put_checkpoint, write_checkpoint
+from vlv_model.checkpoints.files import write_checkpoint, write_checkpoint_files
 from vlv_model.checkpoints.fingerprint import sha256_of
 from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint, save_checkpoint
 from vlv_model.encoder import VLVEncoder
@@ -20,7 +20,7 @@ from vlv_model.errors import CheckpointError
 from vlv_model.tiny import write_tiny_models
 
 
-def test_only_trained_weights_are_written_and_come_back_exactly(stage1, trained_autoencoder):
+def test_only_trained_weights_are_saved_and_they_load_exactly(stage1, trained_autoencoder):
     weights = load_file(stage1 / "model.safetensors")
     trained = {n for n, p in trained_autoencoder.named_parameters() if p.requires_grad}
     assert weights.keys() == trained
@@ -34,13 +34,13 @@ def test_only_trained_weights_are_written_and_come_back_exactly(stage1, trained_
     assert [path.name for path in stage1.parent.iterdir()] == ["step_7"]  # no temporary left
 
 
-def test_the_model_folder_and_the_checkpoint_can_be_named_apart(tiny, stage1, trained_autoencoder):
+def test_model_folder_and_checkpoint_can_be_given_separately(tiny, stage1, trained_autoencoder):
     assert same_weights(
         VLVAutoEncoder.from_pretrained(tiny, checkpoint=stage1), trained_autoencoder
     )
 
 
-def test_checkpoint_json_says_where_it_comes_from(tiny, stage1):
+def test_checkpoint_json_records_its_origin(tiny, stage1):
     info = read_checkpoint(stage1)
     assert (info.stage, info.step, info.rows_seen) == ("stage1", 7, 112)
     assert info.config == {"learning_rate": 5e-5}
@@ -78,7 +78,7 @@ def test_a_failed_load_changes_nothing(stage1, trained_autoencoder):
     assert all(torch.equal(p, fresh[name]) for name, p in trained_autoencoder.named_parameters())
 
 
-def test_a_damaged_file_is_refused(stage1):
+def test_a_damaged_file_is_rejected(stage1):
     path = stage1 / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_refused(stage1):
     refused(stage1, "lacks model.safetensors")
 
 
-def test_a_pickle_with_a_fitting_digest_is_refused(stage1):
+def test_a_pickle_with_a_matching_digest_is_rejected(stage1):
     path = stage1 / "model.safetensors"
     torch.save(
         {name: torch.zeros(shape) for name, shape in read_checkpoint(stage1).tensors.items()}, path
@@ -96,7 +96,7 @@ def test_a_pickle_with_a_fitting_digest_is_refused(stage1):
     info = json.loads((stage1 / "checkpoint.json").read_text())
     info["sha256"] = sha256_of(path)
     (stage1 / "checkpoint.json").write_text(json.dumps(info))
-    refused(stage1, "is no safetensors file")
+    refused(stage1, "is not a safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def test_a_pickle_with_a_fitting_digest_is_refused(stage1):
         ({"surprise": 1}, "surprise: "),
     ],
 )
-def test_another_format_is_refused(stage1, trained_autoencoder, change, match):
+def test_another_format_is_rejected(stage1, trained_autoencoder, change, match):
     path = stage1 / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=match):
         load_checkpoint(stage1, trained_autoencoder)
     path.write_text("{")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         load_checkpoint(stage1, trained_autoencoder)
 
 
-def test_other_base_models_are_refused(tiny, tmp_path, stage1):
+def test_other_base_models_are_rejected(tiny, tmp_path, stage1):
     other = write_tiny_models(tmp_path / "other", seed=1)
-    with pytest.raises(CheckpointError, match="was trained upon another "):
+    with pytest.raises(CheckpointError, match="was trained with another "):
         VLVAutoEncoder.from_pretrained(other, checkpoint=stage1)
     copied = shutil.copytree(tiny, tmp_path / "copied")
     VLVAutoEncoder.from_pretrained(copied, checkpoint=stage1)  # elsewhere, but the same
@@ -132,13 +132,11 @@ def test_another_language_model_may_follow_stage_1(tmp_path, stage1):
     VLVCaptioner.from_pretrained(model, checkpoint=stage1, for_training=True)
 
 
-def test_a_folder_is_written_once_and_whole_or_not_at_all(
-    tiny, tmp_path, stage1, trained_autoencoder
-):
-    with pytest.raises(CheckpointError, match="exists already"):
+def test_a_folder_is_written_once_and_atomically(tiny, tmp_path, stage1, trained_autoencoder):
+    with pytest.raises(CheckpointError, match="already exists"):
         save_checkpoint(stage1, trained_autoencoder, metadata(tiny))
     about = metadata(tiny, parent=str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         save_checkpoint(tmp_path / "run4" / "step_1", trained_autoencoder, about)
     assert not (tmp_path / "run4").exists()
     with pytest.raises(CheckpointError, match="no trainable weights"):
@@ -153,7 +151,7 @@ def trainable(module) -> dict[str, torch.Tensor]:
 
 
 def test_given_weights_are_written_instead_of_the_modules(tiny, tmp_path, trained_autoencoder):
-    """The float32 masters of a bfloat16 module, as DeepSpeed keeps them: views of one buffer."""
+    """float32 master copies of a bfloat16 module, as in DeepSpeed: views of one buffer."""
     own = trainable(trained_autoencoder)
     flat = torch.randn(sum(p.numel() for p in own.values()))
     parts = flat.split([p.numel() for p in own.values()])
@@ -187,7 +185,7 @@ QUERIES = "encoder.learnable_queries"
         (lambda w: w | {QUERIES: torch.zeros(0)}, rf"1 tensors empty \({QUERIES}\)"),
     ],
 )
-def test_given_weights_that_are_not_the_trainable_ones_are_refused(
+def test_given_weights_that_are_not_the_trainable_ones_are_rejected(
     tiny, tmp_path, trained_autoencoder, change, match
 ):
     weights = change(trainable(trained_autoencoder))
@@ -197,7 +195,7 @@ def test_given_weights_that_are_not_the_trainable_ones_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_empty_shells_that_zero_3_leaves_are_not_saved(tiny, tmp_path, trained_autoencoder):
+def test_empty_zero_3_parameters_are_not_saved(tiny, tmp_path, trained_autoencoder):
     whole = {name: tensor.clone() for name, tensor in trainable(trained_autoencoder).items()}
     for parameter in trained_autoencoder.parameters():
         parameter.ds_shape = parameter.shape
@@ -216,7 +214,5 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(
-        CheckpointError, match=rf"^'{tmp_path}' cannot be written: .* No space left"
-    ):
-        put_checkpoint(tmp_path, {}, {})
+    with pytest.raises(CheckpointError, match=rf"^cannot write '{tmp_path}': .* No space left"):
+        write_checkpoint_files(tmp_path, {}, {})

@@ -1,4 +1,4 @@
-"""Checkpoints of the published implementation, written in its layout and imported."""
+"""Checkpoints in the published implementation's layout are imported."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ LACKING = 3  # rows of the words that transformers added and the published vocab
 
 
 def moved(model):
-    """Other weights everywhere, the frozen parts' too; not the rows that are lacking there."""
+    """Change all weights, also of frozen parts, except the rows the published vocabulary lacks."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def moved(model):
 
 @pytest.fixture(scope="module")
 def base(_captioner):
-    """What is imported upon; a refused import may not change it."""
+    """The model to import into; a rejected import must not change it."""
     return copy.deepcopy(_captioner)
 
 
@@ -54,7 +54,7 @@ def published_stage1(_autoencoder):
 
 
 def as_reference(tensors, **more) -> Reference:
-    return Reference(tensors, {}, None, **({"drops_copies": False} | more))
+    return Reference(tensors, {}, None, **({"omits_shared": False} | more))
 
 
 def same(one, other) -> bool:
@@ -84,14 +84,14 @@ def test_a_stage_2_file_gives_the_same_captioner(published, captioner, tmp_path,
     )
     notes = "\n".join(report.notes)
     rows = tensors["VLV_model.model.language_model.model.shared.weight"].shape[0]
-    for told in (
+    for note in (
         "VLV_model.model.image_projection: transposed",
         f"shared.weight: {rows} rows of {rows + LACKING}",
         "lm_head.weight: dropped, unused: equal to the token embeddings",
         "final_logits_bias: dropped, unused: all zero",
         "vision tower: frozen in the method, but",
     ):
-        assert told in notes
+        assert note in notes
     assert report.to_json()["parts"]["vision tower"]["frozen"]
     assert sum(part.tensors for part in report.parts.values()) == len(list(model.parameters())) + 1
 
@@ -117,7 +117,7 @@ def test_vae_and_unet_may_be_left_out_as_a_whole(published_stage1, autoencoder):
     assert "UNet: not in the checkpoint, the base model's is used" in notes
 
 
-def test_frozen_parts_are_held_against_the_base_model(captioner):
+def test_frozen_parts_are_compared_with_the_base_model(captioner):
     tensors = {n: t.detach().bfloat16() for n, t in published_layout.stage2(captioner).items()}
     report = fill(captioner, as_reference(tensors))
     for part in ("vision tower", "text encoder", "token embeddings"):
@@ -158,10 +158,10 @@ def test_any_other_key_or_shape_is_an_error_that_names_it(published, base, data)
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
 
 
-def test_tied_weights_that_differ_are_refused(published, captioner):
+def test_tied_weights_that_differ_are_rejected(published, captioner):
     head = "qwen2_model.lm_head.weight"
     tensors = published[1] | {head: published[1][head] + 1}
-    with pytest.raises(CheckpointError, match=f"{head} differ, and are one tensor here"):
+    with pytest.raises(CheckpointError, match=f"{head} differ, but are one tensor in our model"):
         fill(captioner, as_reference(tensors))
 
 
@@ -213,25 +213,25 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, zipped):
+def test_a_file_that_would_run_code_is_rejected_and_not_run(tmp_path, zipped):
     file, trace = tmp_path / "model.pt", tmp_path / "was-run"
     content = {"query_embed": torch.zeros(1), "mlp": Evil(trace)}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    refused(file, "model.pt' is refused: .* could run code")
+    refused(file, "model.pt' is rejected: .* could run code")
     assert not trace.exists()
     torch.load(file, weights_only=False)  # it would have
     assert trace.exists()
 
 
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    refused(tmp_path / "nowhere", "is not there")
+def test_a_path_without_a_checkpoint_is_rejected_in_one_line(tmp_path):
+    refused(tmp_path / "nowhere", "does not exist")
     refused(tmp_path, "holds no checkpoint of the published implementation")
     (tmp_path / "model.pt").write_bytes(b"not a torch file")
     refused(tmp_path, r"model\.pt' ")
     torch.save([torch.zeros(1)], tmp_path / "model.pt")
-    refused(tmp_path, "is no state dict")
+    refused(tmp_path, "is not a state dict")
     torch.save({"step": 3}, tmp_path / "model.pt")
-    refused(tmp_path, "is no state dict")
+    refused(tmp_path, "is not a state dict")
     (tmp_path / "model.pt").rename(tmp_path / "model.safetensors")
     refused(tmp_path, "cannot be read")
 
@@ -253,16 +253,16 @@ def test_deepspeed_checkpoints_give_the_float32_weights(forked_python, tmp_path)
 # ----------------------------------------------------------------------- odd and malformed files
 
 
-def test_token_embeddings_that_were_trained_apart_are_taken_where_the_prompt_is_read(
-    published, captioner
-):
+def test_of_untied_token_embeddings_the_prompts_are_used(published, captioner):
     shared = "VLV_model.model.language_model.model.shared.weight"
     other = "VLV_model.model.language_model.model.decoder.embed_tokens.weight"
     trained = {shared: published[1][shared] + 1, other: published[1][other] + 2}
     report = fill(captioner, as_reference(published[1] | trained))
     table = captioner.encoder.florence.language_model.shared.weight
     assert torch.equal(table[: len(trained[shared])], trained[shared])
-    assert any(note.startswith(f"{other}: dropped, other than {shared}") for note in report.notes)
+    assert any(
+        note.startswith(f"{other}: dropped, different from {shared}") for note in report.notes
+    )
     assert not any("token embeddings: frozen" in note for note in report.notes)
     assert not report.to_json()["parts"]["token embeddings"]["frozen"]
 
@@ -274,7 +274,7 @@ def test_names_of_compiled_models_are_read(published, captioner, tmp_path):
     assert same(captioner, model)
 
 
-def test_of_several_steps_the_last_is_taken(tmp_path):
+def test_the_last_of_several_steps_is_imported(tmp_path):
     for step in (900, 1000, 80):
         torch.save({"query_embed": torch.full((1,), step)}, tmp_path / f"checkpoint_{step}.pt")
     found = read_reference(tmp_path)
@@ -282,7 +282,7 @@ def test_of_several_steps_the_last_is_taken(tmp_path):
 
 
 class Settings:
-    """Something beside the tensors."""
+    """An object that is not a tensor."""
 
 
 def test_a_refused_class_is_named(tmp_path):
@@ -291,21 +291,21 @@ def test_a_refused_class_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "match"),
     [
-        ({1: torch.zeros(1)}, "is no state dict"),
-        ({"a": torch.zeros(1, device="meta")}, "holds a as a tensor that is without values"),
-        ({"a": torch.eye(3).to_sparse()}, "holds a as a tensor that is sparse"),
+        ({1: torch.zeros(1)}, "is not a state dict"),
+        ({"a": torch.zeros(1, device="meta")}, "has a as a tensor that is without values"),
+        ({"a": torch.eye(3).to_sparse()}, "has a as a tensor that is sparse"),
     ],
 )
-def test_what_is_no_plain_tensor_is_refused(tmp_path, content, said):
+def test_a_tensor_that_is_not_dense_is_rejected(tmp_path, content, match):
     torch.save(content, tmp_path / "model.pt")
-    refused(tmp_path, said)
+    refused(tmp_path, match)
 
 
-def test_numbers_of_another_kind_are_refused(published, captioner):
+def test_numbers_of_another_kind_are_rejected(published, captioner):
     name = "mlp.layers.0.weight"
-    with pytest.raises(CheckpointError, match=rf"{name} holds torch.int64, expected floating"):
+    with pytest.raises(CheckpointError, match=rf"{name} is torch.int64, expected floating"):
         fill(captioner, as_reference(published[1] | {name: published[1][name].long()}))
     shared = "VLV_model.model.language_model.model.shared.weight"
     with pytest.raises(CheckpointError, match=f"of another shape .*{shared}"):
@@ -313,7 +313,7 @@ def test_numbers_of_another_kind_are_refused(published, captioner):
 
 
 def malformed(folder: Path, draw: random.Random) -> Path:
-    """A checkpoint of one kind, with some of its bytes changed, lost, doubled or put elsewhere."""
+    """A checkpoint of a random kind with bytes changed, removed, doubled or moved."""
     kind = draw.choice(["zip", "legacy", "safetensors", "index", "latest", "deepspeed"])
     tensors = {name: torch.randn(3, 4) for name in ("query_embed", "mlp.layers.0.weight")}
     if kind == "safetensors":

@@ -1,4 +1,4 @@
-"""At full size, on the meta device: the map has a place for every tensor, and each its own."""
+"""At full size, on the meta device: every tensor has one published name."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_every_tensor_has_one_place(full_size):
 
 
 def test_the_layout_of_florence_has_the_published_size(full_size):
-    """The hub counts 776,721,497 numbers in the remote code's checkpoint, one copy of the words."""
+    """The hub counts 776,721,497 parameters in the remote code's checkpoint, embeddings once."""
     tensors = published_layout.florence(full_size.encoder.florence)
     copies = ("lm_head.weight", "embed_tokens.weight")
     assert sum(t.numel() for n, t in tensors.items() if not n.endswith(copies)) == 776_721_497
