@@ -1,8 +1,8 @@
-"""Caption: prints the trained captioner's caption of one image file.
+"""Caption one image file with a trained captioner and print the caption. Does not start Ray.
+
+FOLDER is a stage-2 run, one of its checkpoints, or an exported captioner.
 
     python jobs/caption.py IMAGE --model FOLDER
-
-FOLDER is a stage-2 run, one of its checkpoints, or an exported captioner. Runs without Ray.
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""Demo: the whole path on one machine without a GPU, from URLs to captions and a report.
+"""Run the whole pipeline on one machine without a GPU, from URLs to captions and a report.
 
-Draws the tiny world's scenes (or takes photos=FOLDER), serves them with some broken URLs from a
-local web server, and runs ingest, stage 1, stage 2, recaption and reconstruct on them as the jobs
-of those names do, with the settings of jobs/configs/tiny. The same command continues a demo that
-was killed.
+Draws simple scenes (or takes photos=FOLDER) and serves them, with some broken URLs, from a local web
+server. Then runs ingest, stage 1, stage 2, recaption and reconstruct with the settings in
+jobs/configs/tiny. Repeat the command to continue an interrupted demo.
+
+    python jobs/demo.py
 """
 
 import sys

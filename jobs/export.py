@@ -1,9 +1,9 @@
-"""Export: a trained model as one folder that needs nothing else, to keep, move or publish.
+"""Export a trained model as one self-contained folder, to keep, move or publish.
 
-Needs, as model.path, a run or checkpoint of either stage; or, as --from-reference, a checkpoint of
-the method's published implementation, which is imported upon the base models of model.*. Leaves
-a folder with weights, base models, tokenizers and a model card, which every job takes as model.path
-and from_pretrained opens.
+Input: model.path, a run or checkpoint of either stage; or --from-reference, a checkpoint of the
+method's published implementation, imported with the base models in model.*.
+Output: a folder with weights, base models, tokenizers and a model card. Every job accepts it as
+model.path, and from_pretrained loads it.
 
     python jobs/export.py /data/captioner model.path=/data/stage2
     python jobs/export.py /data/captioner --from-reference model.pt

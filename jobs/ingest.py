@@ -1,9 +1,9 @@
 """Download, filter and store the images of a list of URLs as an image table.
 
-Every URL that is tried becomes one row, with the image or with a status that says why there is
-none. The same command again continues a killed run, and does nothing when the table is complete.
-Into a table that is there only what is missing is fetched: new rows of the list, and with `retry`
-failed ones. Rows that changed filters rule out are marked, not deleted.
+Every URL that is fetched becomes one row: the image, or a status that says why there is none.
+Repeat the command to continue an interrupted run; a complete table is left alone. An existing table
+gets only missing rows: new URLs of the list and, with `retry`, failed ones. Rows that no longer pass
+changed filters are marked, not deleted.
 
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 --dry-run
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6
@@ -41,10 +41,10 @@ def run(config: IngestConfig) -> None:
     assert last is not None
     about = last.describe()
     if finished and before == last:
-        print("this table is complete already: nothing was downloaded")
+        print("this table is already complete: nothing was downloaded")
     else:
         fetched, marked = about["fetched"], about["marked"]
-        print(f"run {last.number}: {fetched:,} rows fetched, {marked:,} marked anew")
+        print(f"run {last.number}: {fetched:,} rows fetched, {marked:,} with a new status")
     print(counts_table(counts))
     for rule, rows in about["dropped"].items():
         print(f"not fetched: {rule} {rows:,}")

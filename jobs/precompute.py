@@ -1,7 +1,8 @@
-"""Precompute: what the VAE says of every image of a table, so that stage 1 need not run it.
+"""Precompute the VAE latents of an image table, so that stage 1 does not run the VAE.
 
-Needs an image table and the model.* of the training; leaves a table of latents, which stage 1
-takes as data.latents. The same command continues a run that was killed; each image gets one row.
+Input: an image table, and the same model.* settings as stage 1.
+Output: a table of latents with one row per image; pass it to stage 1 as data.latents.
+Repeat the command to continue an interrupted run.
 """
 
 import sys

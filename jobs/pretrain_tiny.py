@@ -1,8 +1,10 @@
-"""Pretrain tiny: trains the tiny world's base models, which `make demo` takes as given.
+"""Pretrain the tiny base models that `make demo` starts from.
 
-A VAE, a text-to-image diffusion model, Florence-2 on regions and a language model on texts, all
-from scenes of the training split alone. About 25 minutes on two idle cores. The same command
-continues a run that was killed, at the part that it was in.
+Trains a VAE, a text-to-image diffusion model, Florence-2 on regions and a language model on texts,
+all on scenes of the training split only. Takes about 25 minutes on two idle cores. Repeat the
+command to continue an interrupted run at the model it was training.
+
+    python jobs/pretrain_tiny.py /data/tiny
 """
 
 import sys

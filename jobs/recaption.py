@@ -1,8 +1,9 @@
-"""Recaption: writes a caption for every image of a table with the trained captioner.
+"""Caption every image of a table with a trained captioner.
 
-Needs an image table and, as model.path, the run of stage 2; leaves a caption table with a card
-(README.md) and a report (_report.html). The same command continues a run that was killed; each
-image gets one row.
+Input: an image table, and model.path, a stage-2 run.
+Output: a caption table with one row per image, a dataset card (README.md) and a report
+(_report.html).
+Repeat the command to continue an interrupted run.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""Reconstruct: pictures sampled from the caption embeddings, to see what the encoder says.
+"""Reconstruct images from their caption embeddings, to see what the encoder captures.
 
-Needs an image table and, as model.path, the run of stage 1; leaves a table of pictures by key.
+Input: an image table, and model.path, a stage-1 run.
+Output: a table of generated pictures, by key.
 """
 
 import sys

@@ -1,7 +1,8 @@
-"""Stage 1: the VLV encoder learns from images alone, through the frozen diffusion decoder.
+"""Train the VLV encoder on images alone, through the frozen diffusion decoder (stage 1).
 
-Needs an image table and the base models; leaves a run folder with checkpoints, metrics.jsonl and
-result.json. The same command continues a run that was killed. Recipes: jobs/configs.
+Input: an image table, and the base models in model.*.
+Output: a run folder with checkpoints, metrics.jsonl and result.json.
+Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """
 
 import sys

@@ -1,8 +1,9 @@
-"""Stage 2: Qwen2.5 learns to read the encoder's embeddings as a caption.
+"""Train Qwen2.5 to decode the encoder's embeddings into captions (stage 2).
 
-Needs image + caption pairs and, as model.path, the run of stage 1. Captions are a column of
-data.input, or are joined to it from data.captions by key or URL. The same command continues a run
-that was killed. Recipes: jobs/configs.
+Input: images with captions, and model.path, a stage-1 run. Captions are a column of data.input, or
+are joined to it from data.captions by key or URL.
+Output: a run folder with checkpoints, metrics.jsonl and result.json.
+Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """
 
 import sys

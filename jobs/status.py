@@ -1,6 +1,6 @@
-"""Status: how a table or a training stands, while it is written or afterwards. Reads, and changes nothing.
+"""Show the progress of a table or training run, active or finished. Read-only.
 
-Any output will do: images, latents, pairs, captions, pictures, the run folder of a training.
+Takes any job's output: images, latents, pairs, captions, pictures, or a training's run folder.
 
     python jobs/status.py /data/images
     python jobs/status.py /data/stage1

@@ -1,8 +1,8 @@
-"""Takedown: removes rows from image tables and from tables made of them, and keeps them out.
+"""Remove rows from image tables and from tables derived from them, permanently.
 
-Rows are named by key, by URL in any spelling, or by domain with all of its subdomains. What was
-taken down is noted in the tables: no later ingest fetches it. A name that matches no row is an error,
-when what the other names match is gone.
+Select rows by key, by URL in any spelling, or by domain with its subdomains. The tables record what
+was removed, and later ingests do not fetch it. Names that match no row are reported as an error
+after the other rows are removed.
 
     python jobs/takedown.py /data/images domains=example.org derived=/data/captions,/data/pairs
 """
@@ -30,22 +30,22 @@ def show(removed: dict[str, int]) -> None:
         print(f"{rows:>9,} rows removed from {table}")
 
 
-def with_tables(words: Sequence[str]) -> list[str]:
-    """The words of a command line, in which bare ones are tables, with all of these in one setting."""
+def with_tables(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments, with the positional ones (tables) collected into `table=[…]`."""
     tables: list[str] = []
-    others: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
-        is_setting = "=" in word or word.startswith("-") or before == "--config"
-        (others if is_setting else tables).append(word)
-    names = [word.partition("=")[0] for word in others if "=" in word] + ["table"] * bool(tables)
+    settings: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_setting = "=" in argument or argument.startswith("-") or before == "--config"
+        (settings if is_setting else tables).append(argument)
+    names = [one.partition("=")[0] for one in settings if "=" in one] + ["table"] * bool(tables)
     for name, times in Counter(names).items():
-        if times > 1:  # the last one would be done alone, and the others' rows stay
+        if times > 1:  # only the last would count, and the rows of the others would stay
             print(
                 f"error: {name} is given {times} times: give all in one, {name}=a,b",
                 file=sys.stderr,
             )
             raise SystemExit(BAD_INPUT)
-    return [f"table={json.dumps(tables)}", *others] if tables else others
+    return [f"table={json.dumps(tables)}", *settings] if tables else settings
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Running a job's script in this process, as `python jobs/NAME.py …` would."""
+"""Runs a job's script in this process, as `python jobs/NAME.py …` does."""
 
 import runpy
 import sys

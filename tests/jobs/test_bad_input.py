@@ -1,4 +1,4 @@
-"""Bad input ends as one clear last line, without a traceback, with exit status 2."""
+"""Bad input ends a job with a one-line error, no traceback and exit status 2."""
 
 import json
 import subprocess
@@ -87,14 +87,14 @@ Models = Callable[[str], Path]
 
 @pytest.fixture
 def models_for(tiny_models: Path, trained_captioner: Path) -> Models:
-    """A model that a job takes."""
+    """A valid model.path for each job."""
 
-    def found(name: str) -> Path:
+    def model_path(name: str) -> Path:
         if name in ("precompute", "stage1"):
             return tiny_models
         return trained_captioner if name == "recaption" else trained_captioner.parent / "stage1"
 
-    return found
+    return model_path
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_pairs_without_captions(job: Job, tmp_path: Path, trained_captioner: Pat
 def test_stage2_without_stage1(
     job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
 ) -> None:
-    """It would train upon random queries that it keeps frozen."""
+    """Stage 2 would freeze random queries."""
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
     refused(job("stage2", *paths, f"model.path={tiny_models}"), "model.path", "stage-1")
     assert not (tmp_path / "r").exists()
 
 
-def test_stage1_upon_stage2(
+def test_stage1_from_a_stage2_model(
     job: Job, tmp_path: Path, trained_captioner: Path, pair_table: Path
 ) -> None:
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
@@ -161,7 +161,7 @@ def test_list_of_zero_urls(job: Job, tmp_path: Path) -> None:
 def test_latents_of_other_images(
     job: Job, tmp_path: Path, tiny_models: Path, pair_table: Path
 ) -> None:
-    """Before Ray is started or a folder is claimed."""
+    """Rejected before Ray starts or the folder is created."""
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
     ended = job("stage1", *paths, f"model.path={tiny_models}", f"data.latents={pair_table}")
     refused(ended, "data.latents", str(pair_table), "jobs/precompute.py")
@@ -180,7 +180,7 @@ def test_output_folder_of_somebody_else(
 ) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
-    (taken / "thesis.txt").write_text("dear to somebody")
+    (taken / "thesis.txt").write_text("not ours")
     if name == "demo":
         settings = [f"run_dir={taken}"]
     elif name == "ingest":
@@ -221,7 +221,7 @@ def test_caption_of_one_image(
     refused(job("caption", image, "--model", tiny_models), "stage-2")
 
 
-def test_models_that_are_not_there(job: Job, tmp_path: Path, pair_table: Path) -> None:
+def test_missing_models(job: Job, tmp_path: Path, pair_table: Path) -> None:
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
     refused(job("stage1", *paths, "model.path=/no/models"), "/no/models")
 
@@ -234,7 +234,7 @@ def test_a_run_without_a_checkpoint(job: Job, tmp_path: Path, pair_table: Path) 
 
 
 def test_the_script_itself_exits_with_2(tmp_path: Path) -> None:
-    """Once as a process of its own, since the others share this one."""
+    """In its own process, unlike the other tests."""
     command = [sys.executable, "jobs/stage1.py", "data.input=/nowhere", f"run_dir={tmp_path / 'r'}"]
     done = subprocess.run(
         [*command, "train.steps=none"], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -1,4 +1,4 @@
-"""`make demo`, small: killed in the middle, continued, looked at, run again."""
+"""A small `make demo`: killed midway, continued, checked, run again."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def command(python: Path, run_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo that was killed when stage 1 had begun, and then run to its end."""
+    """A demo that was killed at the start of stage 1 and then finished."""
     run_dir = tmp_path_factory.mktemp("runs") / "demo"
     with open(run_dir.with_suffix(".log"), "w") as log:
         first = subprocess.Popen(command(forked_python, run_dir), cwd=ROOT, stdout=log, stderr=log)

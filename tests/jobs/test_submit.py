@@ -1,7 +1,6 @@
-"""The five jobs, submitted to a real head as a user does: tokens on, everything on loopback.
+"""The five jobs, submitted to a real Ray head with token authentication, on loopback.
 
-The head has false secrets in its environment. They stay there: none is found in what the jobs, their
-Ray and W&B write.
+The head has fake secrets in its environment. None of them may be in what the jobs, Ray and W&B write.
 """
 
 import re
@@ -87,9 +86,9 @@ def check_secrets(secrets: dict[str, str], *folders: Path) -> None:
     """None of the secrets is in any file below the folders."""
     files = [f for folder in folders for f in folder.rglob("*") if f.is_file()]
     names = {f.name for f in files}
-    assert {"metrics.jsonl", "console", "_report.html"} <= names  # the jobs' folders,
-    assert any(name.endswith(".wandb") for name in names)  # W&B's records,
-    assert any(name.startswith("raylet") for name in names)  # and Ray's logs were looked at
+    assert {"metrics.jsonl", "console", "_report.html"} <= names  # the jobs' folders
+    assert any(name.endswith(".wandb") for name in names)  # W&B's records
+    assert any(name.startswith("raylet") for name in names)  # Ray's logs
     written = {f: f.read_bytes() for f in files}
     found = [
         (f.name, name)
@@ -100,7 +99,7 @@ def check_secrets(secrets: dict[str, str], *folders: Path) -> None:
     assert found == []
 
 
-def test_without_the_token_nobody_gets_in(head: Head, tmp_path: Path) -> None:
+def test_a_wrong_token_is_rejected(head: Head, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(secrets.token_hex(32))
     stranger = {**head.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     listing = [str(BIN / "ray"), "job", "list", "--address", head.address]

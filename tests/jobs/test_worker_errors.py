@@ -1,4 +1,4 @@
-"""What goes wrong on a worker comes back as one line too."""
+"""An error on a worker also ends the job with one line."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.end_to_end
 def test_a_damaged_image_is_named_by_its_key(
     job: Job, ray_local: None, pair_table: Path, tiny_models: Path, tmp_path: Path
 ) -> None:
-    """Ingest lets only sound images through, so this is another's table: no black image, a stop."""
+    """Ingest writes no damaged images, so the table is not from ingest. Training stops at the image."""
     table = pa.concat_tables([pq.read_table(file) for file in sorted(pair_table.glob("*.parquet"))])
     rows = table.to_pylist()
     for row in rows:
