@@ -1,14 +1,14 @@
-"""What the four jobs take in hours and dollars, from images, machines and prices.
+"""Estimate hours and dollars of the four jobs from images, machines and prices.
 
     python cluster/cost.py
     python cluster/cost.py cloud=gcp recaption.images=3e8 recaption.machines=40
     python cluster/cost.py machine.gpu='RTX 6000 Ada' machine.gpus=8 machine.price=8
 
-Counted are bfloat16 arithmetic and greedy captions, and no communication: what the machines could do,
-not what a recipe in float32, with beams, or over slow links will take.
+Assumes bfloat16, greedy captions and no time for communication. Recipes with float32, beam search or
+slow networks take longer.
 
-Machines and prices are those of cluster/sizes.yaml; `machine.*` puts another one in the place of the
-training group. Every rate is a setting, and says where its default comes from.
+Machines and prices come from cluster/sizes.yaml; `machine.*` replaces the training machine. Every
+rate is a setting; its description says where the default comes from.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pipelines.cli.config import ConfigError
 from pipelines.cli.main import main
 from vlv_model.config import Config
 
-# TFLOP that the published sizes need, multiplications and additions counted apart, as
-# pipelines/training/flops.py counts them (a test counts again): forward and backward of an image of
-# 384 pixels (768 in the vision tower), of it the VAE; the same of stage 2, and of each token of a caption.
+# TFLOP of the published sizes, from pipelines/training/flops.py (a test counts again), one multiply-add
+# as two. Training, forward and backward of an image of 384 pixels (768 in the vision tower): stage 1, and
+# the VAE's part of it; stage 2, and per caption token.
 STAGE1, VAE = 3.829, 0.620
 STAGE2, STAGE2_TOKEN = 3.636, 0.01878
-PREFIX, TOKEN = 2.221, 0.00617  # forward alone: an image up to Qwen's first token; each token
-# Qwen2.5-3B in bfloat16, GB: its weights, and the keys and values of one position
+PREFIX, TOKEN = 2.221, 0.00617  # captioning, forward only: an image's prefix; each token
+# Qwen2.5-3B in bfloat16, in GB: weights, and keys and values of one position
 WEIGHTS, POSITION = 6.17, 36_864e-9
 QUERIES = 77
 
@@ -42,58 +42,68 @@ QUERIES = 77
 class Ingest(Config):
     urls: float = Field(6e6, gt=0, description="rows of the list that pass its filters")
     alive: float = Field(
-        0.7, gt=0, le=1, description="share of URLs that still answer; LAION's decay every year"
+        0.7, gt=0, le=1, description="fraction of URLs that still work; LAION's decay every year"
     )
     images_per_second: float = Field(
         30.0,
         gt=0,
-        description="of a core: download, decode, resize to 512, JPEG; measured on loopback with "
-        "two cores (docs/performance.md), where the network was no limit",
+        description="images per second and core: download, decode, resize to 512, JPEG; measured on "
+        "loopback with two cores (docs/performance.md), where the network was not a limit",
     )
-    megabytes: float = Field(0.4, gt=0, description="of an image as it is downloaded")
-    gigabits: float = Field(10.0, gt=0, description="per second that a machine gets from the web")
-    machines: int = Field(8, ge=1, description="of the group for CPUs")
+    megabytes: float = Field(0.4, gt=0, description="size of a downloaded image, MB")
+    gigabits: float = Field(
+        10.0, gt=0, description="download bandwidth per machine, gigabits per second"
+    )
+    machines: int = Field(8, ge=1, description="machines of the CPU group")
 
 
 class Train(Config):
-    stage1_images: float = Field(200_000 * 512, gt=0, description="steps x batch (the paper's)")
-    stage2_images: float = Field(100_000 * 64, gt=0, description="steps x batch (the paper's)")
-    caption_tokens: float = Field(150, ge=1, description="of a caption on average, without padding")
-    latents: bool = Field(False, description="stage 1 on latents that were made once")
+    stage1_images: float = Field(
+        200_000 * 512, gt=0, description="training images of stage 1: steps x batch (the paper's)"
+    )
+    stage2_images: float = Field(
+        100_000 * 64, gt=0, description="training images of stage 2: steps x batch (the paper's)"
+    )
+    caption_tokens: float = Field(
+        150, ge=1, description="average tokens per caption, without padding"
+    )
+    latents: bool = Field(False, description="stage 1 reads precomputed latents")
     mfu: float = Field(
         0.45,
         gt=0,
         le=1,
-        description="model FLOP utilisation: our target, measured on no GPU yet; "
-        "benchmarks/training/throughput.py says what yours is",
+        description="model FLOP utilisation: our target, not yet measured on a GPU; "
+        "benchmarks/training/throughput.py measures yours",
     )
     lost: float = Field(
-        0.03, ge=0, lt=1, description="share of time for start-up, evaluation and repeated steps"
+        0.03, ge=0, lt=1, description="fraction of time for start-up, evaluation and repeated steps"
     )
 
 
 class Recaption(Config):
-    images: float = Field(1e6, gt=0, description="that get a caption")
-    tokens: float = Field(150, ge=1, description="of a caption on average")
-    batch: int = Field(64, ge=1, description="sequences that a GPU decodes at a time (beams count)")
+    images: float = Field(1e6, gt=0, description="images to caption")
+    tokens: float = Field(150, ge=1, description="average tokens per caption")
+    batch: int = Field(
+        64, ge=1, description="sequences that a GPU decodes at the same time, beams counted"
+    )
     beams: int = Field(1, ge=1, description="generate.num_beams")
     bandwidth_share: float = Field(
         0.6,
         gt=0,
         le=1,
-        description="of the GPU's memory bandwidth that decoding gets; an assumption",
+        description="fraction of the GPU's memory bandwidth that decoding reaches; an assumption",
     )
-    machines: int = Field(8, ge=1, description="of the group for recaptioning")
+    machines: int = Field(8, ge=1, description="machines of the spot GPU group")
 
 
 class Machine(Config):
-    gpu: str | None = Field(None, description="kind of GPU, of those in cluster/sizes.yaml")
-    gpus: int = Field(8, ge=1, description="of the machine")
-    price: float = Field(8.0, gt=0, description="USD an hour of the machine")
+    gpu: str | None = Field(None, description="kind of GPU, from gpu_kinds in cluster/sizes.yaml")
+    gpus: int = Field(8, ge=1, description="GPUs per machine")
+    price: float = Field(8.0, gt=0, description="price of the machine, USD per hour")
 
 
 class CostConfig(Config):
-    cloud: Literal["aws", "gcp"] = Field("aws", description="whose machines and prices")
+    cloud: Literal["aws", "gcp"] = Field("aws", description="cloud provider")
     ingest: Ingest = Ingest()
     train: Train = Train()
     recaption: Recaption = Recaption()
@@ -102,7 +112,7 @@ class CostConfig(Config):
 
 @dataclass(frozen=True)
 class Line:
-    """One job: what it works on, and what that takes."""
+    """One job: its machines, images, speed and price."""
 
     job: str
     machines: str
@@ -125,7 +135,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Group:
-    """The machines of a group, and what one costs in USD an hour."""
+    """A machine of a group; `price` in USD per hour."""
 
     name: str
     gpu: dict[str, float]
@@ -135,7 +145,7 @@ class Group:
 
 
 def estimate(config: CostConfig, sizes: dict[str, Any]) -> list[Line]:
-    """Ingest, both stages, recaption of the images asked for and of 1, 100 and 1,000 million."""
+    """Ingest, both stages, and recaption of the given number of images and of 1, 100 and 1,000 M."""
     head = _price(sizes, sizes["head"][config.cloud], spot=False)
     cpu, spot = (_group(sizes, name, config.cloud) for name in ("cpu", "gpu_spot"))
     training = _training_group(config, sizes)
@@ -175,9 +185,9 @@ def estimate(config: CostConfig, sizes: dict[str, Any]) -> list[Line]:
 
 
 def captions_per_second(recaption: Recaption, gpu: dict[str, float], mfu: float) -> float:
-    """Of one GPU: the image's part is bound by arithmetic, each token's by memory.
+    """Captions per second of one GPU: the prefix is compute-bound, decoding mostly memory-bound.
 
-    A decoding step reads all weights once for the batch, and the keys and values of each sequence.
+    A decoding step reads all weights once per batch, and the keys and values of each sequence.
     """
     useful = gpu["tflops"] * mfu
     positions = QUERIES + recaption.tokens / 2
@@ -252,8 +262,8 @@ def table(lines: list[Line]) -> str:
 def show(config: CostConfig) -> None:
     print(table(estimate(config, read_sizes())))
     print(
-        "\nPrices: cluster/sizes.yaml, put in by hand. MFU and decoding's share of the bandwidth are "
-        "assumptions until a run on your GPUs has said them (docs/cluster.md)."
+        "\nPrices: cluster/sizes.yaml, entered by hand. MFU and bandwidth_share are assumptions: "
+        "measure them on your GPUs (docs/cluster.md)."
     )
 
 

@@ -1,6 +1,6 @@
-"""Grafana's dashboard, from one table of panels.
+"""Renders Grafana's dashboard from one table of panels.
 
-Queries name series of pipelines/execution/metrics.py and of Ray itself; a test holds them against both.
+Queries use metrics of pipelines/execution/metrics.py and of Ray; a test checks that they exist.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Share of rows that are ok, last 15 minutes",
+                "Fraction of rows that are ok, last 15 minutes",
                 "percentunit",
                 [
                     (
@@ -53,7 +53,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
         "Ingest",
         [
             (
-                "Bodies received",
+                "Bytes downloaded",
                 "Bps",
                 [(f"sum(rate(ray_vlv_ingest_bytes_total{{{_ALL}}}[$__rate_interval]))", "bytes")],
             ),
@@ -97,7 +97,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Share of an update's time that it waited for its rows",
+                "Fraction of step time spent waiting for data",
                 "percentunit",
                 [
                     (
@@ -107,7 +107,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Norm of the gradient",
+                "Gradient norm",
                 "short",
                 [
                     (
@@ -117,7 +117,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Updates done",
+                "Step",
                 "short",
                 [(f"max by (stage, run) (ray_vlv_train_step{{{_RUN}}})", "{{stage}} {{run}}")],
             ),
@@ -137,7 +137,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Tokens written",
+                "Tokens generated",
                 "short",
                 [
                     (
@@ -147,7 +147,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Seconds for a batch",
+                "Seconds per batch",
                 "s",
                 [
                     (
@@ -155,11 +155,11 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                         f"ray_vlv_recaption_batch_seconds_bucket{{{_ALL}}}[$__rate_interval])))",
                         name,
                     )
-                    for share, name in ((0.5, "median"), (0.95, "95 of 100"))
+                    for share, name in ((0.5, "median"), (0.95, "95th percentile"))
                 ],
             ),
             (
-                "Actors at work",
+                "Actor utilisation",
                 "percentunit",
                 [
                     (
@@ -181,7 +181,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 [(f"sum by (NodeType) (autoscaler_active_nodes{{{_ALL}}})", "{{NodeType}}")],
             ),
             (
-                "GPUs at work",
+                "GPU utilisation",
                 "percent",
                 [
                     (
@@ -191,7 +191,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Memory of the GPUs",
+                "GPU memory in use",
                 "decmbytes",
                 [
                     (
@@ -201,7 +201,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "CPUs at work",
+                "CPU utilisation",
                 "percent",
                 [(f"avg by (instance) (ray_node_cpu_utilization{{{_ALL}}})", "{{instance}}")],
             ),
@@ -217,12 +217,12 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 ],
             ),
             (
-                "Disk left",
+                "Free disk space",
                 "bytes",
                 [(f"min by (instance) (ray_node_disk_free{{{_ALL}}})", "{{instance}}")],
             ),
             (
-                "Object store by place",
+                "Object store by location",
                 "bytes",
                 [(f"sum by (Location) (ray_object_store_memory{{{_ALL}}})", "{{Location}}")],
             ),
@@ -232,7 +232,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 [(f"sum by (State) (ray_tasks{{{_ALL}}})", "{{State}}")],
             ),
             (
-                "Workers lost, to memory and otherwise, per minute",
+                "Workers lost per minute: out of memory, other",
                 "short",
                 [
                     (
@@ -242,7 +242,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                     (
                         "60 * sum(rate(ray_node_manager_unexpected_worker_failure_total"
                         f"{{{_ALL}}}[5m]))",
-                        "otherwise",
+                        "other",
                     ),
                 ],
             ),
@@ -252,7 +252,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
 
 
 def dashboard() -> dict[str, Any]:
-    """Grafana's dashboard, to be imported as it is; it asks for the Prometheus to read."""
+    """The dashboard's JSON for Grafana's import; its variable `source` selects the Prometheus."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in _ROWS:
@@ -297,13 +297,13 @@ def _at(x: int, y: int, w: int, h: int) -> dict[str, int]:
 
 
 def _panel(
-    title: str, unit: str, queries: list[tuple[str, str]], place: dict[str, int]
+    title: str, unit: str, queries: list[tuple[str, str]], position: dict[str, int]
 ) -> dict[str, Any]:
     return {
         "type": "timeseries",
         "title": title,
         "datasource": _SOURCE,
-        "gridPos": place,
+        "gridPos": position,
         "fieldConfig": {"defaults": {"unit": unit, "custom": {"fillOpacity": 10}}, "overrides": []},
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}},
         "targets": [

@@ -1,7 +1,7 @@
-"""The disk that all pods share, as a volume of Kubernetes and the claim that our pods name.
+"""Renders the shared disk of all pods: a PersistentVolume and its claim.
 
 kuberay/storage-eks.yaml  on EFS
-kuberay/storage-gke.yaml  on Filestore, and the job that gives a new share to our user
+kuberay/storage-gke.yaml  on Filestore, with a job that makes user 1000 the owner of a new share
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ _MAKE_OWNER = '[ "$(stat -c %u /shared)" != 0 ] || chown 1000:1000 /shared'
 
 
 def disk_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Documents by path below cluster/."""
+    """Kubernetes objects by path below cluster/."""
     return {
         "kuberay/storage-eks.yaml": _storage(sizes, "efs.csi.aws.com", _efs_handle(sizes), {}),
         "kuberay/storage-gke.yaml": [
             *_storage(sizes, "filestore.csi.storage.gke.io", *_filestore_handle(sizes)),
-            _own(sizes),
+            _chown_job(sizes),
         ],
     }
 
@@ -25,10 +25,10 @@ def disk_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _storage(
     sizes: dict[str, Any], driver: str, handle: str, attributes: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """A volume on a disk that is there, and the claim that our pods name."""
+    """A volume for an existing disk, and its claim."""
     site = sizes["site"]
     name = site["kubernetes_shared_disk"]
-    size = {"resources": {"requests": {"storage": "1Ti"}}}  # neither driver looks at it
+    size = {"resources": {"requests": {"storage": "1Ti"}}}  # required, but both drivers ignore it
     volume = {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -60,7 +60,7 @@ def _storage(
 
 
 def _efs_handle(sizes: dict[str, Any]) -> str:
-    """A file system, and an access point that makes user 1000 the owner of every file written through it."""
+    """The file system, and an access point that makes user 1000 the owner of all new files."""
     return (
         f"{sizes['site']['aws_shared_disk'].partition('.')[0]}::{sizes['site']['efs_access_point']}"
     )
@@ -73,9 +73,11 @@ def _filestore_handle(sizes: dict[str, Any]) -> tuple[str, dict[str, str]]:
     return handle, {"ip": address, "volume": share}
 
 
-def _own(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Once: a new share belongs to root, and `fsGroup` does nothing on NFS. Not in our namespace, in
-    which no container may be root."""
+def _chown_job(sizes: dict[str, Any]) -> dict[str, Any]:
+    """A one-time job: a new share belongs to root, and `fsGroup` has no effect on NFS.
+
+    It runs in the default namespace, since ours allows no root containers.
+    """
     address, _, path = sizes["site"]["gcp_shared_disk"].partition(":")
     container = {
         "name": "own",
@@ -85,7 +87,7 @@ def _own(sizes: dict[str, Any]) -> dict[str, Any]:
             "requests": {"cpu": "10m", "memory": "16Mi"},
             "limits": {"cpu": "100m", "memory": "16Mi"},
         },
-        # Root, who may change an owner and nothing else.
+        # Root, with only the capability to change owners.
         "securityContext": {
             "runAsUser": 0,
             "allowPrivilegeEscalation": False,

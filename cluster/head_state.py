@@ -1,18 +1,18 @@
-"""Redis, in which the head of the standing cluster keeps what it knows: workers outlive their head.
+"""Renders Redis for the long-running cluster's GCS fault tolerance: workers survive a head restart.
 
-A head that comes back without it knows none of its workers, and they end: machines that were warm, their
-image and models, are lost (Ray's documentation, "GCS fault tolerance in KubeRay"). A job's driver dies with
-the head either way, and the same command goes on. The clusters of single jobs need none of this.
+Without it a restarted head does not know its workers, and they exit: warm machines with their images
+and models are lost (Ray docs, "GCS fault tolerance in KubeRay"). A job's driver dies with the head
+either way; the same command continues it. Clusters of single jobs do without Redis.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cluster.fence import LABEL, Document, named
+from cluster.namespace import LABEL, Document, named
 
 _NAME, _PORT = "vlv-redis", 6379
-# Not the label of our other pods, which may all talk to each other.
+# Not our common label, which would let all our pods connect.
 _ONLY = {"app.kubernetes.io/name": _NAME}
 
 _SERVE = (
@@ -22,7 +22,7 @@ _SERVE = (
 
 
 def fault_tolerance() -> Document:
-    """What the standing cluster's file says about it (KubeRay's GcsFaultToleranceOptions)."""
+    """KubeRay's GcsFaultToleranceOptions of the long-running cluster."""
     return {
         "redisAddress": f"{_NAME}:{_PORT}",
         "redisPassword": {"valueFrom": {"secretKeyRef": {"name": _NAME, "key": "password"}}},
@@ -30,7 +30,7 @@ def fault_tolerance() -> Document:
 
 
 def redis_files(sizes: dict[str, Any]) -> list[Document]:
-    """Redis with its file on the shared disk, which the head alone may talk to."""
+    """Redis, with its data on the shared disk; only the head may connect."""
     container = {
         "name": "redis",
         "image": "redis:7.4-alpine",
@@ -58,7 +58,7 @@ def redis_files(sizes: dict[str, Any]) -> list[Document]:
     pod = {
         "automountServiceAccountToken": False,
         "securityContext": {
-            "runAsUser": 1000,  # whose the shared disk is
+            "runAsUser": 1000,  # owner of the shared disk
             "runAsNonRoot": True,
             "seccompProfile": {"type": "RuntimeDefault"},
         },

@@ -1,4 +1,4 @@
-"""KubeRay files: a standing cluster, a cluster for each job, and the same under Kueue."""
+"""Renders the KubeRay files: a long-running cluster, a cluster per job, and jobs queued by Kueue."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 import yaml
 
 from cluster.allocatable import SIDECAR
-from cluster.fence import LABEL, Document, fence, named
 from cluster.head_state import fault_tolerance, redis_files
 from cluster.monitoring import METRICS_PORT, METRICS_PORTS
+from cluster.namespace import LABEL, Document, named, namespace_objects
 from cluster.queues import queues
 
-_CODE = "/home/ray/vlv"  # of the image
+_CODE = "/home/ray/vlv"  # in the image
 HUB_CACHE = "/shared/huggingface"
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
-"""What a job may need and nobody writes into a file; in Kubernetes the keys of `vlv-secrets`."""
-# Neither Kubernetes' autoscaler nor Karpenter is to empty a machine at work to save another.
-_UNDISTURBED = {
+"""Secrets that a job may need: keys of the Kubernetes secret `vlv-secrets`, never in a file."""
+# Keeps the cluster autoscaler and Karpenter from evicting our pods to consolidate nodes.
+_NO_EVICTION = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
     "karpenter.sh/do-not-disrupt": "true",
 }
-# What may go at any moment, by the labels of GKE, EKS' node groups and Karpenter.
-_NO_SPOT = {
+# Labels of spot nodes on GKE, in EKS node groups and with Karpenter.
+_SPOT_LABELS = {
     "cloud.google.com/gke-spot": "true",
     "eks.amazonaws.com/capacityType": "SPOT",
     "karpenter.sh/capacity-type": "spot",
 }
-# Logs would go with the pod: they are copied to the shared disk while it lives, and when it ends.
-_KEEP_LOGS = """\
+# Logs are lost with the pod, so they are copied to the shared disk every 30 seconds and at the end.
+_COPY_LOGS = """\
 copy() {
   mkdir -p "$KEPT" && rsync -a /tmp/ray/session_latest/logs/ "$KEPT/" 2>/dev/null
 }
@@ -42,25 +42,25 @@ while true; do copy; sleep 30 & wait; done
 
 
 def ray_version() -> str:
-    """The Ray of the image, which the operator has to know: as the lock has it."""
+    """The image's Ray version, from the lock file; the operator needs it."""
     lock = (Path(__file__).parent / "requirements.lock").read_text(encoding="utf-8")
     (version,) = re.findall(r"^ray==(\S+)", lock, re.MULTILINE)
     return str(version)
 
 
 def image_of(size: dict[str, Any], site: dict[str, Any]) -> str:
-    """What machines of a size run: those without GPUs the image without CUDA, where there is one."""
+    """The image of a group's machines: without GPUs the image without CUDA, if there is one."""
     return str(site["image"] if size.get("gpus") else site["cpu_image"] or site["image"])
 
 
 def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
-    """Every file below kuberay/ by its path below cluster/."""
-    standing = _cluster(sizes, sizes["groups"])
-    standing["gcsFaultToleranceOptions"] = fault_tolerance()
+    """The objects of every file in kuberay/, by path below cluster/."""
+    cluster = _cluster(sizes, sizes["groups"])
+    cluster["gcsFaultToleranceOptions"] = fault_tolerance()
     files = {
-        "kuberay/namespace.yaml": fence(sizes),
+        "kuberay/namespace.yaml": namespace_objects(sizes),
         "kuberay/redis.yaml": redis_files(sizes),
-        "kuberay/raycluster.yaml": [named("ray.io/v1", "RayCluster", "vlv", sizes, standing)],
+        "kuberay/raycluster.yaml": [named("ray.io/v1", "RayCluster", "vlv", sizes, cluster)],
     }
     for job in sizes["jobs"]:
         files[f"kuberay/rayjob-{job}.yaml"] = [_job(sizes, job)]
@@ -75,21 +75,21 @@ def kubernetes_files(sizes: dict[str, Any]) -> dict[str, list[Document]]:
 def _cluster(sizes: dict[str, Any], groups: dict[str, Any]) -> Document:
     return {
         "rayVersion": ray_version(),
-        "authOptions": {"mode": "token"},  # the operator makes the Secret and hands it to all pods
+        "authOptions": {"mode": "token"},  # the operator creates the token for all pods
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
             "version": "v2",
             "upscalingMode": "Default",
             "idleTimeoutSeconds": 60 * max(group["idle_minutes"] for group in groups.values()),
             "resources": _requests({"cpu": "500m", "memory": "1Gi"}),
-            "securityContext": _CONFINED,
+            "securityContext": _RESTRICTED,
         },
         "headGroupSpec": {
             "rayStartParams": {
                 "num-cpus": "0",
                 "num-gpus": "0",
                 "object-store-memory": str(sizes["head"]["object_store"] * 2**30),
-                "dashboard-host": "0.0.0.0",  # the pod's address: behind the token and the fence
+                "dashboard-host": "0.0.0.0",  # protected by the token and the network policies
                 "metrics-export-port": str(METRICS_PORT),
             },
             "template": _pod(sizes, sizes["head"], "head"),
@@ -100,7 +100,7 @@ def _cluster(sizes: dict[str, Any], groups: dict[str, Any]) -> Document:
 
 def _group(sizes: dict[str, Any], name: str, group: dict[str, Any]) -> Document:
     return {
-        "groupName": name.replace("_", "-"),  # becomes a part of pod names
+        "groupName": name.replace("_", "-"),  # part of the pods' names
         "replicas": group["min"],
         "minReplicas": group["min"],
         "maxReplicas": group["max"],
@@ -116,7 +116,7 @@ def _group(sizes: dict[str, Any], name: str, group: dict[str, Any]) -> Document:
     }
 
 
-_CONFINED = {
+_RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
     "runAsNonRoot": True,
@@ -130,9 +130,9 @@ def _requests(amounts: dict[str, str]) -> Document:
 
 
 def _probe(*urls: str, failures: int) -> Document:
-    answers = " && ".join(f"wget --timeout=3 -qO- {url} | grep -q success" for url in urls)
+    checks = " && ".join(f"wget --timeout=3 -qO- {url} | grep -q success" for url in urls)
     return {
-        "exec": {"command": ["bash", "-c", answers]},
+        "exec": {"command": ["bash", "-c", checks]},
         "initialDelaySeconds": 10,
         "periodSeconds": 10,
         "timeoutSeconds": 8,
@@ -141,9 +141,9 @@ def _probe(*urls: str, failures: int) -> Document:
 
 
 def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
-    head, site, asked = name == "head", sizes["site"], size["pod"]
-    amounts = {"cpu": str(asked["cpus"]), "memory": f"{asked['memory']}Gi"}
-    amounts["ephemeral-storage"] = f"{asked['disk']}Gi"
+    head, site, requested = name == "head", sizes["site"], size["pod"]
+    amounts = {"cpu": str(requested["cpus"]), "memory": f"{requested['memory']}Gi"}
+    amounts["ephemeral-storage"] = f"{requested['disk']}Gi"
     if size.get("gpus"):
         amounts["nvidia.com/gpu"] = str(size["gpus"])
     healthy = ["http://localhost:52365/api/local_raylet_healthz"]
@@ -157,7 +157,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         "image": image_of(size, site),
         "ports": [{"name": key, "containerPort": port} for key, port in ports.items()],
         "env": [
-            {"name": "HF_HOME", "value": HUB_CACHE},  # models come once, for all machines
+            {"name": "HF_HOME", "value": HUB_CACHE},  # shared: each model is downloaded once
             *(
                 {
                     "name": key,
@@ -169,7 +169,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             ),
         ],
         "resources": _requests(amounts),
-        "securityContext": _CONFINED,
+        "securityContext": _RESTRICTED,
         "readinessProbe": _probe(*healthy, failures=6),
         "livenessProbe": _probe(*healthy, failures=12),
         "volumeMounts": [
@@ -180,7 +180,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
     }
     pod: Document = {
         "terminationGracePeriodSeconds": 25 if size.get("spot") else 60,
-        # For containers that others add, too; KubeRay's own takes over the one of "ray".
+        # Also for containers that the operator adds.
         "securityContext": {
             "fsGroup": 1000,
             "fsGroupChangePolicy": "OnRootMismatch",
@@ -188,18 +188,18 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **_pull_secrets(site),
-        "initContainers": [_log_keeper(image_of(size, site))],
+        "initContainers": [_log_sidecar(image_of(size, site))],
         "containers": [container],
         "volumes": [
             {
                 "name": "shm",
-                # The object store, and what NCCL shares between GPUs: a GiB for each.
+                # The object store, and 1 GiB per GPU for NCCL.
                 "emptyDir": {
                     "medium": "Memory",
                     "sizeLimit": f"{size['object_store'] + max(1, size.get('gpus', 0))}Gi",
                 },
             },
-            {"name": "scratch", "emptyDir": {"sizeLimit": f"{asked['disk'] * 7 // 10}Gi"}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": f"{requested['disk'] * 7 // 10}Gi"}},
             {
                 "name": "shared",
                 "persistentVolumeClaim": {"claimName": site["kubernetes_shared_disk"]},
@@ -207,13 +207,13 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         ],
     }
     if head:
-        # Under this name and path KubeRay would mount one of its own, without a limit, into the
-        # containers of Ray and of its autoscaler alone, and the logs' keeper would see none.
-        logs = {"name": "ray-logs", "emptyDir": {"sizeLimit": f"{asked['disk'] // 5}Gi"}}
+        # Without this volume KubeRay mounts its own of the same name and path, without a size limit
+        # and only in the containers of Ray and the autoscaler: the log sidecar would see no logs.
+        logs = {"name": "ray-logs", "emptyDir": {"sizeLimit": f"{requested['disk'] // 5}Gi"}}
         pod["volumes"].append(logs)
         for one in (container, *pod["initContainers"]):
             one["volumeMounts"].append({"name": "ray-logs", "mountPath": "/tmp/ray"})
-        pod["serviceAccountName"] = "vlv-head"  # the operator lets it start pods
+        pod["serviceAccountName"] = "vlv-head"  # the operator allows it to start pods
         pod |= _on_head_machines()
     else:
         container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", "ray stop"]}}}
@@ -225,7 +225,7 @@ def _pod(sizes: dict[str, Any], size: dict[str, Any], name: str) -> Document:
         }
     component = "head" if head else "worker"
     labels = {**LABEL, "app.kubernetes.io/component": component}
-    return {"metadata": {"labels": labels, "annotations": dict(_UNDISTURBED)}, "spec": pod}
+    return {"metadata": {"labels": labels, "annotations": dict(_NO_EVICTION)}, "spec": pod}
 
 
 def _pull_secrets(site: dict[str, Any]) -> Document:
@@ -234,9 +234,9 @@ def _pull_secrets(site: dict[str, Any]) -> Document:
 
 
 def _on_head_machines() -> Document:
-    """Head and submitter outlive workers: on machines of their own, and never on spot."""
+    """Head and submitter must outlive workers: they run on the head pool and never on spot nodes."""
     rules = [
-        {"key": key, "operator": "NotIn", "values": [value]} for key, value in _NO_SPOT.items()
+        {"key": key, "operator": "NotIn", "values": [value]} for key, value in _SPOT_LABELS.items()
     ]
     terms = {"nodeSelectorTerms": [{"matchExpressions": rules}]}
     return {
@@ -245,8 +245,8 @@ def _on_head_machines() -> Document:
     }
 
 
-def _log_keeper(image: str) -> Document:
-    """A container that ends after the others of its pod (a sidecar, Kubernetes 1.29)."""
+def _log_sidecar(image: str) -> Document:
+    """Copies logs; as a native sidecar (Kubernetes 1.29) it ends after the pod's other containers."""
     amounts = {
         "cpu": f"{SIDECAR['cpus'] * 1000:.0f}m",
         "memory": f"{SIDECAR['memory'] * 1024:.0f}Mi",
@@ -255,13 +255,13 @@ def _log_keeper(image: str) -> Document:
         "name": "logs",
         "image": image,
         "restartPolicy": "Always",
-        "command": ["bash", "-c", _KEEP_LOGS],
+        "command": ["bash", "-c", _COPY_LOGS],
         "env": [
             {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
             {"name": "KEPT", "value": "/shared/ray-logs/$(POD)"},
         ],
         "resources": _requests(amounts),
-        "securityContext": _CONFINED,
+        "securityContext": _RESTRICTED,
         "volumeMounts": [
             {"name": "scratch", "mountPath": "/tmp"},
             {"name": "shared", "mountPath": "/shared"},
@@ -271,7 +271,7 @@ def _log_keeper(image: str) -> Document:
 
 def _tolerations(size: dict[str, Any]) -> list[Document]:
     keys = ["nvidia.com/gpu"] if size["gpus"] else []
-    # The taint of the spot pools that pools/ makes.
+    # The taint of our spot pools (cluster/pools.py).
     keys += ["vlv-spot"] if size["spot"] else []
     return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
 
@@ -293,7 +293,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
         "name": "submitter",
         "image": image_of(sizes["head"], sizes["site"]),
         "resources": _requests({"cpu": "500m", "memory": "1Gi"}),
-        "securityContext": _CONFINED,
+        "securityContext": _RESTRICTED,
     }
     spec = {
         "entrypoint": shlex.join(command),
@@ -302,7 +302,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
         "submitterPodTemplate": {
             "metadata": {
                 "labels": {**LABEL, "app.kubernetes.io/component": "submitter"},
-                "annotations": dict(_UNDISTURBED),
+                "annotations": dict(_NO_EVICTION),
             },
             "spec": {
                 "restartPolicy": "Never",
@@ -311,8 +311,7 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
                 **_on_head_machines(),
             },
         },
-        # The same command continues what was lost with a cluster.
-        "backoffLimit": 2,
+        "backoffLimit": 2,  # a retry continues where the lost cluster stopped
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
         "rayClusterSpec": _cluster(sizes, groups),
@@ -321,13 +320,13 @@ def _job(sizes: dict[str, Any], name: str) -> Document:
 
 
 def _queued(sizes: dict[str, Any], name: str) -> Document:
-    """The job as Kueue admits it: all pods at once or none, so the cluster is of a fixed size."""
+    """The job for Kueue, which admits all its pods or none: the cluster has a fixed size."""
     job = _job(sizes, name)
     job["metadata"]["name"] += "-queued"
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vlv"
     spec = job["spec"]
     spec["suspend"] = True
-    spec["backoffLimit"] = 0  # a retried job would not be queued again
+    spec["backoffLimit"] = 0  # a retry would bypass the queue
     cluster = spec["rayClusterSpec"]
     cluster["enableInTreeAutoscaling"] = False
     del cluster["autoscalerOptions"]

@@ -1,13 +1,13 @@
-"""Prometheus' configuration for each kind of cluster, and the ports that it asks."""
+"""Renders Prometheus' configuration for each kind of cluster, and defines the metrics ports."""
 
 from __future__ import annotations
 
 from typing import Any
 
 METRICS_PORT = 8080
-"""Of Ray's agent on every machine; what `ray start --metrics-export-port` is told."""
+"""Metrics of Ray's agent on every machine (`ray start --metrics-export-port`)."""
 AUTOSCALER_PORT, DASHBOARD_PORT = 44217, 44227
-"""Where Ray's autoscaler and its dashboard, both on the head, serve figures of their own."""
+"""Metrics of Ray's autoscaler and dashboard, both on the head."""
 
 
 METRICS_PORTS = {
@@ -15,12 +15,15 @@ METRICS_PORTS = {
     "as-metrics": AUTOSCALER_PORT,
     "dash-metrics": DASHBOARD_PORT,
 }
-"""Of our pods, by name."""
+"""Metrics ports of the head pod, by name."""
 
 
 def prometheus_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Prometheus' configuration by path below cluster/. On VMs it has to stand inside the network
-    (on AWS in the machines' security group); in Kubernetes in `monitoring_namespace`."""
+    """Prometheus' configuration by path below cluster/.
+
+    On VMs Prometheus must run inside the network (on AWS in the machines' security group), on
+    Kubernetes in `monitoring_namespace`.
+    """
     site = sizes["site"]
     return {
         f"monitoring/prometheus-{name}.yaml": [_prometheus(jobs)]
@@ -48,7 +51,7 @@ def prometheus_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def operator_files(sizes: dict[str, Any], dashboard: str) -> dict[str, list[dict[str, Any]]]:
-    """The same for Prometheus' operator and Grafana's sidecar, as kube-prometheus-stack has them."""
+    """The same for kube-prometheus-stack: a PodMonitor, and the dashboard for Grafana's sidecar."""
     site = sizes["site"]
     labels = {"app.kubernetes.io/part-of": "vlv"}
     group = {"sourceLabels": ["__meta_kubernetes_pod_label_ray_io_group"], "targetLabel": "group"}
@@ -65,7 +68,7 @@ def operator_files(sizes: dict[str, Any], dashboard: str) -> dict[str, list[dict
             "labels": {
                 **labels,
                 "release": "prometheus",
-            },  # which that chart's Prometheus looks for
+            },  # the chart's Prometheus selects by it
         },
         "spec": {
             "namespaceSelector": {"matchNames": [site["kubernetes_namespace"]]},
@@ -93,7 +96,7 @@ def _prometheus(jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _machines(discovery: str, query: dict[str, Any], labels: str) -> list[dict[str, Any]]:
-    """Jobs for the machines that Ray's launcher has tagged: all of them, and the head's extras."""
+    """Scrape jobs for machines tagged by Ray's launcher: all nodes, and the head's two extra ports."""
     head = {"source_labels": [f"{labels}node_type"], "regex": "head", "action": "keep"}
     return [
         {
@@ -113,7 +116,7 @@ def _machines(discovery: str, query: dict[str, Any], labels: str) -> list[dict[s
 
 
 def _pods(namespace: str) -> dict[str, Any]:
-    """The job for the pods of our clusters: every container port whose name ends in `metrics`."""
+    """The scrape job for our pods: every container port whose name ends in `metrics`."""
     label = "__meta_kubernetes_pod_label_"
     return {
         "job_name": "ray",
@@ -129,7 +132,7 @@ def _pods(namespace: str) -> dict[str, Any]:
                 "regex": "(.+-)?metrics",
                 "action": "keep",
             },
-            # Ray's own dashboards know a cluster by this label.
+            # Ray's own dashboards identify a cluster by this label.
             {"source_labels": [f"{label}ray_io_cluster"], "target_label": "ray_io_cluster"},
             {"source_labels": [f"{label}ray_io_group"], "target_label": "group"},
         ],

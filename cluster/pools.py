@@ -1,7 +1,7 @@
-"""Clusters of Kubernetes with a pool of machines for each group, and what starts their machines.
+"""Renders the EKS and GKE clusters, with a node pool for each group, and the EKS autoscaler.
 
 pools/eksctl.yaml             eksctl create cluster -f cluster/pools/eksctl.yaml
-pools/autoscaler-values.yaml  what starts EKS' machines, for its Helm chart
+pools/autoscaler-values.yaml  values for the cluster-autoscaler's Helm chart (EKS)
 pools/gke.sh                  bash cluster/pools/gke.sh
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cluster.rights import SHELL, buckets, nat, policy
+from cluster.permissions import SHELL, buckets, nat, policy
 
 _ACCELERATORS = {"A100": "nvidia-a100-80gb", "L4": "nvidia-l4"}  # GKE's names
 
@@ -26,18 +26,20 @@ def pool_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def pool_texts(sizes: dict[str, Any]) -> dict[str, str]:
-    """Files of other kinds by path below cluster/."""
+    """Other files by path below cluster/."""
     return {"pools/gke.sh": _gke(sizes)}
 
 
 def _on_demand(group: dict[str, Any]) -> dict[str, Any]:
-    """A spot group's machines for when no spot machine is to be had: the same, and paid in full."""
+    """A spot group's fallback when no spot machine is available: the same machines on demand."""
     return {**group, "spot": False, "min": 0, "max": group["on_demand"], "on_demand": 0}
 
 
 def _pools(sizes: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Name, group and sizes of each pool. The head's has one machine at a time for each job, which
-    comes when it is asked for; a spot group that may fall back has two."""
+    """Name, group and sizes of each pool: one per group, two for a spot group with a fallback.
+
+    The head's pool scales from zero to one machine per group.
+    """
     head = {**sizes["head"], "min": 0, "max": len(sizes["groups"]), "gpus": 0, "spot": False}
     pools = [(pool_name("head"), "head", head)]
     for name, group in sizes["groups"].items():
@@ -48,7 +50,7 @@ def _pools(sizes: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def pool_name(group: str) -> str:
-    """What a group's pool, and its flavor at Kueue, is called."""
+    """Name of a group's pool, and of its Kueue flavor."""
     return f"vlv-{group}".replace("_", "-")
 
 
@@ -63,7 +65,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
             taints.append({"key": "vlv-spot", "value": "true", "effect": "NoSchedule"})
         template = "k8s.io/cluster-autoscaler/node-template"
         tags = {
-            # Of a group without a machine the autoscaler knows what these say.
+            # Tells the autoscaler about the nodes of a group that has none yet.
             f"{template}/label/vlv-group": name,
             f"{template}/resources/ephemeral-storage": f"{group['disk'] * 9 // 10 - 1}Gi",
             **{f"{template}/taint/{t['key']}": f"{t['value']}:{t['effect']}" for t in taints},
@@ -101,7 +103,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
         "iam": {
             "withOIDC": True,
             "podIdentityAssociations": [
-                # Nothing starts a machine of an empty pool but this; docs/cluster.md installs it.
+                # The cluster autoscaler, which starts machines (docs/cluster.md installs it).
                 {
                     "namespace": "kube-system",
                     "serviceAccountName": "cluster-autoscaler",
@@ -118,7 +120,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
             ],
         },
         "addons": [
-            # Without this setting EKS accepts NetworkPolicies and enforces none.
+            # Without this setting EKS accepts NetworkPolicies but does not enforce them.
             {"name": "vpc-cni", "configurationValues": json.dumps({"enableNetworkPolicy": "true"})},
             {"name": "coredns"},
             {"name": "kube-proxy"},
@@ -126,7 +128,7 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
             {"name": "aws-efs-csi-driver"},
         ],
         "managedNodeGroups": [
-            # For the operator, the autoscaler and what else a cluster runs; ours go elsewhere.
+            # For the operator, the autoscaler and other system pods.
             {
                 "name": "system",
                 "instanceTypes": ["m7i.large"],
@@ -142,8 +144,11 @@ def _eksctl(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _autoscaler_values(sizes: dict[str, Any]) -> dict[str, Any]:
-    """EKS names a pool's machines after it and 36 characters. A pool's priority is the highest of
-    the patterns that it matches, so spot comes first, and what is left has no rank among itself."""
+    """The cluster-autoscaler's values: spot pools with a fallback come before all other pools.
+
+    EKS names a pool's Auto Scaling group after it, with a suffix of 36 characters. A pool gets the
+    highest priority of the patterns that it matches.
+    """
     site = sizes["site"]
     spot = [pool_name(name) for name, group in sizes["groups"].items() if group["on_demand"]]
     first = [f"^eks-{name}-[0-9a-f-]{{36}}$" for name in spot]
@@ -152,7 +157,7 @@ def _autoscaler_values(sizes: dict[str, Any]) -> dict[str, Any]:
         "awsRegion": site["aws_region"],
         "rbac": {"serviceAccount": {"name": "cluster-autoscaler"}},
         "extraArgs": {"expander": "priority,least-waste"},
-        # A text: as a mapping its keys would reach the autoscaler in quotes.
+        # A string: the chart would quote the keys of a mapping.
         "expanderPriorities": yaml.safe_dump({20: first, 10: [".*"]} if first else {10: [".*"]}),
     }
 
@@ -162,7 +167,7 @@ def _gke(sizes: dict[str, Any]) -> str:
     cluster = site["gke_cluster"]
     where = f"--project={site['gcp_project']} --region={site['gcp_region']}"
     lines = [
-        "# A cluster whose NetworkPolicies are enforced (Dataplane V2), and a pool for each group.",
+        "# A cluster that enforces NetworkPolicies (Dataplane V2), with a node pool for each group.",
         "set -euo pipefail",
         *nat(cluster, site),
         f"gcloud container clusters create {cluster} {where} \\",
@@ -174,7 +179,7 @@ def _gke(sizes: dict[str, Any]) -> str:
         flags = [
             f"--cluster={cluster}",
             where,
-            # Where there is a machine, rather than as many in each zone.
+            # ANY: in whichever zone has machines, not evenly in all zones.
             f"--node-locations={','.join(site['gke_zones'])} --location-policy=ANY",
             f"--machine-type={group['gcp']}",
             f"--disk-type=pd-balanced --disk-size={group['disk']}",
@@ -185,7 +190,7 @@ def _gke(sizes: dict[str, Any]) -> str:
         ]
         if group["gpus"]:
             kind = _ACCELERATORS[sizes["prices"]["gpus"][group["gcp"]]]
-            # CUDA 13 in the image needs a driver of r580 or newer: the newest that GKE has.
+            # CUDA 13 in the image needs driver r580 or newer.
             flags.append(
                 f"--accelerator=type={kind},count={group['gpus']},gpu-driver-version=latest"
             )
@@ -195,7 +200,7 @@ def _gke(sizes: dict[str, Any]) -> str:
         lines.append(" \\\n".join(f"  {flag}" for flag in flags))
     pools = f"{site['gcp_project']}.svc.id.goog/subject/ns/{site['kubernetes_namespace']}"
     lines += [
-        "# Pods read and write the buckets as their own accounts of Kubernetes.",
+        "# Pods access the buckets as their Kubernetes service accounts.",
         f"NUMBER=$(gcloud projects describe {site['gcp_project']} --format='value(projectNumber)')",
         f"for BUCKET in {' '.join(site['gcp_buckets'])}; do for ACCOUNT in vlv-head vlv-worker; do",
         '  gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" --role=roles/storage.objectUser \\',

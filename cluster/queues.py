@@ -1,25 +1,25 @@
-"""Kueue's queue: what may run at a time, which is each group at its largest, and their heads."""
+"""Renders Kueue's queue. Its quota is every group at its maximum size, and one head per group."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cluster.allocatable import BESIDE_HEAD, SIDECAR
+from cluster.allocatable import HEAD_SIDECARS, SIDECAR
 from cluster.pools import pool_name
 
 _API = "kueue.x-k8s.io/v1beta2"
-# All that a pod of ours requests: a workload with a resource that no group covers is never admitted.
+# All resources that our pods request: Kueue never admits a workload with an uncovered resource.
 _COVERED = ("cpu", "memory", "ephemeral-storage", "nvidia.com/gpu")
 
 
 def queues(sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flavors (kinds of machine), the queue with its quotas, and its entry in our namespace."""
+    """Flavors (kinds of machine), the cluster queue with its quotas, and our local queue."""
     head, groups = sizes["head"], sizes["groups"]
     flavors, quotas = [], []
     for name, size in {"head": head, **groups}.items():
         flavor = pool_name(name)
         flavors.append(_flavor(flavor, {"vlv-group": name}))
-        # As many heads as there are groups: a job has one of each.
+        # One head per group: each job has its own head.
         quotas.append(_quota(flavor, size, size.get("max", len(groups))))
     namespace = sizes["site"]["kubernetes_namespace"]
     cluster_queue = {
@@ -48,9 +48,9 @@ def _flavor(name: str, labels: dict[str, str]) -> dict[str, Any]:
 
 def _quota(name: str, size: dict[str, Any], count: int) -> dict[str, Any]:
     pod = size["pod"]
-    beside = [SIDECAR, *([BESIDE_HEAD] if "max" not in size else [])]
-    cpus = pod["cpus"] + sum(part["cpus"] for part in beside)
-    memory = pod["memory"] + sum(part["memory"] for part in beside)
+    sidecars = [SIDECAR, *([HEAD_SIDECARS] if "max" not in size else [])]
+    cpus = pod["cpus"] + sum(part["cpus"] for part in sidecars)
+    memory = pod["memory"] + sum(part["memory"] for part in sidecars)
     amounts = {
         "cpu": f"{count * cpus * 1000:.0f}m",
         "memory": f"{count * memory * 1024:.0f}Mi",

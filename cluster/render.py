@@ -1,7 +1,7 @@
-"""Renders cluster/sizes.yaml into what the launcher and Kubernetes read; the results are committed.
+"""Renders cluster/sizes.yaml into files for the cluster launcher and Kubernetes, which are committed.
 
 python cluster/render.py            # write the files
-python cluster/render.py --check    # status 1 where a committed file is stale
+python cluster/render.py --check    # exit status 1 if a committed file is stale
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ HERE = Path(__file__).parent
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(HERE.parent))
 
-from cluster.allocatable import misfits  # noqa: E402
+from cluster.allocatable import oversized_pods  # noqa: E402
 from cluster.dashboard import dashboard  # noqa: E402
 from cluster.disks import disk_files  # noqa: E402
 from cluster.kubernetes import kubernetes_files  # noqa: E402
 from cluster.monitoring import operator_files, prometheus_files  # noqa: E402
+from cluster.permissions import permission_files  # noqa: E402
 from cluster.pools import pool_files, pool_texts  # noqa: E402
-from cluster.rights import right_texts  # noqa: E402
 from cluster.vms import launcher_files  # noqa: E402
 
-HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.\n"
+HEADER = "# Rendered by cluster/render.py from cluster/sizes.yaml: edit that file, not this one.\n"
 
 
 def read_sizes() -> dict[str, Any]:
@@ -37,11 +37,11 @@ def read_sizes() -> dict[str, Any]:
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # what is shared here is written out there
+        return True  # write objects that are used twice in full
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Scripts and files within files stay readable."""
+    """Write multi-line strings, such as scripts, as literal blocks."""
     return dumper.represent_scalar(
         "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
     )
@@ -63,16 +63,21 @@ def rendered(sizes: dict[str, Any]) -> dict[str, str]:
         )
         for path, documents in files.items()
     }
-    return {**texts, **pool_texts(sizes), **right_texts(sizes), "monitoring/grafana.json": board}
+    return {
+        **texts,
+        **pool_texts(sizes),
+        **permission_files(sizes),
+        "monitoring/grafana.json": board,
+    }
 
 
 def stale(sizes: dict[str, Any]) -> list[str]:
-    """Paths of committed files that differ from what the sizes give."""
-    return list(_differing(sizes))
+    """Paths of committed files that differ from the rendered ones."""
+    return list(_stale_files(sizes))
 
 
-def _differing(sizes: dict[str, Any]) -> dict[str, str]:
-    """What the stale files should be, by path below cluster/."""
+def _stale_files(sizes: dict[str, Any]) -> dict[str, str]:
+    """The new text of stale files, by path below cluster/."""
     return {
         path: text
         for path, text in rendered(sizes).items()
@@ -82,15 +87,15 @@ def _differing(sizes: dict[str, Any]) -> dict[str, str]:
 
 def main() -> int:
     sizes = read_sizes()
-    if lines := misfits(sizes):
+    if lines := oversized_pods(sizes):
         print("\n".join(f"error: cluster/sizes.yaml: {line}" for line in lines), file=sys.stderr)
         return 1
-    differing = _differing(sizes)
+    files = _stale_files(sizes)
     if "--check" in sys.argv[1:]:
-        for path in differing:
+        for path in files:
             print(f"error: cluster/{path} is stale: run python cluster/render.py", file=sys.stderr)
-        return bool(differing)
-    for path, text in differing.items():
+        return bool(files)
+    for path, text in files.items():
         (HERE / path).parent.mkdir(parents=True, exist_ok=True)
         (HERE / path).write_text(text, encoding="utf-8")
         print(f"cluster/{path}")

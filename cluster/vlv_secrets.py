@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Prints a secret of the cloud's store as a shell takes it, for the machines that Ray's launcher starts.
+"""Print a secret from AWS or Google Cloud as shell `export` lines. Runs on the launcher's machines.
 
     S="$(vlv-secrets aws vlv/keys)" && eval "$S"
     S="$(vlv-secrets gcp projects/my-project/secrets/vlv-keys)" && eval "$S"
 
-The secret is a JSON object of environment variables. The machine's own profile has to be allowed to
-read it; nothing is written anywhere. In the image it is `vlv-secrets` on PATH.
+The secret is a JSON object of environment variables. The machine's profile needs permission to read
+it. Nothing is written to disk. The image has the script as `vlv-secrets` on PATH.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GOOGLE = os.environ.get("VLV_SECRET_MANAGER", "https://secretmanager.googleapis
 
 
 def aws(name: str) -> str:
-    """Text of a secret of AWS Secrets Manager, in the region of the environment."""
+    """Text of a secret in AWS Secrets Manager, in AWS_DEFAULT_REGION."""
     import boto3
 
     text: str = boto3.client("secretsmanager").get_secret_value(SecretId=name)["SecretString"]
@@ -29,7 +29,7 @@ def aws(name: str) -> str:
 
 
 def gcp(name: str) -> str:
-    """Text of the newest version of a secret of Google Secret Manager, `projects/P/secrets/S`."""
+    """Text of the latest version of a secret in Google Secret Manager, `projects/P/secrets/S`."""
     import google.auth
     from google.auth.transport.requests import AuthorizedSession
 
@@ -40,12 +40,12 @@ def gcp(name: str) -> str:
 
 
 def exports(text: str) -> str:
-    """Lines that set the variables of a JSON object. Raises ValueError where it is none."""
+    """`export` lines for a JSON object of variables. Raises ValueError for anything else."""
     content = json.loads(text)
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
-        raise ValueError('expected a JSON object of texts, as {"WANDB_API_KEY": "…"}')
+        raise ValueError('expected a JSON object of strings, as {"WANDB_API_KEY": "…"}')
     if wrong := [name for name in content if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
-        raise ValueError(f"{wrong[0]!r} is no name of an environment variable")
+        raise ValueError(f"{wrong[0]!r} is not a valid name of an environment variable")
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in content.items())
 
 
@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
     cloud, name = arguments
     try:
         print(exports(stores[cloud](name)))
-    except Exception as error:  # of either library, of every type; never with the secret's text
+    # boto3 and google.auth raise many types. The message must not contain the secret.
+    except Exception as error:
         reason = "it is not JSON" if isinstance(error, json.JSONDecodeError) else error
         print(f"error: secret {name} of {cloud} cannot be read: {reason}", file=sys.stderr)
         return 2

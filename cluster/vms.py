@@ -1,4 +1,4 @@
-"""Cluster-launcher files: machines of AWS and GCP that `ray up` starts and the autoscaler adds."""
+"""Renders the cluster launcher's files: AWS and GCP machines for `ray up` and Ray's autoscaler."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from cluster.kubernetes import HUB_CACHE, image_of
 
-# Inside the container. RAY_AUTH_TOKEN_PATH is not set: this is where Ray looks by itself.
+# Inside the container: Ray's default path of the token.
 _TOKEN = "/home/ray/.ray/auth_token"
 _SHARED = "/shared"
 _NFS = {
     "aws": "nfsvers=4.1",
     "gcp": "nfsvers=3",
-}  # EFS knows the one, every tier of Filestore the other
+}  # EFS supports 4.1; all tiers of Filestore support 3
 
 
 def launcher_files(sizes: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -38,10 +38,10 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
         }
     }
     for name, group in groups.items():
-        # No second type on demand beside spot: Ray 2.60 asks for a refused type again, for ever
-        # (docs/decisions.md); it does go on to the next subnet, and so to another zone.
+        # No on-demand fallback for spot: Ray 2.60 retries an unavailable type forever (docs/decisions.md).
+        # It does try the next subnet, that is, another zone.
         nodes[name] = _worker(name, group, node_config(group, site), site)
-    # Into the environment that Ray's processes have, and into no file.
+    # Secrets go only into the environment of Ray's processes, never into a file.
     secret = site[f"{cloud}_secret"]
     region = f"AWS_DEFAULT_REGION={site['aws_region']} " if cloud == "aws" else ""
     secrets = f'S="$({region}vlv-secrets {cloud} {secret})" && eval "$S" && ' if secret else ""
@@ -60,24 +60,24 @@ def _launcher(sizes: dict[str, Any], cloud: str) -> dict[str, Any]:
             "run_options": [
                 "--ulimit nofile=65536:65536",
                 "--env RAY_AUTH_MODE=token",
-                f"--env HF_HOME={HUB_CACHE}",  # models come once, for all machines
+                f"--env HF_HOME={HUB_CACHE}",  # shared: each model is downloaded once
                 f"--volume {_SHARED}:{_SHARED}",
             ],
         },
         "head_node_type": "head",
         "available_node_types": nodes,
         "file_mounts": {_TOKEN: "~/.ray/auth_token"},
-        # Of the machine, outside the container.
+        # These run on the machine, outside the container.
         "initialization_commands": [
             *_LOGINS[cloud](site),
             f"command -v mount.nfs4 || {_install('nfs-common')}",
             f"sudo mkdir -p {_SHARED}",
             f"mountpoint -q {_SHARED} || sudo mount -t nfs "
             f"-o {_NFS[cloud]},hard,timeo=600,retrans=2 {site[cloud + '_shared_disk']} {_SHARED}",
-            # A new disk belongs to root, and the container's user has this number.
+            # A new disk belongs to root; the container's user is 1000.
             f'[ "$(stat -c %u {_SHARED})" != 0 ] || sudo chown 1000:1000 {_SHARED}',
         ],
-        # The image holds the installation; empty lists keep the launcher's own defaults out.
+        # The image has everything installed; empty lists override the launcher's defaults.
         "setup_commands": [],
         "head_setup_commands": [],
         "worker_setup_commands": [],
@@ -112,13 +112,13 @@ def _worker(
 
 
 def _install(package: str) -> str:
-    """On a machine that may still be at its own first updates."""
+    """Install a package on a machine whose cloud-init may still be running apt."""
     apt = "sudo apt-get -qq -o DPkg::Lock::Timeout=300"
     return f"{{ cloud-init status --wait; {apt} update && {apt} install -y {package}; }}"
 
 
 def _ecr_login(site: dict[str, Any]) -> list[str]:
-    """docker asks the machine's profile for a password each time, so that none is kept."""
+    """docker gets a temporary password from the machine's profile; none is stored."""
     registry = site["image"].partition("/")[0]
     if not registry.endswith(".amazonaws.com"):
         return []
@@ -172,7 +172,7 @@ def _aws_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
                 },
             }
         ],
-        # Ray's own group would let SSH in from everywhere.
+        # Ray's default group allows SSH from anywhere.
         "SecurityGroupIds": [site["aws_security_group"]],
         "SubnetIds": site["aws_private_subnets"],
         "IamInstanceProfile": {
@@ -185,7 +185,7 @@ def _aws_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
             }
             for kind in ("instance", "volume")
         ],
-        # Version 2 alone: a plain GET to which a URL may lead reads no credentials of the machine.
+        # IMDSv2 only: a downloaded URL that redirects here cannot read the machine's credentials.
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
     }
     if size.get("spot"):
@@ -226,14 +226,14 @@ def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
                 "type": "PERSISTENT",
                 "initializeParams": {
                     "diskSizeGb": size["disk"],
-                    # The default is a hard disk.
+                    # The default is an HDD.
                     "diskType": f"zones/{site['gcp_zone']}/diskTypes/pd-balanced",
                     "labels": dict(site["tags"]),
                     "sourceImage": site["gcp_image"],
                 },
             }
         ],
-        # Without accessConfigs there is no public address.
+        # No accessConfigs: no public address.
         "networkInterfaces": [
             {
                 "subnetwork": f"projects/{site['gcp_project']}/regions/{region}/subnetworks/{site['gcp_subnet']}"
@@ -249,7 +249,7 @@ def _gcp_node(size: dict[str, Any], site: dict[str, Any]) -> dict[str, Any]:
     }
     scheduling: dict[str, Any] = {}
     if size.get("gpus"):
-        scheduling["onHostMaintenance"] = "TERMINATE"  # machines with GPUs cannot be moved
+        scheduling["onHostMaintenance"] = "TERMINATE"  # GPU machines cannot migrate
     if size.get("spot"):
         scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE"}
     if scheduling:

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
-# What Ray's launcher expects on AWS beside subnets with a NAT gateway: two instance profiles, a
-# security group and the shared disk. It may be run again; it prints what goes into sizes.yaml.
+# Rendered by cluster/render.py from cluster/sizes.yaml: edit that file, not this one.
+# Creates what Ray's launcher needs on AWS besides subnets with a NAT gateway: two instance
+# profiles, a security group and the shared disk. Idempotent. Prints the values for sizes.yaml.
 set -euo pipefail
 cd "$(dirname "$0")"
 export AWS_DEFAULT_REGION=us-east-1
-# Without this role of the account no spot machine starts; it may be there.
+# Spot machines need this role of the account; it may exist already.
 aws iam create-service-linked-role --aws-service-name spot.amazonaws.com > /dev/null 2>&1 || true
 aws iam get-role --role-name vlv-head > /dev/null 2>&1 || \
   aws iam create-role --role-name vlv-head --assume-role-policy-document '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}' > /dev/null
@@ -28,7 +28,7 @@ GROUP=$(aws ec2 describe-security-groups --query 'SecurityGroups[0].GroupId' --o
 if [ "$GROUP" = None ]; then
   GROUP=$(aws ec2 create-security-group --group-name vlv --description vlv --vpc-id "$VPC" \
     --query GroupId --output text)
-  # Its own members alone get in: sessions come through SSM, which the machines call.
+  # Only members of the group can connect. SSM sessions need no open port.
   aws ec2 authorize-security-group-ingress --group-id "$GROUP" --protocol=-1 \
     --source-group "$GROUP" > /dev/null
 fi

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
-# What Ray's launcher expects on GCP: accounts, the way out, firewall rules, the shared disk.
-# It may be run again. A network has one NAT: leave that out where gke.sh made it.
+# Rendered by cluster/render.py from cluster/sizes.yaml: edit that file, not this one.
+# Creates what Ray's launcher needs on GCP: accounts, NAT, firewall rules, the shared disk.
+# Idempotent. A network has one NAT: remove it here if gke.sh created it.
 set -euo pipefail
 cd "$(dirname "$0")"
 gcloud services enable --project=my-project artifactregistry.googleapis.com cloudresourcemanager.googleapis.com compute.googleapis.com file.googleapis.com iam.googleapis.com secretmanager.googleapis.com
@@ -30,7 +30,7 @@ gcloud compute routers nats describe vlv-nat --project=my-project --region=us-ce
   --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges
 gcloud compute networks subnets update default --project=my-project --region=us-central1 \
   --enable-private-ip-google-access
-# SSH comes from Google's proxy for signed-in people (IAP) alone.
+# SSH is allowed only from Google's Identity-Aware Proxy.
 gcloud compute firewall-rules describe vlv-ssh --project=my-project > /dev/null 2>&1 || \
   gcloud compute firewall-rules create vlv-ssh --project=my-project --network=default --allow=tcp:22 \
   --source-ranges=35.235.240.0/20 --target-service-accounts=vlv-head@my-project.iam.gserviceaccount.com,vlv-worker@my-project.iam.gserviceaccount.com
@@ -40,6 +40,6 @@ gcloud compute firewall-rules describe vlv-among --project=my-project > /dev/nul
 gcloud filestore instances describe vlv --project=my-project --zone=us-central1-a > /dev/null 2>&1 || \
   gcloud filestore instances create vlv --project=my-project --zone=us-central1-a --tier=BASIC_SSD \
   --network=name=default --file-share=name=shared,capacity=2560GiB
-echo "Under site.gcp_shared_disk goes this address, and :/shared:"
+echo "Set site.gcp_shared_disk to this address, followed by :/shared:"
 gcloud filestore instances describe vlv --project=my-project --zone=us-central1-a \
   --format='value(networks[0].ipAddresses[0])'

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
-# A cluster whose NetworkPolicies are enforced (Dataplane V2), and a pool for each group.
+# Rendered by cluster/render.py from cluster/sizes.yaml: edit that file, not this one.
+# A cluster that enforces NetworkPolicies (Dataplane V2), with a node pool for each group.
 set -euo pipefail
 gcloud compute routers describe vlv-nat --project=my-project --region=us-central1 > /dev/null 2>&1 || \
   gcloud compute routers create vlv-nat --project=my-project --region=us-central1 --network=default
@@ -60,7 +60,7 @@ gcloud container node-pools create vlv-gpu-spot-on-demand \
   --node-labels=vlv-group=gpu_spot \
   --labels=project=vlv \
   --accelerator=type=nvidia-l4,count=1,gpu-driver-version=latest
-# Pods read and write the buckets as their own accounts of Kubernetes.
+# Pods access the buckets as their Kubernetes service accounts.
 NUMBER=$(gcloud projects describe my-project --format='value(projectNumber)')
 for BUCKET in my-bucket; do for ACCOUNT in vlv-head vlv-worker; do
   gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" --role=roles/storage.objectUser \

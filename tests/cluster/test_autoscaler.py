@@ -1,7 +1,7 @@
-"""Ray's own autoscaler brings the machines that a job asks for, and takes them away again.
+"""Ray's autoscaler starts the machines that a job requests and stops them afterwards.
 
-The machines are raylets on this one, with the resources of the launcher's groups but for CPUs and
-memory; their GPUs are counted, not there, so jobs run on CPUs, upon the machines of a group.
+The machines are raylets on this machine, with the resources of the launcher's groups except CPUs and
+memory. Their GPUs are only counted, so jobs run on CPUs, on the machines of a group.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     options = ["--num-cpus=0", f"--object-store-memory={2 * MEMORY}"]
     options.append(f"--autoscaling-config={config}")
     more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    # Version 2, which `ray up` and KubeRay take unless told otherwise (Ray 2.50 and newer).
+    # Version 2, the default of `ray up` and KubeRay (Ray 2.50 and newer).
     more |= {"RAY_enable_autoscaler_v2": "1", "RAY_NODE_TYPE_NAME": "ray.head.default"}
     more |= dict.fromkeys(
         ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID
@@ -91,12 +91,12 @@ for asked in sys.stdin:
 
 @dataclass
 class Watch:
-    """The machines of each group as they come and go."""
+    """The machines of each group over time."""
 
     looker: subprocess.Popen[str]
 
     def started(self) -> Counter[str]:
-        """Machines that there have been, by group."""
+        """All machines so far, by group."""
         return self._machines(alive=False)
 
     def running(self) -> Counter[str]:

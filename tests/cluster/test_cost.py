@@ -1,4 +1,4 @@
-"""The cost model: its constants counted again, its sums, and what the documents quote of it."""
+"""The cost model: its constants are counted again, its sums checked, and the docs quote it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def pixels() -> torch.Tensor:
     return torch.zeros(1, 3, FULL.image_size, FULL.image_size, dtype=torch.uint8, device=META)
 
 
-def test_stage_1_needs_the_operations_that_are_reckoned_with() -> None:
+def test_flops_of_stage_1_equal_the_constants() -> None:
     model = eager(models.autoencoder(FULL, META))
     noise = torch.zeros(1, *model.latent_shape, device=META)
     inputs = {
@@ -56,7 +56,7 @@ def test_stage_1_needs_the_operations_that_are_reckoned_with() -> None:
 
 
 @pytest.mark.faults  # full size, if on no device: half a minute
-def test_stage_2_and_captioning_need_those_that_are_reckoned_with() -> None:
+def test_flops_of_stage_2_and_captioning_equal_the_constants() -> None:
     model = eager(models.captioner(FULL, META))
     language_model = model.language_model
 
@@ -87,7 +87,7 @@ def test_stage_2_and_captioning_need_those_that_are_reckoned_with() -> None:
     assert position / 1e9 == pytest.approx(cost.POSITION)
 
 
-def test_the_references_claim_comes_out() -> None:
+def test_the_papers_cost_is_reproduced() -> None:
     """About four days on 8 GPUs of 48 GB, under 1,000 USD, at a dollar a GPU and hour."""
     lines = {line.job: line for line in estimate(CostConfig(machine=REFERENCE), SIZES)}
     both = [lines["stage 1"], lines["stage 2"]]
@@ -95,7 +95,7 @@ def test_the_references_claim_comes_out() -> None:
     assert sum(line.usd for line in both) < 1000
 
 
-def test_costs_follow_what_they_are_made_of() -> None:
+def test_costs_scale_with_their_inputs() -> None:
     def line(job: str, **sections: object) -> cost.Line:
         return next(x for x in estimate(CostConfig(**sections), SIZES) if x.job == job)
 
@@ -123,7 +123,7 @@ def test_an_unknown_gpu_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("config", [CostConfig(), CostConfig(machine=REFERENCE)])
-def test_the_document_quotes_the_table_as_it_is(config: CostConfig) -> None:
+def test_the_docs_quote_the_current_table(config: CostConfig) -> None:
     text = (Path(cost.__file__).parents[1] / "docs/cluster.md").read_text(encoding="utf-8")
     for row in table(estimate(config, SIZES)).splitlines():
         assert row.rstrip() in text, row

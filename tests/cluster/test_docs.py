@@ -25,7 +25,7 @@ def test_files_that_are_named_without_their_folder_exist() -> None:
         assert (HERE / "kuberay" / name).is_file(), name
 
 
-def test_settings_that_are_named_are_in_sizes() -> None:
+def test_named_settings_are_in_sizes() -> None:
     named = words(r"site\.([a-z_]+)(?!\w|\*)")
     assert len(named) > 5
     assert named <= SIZES["site"].keys()
@@ -34,7 +34,7 @@ def test_settings_that_are_named_are_in_sizes() -> None:
 @pytest.mark.parametrize(
     "name", ["vlv-group", "vlv-spot", "nvidia.com/gpu", "vlv-secrets", "vlv-shared"]
 )
-def test_labels_taints_and_secrets_are_told_and_rendered(name: str) -> None:
+def test_labels_taints_and_secrets_are_documented_and_rendered(name: str) -> None:
     assert any(name in code for code in CODE), name
     assert any(name in text for text in rendered(SIZES).values()), name
 
@@ -49,7 +49,7 @@ def found_in(value: Any, key: str) -> set[str]:
     return here.union(*(found_in(item, key) for item in value.values()))
 
 
-def test_what_pods_need_is_told() -> None:
+def test_what_pods_need_is_documented() -> None:
     """Every node label, taint, secret and claim without which a pod would stay Pending or lack a key."""
     for path, pod in pods().items():
         spec = pod["spec"]

@@ -1,4 +1,4 @@
-"""The image of the machines: a linted Dockerfile, and a lock that is what pyproject.toml asks for."""
+"""The machines' image: the Dockerfile passes hadolint and the lock matches pyproject.toml."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def instructions() -> list[tuple[str, str]]:
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if rest]
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_passes() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.is_file():
         pytest.skip("hadolint is not installed: pip install -e '.[dev]'")
@@ -34,7 +34,7 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert json.loads(done.stdout) == []
 
 
-def test_it_ends_as_a_user_that_is_not_root() -> None:
+def test_the_user_is_not_root() -> None:
     assert [rest for name, rest in instructions() if name == "USER"][-1] == "1000:1000"
 
 
@@ -63,7 +63,7 @@ def test_every_package_comes_from_the_lock_by_its_hash() -> None:
 
 
 def test_the_image_without_cuda_has_all_else_of_the_lock(tmp_path: Path) -> None:
-    """What the Dockerfile does with the lock, done here, but for pip."""
+    """Runs the Dockerfile's commands on the lock, except pip."""
     (line,) = [rest for name, rest in instructions() if 'TORCH" = cpu' in rest]
     for name in ("requirements.lock", "cpu.lock"):
         line = line.replace(f"/opt/{name}", str(tmp_path / name))
@@ -97,7 +97,7 @@ def test_the_lock_holds_every_dependency_within_its_bounds() -> None:
     assert ray_version() == LOCKED["ray"]
 
 
-def test_the_builder_gets_what_it_copies_and_nothing_else() -> None:
+def test_the_build_context_has_only_what_is_copied() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     let_in = {rule[1:] for rule in rules if rule.startswith("!")}
@@ -108,8 +108,8 @@ def test_the_builder_gets_what_it_copies_and_nothing_else() -> None:
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_it_has_what_others_call_in_it() -> None:
-    """Probes wget, the sidecar that keeps logs rsync, and Ray's launcher, on the head, ssh and rsync."""
+def test_it_has_the_programs_that_others_call() -> None:
+    """Probes call wget, the log sidecar rsync, and Ray's launcher ssh and rsync on the head."""
     (line,) = [rest for name, rest in instructions() if "ca-certificates" in rest]
     pods = (ROOT / "cluster/kuberay/raycluster.yaml").read_text()
     assert "wget" in pods

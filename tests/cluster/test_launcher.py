@@ -1,7 +1,7 @@
-"""`ray up` on a cloud that is moto: it starts the head, whose autoscaler then asks for machines.
+"""`ray up` on moto's fake AWS: it starts a head, whose autoscaler then starts machines.
 
-Machines are folders of this one: `ssh`, `docker`, `rsync`, `sudo` and `chown` on PATH are the script below, which does
-what the launcher types in the folder of the machine that it is typed at. Ray is the real one, of the head alone.
+Machines are folders on this machine: `ssh`, `docker`, `rsync`, `sudo` and `chown` on PATH are the script
+below, which runs the launcher's commands in the folder of the machine they are sent to. The head's Ray is real.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ esac
 
 @dataclass
 class Cloud:
-    """A region of moto's, and the machine on which `ray up` is typed."""
+    """A fake AWS region, and the machine that runs `ray up`."""
 
     client: Any
     environment: dict[str, str]
@@ -104,16 +104,16 @@ class Cloud:
         return [machine for one in found for machine in one["Instances"]]
 
     def typed(self) -> str:
-        """The commands that came to any machine."""
+        """The commands that were run on any machine."""
         return (self.folder / "machines/log").read_text()
 
     def log(self) -> str:
-        """What was typed, and what the autoscaler said."""
-        said = self.folder.glob("ray/session_latest/logs/monitor*")
-        return "\n".join([self.typed()[-4000:], *(file.read_text()[-4000:] for file in said)])
+        """Output of `ray up` and of the autoscaler."""
+        logs = self.folder.glob("ray/session_latest/logs/monitor*")
+        return "\n".join([self.typed()[-4000:], *(file.read_text()[-4000:] for file in logs)])
 
     def until(self, found: Callable[[], T | None], seconds: float = 120) -> T:
-        """What is found, as soon as it is there."""
+        """Wait until something is found and return it."""
         deadline = time.monotonic() + seconds
         while (it := found()) is None:
             assert time.monotonic() < deadline, self.log()
@@ -122,7 +122,7 @@ class Cloud:
 
 
 def without_spot(app: Any, full: list[str]) -> Any:
-    """Moto's server, but in subnets whose zones are full there is no spot machine."""
+    """moto's server, without spot machines in subnets of full zones."""
 
     def answer(environ: dict[str, Any], start: Any) -> Any:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -198,7 +198,7 @@ def cloud() -> Iterator[Cloud]:
 
 
 def launcher(cloud: Cloud) -> Path:
-    """The file for AWS with what this region has in it."""
+    """The launcher's file for AWS, with this region's resources."""
     sizes = copy.deepcopy(read_sizes())
     subnets = cloud.client.describe_subnets()["Subnets"][:2]
     group = cloud.client.create_security_group(
@@ -227,7 +227,7 @@ request_resources(bundles=[{"gpu_spot": 1}])
 """
 
 
-def test_the_launcher_starts_a_head_whose_autoscaler_asks_for_machines(cloud: Cloud) -> None:
+def test_the_launcher_starts_a_head_whose_autoscaler_starts_machines(cloud: Cloud) -> None:
     file = launcher(cloud)
     up = [str(BIN / "ray"), "up", "--yes", "--no-config-cache", str(file)]
     done = subprocess.run(

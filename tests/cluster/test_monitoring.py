@@ -1,4 +1,4 @@
-"""Dashboard and scrape configuration: each query parses and names figures that are exported."""
+"""Dashboard and scrape configuration: every query parses and uses exported metrics."""
 
 import json
 import re
@@ -22,7 +22,7 @@ RANGE = "5m"  # what Grafana puts in for $__rate_interval
 
 
 def selected(query: str) -> set[str]:
-    """Names of the series that a query reads; ValueError where it is no PromQL."""
+    """Names of the metrics in a query; ValueError if it is not PromQL."""
     text = query.replace("$__rate_interval", RANGE)
     tree = promql.parse(text)
     names = set(re.findall(r"\b(?:ray|autoscaler)_[a-z0-9_]+(?=\{)", text))
@@ -37,7 +37,7 @@ def ray_series() -> set[str]:
     return set(re.findall(r"\b((?:ray|autoscaler)_[a-z0-9_]+)\b", text))
 
 
-def test_every_query_reads_series_that_somebody_exports() -> None:
+def test_every_query_uses_exported_metrics() -> None:
     ours = {series for metric in METRICS.values() for series in metric.series}
     read = set().union(*map(selected, QUERIES))
     assert {name for name in read if name.startswith("ray_vlv_")} <= ours
@@ -69,7 +69,7 @@ def test_panels_do_not_overlap() -> None:
         cells |= own
 
 
-def test_prometheus_asks_the_ports_that_ray_is_told() -> None:
+def test_prometheus_scrapes_rays_ports() -> None:
     from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
 
     assert AUTOSCALER_PORT == AUTOSCALER_METRIC_PORT

@@ -1,4 +1,4 @@
-"""What jobs and their pods ask for: room on their machines, a pool, a queue, and logs that outlive them."""
+"""Pods of jobs fit their machines, have a pool and a queue, and their logs survive them."""
 
 import copy
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.allocatable import BESIDE_HEAD, DAEMONS, allocatable, misfits
+from cluster.allocatable import DAEMONS, HEAD_SIDECARS, allocatable, oversized_pods
 from cluster.render import HERE, rendered
 from pipelines.cli.config import load
 from pipelines.ingest.config import IngestConfig
@@ -38,11 +38,11 @@ def test_training_fits_its_group(job: str, config: type) -> None:
 
 
 def test_recaption_fits_its_group() -> None:
-    asked = yaml.safe_load((HERE.parent / "jobs/configs/full/recaption.yaml").read_text())
+    requested = yaml.safe_load((HERE.parent / "jobs/configs/full/recaption.yaml").read_text())
     group = SIZES["groups"][SIZES["jobs"]["recaption"]["models"]]
     assert (
         group["min"] * group["gpus"]
-        <= asked["actors"]["num_actors"]
+        <= requested["actors"]["num_actors"]
         <= group["max"] * group["gpus"]
     )
 
@@ -54,7 +54,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("job", SIZES["jobs"])
-def test_each_job_has_a_command_that_it_understands(job: str) -> None:
+def test_each_jobs_command_is_valid(job: str) -> None:
     """The shipped recipe and the settings of sizes.yaml, as the shell in the container splits them."""
     spec = FILES[f"kuberay/rayjob-{job}.yaml"][0]["spec"]
     python, script, flag, recipe, *settings = shlex.split(spec["entrypoint"])
@@ -66,7 +66,7 @@ def test_each_job_has_a_command_that_it_understands(job: str) -> None:
     assert loaded.ray.group == SIZES["jobs"][job]["models"]
 
 
-def test_jobs_hand_on_what_they_write() -> None:
+def test_each_jobs_output_is_the_next_jobs_input() -> None:
     settings = {name: job["settings"] for name, job in SIZES["jobs"].items()}
 
     def place(job: str, setting: str) -> str:
@@ -85,35 +85,35 @@ def test_jobs_hand_on_what_they_write() -> None:
 @pytest.mark.parametrize("name", ["head", *SIZES["groups"]])
 def test_pods_fit_what_their_machine_leaves(cloud: str, name: str) -> None:
     size = SIZES["head"] if name == "head" else SIZES["groups"][name]
-    room = allocatable(cloud, SIZES["machines"][size[cloud]], size["disk"])
+    available = allocatable(cloud, SIZES["machines"][size[cloud]], size["disk"])
     spec = next(
         pod["spec"]
         for path, pod in pods().items()
         if path == f"kuberay/raycluster.yaml:{name.replace('_', '-')}"
     )
-    asked = Counter()
+    requested = Counter()
     for container in [*spec["containers"], *spec["initContainers"]]:
         for resource, value in container["resources"]["requests"].items():
-            asked[resource] += amount(value)
-    beside = Counter(DAEMONS)
+            requested[resource] += amount(value)
+    others = Counter(DAEMONS)
     if name == "head":
-        beside.update(BESIDE_HEAD)
-    assert asked["cpu"] + beside["cpus"] <= room.cpus
-    assert asked["memory"] + beside["memory"] <= room.memory
-    assert asked["ephemeral-storage"] <= room.disk
+        others.update(HEAD_SIDECARS)
+    assert requested["cpu"] + others["cpus"] <= available.cpus
+    assert requested["memory"] + others["memory"] <= available.memory
+    assert requested["ephemeral-storage"] <= available.disk
     volumes = {v["name"]: v.get("emptyDir", {}).get("sizeLimit") for v in spec["volumes"]}
-    assert amount(volumes["scratch"]) <= asked["ephemeral-storage"]
+    assert amount(volumes["scratch"]) <= requested["ephemeral-storage"]
 
 
-def test_what_would_stay_pending_is_said_and_not_rendered() -> None:
-    assert misfits(SIZES) == []
+def test_a_pod_that_would_stay_pending_is_an_error() -> None:
+    assert oversized_pods(SIZES) == []
     sizes = copy.deepcopy(SIZES)
     sizes["groups"]["cpu"]["pod"]["cpus"] = 32
-    (line,) = misfits(sizes)
-    assert line.startswith("cpu: pod.cpus=32, and c7i.8xlarge leaves 31.1")
+    (line,) = oversized_pods(sizes)
+    assert line.startswith("cpu: pod.cpus=32, but c7i.8xlarge leaves 31.1")
     sizes["head"]["pod"]["disk"] = 150
-    assert misfits(sizes)[0].startswith(
-        "head: pod.disk=150, and n2-standard-8 leaves 104.0 GiB of disk"
+    assert oversized_pods(sizes)[0].startswith(
+        "head: pod.disk=150, but n2-standard-8 leaves 104.0 GiB of disk"
     )
 
 
@@ -137,8 +137,10 @@ def test_what_would_stay_pending_is_said_and_not_rendered() -> None:
 def test_the_formulas_are_the_providers(
     cloud: str, machine: dict[str, Any], disk: float, cpus: float, memory: float, storage: float
 ) -> None:
-    room = allocatable(cloud, machine, disk)
-    assert (room.cpus, room.memory, room.disk) == pytest.approx((cpus, memory, storage))
+    available = allocatable(cloud, machine, disk)
+    assert (available.cpus, available.memory, available.disk) == pytest.approx(
+        (cpus, memory, storage)
+    )
 
 
 def test_head_and_submitter_stay_off_spot_and_workers_go_to_their_pool() -> None:
@@ -182,7 +184,7 @@ def test_pools_are_labelled_and_tainted_as_pods_expect() -> None:
     assert gke.count("--node-taints=vlv-spot=true:NoSchedule") == len(spot)
 
 
-def test_a_spot_group_has_a_second_pool_that_is_asked_last() -> None:
+def test_a_spot_group_has_an_on_demand_pool_of_lower_priority() -> None:
     (eks,) = FILES["pools/eksctl.yaml"]
     pools = {pool["name"]: pool for pool in eks["managedNodeGroups"]}
     first, second = pools["vlv-gpu-spot"], pools["vlv-gpu-spot-on-demand"]
@@ -196,7 +198,7 @@ def test_a_spot_group_has_a_second_pool_that_is_asked_last() -> None:
     priorities = yaml.safe_load(values["expanderPriorities"])
 
     def priority(pool: str) -> int:
-        """The highest whose pattern is found in the name that EKS gives to a pool's machines."""
+        """The highest priority whose pattern matches EKS' name of the pool's machines."""
         name = f"eks-{pool}-4ec1b2a3-1f0c-4b7e-9d3a-0123456789ab"
         return max(
             rank for rank, found in priorities.items() if any(re.search(p, name) for p in found)
@@ -225,7 +227,7 @@ def test_the_scripts_are_shell(tmp_path: Path) -> None:
             assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_the_logs_keeper_sees_where_ray_writes() -> None:
+def test_the_log_sidecar_mounts_rays_log_folder() -> None:
     """On heads KubeRay mounts a volume of its own at /tmp/ray, unless something is mounted there."""
     for path, pod in pods().items():
         if path.endswith(":submitter"):
@@ -243,12 +245,12 @@ def test_the_logs_keeper_sees_where_ray_writes() -> None:
         assert mounted.count(where) == len(containers), path
         sizes = [amount(v["emptyDir"]["sizeLimit"]) for v in pod["spec"]["volumes"]
                  if v["name"] in ("scratch", "ray-logs")]  # fmt: skip
-        asked = pod["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"]
-        assert sum(sizes) <= amount(asked)
+        requested = pod["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+        assert sum(sizes) <= amount(requested)
 
 
-def test_logs_outlive_their_pod(tmp_path: Path) -> None:
-    """The sidecar's own shell, upon folders of this machine in place of its mounts."""
+def test_logs_survive_their_pod(tmp_path: Path) -> None:
+    """Runs the sidecar's script on local folders instead of its mounts."""
     (sidecar,) = next(iter(pods().values()))["spec"]["initContainers"]
     assert sidecar["restartPolicy"] == "Always"
     *_, text = sidecar["command"]
@@ -269,14 +271,14 @@ def test_logs_outlive_their_pod(tmp_path: Path) -> None:
 
 
 def test_an_ingest_fits_its_group() -> None:
-    """A fetcher and the step that reads its plan are cut to fit a node of the group."""
+    """A fetcher and the step that reads its plan fit a node of the group."""
     group = SIZES["groups"]["cpu"]
     for cpus in (group["cpus"], group["pod"]["cpus"]):
         for nodes in (1, group["max"]):
             fetchers, decoders = fetchers_of([0, *[cpus] * nodes])
             assert fetchers * decoders <= nodes * cpus
             assert decoders <= cpus
-        assert fetchers_of([0])[1] <= cpus  # what the autoscaler is asked for first
+        assert fetchers_of([0])[1] <= cpus  # what the autoscaler is requested for first
     assert SIZES["jobs"]["ingest"]["groups"] == ["cpu"]
 
 
@@ -287,14 +289,14 @@ def test_shared_memory_holds_the_object_store_and_fits_the_memory() -> None:
         (shm,) = (v["emptyDir"] for v in pod["spec"]["volumes"] if v["name"] == "shm")
         (container,) = pod["spec"]["containers"]
         # What lies in /dev/shm counts as memory of the container.
-        room = amount(container["resources"]["limits"]["memory"]) / 3
+        available = amount(container["resources"]["limits"]["memory"]) / 3
         gpus = int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
         store = next(
             s
             for s in [SIZES["head"], *SIZES["groups"].values()]
             if s["pod"]["cpus"] == amount(container["resources"]["limits"]["cpu"])
         )
-        assert store["object_store"] + gpus <= amount(shm["sizeLimit"]) <= room  # NCCL's, too
+        assert store["object_store"] + gpus <= amount(shm["sizeLimit"]) <= available  # NCCL's, too
 
 
 def amount(quantity: object) -> float:
@@ -324,11 +326,11 @@ def test_the_queue_has_room_for_each_job_and_all_groups() -> None:
             continue
         for workers in document["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
             spec = workers["template"]["spec"]
-            asked: Counter[str] = Counter()
+            requested: Counter[str] = Counter()
             for container in [*spec["containers"], *spec["initContainers"]]:
                 for name, value in container["resources"]["requests"].items():
-                    asked[name] += workers["replicas"] * amount(value)
-            assert asked.keys() <= set(group["coveredResources"])
+                    requested[name] += workers["replicas"] * amount(value)
+            assert requested.keys() <= set(group["coveredResources"])
             name = f"vlv-{workers['groupName']}"
             assert flavors[name]["spec"]["nodeLabels"] == spec["nodeSelector"]
-            assert all(value <= quota[name][key] + 1e-9 for key, value in asked.items()), path
+            assert all(value <= quota[name][key] + 1e-9 for key, value in requested.items()), path

@@ -1,4 +1,4 @@
-"""What is rendered for the launcher and for KubeRay, against the schemas of those who read it."""
+"""Rendered files match the schemas of Ray's launcher, KubeRay and Kubernetes."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ FILES = {
 RAY = {p: d[0] for p, d in FILES.items() if d[0].get("kind") in ("RayCluster", "RayJob")}
 
 
-def test_committed_files_are_what_the_sizes_give() -> None:
+def test_committed_files_are_up_to_date() -> None:
     assert stale(SIZES) == []
 
 
@@ -47,7 +47,7 @@ def test_aws_accepts_the_machines() -> None:
 
 
 def strict(schema: Any) -> Any:
-    """The schema with unknown fields refused."""
+    """The schema with unknown fields rejected."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -115,7 +115,7 @@ def test_kuberay_accepts_its_objects(path: str, validators: dict[str, Any]) -> N
         ("RayJob", "spec.submitterPodTemplate.spec", {"restartPolicies": "Never"}),
     ],
 )
-def test_a_misspelt_field_or_a_wrong_type_is_refused(
+def test_a_misspelt_field_or_a_wrong_type_is_rejected(
     kind: str, place: str, wrong: dict[str, Any], validators: dict[str, Any]
 ) -> None:
     document = copy.deepcopy(next(d for d in RAY.values() if d["kind"] == kind))
@@ -128,14 +128,14 @@ def test_a_misspelt_field_or_a_wrong_type_is_refused(
     assert next(iter(wrong)) in f"{error.message} {error.json_path}"
 
 
-def test_a_lacking_field_is_refused(validators: dict[str, Any]) -> None:
+def test_a_missing_field_is_rejected(validators: dict[str, Any]) -> None:
     document = copy.deepcopy(RAY["kuberay/raycluster.yaml"])
     del document["spec"]["workerGroupSpecs"][0]["groupName"]
     with pytest.raises(jsonschema.ValidationError, match="'groupName' is a required property"):
         validators["RayCluster"].validate(document)
 
 
-def test_our_schema_says_what_kuberay_says(shared_dir: Path) -> None:
+def test_our_schema_agrees_with_kuberays(shared_dir: Path) -> None:
     """Every field that we list is in the CRD, with the same type, choices and required fields."""
     theirs = kuberay_schemas(shared_dir / "kuberay")
 
@@ -160,7 +160,7 @@ def test_our_schema_says_what_kuberay_says(shared_dir: Path) -> None:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """Every pod template of the KubeRay files, as the Pod that comes of it."""
+    """Every pod template of the KubeRay files, as a Pod."""
     made = {}
     for path, document in RAY.items():
         spec = document["spec"]
@@ -186,7 +186,7 @@ PLAIN = [
 """Files whose objects are Kubernetes' own."""
 
 
-def test_kubernetes_accepts_pods_and_fence() -> None:
+def test_kubernetes_accepts_pods_and_namespace_objects() -> None:
     """By the schemas of Kubernetes itself, which KubeRay's CRDs only repeat."""
     validator = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[dev]'")
     latest = validator.latest_version()
@@ -216,7 +216,7 @@ def test_machines_are_started_with_tokens_and_a_private_dashboard(cloud: str) ->
     assert launcher["provider"]["use_internal_ips"] is True
 
 
-def test_every_cluster_of_kubernetes_has_a_token_and_the_fence() -> None:
+def test_every_kubernetes_cluster_has_a_token_and_network_policies() -> None:
     ours = {"app.kubernetes.io/part-of": "vlv"}
     for document in RAY.values():
         cluster = document["spec"].get("rayClusterSpec", document["spec"])
@@ -228,8 +228,8 @@ def test_every_cluster_of_kubernetes_has_a_token_and_the_fence() -> None:
     assert {kind for p in policies for kind in p["spec"]["policyTypes"]} == {"Ingress", "Egress"}
 
 
-def test_the_head_alone_talks_to_redis() -> None:
-    """And only the standing cluster's: a job's own cluster goes with its head."""
+def test_only_the_head_connects_to_redis() -> None:
+    """Only the long-running cluster has Redis: a job's own cluster ends with its head."""
     stateful_set, service, policy = FILES["kuberay/redis.yaml"]
     labels = stateful_set["spec"]["template"]["metadata"]["labels"]
     for other in FILES["kuberay/namespace.yaml"]:

@@ -1,4 +1,4 @@
-"""Keys on their way from a cloud's store into the process: a real store for AWS (moto), one of ours for Google."""
+"""Secrets reach the process from a cloud's secret store: moto's for AWS, our own fake for Google."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {"WANDB_API_KEY": 'it\'s $HOME; `no` "command"', "HF_TOKEN": "hf_äö 1"}
 
 @pytest.fixture
 def aws_store() -> Iterator[dict[str, str]]:
-    """The environment of a machine in whose region a secret lies."""
+    """The environment of a machine in a region with a secret."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
@@ -41,25 +41,25 @@ def aws_store() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def google_store(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Secret Manager's answer to who shows the token that the machine's metadata hands out."""
+    """A fake Secret Manager that accepts the token from the machine's metadata server."""
 
     class Google(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path, said = self.path.partition("?")[0], {}
+            path, body = self.path.partition("?")[0], {}
             if path.endswith("/token"):
-                said = {"access_token": "t", "expires_in": 3000, "token_type": "Bearer"}
+                body = {"access_token": "t", "expires_in": 3000, "token_type": "Bearer"}
             elif path.endswith("/service-accounts/default/"):
-                said = {"email": "worker@p", "scopes": [], "aliases": []}
+                body = {"email": "worker@p", "scopes": [], "aliases": []}
             elif path.endswith("/project/project-id"):
                 return self.answer(b"p")
             elif path == "/v1/projects/p/secrets/keys/versions/latest:access":
                 if self.headers["Authorization"] != "Bearer t":
                     return self.send_error(401)
                 data = base64.b64encode(json.dumps(KEYS).encode()).decode()
-                said = {"payload": {"data": data}}
+                body = {"payload": {"data": data}}
             elif path.startswith("/v1/"):
                 return self.send_error(404)
-            self.answer(json.dumps(said).encode())
+            self.answer(json.dumps(body).encode())
 
         def answer(self, body: bytes) -> None:
             self.send_response(200)
@@ -86,7 +86,7 @@ def google_store(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def started(cloud: str, secret: str, folder: Path, place: dict[str, str]) -> dict[str, str]:
-    """The environment that `ray start` gets by the launcher's own command, in the container."""
+    """The environment of `ray start` in the container, from the launcher's command."""
     sizes = read_sizes()
     sizes["site"][f"{cloud}_secret"] = secret
     (launcher,) = launcher_files(sizes)[f"launcher/{cloud}.yaml"]
@@ -123,14 +123,14 @@ def test_keys_of_google_reach_the_process(google_store: dict[str, str], tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "match"),
     [
-        ('["a"]', "expected a JSON object of texts"),
-        ('{"A": 1}', "expected a JSON object of texts"),
-        ('{"A B": "x"}', "'A B' is no name"),
-        ('{"A;rm": "x"}', "'A;rm' is no name"),
+        ('["a"]', "expected a JSON object of strings"),
+        ('{"A": 1}', "expected a JSON object of strings"),
+        ('{"A B": "x"}', "'A B' is not a valid name"),
+        ('{"A;rm": "x"}', "'A;rm' is not a valid name"),
     ],
 )
-def test_what_is_no_set_of_variables_is_refused(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_secret_that_is_not_a_set_of_variables_is_rejected(text: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
         exports(text)

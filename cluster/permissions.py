@@ -1,8 +1,8 @@
-"""What machines may do, as lists of the least rights, and the commands that make their accounts.
+"""Renders least-privilege permissions of the launcher's machines, and scripts to create accounts.
 
-pools/aws-*.json          policies of the two instance profiles of the launcher's machines
+pools/aws-*.json          policies of the two instance profiles
 pools/aws-launcher.sh     bash cluster/pools/aws-launcher.sh: profiles, security group, shared disk
-pools/gcp-head-role.yaml  the role of the launcher's head
+pools/gcp-head-role.yaml  role of the head
 pools/gcp-launcher.sh     bash cluster/pools/gcp-launcher.sh: accounts, firewall, shared disk
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 SHELL = """#!/bin/bash
-# Rendered by cluster/render.py from cluster/sizes.yaml: change that, not this.
+# Rendered by cluster/render.py from cluster/sizes.yaml: edit that file, not this one.
 """
 
 
-def right_texts(sizes: dict[str, Any]) -> dict[str, str]:
-    """Text of each file by its path below cluster/."""
+def permission_files(sizes: dict[str, Any]) -> dict[str, str]:
+    """Text of each file by path below cluster/."""
     policies = {"head": _head_policy(sizes), "worker": _worker_policy(sizes)}
     role = yaml.safe_dump(_GCP_ROLE, sort_keys=False)
     return {
@@ -38,23 +38,23 @@ def right_texts(sizes: dict[str, Any]) -> dict[str, str]:
 
 
 def _head_policy(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What Ray's autoscaler does on AWS: it starts, tags and ends machines of its own cluster."""
+    """What Ray's autoscaler needs on AWS: start, tag and terminate machines of its own cluster."""
     site = sizes["site"]
-    ours = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": "vlv"}}
-    asked = {"StringEquals": {"aws:RequestTag/ray-cluster-name": "vlv"}}
-    made = {"StringEquals": {"ec2:CreateAction": "RunInstances"}}
+    tagged_ours = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": "vlv"}}
+    tag_requested = {"StringEquals": {"aws:RequestTag/ray-cluster-name": "vlv"}}
+    at_creation = {"StringEquals": {"ec2:CreateAction": "RunInstances"}}
     return policy(
         _allow("Look", ["ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeImages",
                         "ec2:DescribeSubnets", "ec2:DescribeSecurityGroups", "ec2:DescribeKeyPairs",
                         "ec2:DescribeAvailabilityZones"]),
-        _allow("StartOurs", ["ec2:RunInstances"], "arn:aws:ec2:*:*:instance/*", asked),
+        _allow("StartOurs", ["ec2:RunInstances"], "arn:aws:ec2:*:*:instance/*", tag_requested),
         _allow("StartWith", ["ec2:RunInstances"], [
             "arn:aws:ec2:*::image/*", "arn:aws:ec2:*:*:subnet/*", "arn:aws:ec2:*:*:volume/*",
             "arn:aws:ec2:*:*:network-interface/*", "arn:aws:ec2:*:*:key-pair/*",
             f"arn:aws:ec2:*:*:security-group/{site['aws_security_group']}"]),
-        _allow("TagNew", ["ec2:CreateTags"], "arn:aws:ec2:*:*:*/*", made),
+        _allow("TagNew", ["ec2:CreateTags"], "arn:aws:ec2:*:*:*/*", at_creation),
         _allow("TagAndEndOurs", ["ec2:CreateTags", "ec2:TerminateInstances"],
-               "arn:aws:ec2:*:*:instance/*", ours),
+               "arn:aws:ec2:*:*:instance/*", tagged_ours),
         _allow("GiveWorkersTheirRole", ["iam:PassRole"],
                f"arn:aws:iam::*:role/{site['aws_worker_profile']}",
                {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}),
@@ -69,7 +69,7 @@ def _worker_policy(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared_rights(sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sessions, the image, the buckets, and the secret that has the keys."""
+    """SSM sessions, the image, the buckets, and the secret with API keys."""
     site = sizes["site"]
     secret = site["aws_secret"]
     return [
@@ -85,7 +85,7 @@ def _shared_rights(sizes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def buckets(site: dict[str, Any]) -> list[dict[str, Any]]:
-    """Statements that let somebody read and write the buckets of the site."""
+    """Statements that allow reading and writing the site's buckets."""
     names = site["aws_buckets"]
     objects = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
     return [
@@ -95,7 +95,7 @@ def buckets(site: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def policy(*statements: dict[str, Any]) -> dict[str, Any]:
-    """A document of IAM."""
+    """An IAM policy document."""
     return {"Version": "2012-10-17", "Statement": list(statements)}
 
 
@@ -106,38 +106,38 @@ def _allow(
     return {**statement, **({"Condition": condition} if condition else {})}
 
 
-def _unless(there: str, make: str) -> list[str]:
-    """A command of a script that may be run again: what is there is left as it is."""
-    return [f"{there} > /dev/null 2>&1 || \\", f"  {make}"]
+def _create_unless(exists: str, create: str) -> list[str]:
+    """Lines of an idempotent script: run `create` unless the command `exists` succeeds."""
+    return [f"{exists} > /dev/null 2>&1 || \\", f"  {create}"]
 
 
 def _aws_script(site: dict[str, Any]) -> str:
-    ec2_may = {
+    ec2_trust = {
         "Effect": "Allow",
         "Principal": {"Service": "ec2.amazonaws.com"},
         "Action": "sts:AssumeRole",
     }
-    trust = shlex.quote(json.dumps(policy(ec2_may)))
+    trust = shlex.quote(json.dumps(policy(ec2_trust)))
     lines = [
-        "# What Ray's launcher expects on AWS beside subnets with a NAT gateway: two instance profiles, a",
-        "# security group and the shared disk. It may be run again; it prints what goes into sizes.yaml.",
+        "# Creates what Ray's launcher needs on AWS besides subnets with a NAT gateway: two instance",
+        "# profiles, a security group and the shared disk. Idempotent. Prints the values for sizes.yaml.",
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         f"export AWS_DEFAULT_REGION={site['aws_region']}",
-        "# Without this role of the account no spot machine starts; it may be there.",
+        "# Spot machines need this role of the account; it may exist already.",
         "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com > /dev/null 2>&1 || true",
     ]
     for kind in ("head", "worker"):
         name = site[f"aws_{kind}_profile"]
         profile = f"--instance-profile-name {name}"
         lines += [
-            *_unless(
+            *_create_unless(
                 f"aws iam get-role --role-name {name}",
                 f"aws iam create-role --role-name {name} --assume-role-policy-document {trust} > /dev/null",
             ),
             f"aws iam put-role-policy --role-name {name} --policy-name vlv \\",
             f"  --policy-document file://aws-{kind}.json",
-            *_unless(
+            *_create_unless(
                 f"aws iam get-instance-profile {profile}",
                 f"{{ aws iam create-instance-profile {profile} > /dev/null && \\\n"
                 f"    aws iam add-role-to-instance-profile {profile} --role-name {name}; }}",
@@ -153,7 +153,7 @@ def _aws_script(site: dict[str, Any]) -> str:
         'if [ "$GROUP" = None ]; then',
         '  GROUP=$(aws ec2 create-security-group --group-name vlv --description vlv --vpc-id "$VPC" \\',
         "    --query GroupId --output text)",
-        "  # Its own members alone get in: sessions come through SSM, which the machines call.",
+        "  # Only members of the group can connect. SSM sessions need no open port.",
         '  aws ec2 authorize-security-group-ingress --group-id "$GROUP" --protocol=-1 \\',
         '    --source-group "$GROUP" > /dev/null',
         "fi",
@@ -181,8 +181,8 @@ def _aws_script(site: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------ GCP
 
-# What Ray's autoscaler calls (instances: list, get, insert, setLabels, setMetadata, delete; operations:
-# get), and what starting a machine asks for beside (Compute Engine's documentation, "instances.insert").
+# Permissions of the API calls of Ray's autoscaler (instances: list, get, insert, setLabels, setMetadata,
+# delete; operations: get), and those that "instances.insert" also needs (Compute Engine docs).
 _GCP_ROLE = {
     "title": "Head of a Ray cluster",
     "description": "Starts, labels and ends the machines of its cluster",
@@ -211,12 +211,12 @@ def _gcp_script(site: dict[str, Any]) -> str:
     here = f"--project={project}"
     apis = ["artifactregistry", "cloudresourcemanager", "compute", "file", "iam", "secretmanager"]
     lines = [
-        "# What Ray's launcher expects on GCP: accounts, the way out, firewall rules, the shared disk.",
-        "# It may be run again. A network has one NAT: leave that out where gke.sh made it.",
+        "# Creates what Ray's launcher needs on GCP: accounts, NAT, firewall rules, the shared disk.",
+        "# Idempotent. A network has one NAT: remove it here if gke.sh created it.",
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         f"gcloud services enable {here} {' '.join(f'{api}.googleapis.com' for api in apis)}",
-        *_unless(
+        *_create_unless(
             f"gcloud iam roles describe vlvHead {here}",
             f"gcloud iam roles create vlvHead {here} --file=gcp-head-role.yaml",
         ),
@@ -224,7 +224,7 @@ def _gcp_script(site: dict[str, Any]) -> str:
     for account in (head, worker):
         member = f"--member=serviceAccount:{account}"
         lines += [
-            *_unless(
+            *_create_unless(
                 f"gcloud iam service-accounts describe {account} {here}",
                 f"{{ gcloud iam service-accounts create {account.partition('@')[0]} {here} && sleep 15; }}",
             ),
@@ -251,23 +251,23 @@ def _gcp_script(site: dict[str, Any]) -> str:
         *nat("vlv", site),
         f"gcloud compute networks subnets update {site['gcp_subnet']} {here} --region={region} \\",
         "  --enable-private-ip-google-access",
-        "# SSH comes from Google's proxy for signed-in people (IAP) alone.",
-        *_unless(
+        "# SSH is allowed only from Google's Identity-Aware Proxy.",
+        *_create_unless(
             f"gcloud compute firewall-rules describe vlv-ssh {here}",
             f"gcloud compute firewall-rules create vlv-ssh {here} --network={network} --allow=tcp:22 \\\n"
             f"  --source-ranges=35.235.240.0/20 --target-service-accounts={ours}",
         ),
-        *_unless(
+        *_create_unless(
             f"gcloud compute firewall-rules describe vlv-among {here}",
             f"gcloud compute firewall-rules create vlv-among {here} --network={network} \\\n"
             f"  --allow=tcp,udp,icmp --source-service-accounts={ours} --target-service-accounts={ours}",
         ),
-        *_unless(
+        *_create_unless(
             f"gcloud filestore instances describe {share}",
             f"gcloud filestore instances create {share} --tier=BASIC_SSD \\\n"
             f"  --network=name={network} --file-share=name=shared,capacity=2560GiB",
         ),
-        'echo "Under site.gcp_shared_disk goes this address, and :/shared:"',
+        'echo "Set site.gcp_shared_disk to this address, followed by :/shared:"',
         f"gcloud filestore instances describe {share} \\",
         "  --format='value(networks[0].ipAddresses[0])'",
     ]
@@ -275,15 +275,14 @@ def _gcp_script(site: dict[str, Any]) -> str:
 
 
 def nat(name: str, site: dict[str, Any]) -> list[str]:
-    """Commands for the way out of machines without public addresses: to registries, the hub and
-    strangers' images."""
+    """Commands to create a NAT: machines without public addresses need it for all downloads."""
     where = f"--project={site['gcp_project']} --region={site['gcp_region']}"
     return [
-        *_unless(
+        *_create_unless(
             f"gcloud compute routers describe {name}-nat {where}",
             f"gcloud compute routers create {name}-nat {where} --network={site['gcp_network']}",
         ),
-        *_unless(
+        *_create_unless(
             f"gcloud compute routers nats describe {name}-nat {where} --router={name}-nat",
             f"gcloud compute routers nats create {name}-nat {where} --router={name}-nat \\\n"
             "  --auto-allocate-nat-external-ips --nat-all-subnet-ip-ranges",

@@ -1,4 +1,4 @@
-"""The fence of our pods on Kubernetes: namespace, accounts, who may talk to whom, what a drain waits for."""
+"""Renders our Kubernetes namespace: service accounts, network policies, disruption budget."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cluster.monitoring import AUTOSCALER_PORT, DASHBOARD_PORT, METRICS_PORT
 Document = dict[str, Any]
 
 LABEL = {"app.kubernetes.io/part-of": "vlv"}
-"""The label of all our objects and pods, by which the network policies select them."""
+"""Label of all our objects and pods; the network policies select by it."""
 
 
 def named(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Document) -> Document:
-    """An object of Kubernetes in our namespace, with our label."""
+    """A Kubernetes object in our namespace, with our label."""
     metadata = {
         "name": name,
         "namespace": sizes["site"]["kubernetes_namespace"],
@@ -22,8 +22,8 @@ def named(api: str, kind: str, name: str, sizes: dict[str, Any], spec: Document)
     return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec}
 
 
-def fence(sizes: dict[str, Any]) -> list[Document]:
-    """Namespace, account of the workers, who may talk to whom, and what a drain has to wait for."""
+def namespace_objects(sizes: dict[str, Any]) -> list[Document]:
+    """Namespace, service accounts, network policies and the head's disruption budget."""
     site = sizes["site"]
     namespace = {
         "apiVersion": "v1",
@@ -38,11 +38,11 @@ def fence(sizes: dict[str, Any]) -> list[Document]:
         account = named("v1", "ServiceAccount", name, sizes, {})
         del account["spec"]
         account["metadata"]["annotations"] = dict(site["kubernetes_identity"])
-        account["automountServiceAccountToken"] = name == "vlv-head"  # it asks for pods
+        account["automountServiceAccountToken"] = name == "vlv-head"  # its autoscaler starts pods
         accounts.append(account)
-    ours = {"podSelector": {"matchLabels": dict(LABEL)}}
+    our_pods = {"podSelector": {"matchLabels": dict(LABEL)}}
 
-    def of_namespace(name: str) -> Document:
+    def namespace_pods(name: str) -> Document:
         return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
 
     def ports(*numbers: int, protocol: str = "TCP") -> list[Document]:
@@ -55,39 +55,42 @@ def fence(sizes: dict[str, Any]) -> list[Document]:
         "podSelector": {"matchLabels": dict(LABEL)},
         "policyTypes": ["Ingress"],
         "ingress": [
-            {"from": [ours]},
-            {"from": [of_namespace(site["operator_namespace"])], "ports": ports(8265, 52365)},
+            {"from": [our_pods]},
+            {"from": [namespace_pods(site["operator_namespace"])], "ports": ports(8265, 52365)},
             {
-                "from": [of_namespace(site["monitoring_namespace"])],
+                "from": [namespace_pods(site["monitoring_namespace"])],
                 "ports": ports(METRICS_PORT, AUTOSCALER_PORT, DASHBOARD_PORT),
             },
         ],
     }
-    # Workers open strangers' URLs: not those of this network, nor of the machine's metadata.
+    # Workers fetch untrusted URLs, so they cannot reach private networks or the metadata server.
     private = ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
     outgoing = {
         "podSelector": {"matchLabels": {**LABEL, "app.kubernetes.io/component": "worker"}},
         "policyTypes": ["Egress"],
         "egress": [
-            {"to": [ours]},
+            {"to": [our_pods]},
             {
-                # The last two: a cache on the node, and Google's.
-                "to": [of_namespace("kube-system"), *addresses("169.254.20.10", "169.254.169.254")],
+                # DNS: cluster, NodeLocal DNSCache, Google's.
+                "to": [
+                    namespace_pods("kube-system"),
+                    *addresses("169.254.20.10", "169.254.169.254"),
+                ],
                 "ports": ports(53) + ports(53, protocol="UDP"),
             },
             *(
                 {
-                    "to": addresses(place.rpartition(":")[0]),
-                    "ports": ports(int(place.rpartition(":")[2])),
+                    "to": addresses(service.rpartition(":")[0]),
+                    "ports": ports(int(service.rpartition(":")[2])),
                 }
-                for place in site["kubernetes_private_services"]
+                for service in site["kubernetes_private_services"]
             ),
             {"to": [{"ipBlock": {"cidr": "0.0.0.0/0", "except": private}}]},
         ],
     }
-    undisturbed = {
-        # More than there are: 0 that may go. `maxUnavailable` is an error for pods of a RayCluster,
-        # which has no scale that Kubernetes could ask for (kuberay#2662).
+    budget = {
+        # More than there are, so none may be evicted. `maxUnavailable: 0` is an error for pods of a
+        # RayCluster, which has no scale subresource (kuberay#2662).
         "minAvailable": 1000,
         "selector": {"matchLabels": {**LABEL, "app.kubernetes.io/component": "head"}},
     }
@@ -96,5 +99,5 @@ def fence(sizes: dict[str, Any]) -> list[Document]:
         *accounts,
         named("networking.k8s.io/v1", "NetworkPolicy", "vlv-incoming", sizes, incoming),
         named("networking.k8s.io/v1", "NetworkPolicy", "vlv-outgoing", sizes, outgoing),
-        named("policy/v1", "PodDisruptionBudget", "vlv-head", sizes, undisturbed),
+        named("policy/v1", "PodDisruptionBudget", "vlv-head", sizes, budget),
     ]
