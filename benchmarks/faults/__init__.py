@@ -1,1 +1,1 @@
-"""Faults injected into real jobs, and what their tables lost."""
+"""Injects faults into real jobs and checks their tables and runs."""

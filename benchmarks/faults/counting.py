@@ -1,7 +1,6 @@
-"""Counts the rows of a table of ours with pyarrow and the layout that pipelines/storage/tables.py tells.
+"""Counts the rows of a table with pyarrow alone, by the layout in pipelines/storage/tables.py.
 
-Nothing of our code is used here: what reads a table for the benchmark of faults must not share a
-mistake with what wrote it.
+It imports no code of the pipeline, so that the check cannot share a bug with the writer.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class Count:
-    """How a table stands against what it was made from, in rows unless said otherwise."""
+    """A table compared with its input: numbers of rows, unless noted."""
 
-    rows: int  # that the input has
-    lost: int = 0  # of the input, not in the table
-    doubled: int = 0  # in the table more than once
+    rows: int  # in the input
+    lost: int = 0  # in the input, not in the table
+    doubled: int = 0  # extra copies in the table
     strange: int = 0  # in the table, not in the input
-    differing: int = 0  # with other content than the same row of the unbroken run
-    damaged: tuple[str, ...] = ()  # what a commit and its part disagree on
-    left_behind: int = 0  # temporary files
+    differing: int = 0  # with other content than in the undisturbed run
+    damaged: tuple[str, ...] = ()  # contradictions between commits and parts
+    left_behind: int = 0  # number of temporary files
 
     @property
     def is_right(self) -> bool:
@@ -35,7 +34,7 @@ class Count:
         return not wrong and not self.damaged
 
     def figures(self) -> dict[str, Any]:
-        """What goes into the last line of a benchmark."""
+        """The figures for a benchmark's JSON line."""
         return {
             "rows": self.rows,
             "rows_lost": self.lost,
@@ -46,19 +45,19 @@ class Count:
         }
 
 
-def count(table: Path, unbroken: Path, column: str, expected: Iterable[Any]) -> Count:
-    """Hold a finished table against its input's values of `column` and against an unbroken run."""
+def count(table: Path, undisturbed: Path, column: str, expected: Iterable[Any]) -> Count:
+    """Compare a finished table with its input (values of `column`) and with an undisturbed run's."""
     rows, damaged = committed(table)
-    there = Counter(rows[column].to_pylist())
-    listed = set(expected)
-    whole, _ = committed(unbroken)
-    pairs = zip(_by(rows, column), _by(whole, column), strict=False)
-    differing = sum(mine != theirs for mine, theirs in pairs) if rows.num_rows else 0
+    counts = Counter(rows[column].to_pylist())
+    inputs = set(expected)
+    reference, _ = committed(undisturbed)
+    pairs = zip(_sorted_rows(rows, column), _sorted_rows(reference, column), strict=False)
+    differing = sum(row != other for row, other in pairs) if rows.num_rows else 0
     return Count(
-        rows=len(listed),
-        lost=len(listed - set(there)),
-        doubled=sum(n - 1 for n in there.values()),
-        strange=len(set(there) - listed),
+        rows=len(inputs),
+        lost=len(inputs - set(counts)),
+        doubled=sum(n - 1 for n in counts.values()),
+        strange=len(set(counts) - inputs),
         differing=differing,
         damaged=tuple(damaged),
         left_behind=sum(_is_temporary(file) for file in table.rglob(".*")),
@@ -69,24 +68,24 @@ def _is_temporary(file: Path) -> bool:
     return file.is_file() and file.name != ".lock"
 
 
-def _by(rows: pa.Table, column: str) -> list[dict[str, Any]]:
-    """Rows in the order of a column, without the number of the run that wrote them."""
+def _sorted_rows(rows: pa.Table, column: str) -> list[dict[str, Any]]:
+    """Rows sorted by a column, without the number of the run that wrote them."""
     columns = [name for name in rows.column_names if name != "run"]
     return rows.select(columns).sort_by(column).to_pylist()
 
 
 def committed(table: Path) -> tuple[pa.Table, list[str]]:
-    """The rows of all committed parts, and what is not as the commits tell."""
+    """The rows of all committed parts, and contradictions between commits and parts."""
     about = json.loads((table / "_table.json").read_text())
     folder = table / about.get("parts", "")
     parts, damaged = [], []
-    told = {}
+    commits = {}
     for file in sorted((table / "_commits").glob("*.json")):
         commit = json.loads(file.read_text())
-        told[commit["chunk"]] = commit
-    if missing := set(range(about["chunks"])) - set(told):
+        commits[commit["chunk"]] = commit
+    if missing := set(range(about["chunks"])) - set(commits):
         damaged.append(f"{len(missing)} chunks are not committed")
-    for chunk, commit in sorted(told.items()):
+    for chunk, commit in sorted(commits.items()):
         part = pq.read_table(folder / f"part-{chunk:06d}.parquet")
         if dict(Counter(part["status"].to_pylist())) != commit["statuses"]:
             damaged.append(f"part {chunk} has other statuses than its commit")
@@ -96,8 +95,8 @@ def committed(table: Path) -> tuple[pa.Table, list[str]]:
     return pa.concat_tables(parts), damaged
 
 
-def look(table: Path) -> str | None:
-    """What a reader that takes every part it sees finds wrong at this moment; None: nothing."""
+def find_damage(table: Path) -> str | None:
+    """A problem that a reader of all visible parts would see at this moment, or None."""
     keys: Counter[int] = Counter()
     for part in sorted([*table.glob("*.parquet"), *table.glob("data/*.parquet")]):
         try:
@@ -105,4 +104,4 @@ def look(table: Path) -> str | None:
         except (pa.ArrowException, OSError) as error:
             return f"{part.name} cannot be read: {error}"
     doubled = sum(n > 1 for n in keys.values())
-    return f"{doubled} keys are there more than once" if doubled else None
+    return f"{doubled} keys are duplicates" if doubled else None

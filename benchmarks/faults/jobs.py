@@ -1,4 +1,4 @@
-"""The jobs that benchmarks/faults/chaos.py disturbs: their input, their command, and what a row of them is."""
+"""The jobs that benchmarks/faults/chaos.py disturbs: their inputs, commands and expected rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.faults.counting import Count, count
-from benchmarks.faults.kinds import REPO, in_thread
-from benchmarks.faults.places import PLACES, Place
+from benchmarks.faults.kinds import REPO, run_in_thread
+from benchmarks.faults.targets import TARGETS, Target
 from benchmarks.ingest.web import Site, write_photos
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.tiny_world import scenes
@@ -27,38 +27,38 @@ from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 COMMON = ("ray.num_cpus=2", "ray.object_store_gb=0.3")
 
 
-def count_table(table: Path, unbroken: Path, job: Job) -> Count:
-    """Hold a finished table against the input and against an unbroken run."""
-    return count(table, unbroken, job.column, job.expected)
+def count_table(table: Path, undisturbed: Path, job: Job) -> Count:
+    """Compare a finished table with the input and with an undisturbed run's."""
+    return count(table, undisturbed, job.column, job.expected)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to be disturbed: `command(place)` writes its table, or its run, there."""
+    """A job to disturb. `command(output)` is the command line that writes its table or run."""
 
     command: Callable[[str], list[str]]
-    before: Callable[[str], list[list[str]]]  # commands that make the table it goes on from
-    expected: Sequence[Any]  # the rows of the input, by `column`; the steps of a run
+    before: Callable[[str], list[list[str]]]  # commands that create the table to continue
+    expected: Sequence[Any]  # the input's values of `column`; the steps of a run
     span: float  # longest time between a commit and a fault, in seconds
-    column: str = "key"  # that names a row of the input
+    column: str = "key"  # identifies a row of the input
     pace: Callable[[float], None] = field(default=lambda rate: None)
-    """Tells its input how many rows a second it may give; 0: as many as it can."""
-    place: Callable[[Path], Place] = Place
-    places: Mapping[str, Callable[[Path], AbstractContextManager[Place]]] = field(
-        default_factory=lambda: PLACES
-    )  # by the fault that each brings
+    """Limits the input to a number of rows per second; 0: no limit."""
+    target: Callable[[Path], Target] = Target
+    targets: Mapping[str, Callable[[Path], AbstractContextManager[Target]]] = field(
+        default_factory=lambda: TARGETS
+    )  # by the fault that each can inject
     compare: Callable[[Path, Path, Job], Any] = count_table
-    faults: Sequence[str] = ("driver", "group", "worker", "head")  # that take turns by default
+    faults: Sequence[str] = ("driver", "group", "worker", "head")  # default kinds
 
 
 def ingest(folder: Path, rows: int, again: bool = False) -> Job:
-    """Of a web of photographs, of which 8 % are broken links; `again`: the rerun of a longer list.
+    """Ingest of photographs from a local web server with 8 % broken links.
 
-    The rerun has a filter besides, and tries again what answered with status 500, which it mends.
+    With `again`: a rerun with a longer list, one more filter, and retries of status 500.
     """
     write_photos(folder / "photos", 24)
     site = Site(folder / "photos", dead=0.002, broken=0.08, copies=2)
-    port = in_thread(site.start)
+    port = run_in_thread(site.start)
     urls = [f"http://127.0.0.1:{port}/{number}.jpg" for number in range(rows)]
     scores = np.random.default_rng(0).uniform(4, 8, rows).round(3)
     lists = {"half": rows // 2, "whole": rows}
@@ -66,32 +66,32 @@ def ingest(folder: Path, rows: int, again: bool = False) -> Job:
         columns = {"URL": urls[:length], "aesthetic": scores[:length]}
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
-    def command(name: str, place: str, *more: str) -> list[str]:
-        made = [sys.executable, "jobs/ingest.py", f"data.input={folder / name}.parquet"]
-        made += [f"data.output={place}", "download.allow_private=true", "download.concurrency=16"]
-        made += ["download.retries=0", "image.size=64", "rows_per_chunk=8", *COMMON, *more]
-        return made
+    def command(name: str, output: str, *more: str) -> list[str]:
+        line = [sys.executable, "jobs/ingest.py", f"data.input={folder / name}.parquet"]
+        line += [f"data.output={output}", "download.allow_private=true", "download.concurrency=16"]
+        line += ["download.retries=0", "image.size=64", "rows_per_chunk=8", *COMMON, *more]
+        return line
 
-    def wait(rate: float) -> None:
+    def pace(rate: float) -> None:
         site.rate = rate
 
     more = ("filter.min_aesthetic=5", "retry=http_5xx")
     return Job(
-        command=lambda place: command("whole", place, *(more if again else ())),
-        before=lambda place: [command("half", place)] if again else [],
+        command=lambda output: command("whole", output, *(more if again else ())),
+        before=lambda output: [command("half", output)] if again else [],
         column="url",
         faults=("driver", "group", "worker", "decoder", "head"),
-        # A rerun keeps what the first list had and marks it; of new rows it fetches what passes.
+        # A rerun keeps (and marks) the rows of the first list, and fetches new rows that pass.
         expected=[
             url for i, url in enumerate(urls) if not again or i < lists["half"] or scores[i] >= 5
         ],
         span=6.0,
-        pace=wait,
+        pace=pace,
     )
 
 
 def recaption(folder: Path, rows: int) -> Job:
-    """Captions of drawn scenes by a captioner of few steps: what it says does not matter here."""
+    """Recaption of drawn scenes by a barely trained captioner; the captions do not matter."""
     images, model = folder / "images.parquet", folder / "stage2"
     keys = drawn_pairs(images, rows)
     if not (model / "result.json").exists():
@@ -101,37 +101,38 @@ def recaption(folder: Path, rows: int) -> Job:
         command += ["train.samples=0", "train.learning_rate=0.002", "train.eval_rows=8", *COMMON]
         subprocess.run(command, cwd=REPO, check=True, env=environment(folder))
 
-    def caption(place: str) -> list[str]:
-        made = [sys.executable, "jobs/recaption.py", f"data.input={images}", f"data.output={place}"]
-        made += [f"model.path={model}", "generate.num_beams=4", "generate.max_new_tokens=48"]
-        # Small, so that there are many commits to hit; not so many that they are all that it does.
-        made += [f"data.rows_per_chunk={max(4, rows // 1000)}", "actors.use_gpu=false", *COMMON]
-        return made
+    def caption(output: str) -> list[str]:
+        line = [sys.executable, "jobs/recaption.py", f"data.input={images}"]
+        line += [f"data.output={output}", f"model.path={model}"]
+        line += ["generate.num_beams=4", "generate.max_new_tokens=48"]
+        # Small chunks: many commits to hit, but not so many that the job does nothing else.
+        line += [f"data.rows_per_chunk={max(4, rows // 1000)}", "actors.use_gpu=false", *COMMON]
+        return line
 
-    return Job(caption, lambda place: [], keys, span=8.0)
+    return Job(caption, lambda output: [], keys, span=8.0)
 
 
 def drawn_pairs(file: Path, rows: int) -> list[int]:
-    """Write scenes and their captions into a Parquet file of our layout; returns the keys."""
-    drawn = []
+    """Write scenes with captions to a Parquet file in our layout; returns the keys."""
+    table = []
     for number, scene in enumerate(scenes.sample(1, rows)):
         buffer = io.BytesIO()
         scenes.draw(scene, number).save(buffer, "PNG")
         image = {"bytes": buffer.getvalue(), "path": None}
         about = {"caption": scenes.caption(scene), "status": "ok"}
-        drawn.append({"key": number * 7919, "url": f"http://x/{number}", "image": image, **about})
+        table.append({"key": number * 7919, "url": f"http://x/{number}", "image": image, **about})
     schema = IMAGE_ROW.append(pa.field("caption", pa.string()))
-    pq.write_table(pa.Table.from_pylist(drawn, schema), file, row_group_size=16)
-    return [row["key"] for row in drawn]
+    pq.write_table(pa.Table.from_pylist(table, schema), file, row_group_size=16)
+    return [row["key"] for row in table]
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What the processes of a job know: no other Ray, no hub, temporary files of their own."""
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    kept |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    kept |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TMPDIR": str(folder / "tmp")}
+    """The environment of a job's processes: no other Ray cluster, no hub, own temporary folder."""
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    variables |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    variables |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TMPDIR": str(folder / "tmp")}
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    return kept
+    return variables
 
 
 JOBS: dict[str, Callable[[Path, int], Job]] = {

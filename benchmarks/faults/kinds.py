@@ -1,4 +1,4 @@
-"""Faults of the real world, for benchmarks/faults/chaos.py: processes, disks, stores and machines that go."""
+"""Faults for benchmarks/faults/chaos.py: killed processes, a full disk, a broken connection."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import psutil
 REPO = Path(__file__).parents[2]
 
 KILLS = ("driver", "group", "worker", "rank", "reader", "decoder", "head")
-"""Whom SIGKILL hits: the driver; it and all that it started; one of Ray's workers or actors; one of a
-training's ranks, or of the actors that read for them; a decoder's child process; Ray's raylet, an agent
-without which it ends, or GCS."""
+"""Targets of SIGKILL: the driver; the driver with all its descendants; a Ray worker or actor; a
+training rank; an actor that reads for a rank; an image decoder's child process; Ray's raylet, one of its
+agents, or the GCS."""
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-ENDING = ("driver", "group", "head")  # after these the job is gone and has to be started again
+ENDS_JOB = ("driver", "group", "head")  # these end the job, which must be started again
 
 
 class Attempt:
-    """One run of a job's command, with all the processes that it started."""
+    """One run of a job's command, with all processes that it started."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.log = log
@@ -41,17 +41,17 @@ class Attempt:
         self.seen: set[psutil.Process] = set()
 
     @property
-    def is_going(self) -> bool:
+    def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def said(self) -> str:
+    def output(self) -> str:
         """What this attempt has printed so far."""
         with open(self.log, "rb") as file:
             file.seek(self.began)
             return file.read().decode(errors="replace")
 
-    def family(self) -> list[psutil.Process]:
-        """The driver and all of its descendants, as far as they still hang together."""
+    def processes(self) -> list[psutil.Process]:
+        """The driver and all its current descendants."""
         try:
             root = psutil.Process(self.process.pid)
             found = [root, *root.children(recursive=True)]
@@ -60,10 +60,10 @@ class Attempt:
         self.seen.update(found)
         return found
 
-    def kill(self, whom: str, rng: random.Random) -> bool:
-        """SIGKILL one of KILLS; False where there is none of that sort at the moment."""
-        family = self.family()
-        sorts: dict[str, Callable[[str], bool]] = {
+    def kill(self, target: str, rng: random.Random) -> bool:
+        """SIGKILL one of KILLS; False if no such process exists at the moment."""
+        processes = self.processes()
+        matchers: dict[str, Callable[[str], bool]] = {
             "worker": lambda line: line.startswith("ray::") and not line.startswith(AGENTS),
             "rank": lambda line: line.startswith("ray::") and "RayTrainWorker" in line,
             "reader": lambda line: line.startswith("ray::_Reader"),
@@ -72,27 +72,27 @@ class Attempt:
                 "raylet/raylet " in line or "gcs/gcs_server " in line or line.startswith(AGENTS)
             ),
         }
-        if whom in sorts:
-            found = [one for one in family if sorts[whom](_line(one))]
+        if target in matchers:
+            found = [one for one in processes if matchers[target](_command_line(one))]
             victims = [rng.choice(found)] if found else []
         else:
-            victims = family if whom == "group" else family[:1]
+            victims = processes if target == "group" else processes[:1]
         for victim in victims:
             with contextlib.suppress(psutil.Error):
                 victim.kill()
         return bool(victims)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end; False where it has not come."""
+        """Wait for the end; False if it still runs after `seconds`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             return False
         return True
 
-    def sweep(self) -> None:
-        """End what is left of it, by the processes that were seen."""
-        self.family()
+    def kill_all(self) -> None:
+        """Kill all remaining processes of this attempt."""
+        self.processes()
         for one in self.seen:
             with contextlib.suppress(psutil.Error):
                 if one.is_running():
@@ -100,7 +100,7 @@ class Attempt:
         self.process.wait()
 
 
-def _line(process: psutil.Process) -> str:
+def _command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline()) + " "
     except psutil.Error:
@@ -112,7 +112,7 @@ def _line(process: psutil.Process) -> str:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A file system of its own on `folder`, in memory; needs leave to mount (see `own_namespace`)."""
+    """Mount a file system in memory at `folder`; needs permission to mount (`enter_namespace`)."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", folder], check=True
@@ -123,8 +123,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def own_namespace() -> None:
-    """Go on as root of a namespace of this process's own, where mounting takes no rights."""
+def enter_namespace() -> None:
+    """Restart this program as root of its own user namespace, where it may mount."""
     if os.environ.get("CHAOS_NAMESPACE"):
         return
     os.environ["CHAOS_NAMESPACE"] = "1"
@@ -134,8 +134,8 @@ def own_namespace() -> None:
     os.execvp("unshare", [*command, sys.executable, *sys.argv])
 
 
-def fill(folder: Path) -> Path:
-    """Fill a file system to the brim; returns the file that does."""
+def fill_disk(folder: Path) -> Path:
+    """Fill a file system completely; returns the file that fills it."""
     ballast = folder / "ballast"
     with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
         for size in (1 << 20, 1 << 12, 1):
@@ -148,18 +148,18 @@ def fill(folder: Path) -> Path:
 # ----------------------------------------------------------------------------- a failing store
 
 
-class Line:
-    """A TCP line to a server that can be cut: what comes at its port goes on to `target`.
+class FlakyProxy:
+    """A TCP proxy that forwards its port to port `target` and can fail.
 
-    `state`: passes; refuses (connections are closed at once, those that are open too); hangs
-    (they stay open and silent).
+    `state`: passes; refuses (closes new and open connections); hangs (connections stay open and
+    silent).
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.state = "passes"
         self.writers: set[asyncio.StreamWriter] = set()
-        self.port: int = in_thread(self._open)
+        self.port: int = run_in_thread(self._open)
 
     async def _open(self) -> int:
         self.loop = asyncio.get_running_loop()
@@ -168,7 +168,7 @@ class Line:
 
     def turn(self, state: str) -> None:
         self.state = state
-        if state != "hangs":  # those that hung are cut, as by a server that comes back
+        if state != "hangs":  # connections that hung are closed, as when a server restarts
             self.loop.call_soon_threadsafe(self._cut)
 
     def _cut(self) -> None:
@@ -180,8 +180,10 @@ class Line:
         try:
             if self.state == "refuses":
                 return
-            there = await asyncio.open_connection("127.0.0.1", self.target)
-            await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer))
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            await asyncio.gather(
+                self._copy(reader, server_writer), self._copy(server_reader, writer)
+            )
         except OSError:
             pass
         finally:
@@ -202,17 +204,17 @@ class Line:
 # ------------------------------------------------------------------------------------- threads
 
 
-def in_thread(start: Callable[[], Any]) -> Any:
-    """Run a coroutine in a loop of its own, which goes on; returns what it returned."""
+def run_in_thread(start: Callable[[], Any]) -> Any:
+    """Run a coroutine in a new event loop in a thread, which keeps running; returns its result."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return asyncio.run_coroutine_threadsafe(start(), loop).result()
 
 
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    """Wait until something is so; False where it is not after `seconds`."""
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until a condition holds; False if it does not within `seconds`."""
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         if time.monotonic() > end:
             return False
         time.sleep(0.03)

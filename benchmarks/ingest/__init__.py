@@ -1,1 +1,1 @@
-"""Ingest against img2dataset; lists, and the web that is asked."""
+"""Ingest compared with img2dataset; reading of URL lists; the local web server."""

@@ -1,7 +1,7 @@
-"""Lists of URLs as LAION publishes them, of any length, made and not collected.
+"""Synthetic lists of URLs in LAION's format, of any length.
 
-Rows are a function of the seed and their number. One URL in a hundred is there again, some are
-spelt otherwise than they are kept, and two columns are there that no job of ours reads.
+A row depends only on the seed and its number. One URL in a hundred is a repeat, some need
+normalisation, and two columns are ones that no job reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS_PER_FILE = 1_000_000
 _BATCH = 100_000
 _HOSTS = 50_000
 _REPEATED = 0.01
-_WORDS = 9  # of a text
+_WORDS = 9  # per text
 
 
 def write_list(
@@ -33,9 +33,9 @@ def write_list(
     seed: int = 0,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> Path:
-    """A folder of Parquet files with `rows` rows in all, unless it is there; returns the folder.
+    """Write a folder of Parquet files with `rows` rows in total, unless it exists; returns it.
 
-    `order` by score sorts every file by AESTHETIC_SCORE, from the best.
+    `order="score"` sorts every file by AESTHETIC_SCORE, descending.
     """
     if (folder / "_made").exists():
         return folder
@@ -59,12 +59,12 @@ def _write(file: Path, batches: Iterator[pa.Table], group_rows: int) -> None:
 
 
 def _batch(start: int, end: int, seed: int) -> pa.Table:
-    """Rows `start … end - 1` of a list."""
+    """Rows [start, end) of a list."""
     rng = np.random.default_rng([seed, start])
     count = end - start
     rows = np.arange(start, end, dtype=np.uint64)
-    again = rng.random(count) < _REPEATED
-    rows[again] = rng.integers(0, end, again.sum(), dtype=np.uint64)
+    repeated = rng.random(count) < _REPEATED
+    rows[repeated] = rng.integers(0, end, repeated.sum(), dtype=np.uint64)
     mixed = (rows + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
     short = rng.integers(100, 1600, count)
     aspect = rng.lognormal(0.2, 0.35, count)
@@ -86,7 +86,7 @@ def _batch(start: int, end: int, seed: int) -> pa.Table:
 
 
 def _urls(mixed: np.ndarray) -> pa.Array:
-    """A URL for each number; one of 32 has an upper-case host, one of eight a query."""
+    """A URL for each number: one in 32 has upper-case letters in the host, one in 8 a query."""
     host = pa.array(mixed % np.uint64(_HOSTS)).cast(pa.string())
     odd = pa.array(mixed >> np.uint64(59) == 0)
     name = pc.if_else(odd, "https://CDN.Shop-", "https://images.shop-")

@@ -1,14 +1,13 @@
-"""Rows per second and memory of reading, filtering and planning lists of URLs; and of ingest's own work.
+"""Measure rows per second and memory of reading, filtering and planning URL lists.
 
     python benchmarks/ingest/metadata.py runs/bench-metadata [--quick]
     python benchmarks/ingest/metadata.py runs/bench-metadata --flat [--quick]
 
-Lists of 100 k, 1 M and 10 M made rows in LAION's spellings (benchmarks/ingest/lists.py), not sorted and
-sorted by score, each step in a process of its own, which does it all: planning needs no worker.
-With `--flat` whole ingests of 10 k, 100 k and 1 M rows, on Ray, with real tables, copies and
-reports; the actor that fetches and decodes is replaced by one that makes up small pictures. The
-last line is JSON; memory is the greatest that the processes had together, shared pages counted
-for each.
+Lists have 100 k, 1 M and 10 M synthetic rows in LAION's format (benchmarks/ingest/lists.py), unsorted
+and sorted by score. Each step runs in its own process; planning needs no workers. `--flat` runs whole
+ingests of 10 k, 100 k and 1 M rows on Ray, with real tables, deduplication and reports, but with an actor
+that makes up small images instead of fetching. The last line is JSON. Memory is the peak of all
+processes together; shared pages count once per process.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from pipelines.lists.filters import FilterConfig
 from pipelines.lists.metadata import read_batches
 
 ROWS = (100_000, 1_000_000, 10_000_000)
-FLAT_ROWS = (100, 10_000, 100_000, 1_000_000)  # the first tells what a start takes
+FLAT_ROWS = (100, 10_000, 100_000, 1_000_000)  # the first measures the start-up
 FILTERS: dict[str, Any] = {
     "min_aesthetic": 6,
     "max_pwatermark": 0.5,
@@ -50,10 +49,10 @@ FILTERS: dict[str, Any] = {
     "max_aspect_ratio": 2,
 }
 _DEAD = 0.35
-_COPIES = 50  # one image of so many has a chance to be another one's copy
+_COPIES = 50  # one image in so many may be a copy of another
 
 
-# ---------------------------------------------------------------------- in a process of its own
+# ------------------------------------------------------------------- steps, in their own process
 
 
 def config_of(folder: Path, urls: Path, **filters: Any) -> IngestConfig:
@@ -114,7 +113,7 @@ STEPS: dict[str, Callable[[Path, Path], int]] = {
 
 
 class PictureMaker:
-    """Takes ImageFetcher's place: rows as it makes them, of nothing."""
+    """Replaces ImageFetcher: makes up rows instead of downloading."""
 
     def __init__(self, *settings: Any) -> None:
         self.noise = np.random.default_rng(0).bytes(2_000)
@@ -122,20 +121,20 @@ class PictureMaker:
     def __call__(self, rows: pa.Table) -> pa.Table:
         keys = rows["key"].to_numpy()
         ok = np.random.default_rng(abs(int(keys[0]))).random(len(keys)) >= _DEAD
-        made = [self._row(int(key) if good else None) for key, good in zip(keys, ok, strict=True)]
-        return image_rows(rows, made)
+        images = [self._row(int(key) if good else None) for key, good in zip(keys, ok, strict=True)]
+        return image_rows(rows, images)
 
     def _row(self, key: int | None) -> dict[str, Any]:
         if key is None:
             return {"status": "download:dns", "error": "no such host"}
-        # As many copies for each row, however many rows there are.
-        same = f"{key % 2**64 if key % _COPIES else key % (1000 * _COPIES):016x}"
+        # The fraction of copies does not depend on the number of rows.
+        content = f"{key % 2**64 if key % _COPIES else key % (1000 * _COPIES):016x}"
         return {
             "status": "ok",
             "image": {"bytes": self.noise + key.to_bytes(8, "big", signed=True), "path": None},
             **dict.fromkeys(("width", "height", "original_width", "original_height"), 512),
-            "sha256": 4 * same,
-            "phash": same,
+            "sha256": 4 * content,
+            "phash": content,
         }
 
 
@@ -143,58 +142,60 @@ class PictureMaker:
 
 
 def measured(step: str, folder: Path, urls: Path) -> dict[str, float]:
-    """What one step takes of a list; rows and seconds are without the start of the process."""
+    """Time and memory of one step on a list; `seconds` is without the start of the process."""
     log = folder / f"{step}.log"
     command = [sys.executable, __file__, str(folder), "--step", step, "--list", str(urls)]
     seconds, watch = watched(command, log, OMP_NUM_THREADS="1", PYTHONPATH=str(REPO))
-    told = json.loads(log.read_text().splitlines()[-1])
+    result = json.loads(log.read_text().splitlines()[-1])
     return {
-        "rows": told["rows"],
-        "seconds": round(told["seconds"], 2),
+        "rows": result["rows"],
+        "seconds": round(result["seconds"], 2),
         "all_seconds": round(seconds, 2),
         "cpu_seconds": round(sum(watch.cpu.values()), 2),
         "driver_mb": round(watch.root_peak / 1e6),
         "peak_mb": round(watch.peak / 1e6),
-        **told["parts"],
+        **result["parts"],
     }
 
 
-def growth(found: Sequence[dict[str, float]], value: str) -> float:
-    """By how much a value grows for each row, between the two longest lists."""
-    short, long = found[-2:]
+def growth(runs: Sequence[dict[str, float]], value: str) -> float:
+    """Increase of a value per row, between the two longest lists."""
+    short, long = runs[-2:]
     return (long[value] - short[value]) / (long["rows"] - short["rows"])
 
 
 def lists(folder: Path, sizes: Sequence[int]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    """Figures of each step, for lists of all sizes and orders."""
+    steps: dict[str, Any] = {}
     for order in ("random", "score"):
         urls = {n: write_list(folder / f"list-{n}-{order}", n, order) for n in sizes}
         for step in ("read", "filter_rows", "plan", "plan_all"):
-            found = [measured(step, folder, urls[rows]) for rows in sizes]
-            told[f"{step}, {order}"] = {
-                "rows_per_second": [round(one["rows"] / one["seconds"]) for one in found],
-                "cpu_seconds": [one["cpu_seconds"] for one in found],
-                "peak_mb": [one["peak_mb"] for one in found],
-                "bytes_per_row": round(1e6 * growth(found, "peak_mb"), 1),
+            runs = [measured(step, folder, urls[rows]) for rows in sizes]
+            steps[f"{step}, {order}"] = {
+                "rows_per_second": [round(one["rows"] / one["seconds"]) for one in runs],
+                "cpu_seconds": [one["cpu_seconds"] for one in runs],
+                "peak_mb": [one["peak_mb"] for one in runs],
+                "bytes_per_row": round(1e6 * growth(runs, "peak_mb"), 1),
             }
-            print(json.dumps({f"{step}, {order}": told[f"{step}, {order}"]}), flush=True)
+            print(json.dumps({f"{step}, {order}": steps[f"{step}, {order}"]}), flush=True)
     base = measured("start", folder, urls[sizes[0]])
     return {
         "rows": list(sizes),
         "start_mb": base["peak_mb"],
-        "rows_per_second": told["plan, random"]["rows_per_second"][-1],
-        "bytes_per_row": max(step["bytes_per_row"] for step in told.values()),
-        "steps": told,
+        "rows_per_second": steps["plan, random"]["rows_per_second"][-1],
+        "bytes_per_row": max(step["bytes_per_row"] for step in steps.values()),
+        "steps": steps,
     }
 
 
 def flat(folder: Path, sizes: Sequence[int]) -> dict[str, Any]:
-    found = []
+    """Figures of whole ingests; time per row should not grow with the number of rows."""
+    runs = []
     for rows in sizes:
-        found.append(measured("ingest", folder, write_list(folder / f"list-{rows}-random", rows)))
-        print(json.dumps(found[-1]), flush=True)
+        runs.append(measured("ingest", folder, write_list(folder / f"list-{rows}-random", rows)))
+        print(json.dumps(runs[-1]), flush=True)
         shutil.rmtree(folder / "table", ignore_errors=True)
-    first, *others = found
+    first, *others = runs
     per_row = [
         (one["seconds"] - first["seconds"]) / (one["rows"] - first["rows"]) for one in others
     ]
@@ -206,8 +207,8 @@ def flat(folder: Path, sizes: Sequence[int]) -> dict[str, Any]:
         "growth": round(per_row[-1] / per_row[-2], 3),
         "driver_mb": [one["driver_mb"] for one in others],
         "peak_mb": [one["peak_mb"] for one in others],
-        "driver_bytes_per_row": round(1e6 * growth(found, "driver_mb"), 1),
-        "bytes_per_row": round(1e6 * growth(found, "peak_mb"), 1),
+        "driver_bytes_per_row": round(1e6 * growth(runs, "driver_mb"), 1),
+        "bytes_per_row": round(1e6 * growth(runs, "peak_mb"), 1),
     }
 
 
@@ -215,9 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where lists and tables are kept")
-    parser.add_argument("--flat", action="store_true", help="whole ingests without fetching")
-    parser.add_argument("--quick", action="store_true", help="without the longest list")
+    parser.add_argument("folder", type=Path, help="folder for lists and tables")
+    parser.add_argument("--flat", action="store_true", help="run whole ingests without fetching")
+    parser.add_argument("--quick", action="store_true", help="skip the longest list")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--list", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -230,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     measure, sizes = (flat, FLAT_ROWS) if given.flat else (lists, ROWS)
-    told = measure(folder, sizes[:-1] if given.quick else sizes)
-    print(json.dumps({"benchmark": "metadata", "mode": measure.__name__, **told}))
+    figures = measure(folder, sizes[:-1] if given.quick else sizes)
+    print(json.dumps({"benchmark": "metadata", "mode": measure.__name__, **figures}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Images per second of ingest, against img2dataset and against the decoding alone.
+"""Compare ingest's images per second with img2dataset and with decoding alone.
 
     python benchmarks/ingest/throughput.py runs/bench-ingest [--quick] [--rounds 3] [--cases "200 ms"]
 
-The same requests for photograph-like images from the same local server, stored at 512 px
-(center_crop, JPEG 95) as Parquet, on all cores; ours and the peer in turn, several times. The
-peer's numbers of processes and threads are swept first and its best is taken. The limit is our own
-decoding of the same bytes in memory, in one single-threaded process for each core. Prints a table
-and, as the last line, JSON: medians, and of ratio and share the worst case. A case takes some forty minutes.
+Both fetch the same photograph-like images from the same local server and store them at 512 px
+(center_crop, JPEG 95) as Parquet, on all cores, in turn, several times. img2dataset (the "peer") runs
+with the fastest of several numbers of processes and threads. The limit is our decoding of the same
+bytes in memory, in one single-threaded process per core. Prints a table and, as the last line, JSON with
+medians; ratio and share_of_limit are those of the worst case. A case takes about forty minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ IMAGE = ImageConfig(size=512, resize="center_crop", format="jpeg", quality=95)
 
 @dataclass(frozen=True)
 class Case:
-    """What the server is like."""
+    """Behaviour of the server: latency in seconds, and the fraction of URLs that never answer."""
 
     name: str
     latency: float = 0.0
@@ -62,12 +62,12 @@ CASES = (Case("no latency"), Case("200 ms", 0.2), Case("30 percent dead", 0.0, 0
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one of the two."""
+    """One run of one program; CPU time and memory are of all its processes."""
 
     ok: int
     seconds: float
-    cpu_seconds: float  # of all its processes
-    peak_memory: int  # bytes of all its processes together
+    cpu_seconds: float
+    peak_memory: int  # bytes
 
     @property
     def rate(self) -> float:
@@ -75,24 +75,24 @@ class Measured:
 
 
 class Watch(threading.Thread):
-    """Adds up what a process and all of its descendants take."""
+    """Samples CPU time and memory of a process and all its descendants."""
 
     def __init__(self, process: int) -> None:
         super().__init__(daemon=True)
         self.root = psutil.Process(process)
         self.cpu: dict[tuple[int, float], float] = {}
         self.peak = 0
-        self.root_peak = 0  # of the process alone
+        self.root_peak = 0  # without descendants
         self.ended = threading.Event()
 
     def run(self) -> None:
         while not self.ended.wait(0.25):
             memory = 0
             try:
-                family = [self.root, *self.root.children(recursive=True)]
+                processes = [self.root, *self.root.children(recursive=True)]
             except psutil.Error:
                 return
-            for process in family:
+            for process in processes:
                 try:
                     times = process.cpu_times()
                     self.cpu[process.pid, process.create_time()] = times.user + times.system
@@ -106,7 +106,7 @@ class Watch(threading.Thread):
 
 
 def watched(command: Sequence[str], log: Path, **environment: str) -> tuple[float, Watch]:
-    """Run a command to its end; the seconds that it took, and what it took of the machine."""
+    """Run a command; returns its seconds, CPU time and memory."""
     start = time.perf_counter()
     with open(log, "w") as output:
         process = subprocess.Popen(
@@ -149,9 +149,9 @@ def ours(folder: Path, urls: Path) -> Measured:
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "jobs/ingest.py", f"data.input={urls}", f"data.output={output}"]
     command += ["download.allow_private=true"]
-    # As the peer's, of each step: of a whole request it has none, and ours stays at its default.
+    # Same timeouts as the peer. It has none for the whole request; ours keeps its default.
     command += [f"download.connect_timeout={TIMEOUT}", f"download.read_timeout={TIMEOUT}"]
-    # One host has all images here, which no real list has; photographs repeat, and stay.
+    # All images are on one host, unlike in real lists. Repeated photographs are kept.
     command += ["download.retries=0", "download.concurrency_per_host=1000000"]
     command += ["duplicates.by=none", f"image.size={IMAGE.size}"]
     seconds, watch = watched(command, folder / "ours.log", PYTHONPATH=str(REPO))
@@ -179,11 +179,11 @@ def peer(folder: Path, urls: Path, processes: int, threads: int) -> Measured:
 
 def best_of_peer(folder: Path, urls: Path) -> tuple[int, int]:
     """The peer's fastest numbers of processes and threads for these requests."""
-    tried = {}
+    rates = {}
     for processes in sorted({CORES, 2 * CORES}):
         for threads in (16, 64, 128):
-            tried[processes, threads] = peer(folder, urls, processes, threads).rate
-    return max(tried, key=lambda settings: tried[settings])
+            rates[processes, threads] = peer(folder, urls, processes, threads).rate
+    return max(rates, key=lambda settings: rates[settings])
 
 
 def _decode(files: list[str]) -> int:
@@ -194,34 +194,34 @@ def _decode(files: list[str]) -> int:
 
 
 def limit(photos: Path, images: int) -> float:
-    """Images per second of our decode, resize and encode alone, on all cores."""
+    """Images per second of decode, resize and encode alone, on all cores."""
     files = [str(file) for file in sorted(photos.glob("*.jpg"))]
     work = [files[i % len(files)] for i in range(images)]
     with ProcessPoolExecutor(CORES) as pool:
-        list(pool.map(_decode, [files[:1]] * CORES))  # the processes are there
+        list(pool.map(_decode, [files[:1]] * CORES))  # start the processes
         start = time.perf_counter()
         done = sum(pool.map(_decode, [work[i : i + 20] for i in range(0, images, 20)]))
         return done / (time.perf_counter() - start)
 
 
 def agreement(folder: Path, pictures: int = 50) -> float:
-    """Least structural similarity of ours and the peer's pictures of the same addresses.
+    """Minimum structural similarity of our and the peer's images of the same URLs.
 
-    Pictures below the stored size are left out: ours are cropped to a square, the peer's are not.
+    Images below the stored size are skipped: ours are cropped to a square, the peer's are not.
     """
     columns = {"ours": "image", "peer": "jpg"}
     urls = {name: _urls(folder / name, column) for name, column in columns.items()}
     both = sorted(set(urls["ours"]) & set(urls["peer"]))[:: max(1, len(urls["ours"]) // pictures)]
-    mine, theirs = (
+    ours, theirs = (
         [_picture(urls[name][url], url, column) for url in both] for name, column in columns.items()
     )
-    pairs = zip(mine, theirs, strict=True)
-    same = (ssim(one, other) for one, other in pairs if one.shape == other.shape)
-    return min(same, default=math.nan)
+    pairs = zip(ours, theirs, strict=True)
+    similarities = (ssim(one, other) for one, other in pairs if one.shape == other.shape)
+    return min(similarities, default=math.nan)
 
 
 def _urls(folder: Path, column: str) -> dict[str, Path]:
-    """The file that has the picture of each address."""
+    """The file that contains the image of each URL."""
     return {
         url: file
         for file in folder.rglob("*.parquet")
@@ -238,7 +238,7 @@ def _picture(file: Path, url: str, column: str) -> np.ndarray:
 
 
 def ssim(one: np.ndarray, other: np.ndarray, window: int = 8) -> float:
-    """Mean structural similarity (Wang et al. 2004) over windows of 8x8, of greys in [0, 255]."""
+    """Mean structural similarity (Wang et al. 2004) of grey images in [0, 255], in 8 x 8 windows."""
     height, width = (side // window * window for side in one.shape)
 
     def blocks(picture: np.ndarray) -> np.ndarray:
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where images, lists and tables are kept")
+    parser.add_argument("folder", type=Path, help="folder for images, lists and tables")
     parser.add_argument(
         "--quick", action="store_true", help="1,500 requests, no latency, one round"
     )
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [case.name for case in CASES]
     parser.add_argument(
         "--cases", nargs="+", choices=names, default=names, metavar="CASE",
-        help=f"what the server is like: {', '.join(names)}; default: all",
+        help=f"behaviour of the server: {', '.join(names)}; default: all",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     requests = 1_500 if given.quick else given.requests
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = CASES[:1] if given.quick else [case for case in CASES if case.name in given.cases]
     folder = given.folder.absolute()
     write_photos(folder / "photos", 40 if given.quick else 200)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for case in cases:
         with served(folder / "photos", case) as base:
             urls = write_list(folder / "sweep", base, requests // 10)
@@ -286,26 +286,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs["ours"].append(ours(folder, urls))
                 runs["peer"].append(peer(folder, urls, processes, threads))
                 limits.append(limit(folder / "photos", min(requests, 1_000)))
-        told[case.name] = _tell(case, runs, limits, processes, threads)
-        print(json.dumps({case.name: told[case.name]}), flush=True)
-        told[case.name]["ssim"] = round(agreement(folder), 4)
+        results[case.name] = summarise(case, runs, limits, processes, threads)
+        print(json.dumps({case.name: results[case.name]}), flush=True)
+        results[case.name]["ssim"] = round(agreement(folder), 4)
     worst = {
-        "ratio": min(case["ratio"] for case in told.values()),
-        "share_of_limit": min(case["share_of_limit"] for case in told.values()),
+        "ratio": min(case["ratio"] for case in results.values()),
+        "share_of_limit": min(case["share_of_limit"] for case in results.values()),
     }
     print(
         json.dumps(
-            {"benchmark": "ingest", "requests": requests, "cores": CORES, **worst, "cases": told}
+            {"benchmark": "ingest", "requests": requests, "cores": CORES, **worst, "cases": results}
         )
     )
 
 
-def _tell(
+def summarise(
     case: Case, runs: dict[str, list[Measured]], limits: list[float], processes: int, threads: int
 ) -> dict[str, Any]:
-    told: dict[str, Any] = {"peer_settings": f"{processes} processes, {threads} threads"}
+    """Medians of a case, and our ratio to the peer and share of the limit."""
+    figures: dict[str, Any] = {"peer_settings": f"{processes} processes, {threads} threads"}
     for name, measured in runs.items():
-        told[name] = {
+        figures[name] = {
             "images_per_second": round(statistics.median(m.rate for m in measured), 1),
             "cpu_ms_per_image": round(
                 statistics.median(1000 * m.cpu_seconds / max(m.ok, 1) for m in measured), 1
@@ -314,10 +315,11 @@ def _tell(
             "ok": measured[-1].ok,
             "seconds": [round(m.seconds, 1) for m in measured],
         }
-    told["limit"] = round(statistics.median(limits), 1)
-    told["ratio"] = round(told["ours"]["images_per_second"] / told["peer"]["images_per_second"], 3)
-    told["share_of_limit"] = round(told["ours"]["images_per_second"] / told["limit"], 3)
-    return told
+    figures["limit"] = round(statistics.median(limits), 1)
+    rate = figures["ours"]["images_per_second"]
+    figures["ratio"] = round(rate / figures["peer"]["images_per_second"], 3)
+    figures["share_of_limit"] = round(rate / figures["limit"], 3)
+    return figures
 
 
 if __name__ == "__main__":

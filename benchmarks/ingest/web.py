@@ -1,9 +1,9 @@
-"""A web of photograph-like images on loopback for the benchmarks of ingest.
+"""A local web server with photograph-like images, for the ingest benchmarks.
 
-    python benchmarks/ingest/web.py FOLDER [--latency SECONDS] [--dead SHARE]
+    python benchmarks/ingest/web.py FOLDER [--latency SECONDS] [--dead FRACTION]
 
-Serves http://127.0.0.1:PORT/N.jpg for any N, from the images in FOLDER in turn, and prints the port.
-A share of the numbers never answers, and another one answers as the web's broken links do.
+Serves http://127.0.0.1:PORT/N.jpg for any N, with the images in FOLDER in turn, and prints the port.
+A fraction of the URLs never answers; another fraction answers like broken links.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image
 
 
 def is_dead(number: int, share: float) -> bool:
-    """Whether the N-th address never answers; the same for all who ask."""
+    """Whether the N-th URL never answers; always the same for a number."""
     return (number * 2_654_435_761) % 2**32 < share * 2**32
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> None:
-    """Write `count` photograph-like JPEGs with sides of 500 to 3,000 px, unless they are there.
+    """Write `count` photograph-like JPEGs with sides of 500 to 3,000 px, unless they exist.
 
-    Noise of all octaves, the coarser the stronger, as the spectrum of photographs has it.
+    They are noise of all octaves, stronger when coarser, like the spectrum of photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -52,13 +52,14 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> None:
 
 
 BROKEN = ("404", "410", "500", "truncated", "html", "noai")
-"""What broken addresses answer, in turn."""
+"""Answers of broken URLs, in turn."""
 
 
 class Site:
-    """The answers. `rate` (answers a second; 0: all) may change while it is served.
+    """The server's answers. `rate` (answers per second; 0: no limit) may change while it runs.
 
-    With `copies`, so many numbers in a row have a file of their own, the same picture or not.
+    With `copies`, each group of that many consecutive numbers has a file of its own, perhaps with
+    the picture of another file.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class Site:
         self.bodies = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
         self.latency, self.dead, self.broken, self.copies = latency, dead, broken, copies
         self.rate = 0.0
-        self.turn = 0.0  # when the last answer goes out, at this rate
+        self.next_answer = 0.0  # time at which the rate allows the next answer
 
     async def start(self) -> int:
-        """Serve on loopback, in the loop that is running; returns the port."""
+        """Serve on loopback in the running event loop; returns the port."""
         app = web.Application()
         app.router.add_get("/{number:[0-9]+}.jpg", self.answer)
         runner = web.AppRunner(app, access_log=None)
@@ -86,8 +87,8 @@ class Site:
             await asyncio.sleep(self.latency)
         if self.rate:
             now = time.monotonic()
-            self.turn = max(now, self.turn + 1 / self.rate)
-            await asyncio.sleep(self.turn - now)
+            self.next_answer = max(now, self.next_answer + 1 / self.rate)
+            await asyncio.sleep(self.next_answer - now)
         body, kind = self._body(number), "image/jpeg"
         if not is_dead(number + 1_000_000_007, self.broken):
             return web.Response(body=body, content_type=kind)
@@ -120,7 +121,9 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
-    parser.add_argument("--dead", type=float, default=0.0, help="share that never answers")
+    parser.add_argument(
+        "--dead", type=float, default=0.0, help="fraction of URLs that never answer"
+    )
     given = parser.parse_args()
     asyncio.run(serve(Site(given.folder, given.latency, given.dead)))
 

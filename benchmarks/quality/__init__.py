@@ -1,1 +1,1 @@
-"""How good the captions of the tiny world are."""
+"""Caption quality of the tiny models."""

@@ -1,11 +1,10 @@
-"""Ablations on the tiny world, in the shape of the paper's tables.
+"""Run the paper's ablations with the tiny models.
 
     python benchmarks/quality/ablation.py runs/ablation [--seeds 0 1 2] [--stage1-steps 300] [--stage2-steps 300]
 
-For each seed every variant is trained by the jobs' own code upon the shipped pretrained parts: its
-stage 1 from nothing, its stage 2 on the same pairs, and its captions of test scenes are judged.
-Prints a table in Markdown (mean ± standard deviation over the seeds) and, as the last line, JSON.
-The same command continues a run that was killed.
+For each seed and variant, the jobs train stage 1 from the shipped pretrained parts, then stage 2 on the
+same pairs, and the captions of test scenes are scored. Prints a Markdown table (mean ± standard
+deviation over seeds) and, as the last line, JSON. Repeat the command to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs" / "tiny"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: what its encoder is, and what its stage 2 trains."""
+    """A row of the table: settings of the encoder and of stage 2."""
 
     name: str
     num_queries: int = NUM_QUERIES
     bottleneck: bool = True
     trainable: Trainable = "projector+llm"
-    pretrained_rate: float = 1.0  # in stage 2: of LLM and encoder, as a share of the projector's
+    pretrained_rate: float = 1.0  # stage 2: learning rate of LLM and encoder / projector's rate
 
     @property
     def encoder(self) -> str:
-        """Name of its stage-1 run: variants that differ in stage 2 alone share one."""
+        """Name of its stage-1 run; variants that differ only in stage 2 share one."""
         return f"{self.num_queries}-queries" + ("" if self.bottleneck else "-no-bottleneck")
 
     def model_settings(self, seed: int) -> list[str]:
@@ -85,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the runs are kept")
+    parser.add_argument("folder", type=Path, help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=4_000, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=4_000, help="number of training scenes")
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--stage1-steps", type=int, default=300)
     parser.add_argument("--stage2-steps", type=int, default=300)
@@ -124,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     demo: Demo, test: TestScenes, variant: Variant, seed: int, gaps: dict[str, float]
 ) -> dict[str, float]:
-    """Train a variant, unless it is finished, and judge it; `gaps` keeps those of the encoders."""
+    """Train a variant, unless it is finished, and score it; `gaps` caches gap_closed by encoder."""
     from pipelines.demo.proof import caption_scores, denoising
     from pipelines.execution.model import ModelSettings
     from vlv_model.autoencoder import VLVAutoEncoder
@@ -154,7 +153,7 @@ def measure(
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Mean ± standard deviation of each figure, in per cent, as a Markdown table."""
+    """Mean ± standard deviation of each figure, in percent, as a Markdown table."""
     lines = [f"| stage 2 | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 1) + "|"]
     for name, runs in found.items():
         cells = []

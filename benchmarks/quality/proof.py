@@ -1,9 +1,9 @@
-"""Does the method work? The demo's figures on scenes never seen, over several seeds, against targets.
+"""Check that the method works: the demo's figures on unseen scenes, over several seeds, with targets.
 
     python benchmarks/quality/proof.py runs/proof [--full] [--seeds 0 1 2]
 
-Prints a line for each figure and, as the last line, JSON; exit status 1 where a median misses its
-target. A killed run continues.
+Prints one line per figure and, as the last line, JSON. Exit status 1 if a median misses its target.
+Repeat the command to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FULL = {
 
 
 def figures(summary: dict[str, Any]) -> dict[str, float]:
-    """The figures that have targets, and the control's."""
+    """The figures with targets, the control's figures, and the seconds."""
     captions, control = summary["captions"], summary["control"]
     pictures = summary["reconstruction"]
     return {
@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the demos are kept")
-    parser.add_argument("--full", action="store_true", help="train stage 1 from its starting point")
+    parser.add_argument("folder", type=Path, help="folder for the demos")
+    parser.add_argument(
+        "--full", action="store_true", help="train stage 1 from its pretrained parts"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args(arguments)
     runs = []

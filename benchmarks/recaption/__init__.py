@@ -1,1 +1,1 @@
-"""Captions per second, and what going on costs."""
+"""Speed of recaption, and the cost of resuming it."""

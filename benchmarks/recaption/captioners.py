@@ -1,8 +1,8 @@
-"""The captioner that benchmarks/recaption/throughput.py runs, and the images that it is run on.
+"""Captioners and images for benchmarks/recaption/throughput.py.
 
-Of size tiny it is trained, on drawn scenes, until it says and ends what a caption should. Of the
-other sizes, which nothing here could train, it has random weights and ends its captions at lengths
-that are drawn by the key of an image, the same for all who caption it.
+The tiny captioner is trained on drawn scenes until its captions are right and end. The others are
+too large to train here: they have random weights, and each caption ends at a random length that
+depends on the image's key, the same in every program.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _TRAINING = {
 
 
 def write_images(file: Path, count: int, size: str, seed: int = 2) -> Path:
-    """A Parquet file of so many drawn scenes, unless it is there; photograph-sized but for tiny."""
+    """Write a Parquet file of drawn scenes, unless it exists; photograph-sized except for tiny."""
     if file.exists():
         return file
     rows = []
@@ -74,7 +74,7 @@ def write_images(file: Path, count: int, size: str, seed: int = 2) -> Path:
 
 
 def trained(folder: Path) -> Path:
-    """The run of a stage 2 upon the shipped encoder, trained unless it is there."""
+    """A stage-2 run from the shipped encoder; trains it unless it exists."""
     run = folder / "stage2"
     if not (run / "result.json").exists():
         pairs = write_images(folder / "pairs.parquet", _PAIRS, "tiny", seed=1)
@@ -86,7 +86,7 @@ def trained(folder: Path) -> Path:
 
 
 def random(folder: Path, size: str) -> Path:
-    """A captioner of random weights as a folder that stands alone, written unless it is there."""
+    """An exported captioner with random weights; writes it unless it exists."""
     model = folder / f"random-{size}"
     if not model.exists():
         about = SIZES[size]
@@ -100,7 +100,7 @@ def random(folder: Path, size: str) -> Path:
 
 
 def forced_length(key: int, longest: int) -> int:
-    """Tokens of an image's caption, end-of-text counted: evenly from as short as teachers write."""
+    """Tokens of an image's caption with the end-of-text, uniform over the length of teachers' captions."""
     shortest, limit = min(PARAGRAPH[0], longest // 4), min(PARAGRAPH[1], longest)
     return int(np.random.default_rng(abs(key)).integers(shortest, limit + 1))
 
@@ -115,7 +115,7 @@ class _ForcedDecoder(SlotDecoder):
 
 
 class ForcedCaptioner(VLVCaptioner):
-    """Ends its captions at `forced_length`."""
+    """A captioner whose captions end at `forced_length`."""
 
     def decoder(
         self, slots: int, max_new_tokens: int, sampling: Sampling | None = None
@@ -126,7 +126,7 @@ class ForcedCaptioner(VLVCaptioner):
 
 
 def is_forced(model: Path) -> bool:
-    """Whether the captioner in this folder cannot end its captions itself."""
+    """Whether this captioner has random weights and needs forced lengths."""
     return model.name.startswith("random-")
 
 
@@ -147,7 +147,7 @@ class ForcedCaptionImages(CaptionImages):
 
 
 def squares_of(file: Path, keys: Collection[int], captioner: VLVCaptioner) -> dict[int, Tensor]:
-    """Decoded squares of some images, as a plain reader has them, by key."""
+    """Decoded squares of some images, by key, uint8 `[3 s s]`."""
     side = captioner.encoder.encoder_image_size // 2
     found = {}
     for rows in pq.ParquetFile(file).iter_batches(64, columns=["key", "image"]):

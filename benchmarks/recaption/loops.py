@@ -1,7 +1,7 @@
-"""What benchmarks/recaption/throughput.py compares the job with: plain loops, and the model by itself.
+"""Baselines of benchmarks/recaption/throughput.py: plain loops, and the engine without Ray.
 
-The loops are what one writes who knows transformers: open the images of a batch, let the processor
-resize and normalise them on the CPU, generate, decode, go on.
+A loop is the usual transformers code: open the images of a batch, resize and normalise them on the
+CPU with the processor, generate, decode.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, square_image
 
 @dataclass
 class Loop:
-    """Settings of a plain loop, and what it came to."""
+    """Settings and results of a plain loop."""
 
     batch: int
     beams: int
-    stop: bool  # at the end-of-text, or always the most tokens
+    stop: bool  # at the end-of-text; False: always generate the maximum
     tokens: int = 0
     seconds: float = 0.0
-    said: dict[int, list[int]] = field(default_factory=dict)  # tokens by key
+    ids: dict[int, list[int]] = field(default_factory=dict)  # token ids by image key
 
-    def told(self) -> dict[str, Any]:
-        return {"images": len(self.said), "tokens": self.tokens, "seconds": self.seconds}
+    def figures(self) -> dict[str, Any]:
+        return {"images": len(self.ids), "tokens": self.tokens, "seconds": self.seconds}
 
 
 class _ForcedEnd(LogitsProcessor):
-    """Ends row i of a batch at its `forced_length`, and nowhere else."""
+    """Ends each row of a batch exactly at its `forced_length`."""
 
     def __init__(self, keys: list[int], beams: int, end_of_text: int, longest: int) -> None:
         lengths = [forced_length(key, longest) for key in keys for _ in range(beams)]
@@ -63,12 +63,12 @@ class _ForcedEnd(LogitsProcessor):
 def run_loop(
     loop: Loop, model: Path, file: Path, images: int, longest: int, device: torch.device
 ) -> Loop:
-    """Caption the first `images` of a Parquet file; the first batch is done twice, not counted."""
+    """Caption the first `images` of a Parquet file; the first batch runs once more as warm-up."""
     captioner = open_captioner(model).to(device)
     forced = is_forced(model) and loop.stop
     batches = list(_batches(file, images, loop.batch))
     _one_batch(loop, captioner, *batches[0], longest=longest, forced=forced)
-    loop.tokens, loop.said = 0, {}
+    loop.tokens, loop.ids = 0, {}
     begun = time.perf_counter()
     for keys, content in batches:
         _one_batch(loop, captioner, keys, content, longest=longest, forced=forced)
@@ -102,7 +102,7 @@ def _one_batch(
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
     )
-    # The reference's encoder sees the square that its VAE saw, resized once more.
+    # As in the reference, the encoder gets the VAE's square, resized once more.
     squares = [_square(image, side // 2) for image in content]
     pixels = processor(squares, return_tensors="pt").pixel_values.to(device)
     prefix = captioner.prefix(pixels)
@@ -121,9 +121,9 @@ def _one_batch(
     for key, ids in zip(keys, new_ids.tolist(), strict=True):
         if loop.stop and end_of_text in ids:
             ids = ids[: ids.index(end_of_text)]
-        caption_text(captioner.tokenizer, ids)  # what the loop is there for
+        caption_text(captioner.tokenizer, ids)  # decoding is part of the measured time
         loop.tokens += len(ids)
-        loop.said[key] = ids
+        loop.ids[key] = ids
 
 
 def _square(content: bytes, side: int) -> Image.Image:
@@ -139,7 +139,7 @@ def run_bare(
     device: torch.device,
     workers: int,
 ) -> dict[str, Any]:
-    """Decoded squares through the engine, in as many processes as the job has actors."""
+    """Run the engine on decoded squares, in as many processes as the job has actors."""
     context = get_context("spawn")
     barrier, results = context.Barrier(workers), context.Queue()
     shares = [range(first, images, workers) for first in range(workers)]
@@ -147,10 +147,10 @@ def run_bare(
     processes = [context.Process(target=_bare, args=(s, *arguments)) for s in shares]
     for process in processes:
         process.start()
-    found = [results.get() for _ in processes]
+    times = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    seconds, tokens = max(f[0] for f in found), sum(f[1] for f in found)
+    seconds, tokens = max(time[0] for time in times), sum(time[1] for time in times)
     return {"images": images, "tokens": tokens, "seconds": seconds}
 
 
@@ -167,16 +167,16 @@ def _bare(
     if workers > 1:
         torch.set_num_threads(1)
     captioner = open_captioner(model).to(device)
-    everything = pq.read_table(file, columns=["key"])["key"].to_pylist()
-    mine = [everything[row] for row in rows]
-    squares = squares_of(file, set(mine), captioner)
-    pixels = torch.stack([squares[key] for key in mine])  # uint8 [n 3 s s]
+    all_keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
+    keys = [all_keys[row] for row in rows]
+    squares = squares_of(file, set(keys), captioner)
+    pixels = torch.stack([squares[key] for key in keys])  # uint8 [n 3 s s]
     engine = Engine(captioner, generate)
-    list(engine.captions(mine[:2], pixels[:2]))
+    list(engine.captions(keys[:2], pixels[:2]))
     barrier.wait()
     begun = time.perf_counter()
     tokens = 0
-    for outcome in engine.captions(mine, pixels):
+    for outcome in engine.captions(keys, pixels):
         assert outcome.caption is not None
         tokens += outcome.caption.num_tokens
     results.put((time.perf_counter() - begun, tokens))

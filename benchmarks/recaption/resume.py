@@ -1,15 +1,15 @@
-"""What it costs to go on with a recaption, by the number of images: time and memory of the driver.
+"""Measure the driver's time and memory to start and resume recaption, by number of images.
 
     python benchmarks/recaption/resume.py --rows 100000 1000000 10000000
 
-For each number an image table in ingest's layout (keys and statuses; no pixels, as no plan reads
-them) is planned, half of its chunks are declared written, and then, each in a process of its own:
+For each number, plans an image table in ingest's layout (keys and statuses; no pixels, which planning
+does not read) and marks half of its chunks as written. Each step runs in its own process:
 
-    plan      the first start: all keys are read, checked and laid into chunks
-    resume    a later start, up to the first chunk that is handed out
-    task      what one task reads to know its chunk
+    plan      the first start: read and check all keys, assign them to chunks
+    resume    a later start, until the first chunk is submitted
+    task      what one task reads to find its chunk
 
-Ray's start and models are not in it: they do not depend on the table. The last line is JSON.
+Excludes the start of Ray and the models, which do not depend on the table. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 from vlv_model.squares import Square
 
-_PART = 4096  # rows of a part of the image table
+_PART = 4096  # rows per part of the image table
 
 
 def write_images(folder: Path, rows: int) -> None:
-    """A finished image table of `rows` rows with random keys, which do not repeat."""
+    """A finished image table of `rows` rows with unique, evenly spread keys."""
     table = Table(folder)
     table.create("image", {}, -(-rows // _PART))
     step = 2**64 // rows
@@ -60,14 +60,14 @@ def write_images(folder: Path, rows: int) -> None:
 
 
 def write_half(table: Table, rows_per_chunk: int) -> None:
-    """Declare every second chunk of a caption table written; only the first has its part."""
+    """Mark every second chunk of a caption table as written; only the first has a part."""
     chunks = table.describe()["chunks"]
     pq.write_table(CAPTION_ROW.empty_table(), table.part(0))
     declare_written(table, range(0, chunks, 2), rows_per_chunk, ok=rows_per_chunk)
 
 
 def opened(selection: Selection) -> Table:
-    """The table as `jobs/recaption.py` opens it."""
+    """The table, opened as jobs/recaption.py does."""
     job = ImageJob(
         kind="caption", data=selection, identity={"model": "f"}, square=Square(64), step=object,
         arguments=(), actors=ActorConfig(), ray=RayConfig(), title="captions",
@@ -103,10 +103,10 @@ def timed(work: Callable[[Selection], None], selection: Selection) -> dict[str, 
 
 
 def apart(work: Callable[[Selection], None], selection: Selection) -> dict[str, float]:
-    """Seconds of `work` in a fresh process, and megabytes that its peak is above what imports take."""
-    found = alone(partial(timed, work, selection))
-    more = round(found["memory_mb"] - found["imports_mb"], 1)
-    return {"seconds": found["seconds"], "megabytes": more}
+    """Seconds of `work` in a new process, and its peak memory in MB above that of the imports."""
+    result = alone(partial(timed, work, selection))
+    above_imports = round(result["memory_mb"] - result["imports_mb"], 1)
+    return {"seconds": result["seconds"], "megabytes": above_imports}
 
 
 def measure(rows: int, rows_per_chunk: int, folder: Path) -> dict[str, float]:

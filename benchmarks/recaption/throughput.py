@@ -1,19 +1,19 @@
-"""Captions per second of the recaption job, against plain loops and against the model by itself.
+"""Compare the recaption job's captions per second with plain loops and with the bare model.
 
     python benchmarks/recaption/throughput.py runs/bench-recaption --size tiny --device cpu [--rounds 3] [--quick]
 
-The same captioner and the same images, read from Parquet, in turn:
+All use the same captioner and images, read from Parquet, in turn:
 
-    ours            the job, end to end: Ray, chunks, commits; greedy. Its start is told apart, as
-                    the time to the first commit: the rate is that of what was committed after it
-    reference       the published loop: beam 4, batch 2, float32, the processor on the CPU
-    reference 300   the same, always to the 300th token, as a model that cannot stop has it
+    ours            the job, end to end: Ray, chunks, commits; greedy. The start is measured
+                    separately, until the first commit; the rate counts only later commits
+    reference       the published loop: 4 beams, batch 2, float32, the processor on the CPU
+    reference 300   the same, but always 300 tokens, as by a model that cannot stop
     plain           transformers' generate: greedy, batch 64
-    bare            the engine on squares that are decoded, in as many processes as ours has actors
+    bare            the engine on decoded squares, in as many processes as ours has actors
 
-All end a caption at the end-of-text, but for one. Medians over the rounds. Captions of ours that
-differ from the plain loop's are counted as the same where the two best logits lie closer than 1e-4
-at the token where they part. The last line is JSON.
+All but "reference 300" stop at the end-of-text. Figures are medians over the rounds. A caption of ours
+that differs from the plain loop's counts as equal if the two largest logits at the first different
+token differ by less than 1e-4. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from vlv_model.caption_tokens import caption_text, end_of_text_id
 
 LONGEST = 300  # tokens
 BATCH = 64
-CLOSE = 1e-4  # of two logits
+CLOSE = 1e-4  # difference of two logits
 LOOPS = {
     "reference": {"batch": 2, "beams": 4, "stop": True},
     "reference 300": {"batch": 2, "beams": 4, "stop": False},
     "plain": {"batch": BATCH, "beams": 1, "stop": True},
 }
-# Images for each: some seconds of it, or some minutes where nothing less would do.
+# Images for each: enough for some seconds, or for the slow ones some minutes.
 IMAGES = {
     "tiny": {"ours": 4096, "bare": 4096, "plain": 1024, "reference": 96, "reference 300": 8},
     "small": {"ours": 128, "bare": 64, "plain": 64, "reference": 4, "reference 300": 2},
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where captioner, images and tables are kept")
+    parser.add_argument("folder", type=Path, help="folder for captioner, images and tables")
     parser.add_argument("--size", choices=IMAGES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.contender:
         print(json.dumps(bench.contend(given.contender)))
         return
-    told = bench.compare(1 if given.quick else given.rounds)
-    print(json.dumps({"benchmark": "recaption", **told}))
+    figures = bench.compare(1 if given.quick else given.rounds)
+    print(json.dumps({"benchmark": "recaption", **figures}))
 
 
 class Bench:
-    """A captioner, images, and those who caption them, each in a process of its own."""
+    """A captioner, images, and the contenders, each in its own process."""
 
     def __init__(self, folder: Path, size: str, device: str, quick: bool) -> None:
         self.folder, self.size, self.device, self.quick = folder, size, device, quick
@@ -107,7 +107,7 @@ class Bench:
     # ------------------------------------------------------------------ in a process of its own
 
     def contend(self, name: str) -> dict[str, Any]:
-        """Run one of them once; images, tokens and seconds."""
+        """Run one contender once; returns images, tokens and seconds."""
         device, images = torch.device(self.device), self.images[name]
         if name == "ours":
             if captioners.is_forced(self.model):
@@ -120,8 +120,8 @@ class Bench:
         loop = Loop(**LOOPS[name])
         run_loop(loop, self.model, self.file, images, self.longest, device)
         if name == "plain":
-            (self.folder / "plain.json").write_text(json.dumps(list(loop.said.items())))
-        return loop.told()
+            (self.folder / "plain.json").write_text(json.dumps(list(loop.ids.items())))
+        return loop.figures()
 
     def config(self) -> RecaptionConfig:
         data = {"input": str(self.file), "output": str(self.folder / "captions")}
@@ -140,9 +140,9 @@ class Bench:
 
     def compare(self, rounds: int) -> dict[str, Any]:
         self.prepare()
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *LOOPS, "bare")}
+        results: dict[str, list[dict[str, Any]]] = {n: [] for n in ("ours", *LOOPS, "bare")}
         for number in range(rounds):
-            for name, runs in found.items():
+            for name, runs in results.items():
                 runs.append(self.measured(name))
                 print(f"round {number + 1}, {name}: {json.dumps(runs[-1])}", flush=True)
         return {
@@ -150,22 +150,22 @@ class Bench:
             "device": self.device,
             "cores": os.cpu_count(),
             "rounds": rounds,
-            **told(found),
+            **summarise(results),
             **self.compared(),
         }
 
     def measured(self, name: str) -> dict[str, Any]:
-        """Rates of one contender, once."""
+        """Rates of one run of a contender."""
         output = self.folder / "captions"
         if name == "ours":
             shutil.rmtree(output, ignore_errors=True)
         command = [sys.executable, __file__, str(self.folder), "--contender", name]
         command += ["--size", self.size, "--device", self.device]
         command += ["--quick"] if self.quick else []
-        known = environment(self.folder)
-        known.pop("OMP_NUM_THREADS")  # torch's own choice: all cores
+        variables = environment(self.folder)
+        variables.pop("OMP_NUM_THREADS")  # torch's default: all cores
         begun = time.time()
-        done = subprocess.run(command, cwd=REPO, env=known, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, cwd=REPO, env=variables, stdout=subprocess.PIPE, check=True)
         seconds = time.time() - begun
         if name == "ours":
             return job_rates(output, begun, seconds, self.workers)
@@ -173,7 +173,7 @@ class Bench:
         return rates(one["images"], one["tokens"], one["seconds"])
 
     def compared(self) -> dict[str, Any]:
-        """How many greedy captions of ours are the plain loop's."""
+        """How many of our greedy captions equal the plain loop's."""
         captioner = captioners.open_captioner(self.model)
         tokenizer = captioner.tokenizer
         rows, _ = committed(self.folder / "captions")
@@ -200,7 +200,7 @@ def rates(images: int, tokens: int, seconds: float) -> dict[str, Any]:
 
 
 def job_rates(table: Path, begun: float, seconds: float, workers: int) -> dict[str, Any]:
-    """Rates of a job that ended: after every actor has committed once, and over all."""
+    """Rates of a finished job: after each actor's first commit, and overall."""
     rows, damaged = committed(table)
     assert not damaged, damaged
     commits = sorted((table / "_commits").glob("*.json"), key=lambda file: file.stat().st_mtime)
@@ -218,11 +218,11 @@ def job_rates(table: Path, begun: float, seconds: float, workers: int) -> dict[s
     }
 
 
-def told(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians, and the ratios that have targets."""
     median = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for name, runs in found.items()
+        for name, runs in results.items()
     }
     rate = {name: one["captions_per_second"] for name, one in median.items()}
     return {
@@ -236,14 +236,15 @@ def told(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 @torch.no_grad()
 def margin(captioner: Any, square: torch.Tensor, ids: list[int], text: str) -> float:
-    """How far apart the two best logits are where a caption parts from the tokens `ids`."""
+    """Difference of the two largest logits at the first token where `text` differs from `ids`."""
     tokenizer = captioner.tokenizer
-    same = 0
-    while same < len(ids):
-        if not text.startswith(caption_text(tokenizer, ids[: same + 1]).rstrip("\ufffd")):
+    common = 0
+    while common < len(ids):
+        if not text.startswith(caption_text(tokenizer, ids[: common + 1]).rstrip("\ufffd")):
             break
-        same += 1
-    embeddings = captioner.language_model.get_input_embeddings()(torch.tensor([ids[:same]]).long())
+        common += 1
+    prefix_ids = torch.tensor([ids[:common]]).long()
+    embeddings = captioner.language_model.get_input_embeddings()(prefix_ids)
     inputs = torch.cat([captioner.prefix(square[None]), embeddings], dim=1)
     logits = captioner.language_model(inputs_embeds=inputs).logits[0, -1]
     if type(captioner) is captioners.ForcedCaptioner:

@@ -1,1 +1,1 @@
-"""What grows with chunks and machines, and how far a thing walks through the code."""
+"""Cost of many chunks and machines, and the files that one item passes through."""

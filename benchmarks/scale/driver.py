@@ -1,4 +1,4 @@
-"""What benchmarks of the driver share: work in a process of its own, and chunks declared written."""
+"""Helpers for benchmarks of the driver: run work in its own process, fake written chunks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pipelines.storage.tables import Commit, Table
 
 
 def alone(work: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """What `work` returns in a new process, with that process's greatest memory in MB: `memory_mb`,
-    and `imports_mb`, what it was before the work."""
+    """The result of `work` in a new process, with its peak memory in MB after the work
+    (`memory_mb`) and before (`imports_mb`)."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(work, sender))
     process.start()
-    sender.close()  # the child has its own: when it dies, so does the line
+    sender.close()  # only the child's copy is left, so recv() fails when the child dies
     try:
-        found: dict[str, float] = receiver.recv()
+        result: dict[str, float] = receiver.recv()
     except EOFError:
         process.join()
         raise SystemExit(f"{work} ended with status {process.exitcode}") from None
     process.join()
-    return found
+    return result
 
 
 def _report(work: Callable[[], Mapping[str, float]], sender: Any) -> None:
     before = _peak()
-    found = work()
-    sender.send({**found, "memory_mb": _peak(), "imports_mb": before})
+    result = work()
+    sender.send({**result, "memory_mb": _peak(), "imports_mb": before})
 
 
 def _peak() -> float:
@@ -38,7 +38,7 @@ def _peak() -> float:
 
 
 def declare_written(table: Table, chunks: Iterable[int], rows: int, **statuses: int) -> None:
-    """Write commits of `rows` rows each for chunks whose parts are not there."""
+    """Write commits of `rows` rows each for chunks without parts."""
     for chunk in chunks:
-        told = Commit(chunk, rows, statuses).to_json()
-        (table.folder / "_commits" / f"{chunk:06d}.json").write_text(told)
+        commit = Commit(chunk, rows, statuses).to_json()
+        (table.folder / "_commits" / f"{chunk:06d}.json").write_text(commit)

@@ -1,16 +1,16 @@
-"""What grows with chunks and machines: commits of a table, the driver's work for a chunk, nodes.
+"""Measure the driver's cost as tables, chunks and machines grow.
 
     python benchmarks/scale/driver_work.py [--quick]
 
-    commits   a table of 1,000, 10,000, 100,000 commit files: seconds to see what is pending and to
-              count its rows, and the driver's memory; each in a process of its own
-    chunks    256, 1,024, 4,096 chunks that do nothing through the jobs' own frame on a local Ray:
-              chunks a second, and the driver's memory
-    nodes     the same 1,024 chunks on 1, 4, 8 nodes of a local cluster (processes of this machine,
-              a CPU each in name): whether machines cost the driver anything
+    commits   tables of 1,000, 10,000, 100,000 commit files: seconds to list pending chunks and to
+              count rows, and the driver's memory; each in its own process
+    chunks    256, 1,024, 4,096 empty chunks through the jobs' runner on a local Ray: chunks per
+              second, and the driver's memory
+    nodes     the same 1,024 chunks on a local cluster of 1, 4, 8 nodes (processes on this machine,
+              nominally one CPU each): whether nodes cost the driver time
 
-Nothing is downloaded or computed, so this is the pipeline's own share. The last line is JSON;
-docs/scale.md says what follows from it.
+Nothing is downloaded or computed: this is the pipeline's own overhead. The last line is JSON. For the
+conclusions see docs/scale.md.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pipelines.execution.cluster import WHOLE, Step
 from pipelines.execution.connection import RayConfig, ray_session
 from pipelines.storage.tables import Table
 
-_ROWS = 256  # of a chunk, in its commit
+_ROWS = 256  # rows per chunk, according to its commit
 
 
 def write_commits(folder: Path, commits: int) -> Table:
-    """A table of which every chunk but the last is declared written; its parts are not there."""
+    """A table with commits, but no parts, for every chunk except the last."""
     table = Table(folder)
     table.create("caption", {}, commits + 1)
     declare_written(table, range(commits), _ROWS, ok=_ROWS - 1, failed=1)
@@ -46,7 +46,7 @@ def write_commits(folder: Path, commits: int) -> Table:
 
 
 def look(folder: Path) -> dict[str, float]:
-    """Seconds of what a job asks a table at its start and at its end."""
+    """Seconds of the queries of a table at a job's start and end."""
     table = Table(folder)
     start = time.perf_counter()
     assert len(table.pending()) == 1
@@ -60,9 +60,9 @@ def look(folder: Path) -> dict[str, float]:
 def pass_chunks(
     chunks: int, address: str | None = None, cpus: int | None = None
 ) -> dict[str, float]:
-    """Seconds in which chunks of one row pass through Ray Data and the driver's bookkeeping.
+    """Seconds for chunks of one row through Ray Data and the driver's bookkeeping.
 
-    The same once more first, with a few, so that Ray's workers are there.
+    A few chunks run first, to start Ray's workers.
     """
 
     def rows(dataset: Any, last: Step) -> Any:
@@ -87,7 +87,7 @@ def _write(chunk: int, rows: pa.Table) -> None:
 
 
 def pass_on_nodes(nodes: int, chunks: int) -> dict[str, float]:
-    """`pass_chunks` on a cluster whose head does no work."""
+    """`pass_chunks` on a cluster whose head has no CPUs."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8}
@@ -102,13 +102,13 @@ def pass_on_nodes(nodes: int, chunks: int) -> dict[str, float]:
 
 
 def measure(commits: list[int], chunks: list[int], nodes: list[int]) -> dict[str, Any]:
-    """All three parts, each step told on standard error when it is done."""
-    found: dict[str, Any] = {"commits": {}, "chunks": {}, "nodes": {}}
+    """All three parts; prints each result to standard error when it is ready."""
+    results: dict[str, Any] = {"commits": {}, "chunks": {}, "nodes": {}}
 
     def note(part: str, number: int, work: Callable[[], dict[str, float]]) -> None:
-        told = {name: float(f"{value:.4g}") for name, value in alone(work).items()}
-        found[part][number] = told
-        print(f"{part} {number:,}: {told}", file=sys.stderr)
+        figures = {name: float(f"{value:.4g}") for name, value in alone(work).items()}
+        results[part][number] = figures
+        print(f"{part} {number:,}: {figures}", file=sys.stderr)
 
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         for number in commits:
@@ -118,14 +118,14 @@ def measure(commits: list[int], chunks: list[int], nodes: list[int]) -> dict[str
         note("chunks", number, partial(pass_chunks, number, cpus=2))
     for number in nodes:
         note("nodes", number, partial(pass_on_nodes, number, max(chunks[:2])))
-    return found
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of it")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the sizes")
     quick = parser.parse_args().quick
     commits = [100, 1_000, 10_000] if quick else [1_000, 10_000, 100_000]
     chunks = [64, 256] if quick else [256, 1_024, 4_096]
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # By the module's name, under which spawned processes and Ray's workers find its functions.
+    # Imported by name, so that spawned processes and Ray's workers find its functions.
     from benchmarks.scale import driver_work
 
     driver_work.main()

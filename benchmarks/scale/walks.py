@@ -1,12 +1,11 @@
-"""How far one thing walks through the code: the files that it enters, and the turns to an earlier one.
+"""Count how many files a reader visits to follow one item through the code, and how often back.
 
-    python -m benchmarks.scale.walks                    # a development tool; about two minutes
+    python -m benchmarks.scale.walks [--files]          # a development tool; about two minutes
 
-A URL from `jobs/ingest.py` to its row, a caption from `jobs/recaption.py` to its row, and an image from a
-rank's start to the end of a training step are followed through the running code, in this process. A file is
-entered when one of its functions is called from another file of ours; a turn is a file that calls one which
-was entered before it. Each pair of files counts once, so loops count as what a reader of the code sees.
-What a child process does (decoders) and what the driver of a training does are not followed.
+Traces a URL from `jobs/ingest.py` to its row, a caption from `jobs/recaption.py` to its row, and an image
+from a rank's start to the end of a training step, in this process. A file is visited when another of our
+files calls one of its functions. A turn is a pair of files of which the later visited one calls the
+earlier one. Child processes (decoders) and a training's driver are not traced.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ OURS = tuple(f"{REPO / package}{os.sep}" for package in ("jobs", "pipelines", "v
 
 
 class Walk:
-    """The files that are entered while it is open, in order, and the pairs of them that call."""
+    """Records visited files in order, and the pairs of files with a call between them."""
 
     def __init__(self, packages: tuple[str, ...] = OURS) -> None:
         self.packages = packages
@@ -47,22 +46,22 @@ class Walk:
     def _called(self, frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or frame.f_code.co_name == "<module>":
             return
-        here = frame.f_code.co_filename
-        if not here.startswith(self.packages):
+        callee = frame.f_code.co_filename
+        if not callee.startswith(self.packages):
             return
         caller = frame.f_back
         while caller and not caller.f_code.co_filename.startswith(self.packages):
             caller = caller.f_back
-        if here not in self.files:
-            self.files.append(here)
-        if caller and caller.f_code.co_name != "<module>" and caller.f_code.co_filename != here:
-            self.calls.add((caller.f_code.co_filename, here))
+        if callee not in self.files:
+            self.files.append(callee)
+        if caller and caller.f_code.co_name != "<module>" and caller.f_code.co_filename != callee:
+            self.calls.add((caller.f_code.co_filename, callee))
 
     def turns(self) -> list[tuple[str, str]]:
-        """The calls into a file that was entered before the caller's."""
-        place = {file: number for number, file in enumerate(self.files)}
-        back = [(at, to) for at, to in self.calls if place[to] < place.get(at, 0)]
-        return sorted(back, key=lambda call: (place[call[1]], place[call[0]]))
+        """The calls into a file that was visited before the caller's."""
+        order = {file: number for number, file in enumerate(self.files)}
+        back = [(at, to) for at, to in self.calls if order[to] < order.get(at, 0)]
+        return sorted(back, key=lambda call: (order[call[1]], order[call[0]]))
 
 
 def ingest(folder: Path) -> Walk:
@@ -140,7 +139,7 @@ def training(folder: Path) -> Walk:
 
 
 def write_captioner(models: Path, folder: Path) -> Path:
-    """A captioner of tiny base models that nothing was taught, as a checkpoint of stage 2."""
+    """An untrained tiny captioner, as a stage-2 checkpoint."""
     from vlv_model.autoencoder import VLVAutoEncoder
     from vlv_model.captioner import VLVCaptioner
     from vlv_model.checkpoints.sources import resolve_model
@@ -158,7 +157,7 @@ def main() -> None:
     walks: dict[str, Callable[[Path], Walk]] = {
         "a URL": ingest, "a caption": recaption, "an image in a training step": training,
     }  # fmt: skip
-    told = {}
+    counts = {}
     with tempfile.TemporaryDirectory(prefix="vlv-walks-") as folder:
         write_tiny_models(Path(folder) / "models")
         for name, follow in walks.items():
@@ -167,9 +166,9 @@ def main() -> None:
                 names = {file: str(Path(file).relative_to(REPO)) for file in walk.files}
                 print(*(f"  {name}" for name in names.values()), sep="\n")
                 print(*(f"  {names[at]} -> {names[to]}" for at, to in walk.turns()), sep="\n")
-            told[name] = {"files": len(walk.files), "turns": len(walk.turns())}
-            print(f"{name}: {told[name]['files']} files, {told[name]['turns']} turns")
-    print(json.dumps(told))
+            counts[name] = {"files": len(walk.files), "turns": len(walk.turns())}
+            print(f"{name}: {counts[name]['files']} files, {counts[name]['turns']} turns")
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":

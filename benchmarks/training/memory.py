@@ -1,11 +1,11 @@
-"""How much of a GPU a training fills: live tensors of an update at the published sizes, counted.
+"""Estimate the GPU memory of training and recaption at the published sizes, without a GPU.
 
     python -m benchmarks.training.memory
 
-No memory is needed and nothing is computed: the models lie on the meta device, and each storage that
-an operation makes is counted from its making to its end. Weights, gradients and the optimiser's
-states follow from what is trained; the rest is counted through forward and backward, attention
-as the fused kernels do it. A caption has the longest length, so that most batches need less.
+The models are on the meta device, so nothing is computed. Weights, gradients and optimiser states
+follow from what is trained. Activations are counted: forward and backward run with fused attention, and
+each storage counts from its allocation until it is freed. Captions have the maximum length, so most
+batches need less. Prints a table of GB (10^9 bytes) per GPU and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from vlv_model.precision import cast, dtype_of
 
 META = torch.device("meta")
 _aten = torch.ops.aten
-# CUDA's context, kernels and workspaces of cuBLAS and cuDNN, NCCL's buffers: what an idle worker
-# of such a program holds. Taken from the sums that users of DeepSpeed post, measured on no card.
-BESIDE = 1.5
-FRAGMENTED = 1.10  # of what is allocated and freed, the allocator holds more
+# GB of CUDA's context, kernels, workspaces of cuBLAS and cuDNN, and NCCL's buffers. From figures that
+# users of DeepSpeed report; not measured.
+OVERHEAD = 1.5
+FRAGMENTATION = 1.10  # the allocator's memory / the activations' memory
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are still there: now, and at most."""
+    """Counts the bytes of live storages that operations allocated: `now`, and the peak `most`."""
 
     def __init__(self, known: Iterator[Tensor]) -> None:
-        """`known` are tensors that do not count."""
+        """`known` are tensors that are not counted."""
         super().__init__()
         self.now = self.most = 0
         self._known = WeakIdKeyDictionary()
@@ -56,11 +56,11 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        return made
+        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
@@ -69,9 +69,9 @@ class LiveTensors(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, size)
+        weakref.finalize(storage, self._freed, size)
 
-    def _gone(self, size: int) -> None:
+    def _freed(self, size: int) -> None:
         self.now -= size
 
 
@@ -80,15 +80,15 @@ class Memory:
     """Gigabytes (10^9 bytes) of one worker."""
 
     weights: float
-    gradients: float  # its share of the sums, and buckets
-    optimizer: float  # its share of masters and moments
-    activations: float  # the most that lives in forward and backward, inputs counted
+    gradients: float  # its shard of the gradients, and buckets
+    optimizer: float  # its shard of master weights and moments
+    activations: float  # peak of forward and backward, with inputs
     total: float
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training whose memory is asked for."""
+    """Settings of a training run."""
 
     stage: str
     precision: Precision = "bfloat16"
@@ -97,12 +97,12 @@ class Setup:
     stored_latents: bool = True
     language_model: str = "3B"
     lora: int = 0
-    workers: int = 8  # under ZeRO-2
+    workers: int = 8  # ZeRO-2
     offload: bool = False
 
 
 def memory(setup: Setup) -> Memory:
-    """What `setup` needs of each worker's GPU."""
+    """Memory of each worker's GPU."""
     stage, step = (_stage1 if setup.stage == "stage1" else _stage2)(setup)
     model = cast(stage.model, setup.precision)
     if setup.activation_checkpointing:
@@ -113,19 +113,19 @@ def memory(setup: Setup) -> Memory:
     weights = size * sum(p.numel() for p in model.parameters()) / 1e9
     shards = setup.workers
     states = 0.0 if setup.offload else 12 * trained / shards / 1e9
-    # ZeRO-2 keeps the sums on the GPU, also where it offloads; two buckets, each also in float32; and
-    # what is larger than a bucket (Qwen's words), which is reduced by itself.
+    # ZeRO-2 keeps gradients on the GPU even with offload, and two buckets, each also in float32. A
+    # tensor larger than a bucket (Qwen's token embeddings) is reduced separately.
     largest = max(p.numel() for p in model.parameters() if p.requires_grad)
     gradients = 4 * trained / shards / 1e9
     gradients += (2 * BUCKET * (size + 4) + 4 * largest * (largest > BUCKET)) / 1e9
     activations = live_bytes(model, step) / 1e9
     fixed = weights + gradients + states
-    total = fixed + activations * FRAGMENTED + BESIDE
+    total = fixed + activations * FRAGMENTATION + OVERHEAD
     return Memory(*(round(value, 1) for value in (weights, gradients, states, activations, total)))
 
 
 def captioning_memory(precision: Precision, rows: int, beams: int = 1) -> Memory:
-    """What an actor of recaption needs with the 3B model: prefixes, or keys and values of captions."""
+    """Memory of a recaption actor with the 3B model: the larger of prefix and key-value cache."""
     model = cast(models.captioner(models.SIZES["full"], META), precision).eval()
     size = dtype_of(precision).itemsize
     weights = size * sum(p.numel() for p in model.parameters())
@@ -136,15 +136,15 @@ def captioning_memory(precision: Precision, rows: int, beams: int = 1) -> Memory
     width = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     positions = model.encoder.num_queries + Stage2TrainConfig().max_caption_tokens
     cache = rows * beams * positions * shape.num_hidden_layers * 2 * width * size
-    # Of beams the kept keys and values are put into a new order: both are there at a time.
+    # Beam search reorders keys and values: the old and the new ones exist at the same time.
     cache = cache * (2 if beams > 1 else 1) + 2 * rows * beams * shape.vocab_size * 4
     activations = max(live.most, cache) / 1e9
-    total = weights / 1e9 + activations * FRAGMENTED + BESIDE
+    total = weights / 1e9 + activations * FRAGMENTATION + OVERHEAD
     return Memory(*(round(value, 1) for value in (weights / 1e9, 0.0, 0.0, activations, total)))
 
 
 def live_bytes(model: nn.Module, step: Callable[[], Tensor]) -> int:
-    """The most bytes that live at a time, but for weights; a gradient goes as soon as it is whole."""
+    """Peak of live bytes without weights; a gradient is freed as soon as it is complete."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(forget_gradient)
@@ -188,7 +188,7 @@ def _stage2(setup: Setup) -> tuple[Stage, Callable[[], Tensor]]:
     rows, tokens = setup.micro_batch, train.max_caption_tokens
 
     def step() -> Tensor:
-        # The model's own forward looks for the labels among the padding; here there is none.
+        # Not the model's forward, which selects labels by value, impossible on the meta device.
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=META)
         prefix = model.prefix(_squares(rows))
         embeddings = model.language_model.get_input_embeddings()(ids)
@@ -208,11 +208,11 @@ def _squares(rows: int) -> Tensor:
 
 @contextmanager
 def _fused_attention(model: nn.Module) -> Iterator[None]:
-    """Attention that keeps no scores, as CUDA's kernels; on the meta device torch takes another."""
+    """Use attention that stores no scores, as on CUDA; on the meta device torch would store them."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any) -> Tensor:
         causal = bool(given.get("is_causal"))
-        if query.dtype == torch.float32:  # which the flash kernel does not take
+        if query.dtype == torch.float32:  # the flash kernel does not support float32
             attended = _aten._scaled_dot_product_efficient_attention(
                 query, key, value, None, True, 0.0, causal
             )
@@ -235,11 +235,11 @@ def _fused_attention(model: nn.Module) -> Iterator[None]:
         config = getattr(part, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = "counted"
-    torchs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
+    original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attend
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs
+        F.scaled_dot_product_attention = original
 
 
 RECIPES = {
@@ -298,14 +298,14 @@ CAPTIONS: dict[str, tuple[Precision, int, int]] = {
 def main() -> None:
     print("| training | weights | gradients | optimiser | activations | total GB |")
     print("|---|---|---|---|---|---|")
-    found = {}
-    asked: dict[str, Callable[[], Memory]] = {
+    results = {}
+    counts: dict[str, Callable[[], Memory]] = {
         name: partial(memory, setup) for name, setup in RECIPES.items()
     } | {name: partial(captioning_memory, *setup) for name, setup in CAPTIONS.items()}
-    for name, count in asked.items():
-        found[name] = asdict(count())
-        print(f"| {name} | {' | '.join(map(str, found[name].values()))} |", flush=True)
-    print(json.dumps(found))
+    for name, count in counts.items():
+        results[name] = asdict(count())
+        print(f"| {name} | {' | '.join(map(str, results[name].values()))} |", flush=True)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

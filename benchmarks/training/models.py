@@ -1,8 +1,7 @@
-"""The models that benchmarks run, with random weights: tiny, small and full, each defined once.
+"""Models with random weights for benchmarks, in sizes tiny, small and full.
 
-`tiny` is the tiny world's (vlv_model.tiny), `full` the published configurations, and `small` about a
-tenth of `full` in width, depth and vocabulary, on images and sequences as long as those of `full`.
-Everything is made where it is used, so that a bare machine without a hub can run it.
+`tiny` is vlv_model.tiny, `full` the published configurations. `small` is about a tenth of `full` in
+width, depth and vocabulary, with the same image size and sequence lengths. No model hub is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from vlv_model.text_encoder import TextEncoder
 
 @dataclass(frozen=True)
 class Size:
-    """Configurations of all parts, and the lengths that a step works on."""
+    """Configurations of all parts, image and sequence lengths, and batch sizes."""
 
     florence: Mapping[str, Any]
     text_encoder: Mapping[str, Any]
@@ -48,13 +47,13 @@ class Size:
     num_queries: int
     image_size: int
     encoder_image_size: int
-    caption_tokens: tuple[int, int]  # shortest and longest caption, end-of-text counted
-    batch: tuple[int, int]  # images of a step of stage 1 and of stage 2, on one device
+    caption_tokens: tuple[int, int]  # shortest and longest caption, with the end-of-text
+    batch: tuple[int, int]  # images per step of stage 1 and of stage 2, on one device
 
 
 _DEFAULTS = ModelConfig()
-PARAGRAPH = (60, 240)  # tokens: what teachers write of a photograph; drawn evenly
-_TENTH = {  # of published_configs, where heads of 64 and groups of 32 leave a choice
+PARAGRAPH = (60, 240)  # tokens of teachers' captions of photographs; drawn uniformly
+_TENTH = {  # about a tenth of published_configs; heads of 64 and norm groups limit the choice
     "florence": {
         "vision_config": {
             **published.FLORENCE_2_LARGE["vision_config"],
@@ -128,7 +127,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             num_queries=tiny.NUM_QUERIES,
             image_size=tiny.IMAGE_SIZE,
             encoder_image_size=tiny.ENCODER_IMAGE_SIZE,
-            caption_tokens=(14, 15),  # a drawn scene's
+            caption_tokens=(14, 15),  # captions of drawn scenes
             batch=(32, 32),
         ),
         "small": Size(
@@ -142,7 +141,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             scheduler=published.SD_21_BASE_SCHEDULER,
             language_model=published.QWEN_25["3B"],
             **_FULL_LENGTHS,
-            batch=(16, 4),  # 4: so that the reference's float32 Adam fits 80 GB beside it
+            batch=(16, 4),  # 4: the reference with its float32 Adam fits 80 GB
         ),
     }
 )
@@ -162,7 +161,7 @@ def autoencoder(size: Size, device: torch.device, seed: int = 0) -> VLVAutoEncod
 
 
 def captioner(size: Size, device: torch.device, seed: int = 0) -> VLVCaptioner:
-    """Stage 2's model, everything trained that can be; as `autoencoder`."""
+    """Stage 2's model with everything trainable, float32, on `device`; seed as in `autoencoder`."""
     torch.manual_seed(seed)
     encoder = _encoder(size, device)
     width, hidden = size.text_encoder["hidden_size"], size.language_model["hidden_size"]
@@ -176,7 +175,7 @@ def captioner(size: Size, device: torch.device, seed: int = 0) -> VLVCaptioner:
 
 
 def _encoder(size: Size, device: torch.device) -> VLVEncoder:
-    # The tiny tokenizer cuts the prompt into 13 tokens, as the published one does.
+    # The tiny tokenizer splits the prompt into 13 tokens, as the published one does.
     with tempfile.TemporaryDirectory() as folder:
         _, tokenizer = load_florence(resolve_model(tiny.write_tiny_models(folder))[0])
     with device:
@@ -193,7 +192,7 @@ def _encoder(size: Size, device: torch.device) -> VLVEncoder:
 
 
 def _text_encoder(size: Size) -> TextEncoder:
-    # The last two tokens, as in CLIP's vocabulary: the defaults lie outside a smaller one.
+    # The last two tokens, as in CLIP's vocabulary; the default ids are outside a smaller one.
     last = size.text_encoder["vocab_size"] - 1
     special = {"bos_token_id": last - 1, "eos_token_id": last}
     return TextEncoder(
@@ -202,5 +201,5 @@ def _text_encoder(size: Size) -> TextEncoder:
 
 
 def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers writes into the dictionaries that it is given."""
+    """A deep copy: transformers modifies the dictionaries it gets."""
     return {name: _copy(v) if isinstance(v, Mapping) else v for name, v in config.items()}

@@ -1,7 +1,7 @@
-"""The published configurations of the full-size parts, as far as they shape the models.
+"""Published configurations of the full-size parts: the fields that define the models.
 
-Florence-2-large (native layout) · Stable Diffusion 2.1-base · Qwen2.5. Taken from the config.json
-files on the model hub; parameter counts as the model cards and hub pages give them.
+Florence-2-large (native layout), Stable Diffusion 2.1-base, Qwen2.5. From the config.json files on
+the model hub; parameter counts from the model cards and hub pages.
 """
 
 FLORENCE_2_LARGE = {
@@ -42,7 +42,7 @@ SD_21_BASE_TEXT_ENCODER = {
     "vocab_size": 49408,
     "hidden_size": 1024,
     "intermediate_size": 4096,
-    "num_hidden_layers": 23,  # ViT-H's 24 without the last, which Stable Diffusion 2 does not use
+    "num_hidden_layers": 23,  # ViT-H has 24; Stable Diffusion 2 does not use the last
     "num_attention_heads": 16,
     "max_position_embeddings": 77,
     "hidden_act": "gelu",
@@ -71,7 +71,7 @@ SD_21_BASE_VAE = {
     "scaling_factor": 0.18215,
 }
 
-# The published sampler is PNDM; training and DDPM sampling read the schedule from its settings.
+# Published with the PNDM sampler; training and DDPM sampling use its schedule.
 SD_21_BASE_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,

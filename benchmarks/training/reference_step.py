@@ -1,9 +1,9 @@
-"""The published training step, written plainly: what ours is measured against.
+"""The published training step, as the baseline for ours.
 
-The method as its authors train it, in float32, upon the same modules of transformers and diffusers
-as ours: squares leave the device as pictures, pass Florence-2's image processor on the CPU and come
-back; the VAE runs in every step; the UNet's activations are recomputed (checkpointing); captions are
-padded to 300 tokens and logits are taken at every position. Nothing of our forward is used.
+Trains as the authors do, in float32, with the same transformers and diffusers modules as ours. Squares
+go to the CPU, through Florence-2's image processor, and back. The VAE runs in every step, the UNet uses
+activation checkpointing, captions are padded to 300 tokens, and logits are computed at every position.
+It shares no forward code with vlv_model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 
 class ReferenceEncoder(nn.Module):
-    """Squares in [-1, 1] `[b 3 s s]` -> CLIP embeddings `[b q d]`, through the processor."""
+    """Squares in [-1, 1] `[b 3 s s]` -> CLIP embeddings `[b q d]`, with the image processor."""
 
     def __init__(self, model: VLVAutoEncoder | VLVCaptioner) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class ReferenceStage2(nn.Module):
         return loss
 
     def _tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        # With the end-of-text, which the published targets lack: both sides learn the same.
+        # With the end-of-text, which the published targets lack, so that both losses are equal.
         end = self.tokenizer.eos_token_id
         tokens: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for ids in self.tokenizer(list(captions), add_special_tokens=False).input_ids:
@@ -129,7 +129,7 @@ class ReferenceStage2(nn.Module):
 
 
 class ReferenceStep:
-    """One update: the loss of a batch, its gradient, clipping, torch's AdamW as it comes."""
+    """One update: loss, backward, gradient clipping, torch's AdamW."""
 
     def __init__(self, loss: ReferenceStage1 | ReferenceStage2, rate: float) -> None:
         self.loss = loss
@@ -139,7 +139,7 @@ class ReferenceStep:
         )
 
     def __call__(self, images: Tensor, *rest: Any) -> float:
-        """Squares in [-1, 1] and what else the loss takes, on any device -> the loss."""
+        """Squares in [-1, 1] and the loss's other arguments, on any device -> the loss."""
         device = self.trained[0].device
         loss = self.loss(*(v.to(device) if isinstance(v, Tensor) else v for v in (images, *rest)))
         loss.backward()

@@ -1,8 +1,7 @@
-"""The steps that benchmarks/training/throughput.py measures: ours as the jobs take them, and the reference's.
+"""The training steps of benchmarks/training/throughput.py: the jobs' and the reference's.
 
-Ours are the parts of pipelines/training (stages, optimiser, acceleration) without Ray and DeepSpeed,
-so that they run on any machine with torch; of DeepSpeed one thing is done here: float32 masters of
-bfloat16 weights.
+Ours use pipelines/training (stages, optimiser, acceleration) without Ray and DeepSpeed, so that they
+run on any machine with torch. `Masters` replaces DeepSpeed's float32 copies of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ CAPTION = "caption"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take a step."""
+    """A kind of training step."""
 
     name: str
     ours: bool = True
@@ -44,7 +43,7 @@ class Variant:
 
 
 def batch_of(size: models.Size, stage: StageName) -> Batch:
-    """Blurred noise as images, and captions of drawn lengths in words of one token each."""
+    """Blurred noise as images, and captions of random lengths, one token per word."""
     generator = torch.Generator().manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     rows = size.batch[stage == "stage2"]
@@ -91,7 +90,7 @@ class OurStep:
 
 
 class Masters:
-    """float32 copies of bfloat16 weights, which the optimiser then works on, as in DeepSpeed."""
+    """float32 master copies of bfloat16 weights for the optimiser, as in DeepSpeed."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.halves: list[nn.Parameter] = []
@@ -113,7 +112,7 @@ class Masters:
 
 
 class KeptLatents:
-    """What jobs/precompute.py would have stored of a batch, read back."""
+    """The latents of a batch as jobs/precompute.py stores them."""
 
     def __init__(self, vae: nn.Module, batch: Batch) -> None:
         device = next(vae.parameters()).device
@@ -128,7 +127,7 @@ class KeptLatents:
 
 
 def our_stage(size: models.Size, stage: StageName, device: torch.device, kept: bool) -> Stage:
-    """Our stage upon a new model; with `kept`, upon latents that are stored already."""
+    """Our stage with a new model; with `kept`, on stored latents."""
     if stage == "stage2":
         return captioning(models.captioner(size, device), CAPTION, max_tokens=300)
     autoencoder = models.autoencoder(size, device)
@@ -146,13 +145,13 @@ def settings(stage: StageName, size: models.Size, variant: Variant) -> TrainConf
 
 
 def reference_loss(stage: Stage) -> ReferenceStage1 | ReferenceStage2:
-    """The reference's loss upon the very modules of our stage's model."""
+    """The reference's loss with the modules of our stage's model."""
     kind = ReferenceStage1 if stage.name == "stage1" else ReferenceStage2
     return kind(stage.model)  # type: ignore[arg-type]
 
 
 def reference_inputs(stage: Stage, batch: Batch) -> tuple[object, ...]:
-    """A batch as the reference's loader and its draws give it: squares in [-1, 1] and the rest."""
+    """The arguments of the reference's loss: squares in [-1, 1], and captions or random draws."""
     squares = vae_pixels(batch.pixel_values)
     if stage.name == "stage2":
         return squares, batch.columns[CAPTION]
@@ -163,7 +162,7 @@ def reference_inputs(stage: Stage, batch: Batch) -> tuple[object, ...]:
 def step_of(
     size: models.Size, stage_name: StageName, device: torch.device, variant: Variant
 ) -> Callable[[], float]:
-    """A step upon a new model, ready to be taken again and again on the same batch."""
+    """A function that takes one step with a new model, always on the same batch."""
     batch = batch_of(size, stage_name)
     train = settings(stage_name, size, variant)
     stage = our_stage(size, stage_name, device, variant.stored_latents)

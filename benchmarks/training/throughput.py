@@ -1,12 +1,12 @@
-"""Our training steps against a plain implementation of the reference's.
+"""Compare our training steps with a plain implementation of the reference's.
 
     python benchmarks/training/throughput.py --size {tiny,small,full} --device {cpu,cuda} [--quick]
 
-Both take the same batch of the same images upon the same weights, in turn: a model is built, warmed
-up, timed and dropped, then the other's, several times over. The reference (benchmarks/training/reference_step.py) is
-float32; ours is too on a CPU, on CUDA bfloat16 with float32 masters, and float32 beside it. Loss
-parity is of float32 without dropout, MFU is told on CUDA. Needs torch, transformers, diffusers and what
-pipelines/training/stages.py imports, neither Ray nor DeepSpeed nor a network. The last line is JSON.
+Both use the same batch and weights, in turn: a model is built, warmed up, timed and dropped, then the
+other, several times. The reference (benchmarks/training/reference_step.py) is float32. Ours is float32 on
+a CPU; on CUDA it is bfloat16 with float32 master weights, and float32 as well. Losses are compared in
+float32 without dropout. MFU is reported on CUDA only. Needs torch, transformers, diffusers and the imports
+of pipelines/training/stages.py, but no Ray, DeepSpeed or network. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PARITY = 1e-4
 
 
 def variants(stage: StageName, device: torch.device) -> list[Variant]:
-    """The reference, then what is told as ours, then what else is worth knowing."""
+    """The reference, our step, and further variants of ours."""
     on_cuda = device.type == "cuda"
     precision = "bfloat16" if on_cuda else "float32"
     ours = [Variant("ours", precision=precision)]
@@ -58,24 +58,24 @@ def variants(stage: StageName, device: torch.device) -> list[Variant]:
 
 
 def loss_difference(size: Size, stage: StageName, device: torch.device) -> float:
-    """|ours - reference's| / reference's: float32, the same weights, batch and draws, no dropout."""
+    """|ours - reference| / reference of the loss: float32, same weights, batch, draws; no dropout."""
     built = our_stage(size, stage, device, kept=False)
     built.model.eval()
     batch = batch_of(size, stage)
     with torch.no_grad():
-        ours = OurStep(built, settings(stage, size, REFERENCE), device)
+        step = OurStep(built, settings(stage, size, REFERENCE), device)
         built.model.eval()
-        found = built.model(**ours.inputs(batch)).double()
+        ours = built.model(**step.inputs(batch)).double()
         inputs = [
             v.to(device) if isinstance(v, torch.Tensor) else v
             for v in reference_inputs(built, batch)
         ]
-        expected = reference_loss(built).eval()(*inputs).double()
-    return float((found - expected).abs() / expected.abs())
+        reference = reference_loss(built).eval()(*inputs).double()
+    return float((ours - reference).abs() / reference.abs())
 
 
 def needed_flops(size: Size, stage: StageName, device: torch.device) -> float:
-    """Of one step; the batch's padding is not needed and does not count."""
+    """FLOP of one step, without padding."""
     built = our_stage(size, stage, device, kept=False)
     prepared = built.prepare(batch_of(size, stage))
     inputs = {name: value.to(device) for name, value in prepared.inputs.items()}
@@ -85,17 +85,17 @@ def needed_flops(size: Size, stage: StageName, device: torch.device) -> float:
 
 
 class Turn:
-    """Times steps of one variant on a new model, and what memory they took."""
+    """Measures time and memory of steps of one variant, with a new model."""
 
     def __init__(self, size: Size, stage: StageName, device: torch.device, variant: Variant):
         self.device = device
         self.step = step_of(size, stage, device, variant)
 
     def measure(self, steps: int) -> tuple[list[float], float]:
-        """Milliseconds of each step, and the greatest memory in GB (resident, on a CPU)."""
+        """Milliseconds of each step, and peak memory in GB (on a CPU: resident)."""
         for _ in range(WARM_UP):
             self.step()
-        forget_peak(self.device)
+        reset_peak(self.device)
         milliseconds = []
         for _ in range(steps):
             synchronize(self.device)
@@ -106,7 +106,7 @@ class Turn:
         return milliseconds, peak_gb(self.device)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -124,29 +124,29 @@ def peak_gb(device: torch.device) -> float:
 def measure_stage(
     size: Size, stage: StageName, device: torch.device, turns: int, steps: int
 ) -> dict[str, Any]:
-    """Each variant's figures by its name; `ratio` is the median of the turns' ratios."""
-    found: dict[str, list[tuple[list[float], float]]] = {}
+    """Figures of each variant, by name; `ratio` is the median of the turns' ratios."""
+    results: dict[str, list[tuple[list[float], float]]] = {}
     for _ in range(turns):
         for variant in variants(stage, device):
             turn = Turn(size, stage, device, variant)
-            found.setdefault(variant.name, []).append(turn.measure(steps))
+            results.setdefault(variant.name, []).append(turn.measure(steps))
             del turn
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    medians = {name: [statistics.median(ms) for ms, _ in runs] for name, runs in found.items()}
+    medians = {name: [statistics.median(ms) for ms, _ in runs] for name, runs in results.items()}
     images = size.batch[stage == "stage2"]
-    told = {}
-    for name, runs in found.items():
+    figures = {}
+    for name, runs in results.items():
         ms = statistics.median(medians[name])
         pairs = zip(medians[REFERENCE.name], medians[name], strict=True)
-        told[name] = {
+        figures[name] = {
             "ms_per_step": round(ms, 1),
             "images_per_second": round(1_000 * images / ms, 2),
             "peak_gb": round(max(peak for _, peak in runs), 3),
             "ratio": round(statistics.median(theirs / ours for theirs, ours in pairs), 3),
         }
-    return told
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--stages", choices=("stage1", "stage2"), nargs="+")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per turn")
     parser.add_argument("--quick", action="store_true", help="one turn of one step")
     given = parser.parse_args(arguments)
     size, device = SIZES[given.size], torch.device(given.device)
@@ -170,16 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in stages:
         difference = loss_difference(size, stage, device)
         flops = needed_flops(size, stage, device)
-        told = measure_stage(size, stage, device, turns, steps)
-        for figures in told.values():
+        results = measure_stage(size, stage, device, turns, steps)
+        for figures in results.values():
             figures["gflop_per_second"] = round(flops / figures["ms_per_step"] / 1e6, 1)
             figures["mfu"] = round(flops / figures["ms_per_step"] * 1e3 / rate, 4) if rate else None
-        print(table(stage, told, size.batch[stage == "stage2"], difference, flops), flush=True)
+        print(table(stage, results, size.batch[stage == "stage2"], difference, flops), flush=True)
         last |= {
-            f"{stage}_ratio": told["ours"]["ratio"],
-            f"{stage}_mfu": told["ours"]["mfu"],
+            f"{stage}_ratio": results["ours"]["ratio"],
+            f"{stage}_mfu": results["ours"]["mfu"],
             f"{stage}_loss_difference": difference,
-            stage: told,
+            stage: results,
         }
     last["mfu"] = min(last[f"{stage}_mfu"] for stage in stages) if rate else None
     last["parity"] = all(last[f"{stage}_loss_difference"] <= PARITY for stage in stages)
@@ -200,15 +200,15 @@ def describe(device: torch.device) -> str:
 
 
 def table(
-    stage: str, told: dict[str, dict[str, Any]], images: int, difference: float, flops: float
+    stage: str, results: dict[str, dict[str, Any]], images: int, difference: float, flops: float
 ) -> str:
-    """Figures of a stage in Markdown."""
+    """Figures of a stage as a Markdown table."""
     lines = [
         f"\n{stage}: {images} images a step, {flops / 1e9:.1f} GFLOP needed, "
         f"loss differs by {difference:.1e} (at most {PARITY:.0e})\n",
         "| | ms/step | images/s | peak GB | ratio | GFLOP/s | MFU |\n|---|---|---|---|---|---|---|",
     ]
-    for name, figures in told.items():
+    for name, figures in results.items():
         mfu = "–" if figures["mfu"] is None else f"{100 * figures['mfu']:.1f} %"
         lines.append(
             f"| {name} | {figures['ms_per_step']} | {figures['images_per_second']} "

@@ -1,4 +1,4 @@
-"""The benchmark of faults sees what a training must not do."""
+"""The fault benchmark detects wrong training runs."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ STEPS = 4
 
 
 def run(folder: Path, **changed: Any) -> Path:
-    """A finished run of four steps; `changed` are figures of its third."""
+    """A finished run of four steps; `changed` replaces figures of the third."""
     lines = [{"event": "step", "step": s, "keys": f"{s:016x}", "loss": 1 / s} for s in range(1, 5)]
     lines[2] |= changed
     lines.append({"event": "eval", "step": 4, "heldout_loss": 0.5})
@@ -32,16 +32,16 @@ def write(folder: Path, lines: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def told(folder: Path) -> list[dict[str, Any]]:
+def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
 def job() -> Job:
-    return Job(lambda place: [], lambda place: [], expected=range(1, STEPS + 1), span=1)
+    return Job(lambda target: [], lambda target: [], expected=range(1, STEPS + 1), span=1)
 
 
-def test_what_is_equal_is_right(tmp_path: Path, job: Job) -> None:
+def test_equal_runs_pass(tmp_path: Path, job: Job) -> None:
     found = compare(run(tmp_path / "a"), run(tmp_path / "b"), job)
     assert found.is_right
     assert found.largest_difference == 0
@@ -51,7 +51,7 @@ def test_what_is_equal_is_right(tmp_path: Path, job: Job) -> None:
     ("changed", "figure"),
     [({"keys": "f" * 16}, "other_rows"), ({"loss": 0.34}, "largest_difference")],
 )
-def test_other_rows_and_another_loss_are_seen(
+def test_other_rows_or_losses_are_detected(
     tmp_path: Path, job: Job, changed: dict[str, Any], figure: str
 ) -> None:
     found = compare(run(tmp_path / "a", **changed), run(tmp_path / "b"), job)
@@ -59,15 +59,15 @@ def test_other_rows_and_another_loss_are_seen(
     assert getattr(found, figure) > 0
 
 
-def test_lost_and_doubled_steps_and_rests_are_seen(tmp_path: Path, job: Job) -> None:
-    here, there = run(tmp_path / "a"), run(tmp_path / "b")
-    lines = told(here)
-    write(here, [*lines[:2], lines[1], *lines[3:]])
-    (here / "checkpoints" / ".step-00000002.x").mkdir()
-    (here / "checkpoints" / "step-00000004" / "optimizer.safetensors").write_bytes(b"x")
-    found = compare(here, there, job)
+def test_lost_and_duplicate_steps_and_leftovers_are_detected(tmp_path: Path, job: Job) -> None:
+    broken, intact = run(tmp_path / "a"), run(tmp_path / "b")
+    lines = events(broken)
+    write(broken, [*lines[:2], lines[1], *lines[3:]])
+    (broken / "checkpoints" / ".step-00000002.x").mkdir()
+    (broken / "checkpoints" / "step-00000004" / "optimizer.safetensors").write_bytes(b"x")
+    found = compare(broken, intact, job)
     assert (found.lost, found.doubled, found.left_behind) == (1, 1, 1)
     assert len(found.damaged) == 1
     assert not found.is_right
-    assert "step-00000004" in (Run(here).look() or "")
-    assert Run(there).look() is None
+    assert "step-00000004" in (Run(broken).find_damage() or "")
+    assert Run(intact).find_damage() is None

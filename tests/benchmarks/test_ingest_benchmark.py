@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.ingest.throughput import CASES, Case, Measured, _tell, ssim
+from benchmarks.ingest.throughput import CASES, Case, Measured, ssim, summarise
 from benchmarks.ingest.web import is_dead, write_photos
 
 
@@ -18,7 +18,7 @@ def test_similarity_is_one_for_the_same_and_less_for_others() -> None:
     assert ssim(picture, picture[::-1]) < 0.2
 
 
-def test_a_photograph_is_of_a_size_that_is_told(tmp_path: Path) -> None:
+def test_photographs_have_the_given_sizes(tmp_path: Path) -> None:
     write_photos(tmp_path, 1)
     for file in sorted(tmp_path.glob("*.jpg")):
         with Image.open(io.BytesIO(file.read_bytes())) as photo:
@@ -29,7 +29,7 @@ def test_a_photograph_is_of_a_size_that_is_told(tmp_path: Path) -> None:
     assert times == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
-def test_the_share_that_is_dead_is_the_one_asked_for() -> None:
+def test_the_fraction_of_dead_urls_is_as_given() -> None:
     assert not any(is_dead(number, 0.0) for number in range(1000))
     assert 0.28 < np.mean([is_dead(number, 0.3) for number in range(20_000)]) < 0.32
 
@@ -38,7 +38,9 @@ def test_ratio_and_share_are_of_medians() -> None:
     def runs(*seconds: float) -> list[Measured]:
         return [Measured(100, s, 50.0, 10**9) for s in seconds]
 
-    told = _tell(CASES[0], {"ours": runs(1, 2, 9), "peer": runs(4, 4, 5)}, [80.0, 100.0], 2, 64)
-    assert (told["ratio"], told["share_of_limit"]) == (2.0, 0.556)
-    assert told["ours"]["cpu_ms_per_image"] == 500.0
+    figures = summarise(
+        CASES[0], {"ours": runs(1, 2, 9), "peer": runs(4, 4, 5)}, [80.0, 100.0], 2, 64
+    )
+    assert (figures["ratio"], figures["share_of_limit"]) == (2.0, 0.556)
+    assert figures["ours"]["cpu_ms_per_image"] == 500.0
     assert isinstance(CASES[1], Case)

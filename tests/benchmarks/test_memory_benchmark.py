@@ -1,4 +1,4 @@
-"""The count of a training's memory: what lives counts, and counts as much as it does on a CPU."""
+"""The memory estimate: it counts live tensors, and as many as on a CPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from vlv_model.autoencoder import VLVAutoEncoder
 TINY = SIZES["tiny"]
 
 
-def test_a_tensor_counts_from_its_making_to_its_end() -> None:
+def test_a_tensor_counts_from_allocation_until_freed() -> None:
     weight = torch.zeros(100)
     with LiveTensors(iter([weight])) as live:
         first = weight + 1  # 400 bytes
@@ -35,7 +35,7 @@ def step_of(model: VLVAutoEncoder, device: torch.device) -> torch.Tensor:
     )
 
 
-def test_the_count_on_no_device_is_that_of_a_cpu() -> None:
+def test_the_count_on_the_meta_device_equals_a_cpus() -> None:
     """Whose attention keeps no scores either; of convolutions it holds copies in another order."""
     counted = {}
     for device in (torch.device("meta"), torch.device("cpu")):
@@ -49,5 +49,5 @@ def test_fewer_rows_fewer_activations_and_shares_of_states() -> None:
     few = memory(Setup("stage1", micro_batch=1))
     alone = memory(Setup("stage1", micro_batch=2, workers=1))
     assert alone.activations == pytest.approx(2 * few.activations, rel=0.1)
-    assert alone.optimizer == pytest.approx(8 * few.optimizer, rel=0.15)  # told to a tenth
+    assert alone.optimizer == pytest.approx(8 * few.optimizer, rel=0.15)  # rounded to a tenth
     assert few.weights == alone.weights

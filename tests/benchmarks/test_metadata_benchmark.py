@@ -1,4 +1,4 @@
-"""The made lists and the made-up pictures of the benchmark of metadata."""
+"""The metadata benchmark's synthetic lists and rows_out-up images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.ingest.plan import Plan, read_list
 from pipelines.lists.filters import FilterConfig
 
 
-def test_a_made_list_is_like_a_published_one(tmp_path: Path) -> None:
+def test_a_synthetic_list_is_like_a_published_one(tmp_path: Path) -> None:
     folder = write_list(tmp_path / "list", 6_000, rows_per_file=2_500)
     assert len(list(folder.glob("*.parquet"))) == 3
     plan = Plan()
@@ -44,9 +44,9 @@ def test_made_up_rows_are_rows_of_ingest() -> None:
         [pa.array(keys) if f.name == "key" else pa.nulls(1_000, f.type) for f in METADATA_ROW],
         schema=METADATA_ROW,
     ).append_column("chunk", pa.array([3] * 1_000))
-    made = PictureMaker()(rows)
-    assert made.drop_columns(["chunk"]).schema.equals(IMAGE_ROW)
-    ok = made.filter(pa.compute.equal(made["status"], "ok"))
+    rows_out = PictureMaker()(rows)
+    assert rows_out.drop_columns(["chunk"]).schema.equals(IMAGE_ROW)
+    ok = rows_out.filter(pa.compute.equal(rows_out["status"], "ok"))
     assert 600 < ok.num_rows < 700
     assert len(ok["sha256"].unique()) > 0.95 * ok.num_rows
 

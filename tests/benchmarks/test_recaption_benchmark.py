@@ -1,4 +1,4 @@
-"""The benchmark of recaption: its contenders say the same, and its figures are what they say."""
+"""The recaption benchmark: its contenders give equal captions, and its figures are right."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.recaption import captioners
 from benchmarks.recaption.loops import Loop, run_loop
-from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, told
+from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, summarise
 from pipelines.recaption import predictor
 from pipelines.recaption.engine import Engine
 from pipelines.storage.tables import Table
@@ -24,29 +24,29 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
-def test_all_who_caption_end_where_they_are_told_to(bench: Bench) -> None:
+def test_all_contenders_end_at_the_forced_length(bench: Bench) -> None:
     cpu = torch.device("cpu")
     plain = run_loop(Loop(4, 1, stop=True), bench.model, bench.file, 8, bench.longest, cpu)
     beams = run_loop(Loop(2, 4, stop=True), bench.model, bench.file, 2, bench.longest, cpu)
-    lengths = {key: captioners.forced_length(key, bench.longest) - 1 for key in plain.said}
+    lengths = {key: captioners.forced_length(key, bench.longest) - 1 for key in plain.ids}
     assert len(set(lengths.values())) > 2
-    assert {key: len(ids) for key, ids in plain.said.items()} == lengths
-    assert {key: len(ids) for key, ids in beams.said.items()} == dict(list(lengths.items())[:2])
+    assert {key: len(ids) for key, ids in plain.ids.items()} == lengths
+    assert {key: len(ids) for key, ids in beams.ids.items()} == dict(list(lengths.items())[:2])
     endless = run_loop(Loop(2, 1, stop=False), bench.model, bench.file, 2, bench.longest, cpu)
-    assert [len(ids) for ids in endless.said.values()] == [bench.longest] * 2
+    assert [len(ids) for ids in endless.ids.values()] == [bench.longest] * 2
 
     captioner = captioners.open_captioner(bench.model)
-    squares = captioners.squares_of(bench.file, plain.said, captioner)
+    squares = captioners.squares_of(bench.file, plain.ids, captioner)
     engine = Engine(captioner, bench.config().generate)
     images = torch.stack(list(squares.values()))
     for outcome in engine.captions(list(squares), images):
         key = list(squares)[outcome.position]
-        ids = plain.said[key]
+        ids = plain.ids[key]
         assert outcome.caption is not None
         assert outcome.caption.text == caption_text(captioner.tokenizer, ids)
 
 
-def test_the_margin_is_that_of_the_token_where_they_part(bench: Bench) -> None:
+def test_the_margin_is_at_the_first_different_token(bench: Bench) -> None:
     captioner = captioners.open_captioner(bench.model)
     square = next(iter(captioners.squares_of(bench.file, {0}, captioner).values()))
     with torch.no_grad():
@@ -77,12 +77,12 @@ def test_the_rate_of_a_job_leaves_out_its_start(tmp_path: Path) -> None:
 
 def test_ratios_are_of_medians() -> None:
     runs = {name: [{"captions_per_second": n} for n in (1, 2, 9)] for name in (*LOOPS, "bare")}
-    found = told({**runs, "ours": [{"captions_per_second": n} for n in (4, 6, 5)]})
+    found = summarise({**runs, "ours": [{"captions_per_second": n} for n in (4, 6, 5)]})
     assert (found["ratio_to_plain"], found["share_of_bare_model"]) == (2.5, 2.5)
 
 
 @pytest.mark.end_to_end
-def test_the_job_says_what_the_plain_loop_says(
+def test_the_job_gives_the_plain_loops_captions(
     bench: Bench, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictor, "CaptionImages", captioners.ForcedCaptionImages)

@@ -1,4 +1,4 @@
-"""The two benchmarks of the tiny world, without their hours: what they would train, and how they tell."""
+"""The tiny models' two benchmarks, without the training: variants, tables and targets."""
 
 import json
 from pathlib import Path
@@ -21,30 +21,30 @@ SUMMARY = {
 }
 
 
-def test_variants_that_differ_in_stage_2_alone_share_an_encoder() -> None:
+def test_variants_that_differ_only_in_stage_2_share_an_encoder() -> None:
     encoders = [variant.encoder for variant in ablation.VARIANTS]
     assert len(set(encoders[:3])) == 1
     assert len(set(encoders)) == 4
     assert len({variant.name for variant in ablation.VARIANTS}) == len(ablation.VARIANTS)
 
 
-def test_the_table_has_mean_and_spread_in_per_cent() -> None:
+def test_the_table_has_mean_and_deviation_in_percent() -> None:
     runs = [dict.fromkeys(ablation.FIGURES, value) for value in (0.5, 0.6, 0.7)]
     lines = ablation.table({"projector only": runs}).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert lines[2].startswith("| projector only | 60.0 ± 10.0 |")
 
 
-def test_the_proof_holds_its_figures_against_the_targets(
+def test_the_proof_compares_its_figures_with_the_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The demos themselves are what tests/jobs/test_demo.py runs.
     monkeypatch.setattr(proof, "run_demo", lambda config, configs: SUMMARY)
     assert proof.main([str(tmp_path), "--full", "--seeds", "0", "4"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["missed"] == []
-    assert told["worst_attribute_held_out_combinations"] == 0.93
-    assert told["seconds"] == 3.5
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["missed"] == []
+    assert figures["worst_attribute_held_out_combinations"] == 0.93
+    assert figures["seconds"] == 3.5
     worse = {**SUMMARY, "reconstruction": {"attributes": 0.9, "ceiling": 0.98, "floor": 0.4}}
     monkeypatch.setattr(proof, "run_demo", lambda config, configs: worse)
     assert proof.main([str(tmp_path), "--full"]) == 1

@@ -1,4 +1,4 @@
-"""The benchmark of training at its smallest: every line of it, and that both sides do the same."""
+"""The training benchmark at its smallest: every line runs, and both sides compute the same."""
 
 import json
 
@@ -25,15 +25,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def test_the_last_line_tells_ratios_and_parity(capsys):
+def test_the_last_line_has_ratios_and_parity(capsys):
     assert (
         training.main(["--size", "tiny", "--device", "cpu", "--quick", "--stages", "stage1"]) == 0
     )
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (told["benchmark"], told["size"], told["device"]) == ("training", "tiny", "cpu")
-    assert told["stage1_ratio"] > 0
-    assert told["mfu"] is None  # there is no rate of a CPU to hold it against
-    assert told["stage1_loss_difference"] <= 1e-4
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["benchmark"], figures["size"], figures["device"]) == ("training", "tiny", "cpu")
+    assert figures["stage1_ratio"] > 0
+    assert figures["mfu"] is None  # no matrix rate is measured on a CPU
+    assert figures["stage1_loss_difference"] <= 1e-4
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -56,7 +56,7 @@ def test_steps_of_a_variant_train(capsys):
     assert max(losses[-5:]) < min(losses[:5])  # three steps move it less than dropout does
 
 
-def test_masters_keep_what_bfloat16_would_lose():
+def test_master_weights_keep_updates_that_bfloat16_loses():
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
     masters = Masters(optimizer)

@@ -143,7 +143,7 @@ print(ray.get(group.remote()))
 def test_a_machine_of_the_group_comes_for_a_task_and_goes_after_it(
     head: Head, watch: Watch
 ) -> None:
-    """What each job comes down to (pipelines.execution.connection.RayConfig.group); two whole jobs are below."""
+    """The core of each job (pipelines.execution.connection.RayConfig.group); two whole jobs follow below."""
     assert not watch.running()
     asked = [sys.executable, "-c", TASK, head.gcs, "gpu_spot"]
     done = subprocess.run(asked, env=head.environment, capture_output=True, text=True, timeout=300)

@@ -288,7 +288,7 @@ def test_shared_memory_holds_the_object_store_and_fits_the_memory() -> None:
             continue
         (shm,) = (v["emptyDir"] for v in pod["spec"]["volumes"] if v["name"] == "shm")
         (container,) = pod["spec"]["containers"]
-        # What lies in /dev/shm counts as memory of the container.
+        # Data in /dev/shm counts as memory of the container.
         available = amount(container["resources"]["limits"]["memory"]) / 3
         gpus = int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
         store = next(
@@ -300,7 +300,7 @@ def test_shared_memory_holds_the_object_store_and_fits_the_memory() -> None:
 
 
 def amount(quantity: object) -> float:
-    """Of cores or GiB."""
+    """A quantity in cores or GiB."""
     text = str(quantity)
     for unit, size in (("m", 1000), ("Mi", 1024), ("Gi", 1), ("", 1)):
         if text.endswith(unit):

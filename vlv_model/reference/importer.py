@@ -143,7 +143,7 @@ def _shared_tensors(
     for name, one in expected.items():
         tensor = weights[one.ours]
         groups[(tensor.data_ptr(), tuple(tensor.shape))].append(name)
-    # Of the token embeddings, the one that the prompt is read from comes first.
+    # The token embeddings that embed the prompt come first.
     first = [prefix + PADDED[0] for prefix in ("", "VLV_model.")]
     return [
         sorted(names, key=lambda name: name not in first)

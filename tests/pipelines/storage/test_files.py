@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
-from benchmarks.faults.kinds import Line
+from benchmarks.faults.kinds import FlakyProxy
 from pipelines.images.sources import walk
 from pipelines.storage import retries
 from pipelines.storage.files import as_path, write_atomically
@@ -193,7 +193,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     monkeypatch.setattr(retries, "PAUSES", (0.01,))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    line = Line(int(s3_server.rpartition(":")[2]))
+    line = FlakyProxy(int(s3_server.rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     s3fs.S3FileSystem.clear_instance_cache()
     try:

@@ -1,6 +1,6 @@
-"""Where a disturbed table lies: a folder, a small disk, an S3 server, a folder of a cluster.
+"""Where a disturbed table is stored: a local folder, a small disk, an S3 server, a cluster's folder.
 
-Each brings the fault that it is there for: `inject` does it and mends it after a while.
+Each can inject its own fault: `inject` causes it and repairs it after a while.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.counting import look
-from benchmarks.faults.kinds import Line, fill, small_disk, until
+from benchmarks.faults.counting import find_damage
+from benchmarks.faults.kinds import FlakyProxy, fill_disk, small_disk, wait_until
 
 
-class Place:
+class Target:
     """A folder of the local disk."""
 
     def __init__(self, folder: Path) -> None:
@@ -28,51 +28,51 @@ class Place:
         self.environment: dict[str, str] = {}
 
     def commits(self) -> set[Any]:
-        """The commits that are there, each with when it was written."""
+        """The present commits, each with its time of writing."""
         found = set()
         for file in (self.folder / "_commits").glob("*.json"):
             with suppress(OSError):
                 found.add((file.name, file.stat().st_mtime_ns))
         return found
 
-    def look(self) -> str | None:
-        """What a reader would find wrong now."""
-        return look(self.folder)
+    def find_damage(self) -> str | None:
+        """A problem that a reader would see now, or None."""
+        return find_damage(self.folder)
 
     def local(self) -> Path:
         """The table as a local folder."""
         return self.folder
 
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
-        """Do this place's fault, and mend it after a while or when the job has ended of it."""
+        """Cause the fault, and repair it after a while or when the job has ended."""
         raise NotImplementedError
 
 
-class SmallDisk(Place):
+class SmallDisk(Target):
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
-        ballast = fill(self.folder.parent)
-        until(lambda: not going(), 60)
+        ballast = fill_disk(self.folder.parent)
+        wait_until(lambda: not going(), 60)
         ballast.unlink()
 
 
 @contextmanager
-def disk(folder: Path) -> Iterator[Place]:
+def disk(folder: Path) -> Iterator[Target]:
     with small_disk(folder / "disk", megabytes=256):
         yield SmallDisk(folder / "disk" / "table")
 
 
-class Store(Place):
-    """A bucket of moto's server, behind a line that can be cut."""
+class Store(Target):
+    """A bucket on moto's server, behind a proxy that can fail."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__(folder / "copy")
         import s3fs
 
-        self.line = Line(port)
+        self.proxy = FlakyProxy(port)
         bucket = f"chaos-{uuid.uuid4().hex[:8]}"
         self.table = f"s3://{bucket}/table"
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-        self.environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.line.port}", **keys}
+        self.environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.port}", **keys}
         self.environment["AWS_DEFAULT_REGION"] = "us-east-1"
         self.store = s3fs.S3FileSystem(
             key="test",
@@ -90,8 +90,8 @@ class Store(Place):
             return set()
         return {(one["name"], one["LastModified"]) for one in found}
 
-    def look(self) -> str | None:
-        return look(self.local())
+    def find_damage(self) -> str | None:
+        return find_damage(self.local())
 
     def local(self) -> Path:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -101,13 +101,13 @@ class Store(Place):
         return self.folder
 
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
-        self.line.turn(rng.choice(["refuses", "hangs"]))
-        until(lambda: not going(), rng.uniform(2, 90))
-        self.line.turn("passes")
+        self.proxy.turn(rng.choice(["refuses", "hangs"]))
+        wait_until(lambda: not going(), rng.uniform(2, 90))
+        self.proxy.turn("passes")
 
 
 @contextmanager
-def store(folder: Path) -> Iterator[Place]:
+def store(folder: Path) -> Iterator[Target]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -118,8 +118,8 @@ def store(folder: Path) -> Iterator[Place]:
         server.stop()
 
 
-class ClusterPlace(Place):
-    """A folder that three machines of a cluster share; the head has no CPU, the others `cpus` each."""
+class ClusterTarget(Target):
+    """A folder shared by a cluster of three machines: the head has no CPUs, the others `cpus` each."""
 
     cpus = 2
 
@@ -130,8 +130,8 @@ class ClusterPlace(Place):
         self.environment = {"RAY_ADDRESS": cluster.address}
 
     def inject(self, rng: random.Random, going: Callable[[], bool]) -> None:
-        gone = self.nodes.pop(rng.randrange(len(self.nodes)))
-        self.cluster.remove_node(gone, allow_graceful=False)
+        lost = self.nodes.pop(rng.randrange(len(self.nodes)))
+        self.cluster.remove_node(lost, allow_graceful=False)
         time.sleep(rng.uniform(0, 5))
         self.nodes.append(self._add())
 
@@ -141,13 +141,13 @@ class ClusterPlace(Place):
 
 @contextmanager
 def node(
-    folder: Path, place: Callable[[Path, Any], ClusterPlace] = ClusterPlace
-) -> Iterator[Place]:
+    folder: Path, target: Callable[[Path, Any], ClusterTarget] = ClusterTarget
+) -> Iterator[Target]:
     from ray.cluster_utils import Cluster
 
     health = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 3}
     health |= {"health_check_period_ms": 500, "health_check_timeout_ms": 500}
-    # Or a rank of two CPUs sums up in other threads than the unbroken run's.
+    # With more threads, a rank with two CPUs would add floats in another order than the undisturbed run.
     os.environ["OMP_NUM_THREADS"] = "1"
     cluster = Cluster(
         initialize_head=True,
@@ -159,12 +159,12 @@ def node(
         },
     )
     try:
-        yield place(folder / "table", cluster)
+        yield target(folder / "table", cluster)
     finally:
         cluster.shutdown()
 
 
-PLACES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
+TARGETS: dict[str, Callable[[Path], AbstractContextManager[Target]]] = {
     "disk": disk,
     "store": store,
     "node": node,
