@@ -132,9 +132,9 @@ def training(folder: Path) -> Walk:
         "model": resolve_model(folder / "models")[0].model_dump(),
         "files": [str(file) for file in parquet_files(str(folder / "images"))],
     }  # fmt: skip
-    worker = Worker(0, 1, torch.device("cpu"), is_first_of_machine=True)
+    worker = Worker(0, 1, torch.device("cpu"), is_first_on_machine=True)
     with Walk() as walk:
-        run_worker(loop, worker, emit=lambda event: None, called_back=set)
+        run_worker(loop, worker, emit=lambda event: None, preempted=set)
     return walk
 
 

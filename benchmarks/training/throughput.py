@@ -80,7 +80,7 @@ def needed_flops(size: Size, stage: StageName, device: torch.device) -> float:
     prepared = built.prepare(batch_of(size, stage))
     inputs = {name: value.to(device) for name, value in prepared.inputs.items()}
     flops: Flops = count_flops(built.model, inputs)
-    tokens = prepared.weight if stage == "stage2" else 0
+    tokens = prepared.valid_tokens if stage == "stage2" else 0
     return flops.of(len(prepared.keys), tokens)
 
 

@@ -1,1 +1,1 @@
-"""What is done to finished tables: status, takedown."""
+"""Administration of tables and runs: status, takedown."""

@@ -1,4 +1,4 @@
-"""How a table or a training stands, while it is written or afterwards: what `jobs/status.py` prints."""
+"""The progress of a table or a training run, as printed by `jobs/status.py`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ from pipelines.training.run_folder import RESULT
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
-_STEPS = 50  # of whose time the speed is a mean
+_STEPS = 50  # last steps, over which the speed is averaged
 
 
 class StatusConfig(Config):
-    """Everything that `jobs/status.py` needs to know."""
+    """All settings of `jobs/status.py`."""
 
-    table: InputPlace = Field(
-        description="folder of a table or of a training run that one of our jobs writes or wrote"
-    )
+    table: InputPlace = Field(description="folder of a table or a training run")
 
 
 def status_text(config: StatusConfig) -> str:
-    """How the folder's table or training stands. Raises DataError where it holds neither."""
+    """The progress of the table or training run in a folder. Raises DataError if it has neither."""
     table = Table(config.table)
     if table.exists:
         return _table_text(config.table, table)
@@ -45,34 +43,34 @@ def status_text(config: StatusConfig) -> str:
 
 def _table_text(path: str, table: Table) -> str:
     """Kind, chunks, runs, size and rows by status."""
-    about, commits, pending = table.describe(), table.commits(), table.pending()
+    description, commits, pending = table.describe(), table.commits(), table.pending()
     size = sum(table.part(commit.chunk).stat().st_size for commit in commits)
     lines = [
-        f"{about['kind']} table {path}",
-        f"{len(commits):,} of {about['chunks']:,} chunks are written, {size / 1e9:,.2f} GB",
+        f"{description['kind']} table {path}",
+        f"{len(commits):,} of {description['chunks']:,} chunks are written, {size / 1e9:,.2f} GB",
     ]
     runs = runs_of(table)
     for run in runs:
-        told, left = run.describe(), len(run.pending(table))
-        work = f"run {run.number}: {told['fetched']:,} rows to fetch, {told['marked']:,} to mark"
-        if "finished" in told:
-            state = f"finished {_when(told['finished'])}"
+        info, left = run.describe(), len(run.pending(table))
+        work = f"run {run.number}: {info['fetched']:,} rows to fetch, {info['marked']:,} to mark"
+        if "finished" in info:
+            state = f"finished {_format_time(info['finished'])}"
         else:
-            done = len(told["chunks"]) - left
-            state = f"{done:,} of {len(told['chunks']):,} chunks done"
-            spent = time.time() - told["started"]
+            done = len(info["chunks"]) - left
+            state = f"{done:,} of {len(info['chunks']):,} chunks done"
+            spent = time.time() - info["started"]
             if done and left and run is runs[-1]:
-                state += f", about {spent / done * left / 60:,.0f} min to go if it is still going"
-        lines.append(f"{work}; began {_when(told['started'])}, {state}")
+                state += f", about {spent / done * left / 60:,.0f} min left if it is running"
+        lines.append(f"{work}; began {_format_time(info['started'])}, {state}")
     if not pending and (lacking := table.lacks()):
-        lines.append(f"it {lacking}: the job that writes it says which")
+        lines.append(f"it {lacking}: the job that writes it shows which")
     if pending and not runs:
-        lines.append(f"{len(pending):,} chunks are missing: the job that writes it continues it")
+        lines.append(f"{len(pending):,} chunks are missing: run the job again to write them")
     return "\n".join([*lines, counts_table(table.counts())])
 
 
 def _training_text(run_dir: Path) -> str:
-    """Step, losses, speed, the newest checkpoint, and what is left."""
+    """Step, losses, speed, time left and the newest checkpoint."""
     steps = read_json_object(run_dir / "run.json")["train.steps"]
     events = read_metrics(run_dir)
     done = [event for event in events if event["event"] == "step"]
@@ -87,21 +85,21 @@ def _training_text(run_dir: Path) -> str:
         )
         if step < steps:
             left = seconds * (steps - step) / 60
-            lines.append(f"about {left:,.0f} min to go if it is still going")
+            lines.append(f"about {left:,.0f} min left if it is running")
     if losses := heldout_losses(run_dir):
-        shown = list(losses.items())
-        told = [f"{loss:.4f} at step {at:,}" for at, loss in dict([shown[0], shown[-1]]).items()]
-        lines.append(f"held-out loss {', '.join(told)}")
+        items = list(losses.items())
+        ends = [f"{loss:.4f} at step {at:,}" for at, loss in dict([items[0], items[-1]]).items()]
+        lines.append(f"held-out loss {', '.join(ends)}")
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
-        lines.append("no checkpoint yet: what is killed now begins at step 0")
+        lines.append("no checkpoint yet: if killed now, it restarts at step 0")
     else:
-        written = _when(checkpoint.stat().st_mtime)
+        written = _format_time(checkpoint.stat().st_mtime)
         lines.append(f"newest checkpoint: step {step_of(checkpoint):,}, written {written}")
     finished = (run_dir / RESULT).is_file()
-    lines.append("it is finished" if finished else "it is not finished: the same command goes on")
+    lines.append("it is finished" if finished else "not finished: the same command continues it")
     return "\n".join(lines)
 
 
-def _when(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")

@@ -1,8 +1,8 @@
-"""Taking rows out of image tables, and out of the tables that were made of them, for good.
+"""Removes rows permanently from image tables and from tables derived from them.
 
-What is taken down is noted first (`_takedown.json` in each table: keys, addresses and domains), then
-removed. So a takedown that is killed is finished by the same command, no later ingest fetches what
-it names, and a job on such a table knows why rows are gone and goes on.
+Keys, addresses and domains are first recorded in each table's `_takedown.json`, then the rows are
+removed. So the same command finishes a killed takedown, later ingests do not fetch the rows again, and
+jobs on these tables know why rows are missing and continue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.images.removal import blocked_rows, remove_files, remove_rows
 from pipelines.images.rows import url_key
 from pipelines.images.urls import address_of, canonical_url
 from pipelines.ingest.report import remove_report, write_report
-from pipelines.recaption.report import forget
+from pipelines.recaption.report import remove_derived_files
 from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
@@ -32,16 +32,16 @@ _LISTED = 10  # names in an error message
 
 
 class TakedownConfig(Config):
-    """Everything that `jobs/takedown.py` needs to know."""
+    """All settings of `jobs/takedown.py`."""
 
     table: tuple[OutputPlace, ...] = Field(min_length=1, description="image tables")
     keys: tuple[int, ...] = Field((), description="keys of rows")
     urls: tuple[str, ...] = Field(
-        (), description="URLs of rows, in any spelling, such as the one that a browser shows"
+        (), description="URLs of rows, in any spelling, for example as a browser shows them"
     )
-    domains: tuple[str, ...] = Field((), description="domains, with all of their subdomains")
+    domains: tuple[str, ...] = Field((), description="domains, with all their subdomains")
     derived: tuple[OutputPlace, ...] = Field(
-        (), description="tables that were made of the image tables: captions, pairs, pictures"
+        (), description="tables derived from the image tables: captions, pairs, reconstructions"
     )
 
     @field_validator("table", mode="before")
@@ -51,8 +51,8 @@ class TakedownConfig(Config):
 
     @field_validator("urls")
     @classmethod
-    def _with_their_commas(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        """A comma within an address parts no two of them: what is behind it begins like none."""
+    def _rejoin_commas(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        """Rejoin URLs that the command line split at a comma: the rest has no scheme."""
         whole: list[str] = []
         for url in urls:
             if "://" not in url and not url.startswith("//"):
@@ -69,54 +69,56 @@ class TakedownConfig(Config):
         return tuple(map(_domain, domains))
 
     @model_validator(mode="after")
-    def _names_something(self) -> TakedownConfig:
+    def _is_not_empty(self) -> TakedownConfig:
         if not (self.keys or self.urls or self.domains):
             raise ValueError("give keys, urls or domains")
         return self
 
 
 class NothingMatched(DataError):
-    """Some names match no row; what the others name was `removed`: rows by table, all the same."""
+    """Some names match no row; the rows of the other names were removed.
+
+    `removed` has the number of removed rows by table.
+    """
 
     def __init__(self, names: Sequence[str], removed: dict[str, int]) -> None:
         self.removed = removed
         shown = ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
         super().__init__(
-            f"no row has {shown}: check the spelling; what the other names match is removed, and no "
-            "later ingest fetches any of them"
+            f"no row has {shown}: check the spelling; rows of the other names are removed, and later "
+            "ingests fetch none of them"
         )
 
 
 def take_down(config: TakedownConfig) -> dict[str, int]:
-    """Remove the rows from all tables; how many each of them lost, by its path.
+    """Remove the rows from all tables; returns the number of removed rows by table path.
 
-    Raises DataError where one of them is no table of ours, RunError while a job writes one; and
-    NothingMatched, when all is done, where a name matches no row and none did in an earlier
-    takedown.
+    Raises DataError when a folder holds no table, RunError while a job writes one, and at the end
+    NothingMatched for names that match no row and matched none in an earlier takedown.
     """
     tables, derived = ([Table(p) for p in places] for places in (config.table, config.derived))
     for table in (*tables, *derived):
         if not table.exists:
-            raise DataError(f"{table.folder} holds no table of ours: nothing was removed")
+            raise DataError(f"{table.folder} holds no table: nothing was removed")
     for images in tables:
         if images.describe()["kind"] != "image":
-            raise DataError(f"{images.folder} is no image table: give it as `derived`")
+            raise DataError(f"{images.folder} is not an image table: give it as `derived`")
     names, blocked = _Names.of(config), Blocked()
     removed: dict[str, int] = {}
     for images in tables:
         with exclusive(images.folder, "table"):
-            noted = _note(images, names)
-            remove_report(images)  # which shows pictures
-            removed[str(images.folder)] = remove_rows(images, noted, names.look)
-        blocked |= noted
+            recorded = _record(images, names)
+            remove_report(images)  # it shows images
+            removed[str(images.folder)] = remove_rows(images, recorded, names.mark_found)
+        blocked |= recorded
     for table in derived:
         with exclusive(table.folder, "derived"):
             before = Blocked.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
-            removed[str(table.folder)] = remove_rows(table, blocked, names.look)
+            removed[str(table.folder)] = remove_rows(table, blocked, names.mark_found)
             if removed[str(table.folder)]:
-                forget(table)  # and its report, which shows pictures
-            write_card(table)  # also of rows that a killed takedown removed
+                remove_derived_files(table)  # including its report, which shows images
+            write_card(table)  # even if a killed takedown has removed the rows before
             remove_files(table, blocked.keys)
     for images in tables:
         with exclusive(images.folder, "table"):
@@ -128,11 +130,11 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
 
 
 def _domain(name: str) -> str:
-    """A domain, in ASCII, from what a user gave for one; ValueError for what is none."""
+    """Normalise a user's spelling of a domain to ASCII; ValueError if it is not a domain."""
     text = name.strip()
-    place = text.partition("://")[2] if "://" in text else text
-    place, _, path = place.removeprefix("//").removeprefix("*").partition("/")
-    host = ascii_host(f"http://{place.strip('. ')}/") if place else ""
+    domain = text.partition("://")[2] if "://" in text else text
+    domain, _, path = domain.removeprefix("//").removeprefix("*").partition("/")
+    host = ascii_host(f"http://{domain.strip('. ')}/") if domain else ""
     if path.strip() or not host:
         advice = f"give {host}, or the whole address as urls" if host else "give one such as a.org"
         raise ValueError(f"'{name}': expected a domain, got an address: {advice}")
@@ -141,13 +143,13 @@ def _domain(name: str) -> str:
 
 @dataclass
 class _Names:
-    """What a user named, as `keys=…`, `urls=…` and `domains=…`, and which of it some row has."""
+    """The user's names, as `keys=…`, `urls=…` and `domains=…`, and those that match a row."""
 
     keys: dict[int, str]
     addresses: dict[int, str]
     domains: dict[str, str]
     found: set[str]
-    as_given: dict[int, set[int]]  # by address, the keys of its URLs as the user spelled them
+    as_given: dict[int, set[int]]  # by address: keys of its URLs as the user spelled them
 
     @classmethod
     def of(cls, config: TakedownConfig) -> _Names:
@@ -163,52 +165,52 @@ class _Names:
         )
 
     def missing(self) -> list[str]:
-        """The names that no row had."""
-        named = [*self.keys.values(), *self.addresses.values(), *self.domains.values()]
-        return [name for name in named if name not in self.found]
+        """The names that match no row."""
+        names = [*self.keys.values(), *self.addresses.values(), *self.domains.values()]
+        return [name for name in names if name not in self.found]
 
-    def found_before(self, before: Blocked) -> None:
-        """Count what an earlier takedown noted of a table for found, unless it found nothing."""
-        noted = {name for key, name in self.keys.items() if key in before.keys}
-        noted |= {name for end, name in self.domains.items() if end in before.domains}
+    def mark_found_before(self, before: Blocked) -> None:
+        """Mark names that an earlier takedown of a table recorded and matched."""
+        recorded = {name for key, name in self.keys.items() if key in before.keys}
+        recorded |= {name for domain, name in self.domains.items() if domain in before.domains}
         for address, name in self.addresses.items():
-            # The first versions noted the key of a URL alone, as it was given.
-            given = {url_key(_value(name)), *self.as_given.get(address, ())}
-            if address in before.addresses or given & before.keys:
-                noted.add(name)
-        self.found |= noted - before.unmatched
+            # The first versions recorded only the key of a URL as spelled.
+            keys = {url_key(_value(name)), *self.as_given.get(address, ())}
+            if address in before.addresses or keys & before.keys:
+                recorded.add(name)
+        self.found |= recorded - before.unmatched
 
-    def look(self, rows: pa.Table, addresses: np.ndarray) -> None:
-        """Count the names of these rows for found."""
+    def mark_found(self, rows: pa.Table, addresses: np.ndarray) -> None:
+        """Mark names that match these rows."""
         keys = rows["key"].to_pylist()
         self.found |= {self.keys[key] for key in set(keys) & set(self.keys)}
-        there = set(addresses.tolist()) & set(self.addresses)
-        self.found |= {self.addresses[address] for address in there}
+        matching = set(addresses.tolist()) & set(self.addresses)
+        self.found |= {self.addresses[address] for address in matching}
         if self.domains and "url" in rows.column_names:
             for host in {ascii_host(url) for url in rows["url"].to_pylist() if url is not None}:
                 self.found |= {self.domains[d] for d in domains_of(host) if d in self.domains}
 
 
 def _value(name: str) -> str:
-    """What is behind the sign of equality in a name."""
+    """The part of a name after `=`."""
     return name.partition("=")[2]
 
 
-def _note(images: Table, names: _Names) -> Blocked:
-    """Write down what must be gone: what is named, and all spellings of the rows that are there."""
+def _record(images: Table, names: _Names) -> Blocked:
+    """Record what to remove: the given names and all spellings of the rows that they match."""
     before = Blocked.read(images)
-    names.found_before(before)
-    # The keys of URLs, too: earlier versions know nothing of addresses.
+    names.mark_found_before(before)
+    # Also the keys of URLs, since earlier versions do not know addresses.
     keys = {*names.keys, *(url_key(_value(name)) for name in names.addresses.values())}
     blocked = before | Blocked(
         frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
     )
-    for _ in range(2):  # the second time for other spellings of the rows that have a key or domain
+    for _ in range(2):  # the second pass finds other spellings of the rows found by key or domain
         addresses = set(blocked.addresses)
         for _, rows, address, mask in blocked_rows(images, blocked):
-            named = rows.filter(pa.array(mask))
-            names.look(named, address[mask])
-            keys.update(named["key"].to_pylist())
+            matching = rows.filter(pa.array(mask))
+            names.mark_found(matching, address[mask])
+            keys.update(matching["key"].to_pylist())
             addresses.update(address[mask].tolist())
         blocked |= Blocked(frozenset(keys), addresses=frozenset(addresses))
     unmatched = (blocked.unmatched | set(names.missing())) - names.found

@@ -1,1 +1,1 @@
-"""The whole path on one machine: the jobs one after the other, judged on scenes never seen."""
+"""The demo: runs all jobs on one machine and evaluates the result on unseen scenes."""

@@ -1,4 +1,4 @@
-"""What `make demo` may be told; everything else is in jobs/configs/tiny."""
+"""Settings of `make demo`; the jobs' settings are in jobs/configs/tiny."""
 
 from __future__ import annotations
 
@@ -8,47 +8,45 @@ from pipelines.cli.config import InputPath, OutputPath
 from pipelines.execution.connection import RayConfig
 from vlv_model.config import Config
 
-# A worker of Ray Train and a step of Ray Data are each given a logical CPU: with fewer than these
-# they would wait for one another for ever on a small machine.
+# Ray Train workers and Ray Data steps need a logical CPU each; with fewer than 4 they would deadlock
+# on a small machine.
 LOGICAL_CPUS = 4
 
 
-_FEWER_STOPS = {"eval_every": 250, "eval_rows": 256, "checkpoint_every": 250}
+_INTERVALS = {"eval_every": 250, "eval_rows": 256, "checkpoint_every": 250}
 FULL: dict[str, dict[str, float]] = {
     "stage1": {
-        # With 600 two runs of four mixed up the colours of pairs that they never saw (docs/method.md).
+        # With 600 steps, two of four runs confused the colours of unseen pairs (docs/method.md).
         "steps": 1_200,
         "learning_rate": 3e-3,
         "pretrained_rate": 0.2,
         "warmup_steps": 100,
-        **_FEWER_STOPS,
+        **_INTERVALS,
     },
-    "stage2": {"steps": 600, **_FEWER_STOPS},
+    "stage2": {"steps": 600, **_INTERVALS},
 }
-"""What a full training sets otherwise than jobs/configs/tiny, under `train`."""
+"""Settings under `train` by which a full training differs from jobs/configs/tiny."""
 
 
 class DemoConfig(Config):
-    """Everything that `jobs/demo.py` needs to know."""
+    """All settings of `jobs/demo.py`."""
 
-    run_dir: OutputPath = Field(
-        "runs/demo", description="folder of everything that the demo leaves"
-    )
+    run_dir: OutputPath = Field("runs/demo", description="folder of all files of the demo")
     photos: InputPath | None = Field(
-        None, description="folder of photographs to use in place of the tiny world's scenes"
+        None, description="folder of photographs to use instead of the tiny world's scenes"
     )
     full: bool = Field(
         False,
-        description="train stage 1 from the pretrained parts, on five times the scenes (about 15 "
-        "minutes on two idle cores), rather than from the shipped stage-1 weights",
+        description="train stage 1 from the pretrained parts on five times as many scenes (about 15 "
+        "minutes on two idle cores), instead of from the shipped stage-1 weights",
     )
     scenes: int | None = Field(
-        None, ge=50, description="training scenes that are drawn; default: 1,600, full: 8,000"
+        None, ge=50, description="number of training scenes; default: 1,600, full: 8,000"
     )
     test_scenes: int = Field(
-        400, ge=2, description="scenes to be judged on; every second has a held-out combination"
+        400, ge=2, description="number of test scenes; every second has a held-out combination"
     )
-    broken_urls: int = Field(40, ge=0, description="broken and missing URLs that are mixed in")
+    broken_urls: int = Field(40, ge=0, description="number of broken and missing URLs to add")
     seed: int = Field(0, ge=0, description="seed of the scenes and the training")
     stage1_steps: int | None = Field(None, ge=1, description="default: as in configs/tiny")
     stage2_steps: int | None = Field(None, ge=1, description="default: as in configs/tiny")

@@ -1,16 +1,16 @@
 """The phases of the demo, on the tiny world or on photographs.
 
 runs/demo/
-  demo.json            the demo's settings, and the seconds that each phase has taken so far
-  world/               what the local web server serves, the lists of URLs, the teacher's captions
-  models/              tiny base models, and the stage-1 weights that they are shipped with
-  images/ pairs/ stage1/ stage2/                the training: tables and runs
-  test_images/ captions/ reconstructions/       the scenes that it is judged on
-  control/             the same stage 2 on an encoder that skipped stage 1, and its captions
-  proof.json           what the judge found
+  demo.json            the demo's settings, and the seconds of each phase so far
+  world/               files of the local web server, lists of URLs, the teacher's captions
+  models/              tiny base models and the shipped stage-1 weights
+  images/ pairs/ stage1/ stage2/                training: tables and runs
+  test_images/ captions/ reconstructions/       test scenes and the outputs for them
+  control/             the same stage 2 on an encoder without stage 1, and its captions
+  proof.json           scores of the outputs
   report.html summary.json
 
-On photographs there is nothing to judge by: captions and reconstructions are of held-out images.
+Photographs have no ground truth: captions and reconstructions are of held-out images, without scores.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PACKAGES = ("ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow")
 
 
 def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
-    """Run all phases, or those that a killed demo has left to do; returns the summary.
+    """Run all unfinished phases; returns the summary.
 
-    `configs` is the folder of the jobs' YAML files for the tiny world. Raises RunError where
-    `run_dir` holds something that no demo wrote, and what the jobs raise.
+    `configs` is the folder of the jobs' YAML files for the tiny world. Raises RunError when `run_dir`
+    holds other files, and the errors of the jobs.
     """
-    # Here, so that --help need not wait for the libraries of the models.
+    # Imported here, since the model libraries would delay --help.
     from pipelines.demo.report import print_summary, write_demo_report
 
     demo = Demo(config, configs)
@@ -88,7 +88,7 @@ def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
 
 
 class Demo:
-    """The phases, and the time that each has taken over all attempts."""
+    """The phases, and the time of each over all attempts."""
 
     def __init__(self, config: DemoConfig, configs: Path) -> None:
         self.config = config
@@ -99,17 +99,17 @@ class Demo:
         self.warm_start = not config.full
 
     def claim(self) -> None:
-        """Continue the demo that the folder holds; move a demo with other settings aside.
+        """Continue the folder's demo, or rename the folder if that has other settings.
 
-        What is wrong with the settings is said before anything is moved.
+        Raises errors of the settings before renaming anything.
         """
         if self.config.photos:
             find_photos(self.config.photos)
         marker = self.folder / MARKER
         if os.path.isfile(marker):
-            held = read_json_object(marker)
-            if held.get("settings") == self.settings:
-                self.seconds = held.get("seconds", {})
+            recorded = read_json_object(marker)
+            if recorded.get("settings") == self.settings:
+                self.seconds = recorded.get("seconds", {})
                 return
             aside = next(
                 folder
@@ -117,28 +117,28 @@ class Demo:
                 if not (folder := self.folder.with_name(f"{self.folder.name}-{n}")).exists()
             )
             self.folder.rename(aside)
-            print(f"{self.folder} held a demo with other settings: it is {aside} now")
+            print(f"{self.folder} held a demo with other settings: renamed to {aside}")
         else:
             refuse_strangers(self.folder, (), "demo", "run_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._note()
+        self._save_state()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count a phase's time; a phase that was finished before takes none and is not counted."""
+        """Add the time of the block to the phase's seconds."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self._note()
+            self._save_state()
 
-    def _note(self) -> None:
+    def _save_state(self) -> None:
         content = {"settings": self.settings, "seconds": self.seconds}
         write_atomically(self.folder / MARKER, json.dumps(content, indent=2))
 
     def job(self, cls: type[C], name: str, *settings: str) -> C:
-        """A job's settings: its YAML file for the tiny world, with this demo's folders."""
+        """A job's settings: its YAML file for the tiny world, overridden by `settings`."""
         return load(cls, str(self.configs / f"{name}.yaml"), settings)
 
     # ----------------------------------------------------------------------------- phases
@@ -154,7 +154,7 @@ class Demo:
             return tables[0].counts()
         world.mkdir(exist_ok=True)
         with self.phase("ingest"), serve(world, keep_port=tables[0].exists) as web:
-            # The same files byte by byte at every attempt, as long as the port is the same.
+            # With the same port, each attempt writes byte-identical files.
             seed, url = config.seed, web.base_url
             if config.photos:
                 write_photos(world, url, config.photos, seed=seed, num_broken=config.broken_urls)
@@ -172,7 +172,7 @@ class Demo:
         return ingest(self.job(IngestConfig, "ingest", *folders))
 
     def stage1(self, run: str = "stage1", *settings: str) -> dict[str, Any]:
-        """Stage 1 in the folder `run`; `settings` win over the demo's."""
+        """Train stage 1 in the folder `run`; `settings` override the demo's."""
         from pipelines.training.config import Stage1Config
         from pipelines.training.job import train
 
@@ -189,7 +189,7 @@ class Demo:
             )
 
     def stage2(self, run: str, encoder: Path, *settings: str) -> dict[str, Any]:
-        """Stage 2 in the folder `run`, upon the encoder of a stage-1 run or checkpoint."""
+        """Train stage 2 in the folder `run` on the encoder of a stage-1 run or checkpoint."""
         from pipelines.training.config import Stage2Config
         from pipelines.training.job import train
         from pipelines.training.pairs import with_pairs
@@ -223,7 +223,7 @@ class Demo:
             return reconstruct(self.reconstruction())
 
     def reconstruction(self) -> ReconstructConfig:
-        """How the pictures are sampled: the same for those from embeddings and from captions."""
+        """Settings of reconstruction; images from captions are sampled with the same ones."""
         from pipelines.reconstruct.config import ReconstructConfig
 
         return self.job(
@@ -236,7 +236,7 @@ class Demo:
         )
 
     def proof(self) -> dict[str, Any]:
-        """What the judge finds, and the control that it is compared with."""
+        """Train the control, and score its outputs and the demo's."""
         from pipelines.demo.proof import TestScenes, prove, write_untrained
 
         file, control = self.folder / "proof.json", self.folder / "control"
@@ -246,21 +246,21 @@ class Demo:
         self.stage2("control/stage2", untrained)
         self.recaption("control/captions", control / "stage2")
         with self.phase("proof"):
-            found = prove(
+            scores = prove(
                 self.folder, TestScenes.read(self.folder), self.reconstruction().diffusion
             )
-        write_atomically(file, json.dumps(found, indent=2))
-        return found
+        write_atomically(file, json.dumps(scores, indent=2))
+        return scores
 
     @property
     def _unseen(self) -> list[str]:
-        """What captions and reconstructions are made of: nothing that was trained on."""
+        """Settings of the input for captions and reconstructions: images outside the training."""
         if self.config.photos:
             return [f"data.input={self.folder / 'images'}", "data.split=holdout"]
         return [f"data.input={self.folder / 'test_images'}", "data.split=all"]
 
     def _models(self) -> Path:
-        """The shipped models, copied: the folder of a demo stands alone."""
+        """Copy the shipped models, so that the demo's folder is self-contained."""
         from pipelines.tiny_world import pretrained
 
         models = self.folder / "models"
@@ -272,9 +272,9 @@ class Demo:
         return models
 
     def _training(self, stage: str, run: str, steps: int | None) -> list[str]:
-        """Settings of a training in the folder `run`; of equal ones the last counts."""
+        """Settings of a training in the folder `run`; later ones override earlier ones."""
         settings = [f"run_dir={self.folder / run}", f"train.seed={self.config.seed}"]
-        settings.append("train.samples=0")  # the report has its own, of more images
+        settings.append("train.samples=0")  # the report shows samples of more images
         if self.config.full:
             settings += [f"train.{name}={value}" for name, value in FULL[stage].items()]
         return settings + ([f"train.steps={steps}"] if steps else [])

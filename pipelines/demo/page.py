@@ -1,4 +1,4 @@
-"""The report of a demo: one page from the counts, losses, pictures and times of all its phases."""
+"""The HTML report of a demo: counts, losses, images and times of all phases."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ SUBTITLE = (
 STAGES = {
     "stage1": (
         "Stage 1: images only",
-        "The encoder learns to describe a picture so that the frozen diffusion decoder can "
-        "remove its noise. No caption is read. Loss: mean squared error of the noise.",
+        "The encoder learns embeddings of an image that let the frozen diffusion decoder remove "
+        "its noise. No captions are used. Loss: mean squared error of the noise.",
     ),
     "stage2": (
         "Stage 2: images and captions",
-        "The captioner learns to say in words what the encoder has seen. "
+        "The captioner learns to decode the encoder's embeddings into words. "
         "Loss: cross-entropy per token.",
     ),
 }
-"""Names of the training runs with their title and what they learn; others go by their name."""
+"""Titles and explanations of training runs by name; other runs are titled by their name."""
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """All that the page shows; an empty mapping or list is a phase that left nothing."""
+    """The content of the page; empty values for phases without results."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -62,16 +62,16 @@ class DemoReport:
     gallery: list[GalleryItem] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, in their order
     versions: dict[str, str] = field(default_factory=dict)
-    proof: Proof | None = None  # figures on held-out test scenes; photographs have none
+    proof: Proof | None = None  # scores on test scenes; None for photographs
 
 
 def write_report(file: Path, report: DemoReport) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     write_atomically(file, render(report))
 
 
 def render(report: DemoReport) -> str:
-    """The page as text."""
+    """Render the page as HTML."""
     content = [
         notes(report.notes),
         cards(proof_cards(report.proof), "Does it work?") if report.proof else Html(),
@@ -119,8 +119,8 @@ def _stage_card(name: str, events: list[dict[str, Any]]) -> Card:
 
 def _ingest(report: DemoReport) -> Html:
     lead = (
-        "Every address that was fetched is a row. A failure keeps its row and says why; "
-        "only rows that are ok are trained on."
+        "Every fetched URL is a row. A URL that failed keeps its row, with the reason; only rows of "
+        "status ok are trained on."
     )
     return section("ingest", "Ingest", lead, status_table(report.ingest, "Rows by status"))
 
@@ -128,7 +128,7 @@ def _ingest(report: DemoReport) -> Html:
 def _training(report: DemoReport) -> Html:
     lead = (
         "Lower is better. The held-out loss is measured on rows that are never trained on, "
-        "with the same random draws each time, so its points can be compared."
+        "with the same noise each time, so its points can be compared."
     )
     charts = []
     for name, events in report.stages.items():
@@ -140,15 +140,15 @@ def _training(report: DemoReport) -> Html:
 
 
 def _gallery(report: DemoReport) -> Html:
-    lead = "Held-out images. The reconstruction is drawn from the caption embeddings alone"
+    lead = "Held-out images. The reconstruction is generated from the caption embeddings alone"
     if any(item.from_caption for item in report.gallery):
-        lead += ", and beside it, as the ceiling, what the same decoder draws from the true caption"
+        lead += "; the image next to it, from the true caption by the same decoder, is the ceiling"
     lead += ". Marked words differ from the teacher’s caption."
     return section("gallery", "What the model sees", lead, gallery(report.gallery))
 
 
 def _tables(report: DemoReport) -> Html:
-    lead = "What recaption and reconstruct wrote for held-out images: one row for each."
+    lead = "The tables of recaption and reconstruct, one row per held-out image."
     tables = [
         status_table(report.recaption, "Recaption"),
         status_table(report.reconstruct, "Reconstruct"),
@@ -159,5 +159,5 @@ def _tables(report: DemoReport) -> Html:
 def _run(report: DemoReport) -> Html:
     versions = table(["package", "version"], list(report.versions.items()), "Versions")
     parts = [time_table(report.seconds, "Time by phase"), versions if report.versions else Html()]
-    lead = "Where the time went, and what it ran on."
+    lead = "Time per phase and package versions."
     return section("run", "This run", lead, tag("div", *parts, class_="columns"))

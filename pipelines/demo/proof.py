@@ -1,4 +1,4 @@
-"""The proof on the tiny world's test scenes: what is said and drawn of them, against the truth."""
+"""Scores captions and reconstructions of the tiny world's test scenes against the ground truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.reconstruct.config import DiffusionConfig
-from pipelines.reconstruct.predictor import png, sampled
+from pipelines.reconstruct.predictor import png, sample_batches
 from pipelines.storage.parquet import read_rows, write_parquet
 from pipelines.storage.tables import parquet_files
 from pipelines.tiny_world import scenes
@@ -26,14 +26,14 @@ from vlv_model.freezing import evaluating
 from vlv_model.squares import Square
 
 FROM_CAPTION = "from_caption.parquet"
-DENOISED = 256  # test scenes whose denoising loss is taken, each at eight timesteps
+DENOISED = 256  # test scenes for the denoising loss, each at eight timesteps
 
 
 @dataclass(frozen=True)
 class TestScenes:
-    """The images that ingest made of the test split, in the order of their keys."""
+    """The ingested images of the test split, sorted by key."""
 
-    __test__ = False  # no class of tests
+    __test__ = False  # not a test class, for pytest
 
     keys: list[int]
     truths: list[scenes.Scene]
@@ -41,7 +41,7 @@ class TestScenes:
 
     @classmethod
     def read(cls, folder: Path) -> TestScenes:
-        """Those of a demo's folder."""
+        """Read the test scenes of a demo's folder."""
         teacher = parquet_files(str(folder / "world" / "test" / "teacher.parquet"))
         captions = {row["url"]: row["caption"] for row in read_rows(teacher, ["url", "caption"])}
         table = parquet_files(str(folder / "test_images"))
@@ -56,10 +56,9 @@ class TestScenes:
 
 
 def write_untrained(folder: Path, models: Path) -> Path:
-    """A stage-1 checkpoint of no steps: the queries and the projector as they were drawn.
+    """Write a stage-1 checkpoint of step 0, with random queries and projector; returns the folder.
 
-    It is what stage 2 of the control starts from: all that it knows of a picture is what the
-    pretrained Florence-2 does. Returns the folder.
+    The control's stage 2 starts from it and knows only what the pretrained Florence-2 knows.
     """
     if not folder.is_dir():
         model, _ = resolve_model(models)
@@ -70,9 +69,9 @@ def write_untrained(folder: Path, models: Path) -> Path:
 
 
 def prove(folder: Path, test: TestScenes, diffusion: DiffusionConfig) -> dict[str, Any]:
-    """All figures, from the demo's tables and its stage-1 encoder; see `docs/method.md`.
+    """All scores, from the demo's tables and its stage-1 encoder; see `docs/method.md`.
 
-    Writes the pictures drawn from true captions beside the tables, for the report.
+    Also writes images generated from the true captions, for the report.
     """
     from pipelines.execution.model import ModelSettings
 
@@ -90,7 +89,7 @@ def prove(folder: Path, test: TestScenes, diffusion: DiffusionConfig) -> dict[st
 def denoising(
     autoencoder: VLVAutoEncoder, squares: Tensor, truths: Sequence[scenes.Scene]
 ) -> dict[str, float]:
-    """Denoising loss by condition on fixed noise, and the share of the gap that is closed."""
+    """Denoising loss by condition on fixed noise, and the share of the gap that the encoder closes."""
     with evaluating(autoencoder):
         captions = [scenes.caption(scene) for scene in truths]
         conditions = {
@@ -104,13 +103,13 @@ def denoising(
 
 
 def caption_scores(test: TestScenes, table: Path) -> dict[str, Any]:
-    """Scores of a caption table, of scenes with and without a held-out combination."""
+    """Scores of a caption table, for scenes with and without a held-out combination."""
     rows = read_rows(parquet_files(str(table)), ["key", "caption"])
-    said: Mapping[int, str | None] = {int(row["key"]): row["caption"] for row in rows}
+    by_key: Mapping[int, str | None] = {int(row["key"]): row["caption"] for row in rows}
     scored = {}
     for held_out in (False, True):
         chosen = [
-            (truth, said.get(key))
+            (truth, by_key.get(key))
             for key, truth in zip(test.keys, test.truths, strict=True)
             if scenes.is_held_out(truth) == held_out
         ]
@@ -130,9 +129,9 @@ def caption_scores(test: TestScenes, table: Path) -> dict[str, Any]:
 def _reconstruction(
     autoencoder: VLVAutoEncoder, test: TestScenes, folder: Path, diffusion: DiffusionConfig
 ) -> dict[str, Any]:
-    """How much of a scene is in its reconstruction, and in pictures from true and wrong text."""
-    drawn = _squares(folder / "reconstructions")
-    chosen = [i for i, key in enumerate(test.keys) if key in drawn]
+    """Attribute accuracies of reconstructions, and of images from true and wrong captions."""
+    reconstructions = _squares(folder / "reconstructions")
+    chosen = [i for i, key in enumerate(test.keys) if key in reconstructions]
     keys, truths = [test.keys[i] for i in chosen], [test.truths[i] for i in chosen]
     texts = [scenes.caption(truth) for truth in truths]
     from_caption = _text_to_image(autoencoder, texts, keys, diffusion)
@@ -140,7 +139,7 @@ def _reconstruction(
     images = [{"bytes": png(picture), "path": None} for picture in from_caption]
     write_parquet(folder / FROM_CAPTION, pa.table({"key": keys, "image": images}))
     pictures = {
-        "reconstruction": [drawn[key] for key in keys],
+        "reconstruction": [reconstructions[key] for key in keys],
         "ceiling": from_caption,
         "floor": from_wrong,
     }
@@ -161,16 +160,16 @@ def _reconstruction(
 def _text_to_image(
     autoencoder: VLVAutoEncoder, texts: list[str], keys: list[int], diffusion: DiffusionConfig
 ) -> list[Tensor]:
-    """Pictures uint8 `[3 64 64]`, from the noise that the reconstructions of these keys had."""
+    """Images, uint8 `[3 64 64]`, from the same noise as the reconstructions of these keys."""
 
-    def draw(rows: slice, **sampling: Any) -> Tensor:
+    def sample(rows: slice, **sampling: Any) -> Tensor:
         return autoencoder.text_to_image(texts[rows], **sampling)
 
-    return sampled(diffusion, keys, draw)
+    return sample_batches(diffusion, keys, sample)
 
 
 def _squares(table: Path) -> dict[int, Tensor]:
-    """The images of a table by key, in the order of the keys, uint8 `[3 64 64]`."""
+    """The images of a table by key, sorted by key, uint8 `[3 64 64]`."""
     index = RowIndex.open(parquet_files(str(table)))
     reader = RowReader(index)
     return {

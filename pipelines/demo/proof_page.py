@@ -1,8 +1,7 @@
-"""Does the method work? What the demo on the tiny world measured, for a reader who is new to it.
+"""The section "Does it work?" of the demo's report, for a reader who is new to the method.
 
-All functions take the figures as the demo puts them into `summary.json`: `captions`, `control`,
-`reconstruction`, `denoising` and `stage1`. Shares run from 0 to 1; a figure that is None or not
-finite is shown as missing.
+All functions take the scores as in `summary.json`: `captions`, `control`, `reconstruction`, `denoising`
+and `stage1`. Shares are from 0 to 1; None and non-finite values are shown as missing.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.report.charts import figure_of
+from pipelines.report.charts import format_loss
 from pipelines.report.html import MISSING, Card, Html, count, section, tag
 from pipelines.report.shares import OTHER, OURS, gap, known, meter, share, shares_table
 from pipelines.tiny_world import scenes
@@ -24,18 +23,18 @@ ATTRIBUTES = {
     "relation": len(scenes.RELATIONS),
     "background": len(scenes.BACKGROUNDS),
 }
-"""What is judged of a scene, with the number of words that a guess has to choose from."""
+"""Attributes of a scene, with the number of their values."""
 
-PICTURES_ONLY = frozenset(["key", "image"])  # what stage 1 may read to be called so
+PICTURES_ONLY = frozenset(["key", "image"])  # columns of a training on images only
 
-SOFT_HYPHEN = "\u00ad"  # where a narrow column may break a long word
+SOFT_HYPHEN = "\u00ad"  # allows a line break within a word
 
 
 # ---------------------------------------------------------------------------------------- cards
 
 
 def proof_cards(proof: Proof) -> list[Card]:
-    """The four figures that the claim stands on."""
+    """The four main scores."""
     ours, control = proof["captions"], proof["control"]
     pictures, losses = proof["reconstruction"], proof["denoising"]
     same, new = "exact_match", "exact_match_held_out_combinations"
@@ -54,12 +53,12 @@ def proof_cards(proof: Proof) -> list[Card]:
         (
             "Gap closed",
             gap(losses["gap_closed"]),
-            "of the way from no caption to the true one, in the decoder’s denoising loss",
+            "of the way from no caption to the true caption, in the decoder’s denoising loss",
         ),
         (
             "Reconstruction",
             share(pictures["attributes"]),
-            "of attributes right in pictures from the embeddings; "
+            "of attributes right in images from the embeddings; "
             f"ceiling, from the true caption, {share(pictures['ceiling'])}",
         ),
     ]
@@ -70,7 +69,7 @@ def proof_cards(proof: Proof) -> list[Card]:
 
 
 def proof_section(proof: Proof) -> Html:
-    """The claim, and the figures for and against it."""
+    """The claim, with all scores."""
     charts = (_denoising(proof["denoising"]), _reconstruction(proof["reconstruction"]))
     return section(
         "proof",
@@ -83,7 +82,7 @@ def proof_section(proof: Proof) -> Html:
 
 
 def _claim(proof: Proof) -> str:
-    """Two sentences with the figures in them, so that they cannot claim more than was found."""
+    """Two sentences with the scores in them, so that they cannot claim more than was measured."""
     ours, control, stage1 = proof["captions"], proof["control"], proof["stage1"]
     saw = (
         "saw pictures only"
@@ -126,7 +125,7 @@ def _start(stage1: Proof) -> Html:
 
 
 def _captions(ours: Proof, control: Proof) -> Html:
-    """Shares of right captions and right words, beside the control's."""
+    """Shares of right captions and right words, compared with the control."""
     kinds = [
         ("", "unseen scenes"),
         ("_held_out_combinations", f"held-out combi{SOFT_HYPHEN}nations"),
@@ -151,7 +150,7 @@ def _captions(ours: Proof, control: Proof) -> Html:
 
 
 def _denoising(losses: Proof) -> Html:
-    """Bars of the loss, from 0, and what of the gap between two of them is closed."""
+    """Bars of the losses, and the closed share of the gap."""
     shown = {
         "true_caption": ("true caption", "in words", OTHER),
         "encoder": ("encoder", "ours: embeddings", OURS),
@@ -165,8 +164,8 @@ def _denoising(losses: Proof) -> Html:
         cells = (tag("td", _loss(loss)), tag("td", meter(length, look), class_="length"))
         rows.append(tag("tr", tag("th", label, tag("small", note), scope="row"), *cells))
     lead = (
-        "The frozen diffusion decoder removes noise from a picture. It errs less the more it is "
-        "told of what the picture shows; a bar that is shorter is better."
+        "The frozen diffusion decoder removes noise from an image. Its loss is lower the more its "
+        "condition tells about the image; shorter bars are better."
     )
     words = (
         f" The loss with the encoder lies {gap(losses['gap_closed'])} of the way from no caption "
@@ -185,7 +184,7 @@ def _denoising(losses: Proof) -> Html:
 
 
 def _loss(value: float | None) -> str:
-    return figure_of(value) if known(value) else MISSING
+    return format_loss(value) if known(value) else MISSING
 
 
 def _reconstruction(figures: Proof) -> Html:
@@ -196,8 +195,8 @@ def _reconstruction(figures: Proof) -> Html:
         rows.append((name, "", [figures["by_attribute"][c].get(name) for c, _ in columns]))
     headings = [("floor", "wrong caption"), ("ours", "embeddings"), ("ceiling", "true caption")]
     lead = (
-        f"{count(figures['pictures'])} pictures are drawn from the caption embeddings alone, and "
-        "a judge without learned weights reads each attribute back from their pixels."
+        f"{count(figures['pictures'])} images are generated from the caption embeddings alone, and "
+        "a judge without learned weights reads each attribute from their pixels."
     )
     return tag(
         "figure",
@@ -208,8 +207,8 @@ def _reconstruction(figures: Proof) -> Html:
             "figcaption",
             tag(
                 "p",
-                "The same decoder draws the ceiling from the true caption in words, and the "
-                "floor from the caption of another scene.",
+                "The same decoder generates the ceiling from the true caption, and the floor from "
+                "the caption of another scene.",
             ),
         ),
         class_="chart",

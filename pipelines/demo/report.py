@@ -1,4 +1,4 @@
-"""What a demo shows at its end: the page, and the lines on the terminal."""
+"""The results of a demo: its report, and a summary on the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.storage.tables import parquet_files
 from pipelines.tiny_world import scenes
 from pipelines.training.metrics import read_metrics
 
-SHOWN = 24  # pictures of the gallery
+SHOWN = 24  # images in the gallery
 PROOF = ("captions", "control", "reconstruction", "denoising")
 
 
@@ -23,8 +23,8 @@ def write_demo_report(folder: Path, summary: dict[str, Any]) -> None:
     notes = []
     if photos:
         notes.append(
-            f"The images are photographs from {photos}. The tiny models know drawn scenes of 64 "
-            "pixels only: every part of the path works, and the figures say nothing about quality."
+            f"The images are photographs from {photos}. The tiny models know only drawn scenes of 64 "
+            "pixels: all jobs run, but the results say nothing about quality."
         )
     proof = None if photos else {name: summary[name] for name in (*PROOF, "stage1")}
     report = DemoReport(
@@ -43,7 +43,7 @@ def write_demo_report(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _gallery(folder: Path, is_world: bool) -> list[GalleryItem]:
-    """The first pictures by key, with what was said of them and what should have been."""
+    """The first reconstructions by key, with generated and target captions."""
 
     def rows(table: str, *columns: str) -> dict[int, dict[str, Any]]:
         files = parquet_files(str(folder / table))
@@ -81,11 +81,11 @@ def _bytes(row: dict[str, Any]) -> bytes | None:
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """The figures on the terminal."""
+    """Print the results."""
     ingested, captioned = summary["ingest"], summary["recaption"]
     print(
         f"\ningest      {ingested.get('ok', 0)} of {sum(ingested.values())} URLs are images, the "
-        "others are rows that say why not"
+        "other rows have the reason"
     )
     for stage in ("stage1", "stage2"):
         losses = summary[stage]

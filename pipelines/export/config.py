@@ -12,9 +12,9 @@ from vlv_model.config import Config, Precision
 
 
 class ExportConfig(Config):
-    """Everything that `jobs/export.py` needs to know."""
+    """All settings of `jobs/export.py`."""
 
-    output: OutputPath = Field(description="the new folder")
+    output: OutputPath = Field(description="folder to write")
     model: ModelSettings = ModelSettings()
     from_reference: InputPath | None = Field(
         None,
@@ -23,17 +23,17 @@ class ExportConfig(Config):
     )
     precision: Precision = Field(
         "float32",
-        description="of all weights in the folder; bfloat16 halves it, and captions are then those "
-        "of generate.precision=bfloat16",
+        description="precision of all weights in the folder; bfloat16 halves its size and gives the "
+        "captions of generate.precision=bfloat16",
     )
     parts: Literal["needed", "all"] = Field(
         "needed",
-        description="base models in the folder: those of the model, or also those of the other "
-        "stage (VAE and UNet with a captioner, the language model with an encoder)",
+        description="base models in the folder: those that the model needs, or also those of the "
+        "other stage (VAE and UNet with a captioner, the language model with an encoder)",
     )
     license: str = Field(
         "other",
         min_length=1,
-        description="licence of the model card, as the model hub names it; the base models' own "
-        "licences apply besides",
+        description="licence in the model card, by its name on the hub; the base models' licences "
+        "apply in addition",
     )

@@ -1,4 +1,4 @@
-"""Export: which weights, into which folder, and what is said about them."""
+"""Export: writes trained or imported weights, base models and a model card into one folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vlv_model.checkpoints.files import read_chain, read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError, RunError
 
-if TYPE_CHECKING:  # so that --help need not wait for the libraries of the models
+if TYPE_CHECKING:  # the model libraries would delay --help
     from vlv_model.autoencoder import VLVAutoEncoder
     from vlv_model.captioner import VLVCaptioner
 
 REPORT = "import.json"
-_PLACES = ("run_dir", "ray", "model", "input", "output", "captions")  # of one machine
+_LOCAL_SETTINGS = ("run_dir", "ray", "model", "input", "output", "captions")  # have local paths
 
 
 def export(config: ExportConfig) -> str:
-    """Write the folder, or find that it is there already; returns a line on what was done.
+    """Write the folder unless it exists; returns a line to print.
 
     Raises RunError when the folder holds anything else, CheckpointError without trained weights.
     """
@@ -48,8 +48,8 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
     model_config, checkpoint = config.model.resolve()
     if checkpoint is None:
         raise CheckpointError(
-            f"model.path={config.model.path} holds base models and no trained weights: name a "
-            "training run, one of its checkpoints, or an exported folder"
+            f"model.path={config.model.path} holds base models and no trained weights: give a training "
+            "run, one of its checkpoints, or an exported folder"
         )
     chain = read_chain(checkpoint)
     made_of = {
@@ -57,9 +57,9 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         "weights": [info.sha256 for _, info in chain],
         "preprocess": model_config.preprocess,
     }
-    if _is_there(config.output, made_of):
+    if _is_finished(config.output, made_of):
         return "exported already: nothing to do"
-    stages = stages_of(checkpoint)  # reads every file of the chain before any model is loaded
+    stages = stages_of(checkpoint)  # verifies all files of the chain before loading a model
     last = chain[-1][1]
     model_config = pin(model_config, parts_read(last.stage, config.parts))
     base_models: dict[str, str] = {}
@@ -74,7 +74,7 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
                 "step": info.step,
                 "rows_seen": info.rows_seen,
                 "sha256": info.sha256,
-                "settings": without_places(info.config),
+                "settings": without_local_settings(info.config),
             }
             for _, info in chain
         ],
@@ -84,7 +84,7 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         origin["before"] = last.origin
     about = {
         **last.model_dump(include={"stage", "step", "rows_seen"}),
-        "config": without_places(last.config),
+        "config": without_local_settings(last.config),
         "merged_stages": stages[:-1],
         "base_models": base_models,
         "origin": origin,
@@ -102,8 +102,8 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     model_config, checkpoint = config.model.resolve()
     if checkpoint is not None:
         raise ConfigError(
-            f"model.path={config.model.path} has trained weights of its own: with --from-reference "
-            "name base models alone"
+            f"model.path={config.model.path} has trained weights: with --from-reference give only base "
+            "models"
         )
     if "preprocess" not in config.model.model_fields_set:
         model_config = model_config.model_copy(update={"preprocess": "reference"})
@@ -113,7 +113,7 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
         "weights": [*reference.digests.values()],
         "preprocess": model_config.preprocess,
     }
-    if _is_there(config.output, made_of):
+    if _is_finished(config.output, made_of):
         return "imported already: nothing to do"
     stage = stage_of(reference)
     model_config = pin(model_config, parts_read(stage, config.parts))
@@ -121,12 +121,12 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     report = fill(model, reference)
     if model_config.preprocess == "reference":
         report.notes.append(
-            "model.preprocess=reference: squares are cut as the published code does"
+            "model.preprocess=reference: images are cropped as by the published code"
         )
     about = {
         "stage": stage,
         "step": reference.step or 0,
-        "rows_seen": 0,  # a state dict does not tell
+        "rows_seen": 0,  # unknown
         "config": {},
         "merged_stages": ["stage1"] if stage == "stage2" else [],
         "origin": {
@@ -135,8 +135,8 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
             "reference": {"files": reference.digests, "step": reference.step},
         },
     }
-    said = json.dumps(report.to_json(), indent=2) + "\n"
-    _write(config, model, model_config, about, {REPORT: said})
+    report_json = json.dumps(report.to_json(), indent=2) + "\n"
+    _write(config, model, model_config, about, {REPORT: report_json})
     return report.text()
 
 
@@ -147,7 +147,7 @@ def _write(
     about: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """The folder of `model`, which was built from `base_models`, with its card and `texts`."""
+    """Write the folder of `model`, built from `base_models`, with its card and other `texts`."""
     from vlv_model.checkpoints.export import export_model
 
     card = model_card(Path(config.output).name, base_models, about, config.license)
@@ -162,34 +162,34 @@ def _write(
     )
 
 
-def _is_there(output: str, made_of: Mapping[str, Any]) -> bool:
-    """True where the folder holds this very export; RunError where it holds anything else."""
+def _is_finished(output: str, made_of: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this export; RunError if it holds anything else."""
     if not os.path.lexists(output):
         return False
     try:
         origin = read_checkpoint(output).origin or {}
     except CheckpointError:
         origin = {}
-    there = origin.get("made_of")
-    there = {**NEWER, **there} if there else None
-    if there == made_of:
+    recorded = origin.get("made_of")
+    recorded = {**NEWER, **recorded} if recorded else None
+    if recorded == made_of:
         return True
-    names = [k for k in made_of if there and there.get(k) != made_of[k]]
-    what = f"another export ({', '.join(names)} differ)" if names else "no export of ours"
-    raise RunError(f"output={output} is there and holds {what}: choose another output")
+    names = [k for k in made_of if recorded and recorded.get(k) != made_of[k]]
+    what = f"another export ({', '.join(names)} differ)" if names else "no export"
+    raise RunError(f"output={output} exists and holds {what}: choose another output")
 
 
-def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run without the paths of the machine that it ran on."""
+def without_local_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run without local paths."""
     return {
-        key: without_places(value) if isinstance(value, Mapping) else value
+        key: without_local_settings(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in _PLACES
+        if key not in _LOCAL_SETTINGS
     }
 
 
 def _recorded(checkpoint: Path, step: int) -> dict[str, Any]:
-    """What the checkpoint's run noted: its rows and held-out losses; {} where there is no run."""
+    """Rows and held-out losses of the checkpoint's run; {} if the checkpoint is in no run folder."""
     run_dir = checkpoint.absolute().parent.parent
     if not (run_dir / "run.json").is_file():
         return {}

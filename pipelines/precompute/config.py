@@ -12,16 +12,16 @@ from vlv_model.config import Config, Precision
 
 
 class EncodeConfig(Config):
-    """How the VAE is run."""
+    """Encoding by the VAE."""
 
-    batch_size: int = Field(32, ge=1, description="images that are encoded at once")
+    batch_size: int = Field(32, ge=1, description="images encoded at once")
     precision: Precision = Field(
-        "float32", description="arithmetic of the VAE; what is stored is bfloat16 either way"
+        "float32", description="compute precision of the VAE; latents are stored in bfloat16"
     )
 
 
 class PrecomputeConfig(Config):
-    """Everything that `jobs/precompute.py` needs to know."""
+    """All settings of `jobs/precompute.py`."""
 
     data: Selection
     model: ModelSettings = ModelSettings()

@@ -1,4 +1,4 @@
-"""Precompute: an image table in, a table of the images' latents out, for stage 1 to read."""
+"""Precompute: writes a table of the images' VAE latents, for stage 1."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vlv_model.squares import Square
 
 
 def precompute(config: PrecomputeConfig) -> dict[str, int]:
-    """Encode what the output table still lacks; returns its rows by status.
+    """Encode the missing rows of the output table; returns its rows by status.
 
-    Raises ModelError where there is no VAE, and what `run_table_job` and ImageJob raise.
+    Raises ModelError when the VAE cannot be loaded, and the errors of `run_table_job` and ImageJob.
     """
-    # Here, so that --help need not wait for the libraries of the models.
+    # Imported here, since the model libraries would delay --help.
     from pipelines.precompute.predictor import EncodeImages
     from vlv_model.checkpoints.loading import load_vae
 
     model, _ = config.model.resolve(["vae"])
-    load_vae(model)  # a VAE that cannot be read is refused here; a hub's now has a fingerprint
+    load_vae(model)  # fails early; a VAE of the hub is downloaded, so it has a fingerprint
     output = Table(config.data.output)
-    there = output.describe()["identity"] if output.exists else None
+    recorded = output.describe()["identity"] if output.exists else None
     job = ImageJob(
         kind=KIND,
         data=config.data,
-        identity={**made_of(model, there), "precision": config.encode.precision},
+        identity={**made_of(model, recorded), "precision": config.encode.precision},
         square=Square.of(model),
         step=EncodeImages,
         arguments=(model, config.encode, config.actors.use_gpu),

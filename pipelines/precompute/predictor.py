@@ -1,4 +1,4 @@
-"""The VAE as a step of a chunk: squares in, the distributions of their latents out."""
+"""Ray Data transform that encodes the squares of a chunk into latent distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlv_model.latents import posterior
 
 
 class EncodeImages:
-    """Encodes the squares of a chunk; the VAE is loaded once, when the actor starts."""
+    """Encodes squares; the VAE is loaded once, when the actor starts."""
 
     failed = status("encode", "failed")
 

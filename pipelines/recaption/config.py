@@ -1,4 +1,4 @@
-"""Settings of recaptioning, of a table and of one image."""
+"""Settings of recaptioning a table and of captioning one image."""
 
 from __future__ import annotations
 
@@ -23,124 +23,125 @@ from vlv_model.config import Config, Precision
 
 
 class GenerateConfig(Config):
-    """How captions are decoded. All but `batch_size` is part of a caption's fingerprint."""
+    """Decoding of captions. All settings but `batch_size` are part of a caption's fingerprint."""
 
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="what decodes: this package upon transformers, or vLLM (CUDA; not yet run on a GPU)",
+        description="decoder: transformers, or vLLM (CUDA; not yet run on a GPU)",
     )
-    num_beams: int = Field(4, ge=1, description="beams of the search; 1 is greedy")
+    num_beams: int = Field(4, ge=1, description="beams of beam search; 1 is greedy decoding")
     early_stopping: bool = Field(
         False,
-        description="the search ends when num_beams captions have ended, as the published "
-        "implementation's does; false: when no better one can come",
+        description="stop the search once num_beams captions have ended, like the published "
+        "implementation; false: once no better caption is possible",
     )
-    max_new_tokens: int = Field(300, ge=1, description="a caption is cut at this many tokens")
-    batch_size: int = Field(64, ge=1, description="images that are captioned at once")
-    precision: Precision = Field("float32", description="arithmetic")
+    max_new_tokens: int = Field(300, ge=1, description="captions are cut at this many tokens")
+    batch_size: int = Field(64, ge=1, description="images captioned at once")
+    precision: Precision = Field("float32", description="compute precision")
     temperature: float | None = Field(
         None,
         gt=0,
         le=10,
-        description="draw tokens at this temperature, with num_beams=1, in place of the most probable "
-        "ones; what is drawn follows from seed and key alone",
+        description="sample tokens at this temperature (with num_beams=1) instead of taking the most "
+        "probable; samples depend only on seed and key",
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="draw among the most probable tokens with this share together"
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: total probability of the tokens sampled from",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="another seed draws other captions")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of sampling")
     postprocess: Literal["none", "reference"] = Field(
         "none",
-        description="reference: of a model that never learned to stop; cut the caption after its last "
-        "full stop and drop sentences that were said before",
+        description="reference: for models that never learned to stop; cut captions after the last "
+        "full stop and drop repeated sentences",
     )
 
     @model_validator(mode="after")
-    def _draws_or_searches(self) -> GenerateConfig:
+    def _samples_or_searches(self) -> GenerateConfig:
         if self.temperature is not None and self.num_beams > 1:
             raise ValueError(
-                f"temperature={self.temperature:g} draws one caption, num_beams={self.num_beams} "
-                "searches for the most probable one: set num_beams=1, or leave temperature out"
+                f"temperature={self.temperature:g} samples, num_beams={self.num_beams} searches for the "
+                "most probable caption: set num_beams=1, or leave temperature out"
             )
         if self.engine == "vllm" and self.num_beams > 1:
             raise ValueError(
-                f"engine=vllm has no beam search over embeddings, num_beams={self.num_beams}: set "
+                f"engine=vllm has no beam search over embeddings, got num_beams={self.num_beams}: set "
                 "num_beams=1"
             )
         if self.early_stopping and self.num_beams == 1:
-            raise ValueError(
-                "early_stopping needs num_beams of at least 2: one beam does not search"
-            )
+            raise ValueError("early_stopping needs num_beams of at least 2")
         if self.temperature is None and (self.top_p < 1 or self.seed):
             raise ValueError("top_p and seed need a temperature")
         return self
 
     @property
-    def draws(self) -> dict[str, Any] | None:
-        """temperature, top_p and seed where captions are drawn."""
+    def sampling(self) -> dict[str, Any] | None:
+        """temperature, top_p and seed; None without sampling."""
         if self.temperature is None:
             return None
         return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
 
-    def finished(self, text: str) -> str:
-        """The caption that is handed out for what was decoded."""
+    def postprocessed(self, text: str) -> str:
+        """The caption after `postprocess`."""
         return reference(text) if self.postprocess == "reference" else text
 
-    def decides(self) -> dict[str, Any]:
-        """What captions follow from. Of an option that is not in use nothing is said, so that a
-        version with more options gives the same captions the same fingerprint.
+    def identity(self) -> dict[str, Any]:
+        """The settings that affect captions, for their fingerprint.
 
-        Not the batch size: beyond rounding, which a device or a library's version changes as well,
-        no caption depends on what else is decoded beside it.
+        Options that are not in use are left out, so that a later version with more options gives the
+        same fingerprint. Batch size is left out, since it affects only rounding, as devices and library
+        versions do.
         """
-        decisive = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
-        if self.precision == "bfloat16":  # whose angles were rounded, too, before
-            decisive["precision"] = "bfloat16 2"
-        decisive |= self.draws or {}
+        identity = self.model_dump(include={"num_beams", "max_new_tokens", "precision"})
+        if self.precision == "bfloat16":  # earlier versions also rounded the rotary angles
+            identity["precision"] = "bfloat16 2"
+        identity |= self.sampling or {}
         if self.early_stopping:
-            decisive["early_stopping"] = True
+            identity["early_stopping"] = True
         if self.postprocess != "none":
-            decisive["postprocess"] = f"{self.postprocess} {RULES}"
-        if self.engine != "transformers":  # which rounds, and draws, in ways of its own
-            decisive["engine"] = self.engine
-        return decisive
+            identity["postprocess"] = f"{self.postprocess} {RULES}"
+        if self.engine != "transformers":  # vLLM rounds and samples differently
+            identity["engine"] = self.engine
+        return identity
 
 
 class EarlierConfig(Config):
-    """An earlier caption table, of whose images only some are to be captioned again."""
+    """An earlier caption table, some of whose images are captioned again."""
 
     captions: InputPlace | None = Field(
         None,
-        description="caption table, also one that did not pass its gates; same keys as data.input",
+        description="caption table with the keys of data.input; may have failed its gates",
     )
     where: str | None = Field(
         None,
-        description="caption again what this SQL condition on its columns holds for, as in "
+        description="SQL condition on its columns for the rows to caption again, for example "
         "\"truncated or repetition >= 0.35 or status like 'caption:%'\"",
     )
 
     @model_validator(mode="after")
     def _both_or_none(self) -> EarlierConfig:
         if (self.captions is None) != (self.where is None):
-            raise ValueError("captions and where go together: give both, or neither")
+            raise ValueError("captions and where belong together: give both, or neither")
         return self
 
     def keys(self) -> np.ndarray:
-        """Keys int64 `[n]` of the rows that the condition holds for; in memory, nothing else is."""
+        """Keys int64 `[n]` of the rows that meet the condition; reads the table in batches."""
         assert self.captions is not None
         assert self.where is not None
-        condition, found = Where(self.where, "earlier.where"), [np.zeros(0, np.int64)]
+        condition, keys = Where(self.where, "earlier.where"), [np.zeros(0, np.int64)]
         for file in parquet_files(self.captions, "earlier.captions", published=False):
             with open_parquet(file) as parquet:
                 require_columns(parquet.schema_arrow, ["key"], str(file))
                 for batch in parquet.iter_batches(columns=small_columns(parquet.schema_arrow)):
                     rows = pa.Table.from_batches([batch])
-                    found.append(rows["key"].to_numpy()[condition.mask(rows)])
-        return np.concatenate(found)
+                    keys.append(rows["key"].to_numpy()[condition.mask(rows)])
+        return np.concatenate(keys)
 
 
 class RecaptionConfig(Config):
-    """Everything that `jobs/recaption.py` needs to know."""
+    """All settings of `jobs/recaption.py`."""
 
     data: Selection
     earlier: EarlierConfig = EarlierConfig()
@@ -151,18 +152,18 @@ class RecaptionConfig(Config):
     ray: RayConfig = RayConfig()
     format: Literal["parquet", "json"] = Field(
         "parquet",
-        description='json: beside the table also captions.json, one object of {"file name": "caption"}',
+        description='json: also write captions.json, one object of {"file name": "caption"}',
     )
-    join: bool = Field(False, description="put each image into its caption's row")
+    join: bool = Field(False, description="add each image to its caption's row")
     license: str = Field(
-        "other", min_length=1, description="licence of the dataset card, as the hub names it"
+        "other", min_length=1, description="licence in the dataset card, by its name on the hub"
     )
 
 
 class CaptionConfig(Config):
-    """Everything that `jobs/caption.py` needs to know."""
+    """All settings of `jobs/caption.py`."""
 
     image: InputPath = Field(description="image file")
     model: ModelSettings = ModelSettings()
     generate: GenerateConfig = GenerateConfig()
-    use_gpu: bool | None = Field(None, description="run on a CUDA GPU; default: if there is one")
+    use_gpu: bool | None = Field(None, description="run on a CUDA GPU; default: if available")

@@ -1,4 +1,4 @@
-"""Images in, captions as they are finished out; what goes wrong with one image stays with it."""
+"""Captions images as they are finished; an image that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.decoding import Sampling
 from vlv_model.freezing import evaluating
 
-# Images whose prefixes are computed at once on a CPU: more are hardly faster and take more memory.
+# Prefixes computed at once on a CPU: more are hardly faster and take more memory.
 _CPU_PREFIXES = 32
 
 
 class ModelDiedError(RuntimeError):
-    """The model captions nothing any more, whatever the image: its process has to be replaced."""
+    """The model fails for every image: its process has to be replaced."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the image at `position`: a caption, or why there is none."""
+    """The caption of the image at `position`, or an error."""
 
     position: int
     caption: GeneratedCaption | None = None
@@ -32,7 +32,7 @@ class Outcome:
 
 
 class Engine:
-    """The captioner in this process. Prefixes are computed in batches ahead of the decoder."""
+    """Runs the captioner in this process; computes prefixes in batches ahead of the decoder."""
 
     def __init__(self, captioner: VLVCaptioner, generate: GenerateConfig) -> None:
         self.captioner = captioner.eval()
@@ -40,26 +40,25 @@ class Engine:
         self.device = next(captioner.parameters()).device
 
     def captions(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
-        """Captions of squares uint8 `[n 3 s s]`, in the order in which they are finished.
+        """Caption squares uint8 `[n 3 s s]`; yields outcomes in the order in which they finish.
 
-        Where a batch fails, its images are tried one by one; one that fails alone, while a blank
-        square passes, is an Outcome with an error. Raises ModelDiedError where the blank one fails
-        too.
+        If a batch fails, its images are retried one by one. An image that fails alone gets an Outcome
+        with an error. Raises ModelDiedError if a blank square fails too.
         """
         done: set[int] = set()
         try:
-            for outcome in self._together(keys, images):
+            for outcome in self._caption_all(keys, images):
                 done.add(outcome.position)
                 yield outcome
             return
-        except Exception:  # whatever it is, it is told of the image that has it when alone
-            left = [position for position in range(len(keys)) if position not in done]
-        for position in left:
-            yield self._alone(position, keys[position], images[position : position + 1])
+        except Exception:  # reported below for the image that causes it
+            remaining = [position for position in range(len(keys)) if position not in done]
+        for position in remaining:
+            yield self._caption_one(position, keys[position], images[position : position + 1])
 
-    def _alone(self, position: int, key: int, image: Tensor) -> Outcome:
+    def _caption_one(self, position: int, key: int, image: Tensor) -> Outcome:
         try:
-            (outcome,) = self._together([key], image)
+            (outcome,) = self._caption_all([key], image)
             return Outcome(position, outcome.caption)
         except Exception as error:
             self._check_alive(image, error)
@@ -67,44 +66,46 @@ class Engine:
 
     def _check_alive(self, image: Tensor, cause: Exception) -> None:
         try:
-            list(self._together([0], torch.zeros_like(image)))
+            list(self._caption_all([0], torch.zeros_like(image)))
         except Exception:
-            raise ModelDiedError(f"the model captions no image any more: {cause}") from cause
+            raise ModelDiedError(f"the model fails for every image: {cause}") from cause
 
-    def _together(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
+    def _caption_all(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
         with evaluating(self.captioner):
             if self.generate.num_beams > 1:
-                yield from self._searched(images)
+                yield from self._beam_search(images)
             else:
-                yield from self._decoded(keys, images)
+                yield from self._decode(keys, images)
 
-    def _searched(self, images: Tensor) -> Iterator[Outcome]:
+    def _beam_search(self, images: Tensor) -> Iterator[Outcome]:
         size = self.generate.batch_size
         for first in range(0, len(images), size):
             prefix = self.captioner.prefix(images[first : first + size].to(self.device))
-            found = self.captioner.search(
+            captions = self.captioner.search(
                 prefix,
                 self.generate.num_beams,
                 self.generate.max_new_tokens,
                 self.generate.early_stopping,
             )
-            yield from (Outcome(first + i, caption) for i, caption in enumerate(found))
+            yield from (Outcome(first + i, caption) for i, caption in enumerate(captions))
 
-    def _decoded(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
+    def _decode(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
         size = self.generate.batch_size
         slots = min(size, len(keys))
         if self.device.type == "cpu":
             size = min(size, _CPU_PREFIXES)
-        sampling = Sampling(**draws) if (draws := self.generate.draws) else None
+        sampling = Sampling(**settings) if (settings := self.generate.sampling) else None
         decoder = self.captioner.decoder(slots, self.generate.max_new_tokens, sampling)
         prefixes: Tensor | None = None
-        begun = start = 0  # images that have a prefix, and that are in the decoder or through it
+        encoded = start = 0  # images with a prefix; images admitted to the decoder
         while start < len(keys) or decoder.busy:
             while decoder.free and start < len(keys):
-                if prefixes is None or start == begun:
-                    prefixes = self.captioner.prefix(images[begun : begun + size].to(self.device))
-                    first, begun = begun, begun + len(prefixes)
-                rows = range(start, min(start + decoder.free, begun))
+                if prefixes is None or start == encoded:
+                    prefixes = self.captioner.prefix(
+                        images[encoded : encoded + size].to(self.device)
+                    )
+                    first, encoded = encoded, encoded + len(prefixes)
+                rows = range(start, min(start + decoder.free, encoded))
                 within = slice(rows.start - first, rows.stop - first)
                 decoder.admit(rows, keys[rows.start : rows.stop], prefixes[within])
                 start = rows.stop

@@ -1,4 +1,4 @@
-"""The gate before a caption table is published: the shares that are too much, and of what."""
+"""Quality gates: the largest share of faulty captions with which a table is published."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlv_model.errors import GateError
 
 
 def _share(value: Any) -> Any:
-    """`2%` as 0.02."""
+    """Parse `2%` as 0.02."""
     if not isinstance(value, str):
         return value
     number, percent, rest = value.strip().partition("%")
@@ -28,46 +28,47 @@ Share = Annotated[float, BeforeValidator(_share), Field(ge=0, le=1)]
 
 
 class GateConfig(Config):
-    """Shares of the captions (`2%` or 0.02) that are too much; none: whatever there is passes."""
+    """The largest permitted shares of faulty captions (`2%` or 0.02); None: no limit."""
 
     max_truncated: Share | None = Field(
-        None, description="share (2% or 0.02) that may be cut at max_new_tokens"
+        None, description="most captions (2% or 0.02) cut at max_new_tokens; default: no limit"
     )
-    max_empty: Share | None = Field(None, description="share without a word")
+    max_empty: Share | None = Field(None, description="most captions without a word")
     max_repeated: Share | None = Field(
-        None, description=f"share of which {REPEATED:.0%} repeat four words in a row said before"
+        None,
+        description=f"most captions with {REPEATED:.0%} or more of their words in repeated runs of four",
     )
     max_non_language: Share | None = Field(
-        None, description="share that are mostly no letters, or hold what no text has"
+        None, description="most captions that are mostly not letters, or have broken characters"
     )
     max_duplicates: Share | None = Field(
-        None, description="share that say nearly the same as one of another image before"
+        None, description="most captions that nearly repeat the caption of an earlier image"
     )
 
 
-_WHICH = {
+_CONDITIONS = {
     "truncated": "truncated",
     "empty": '"empty"',
     "repeated": f"repetition >= {REPEATED}",
     "non_language": "non_language",
     "duplicates": None,
 }
-"""The rows of each gate in SQL, and how they are called in a survey."""
+"""The rows of each gate as an SQL condition, by the field of Survey that counts them."""
 
 
-def check_gates(gate: GateConfig, found: Survey, table: Table) -> None:
-    """Raise GateError, one line, for the first gate that the captions of a table do not pass."""
-    for name, condition in _WHICH.items():
-        most, many = getattr(gate, f"max_{name}"), getattr(found, name)
-        if most is None or many <= most * found.captions:
+def check_gates(gate: GateConfig, survey: Survey, table: Table) -> None:
+    """Raise GateError for the first gate that the captions of a table do not pass."""
+    for name, condition in _CONDITIONS.items():
+        limit, faulty = getattr(gate, f"max_{name}"), getattr(survey, name)
+        if limit is None or faulty <= limit * survey.captions:
             continue
         parts = f"{table.parts}/*.parquet"
-        look = f'select key, caption from "{parts}" where {condition} limit 20'
+        query = f'select key, caption from "{parts}" where {condition} limit 20'
         if condition is None:
-            look = f'select caption, count(*) from "{parts}" group by 1 order by 2 desc limit 20'
+            query = f'select caption, count(*) from "{parts}" group by 1 order by 2 desc limit 20'
         raise GateError(
-            f"gate.max_{name}={most:g}: {many / found.captions:.4g} of the captions, {many:,} of "
-            f"{found.captions:,}, so {table.folder} is not published. To look at them: "
-            f"duckdb -c '{look}', or its _report.html; then caption them again "
+            f"gate.max_{name}={limit:g}: {faulty / survey.captions:.4g} of the captions, {faulty:,} of "
+            f"{survey.captions:,}, so {table.folder} is not published. Inspect them with "
+            f"duckdb -c '{query}' or in _report.html; then caption them again "
             f"(earlier.captions={table.folder}, earlier.where, another data.output), or raise the gate"
         )

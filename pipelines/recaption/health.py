@@ -1,13 +1,13 @@
-"""What is wrong with a caption, seen from its text alone.
+"""Faults of a caption that its text alone shows.
 
-    num_words      words; of scripts that put no spaces between them, characters
-    truncated      it ran into `generate.max_new_tokens`, whatever a postprocess made of it
-    empty          no word in it
-    repetition     share of its words that stand in four words in a row which it said before
-    non_language   half of its characters and more are no letters, or it holds what no text has:
-                   the character for broken UTF-8, a control character, a word of 40 Latin letters
+    num_words      words; in scripts without spaces between words, characters
+    truncated      decoding reached `generate.max_new_tokens`, before any postprocess
+    empty          no word
+    repetition     share of its words in a run of four words that occurred earlier in the caption
+    non_language   less than half of its characters are letters, or it has a replacement character,
+                   a control character or a word of 40 Latin letters
 
-A caption in any script is language here; whether it is the right one is not looked at.
+Any script counts as language; whether it is the right language is not checked.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import unicodedata
 from dataclasses import dataclass
 
 REPEATED = 0.35
-"""A caption counts as repeated from this `repetition` on. Less is often in order: two objects of one
-kind in a short caption (0.29), a phrase that a long one says twice."""
+"""The least `repetition` of a repeated caption. Good captions reach 0.29: two objects of one kind in a
+short caption, or a phrase that occurs twice in a long one."""
 
 _GRAM = 4  # words
-_LETTERS = 0.5  # least share of letters, marks of them and digits among what is not white space
-# Han, kana, Thai, Lao, Khmer, Myanmar: each character for itself.
+_LETTERS = 0.5  # least share of letters, marks and digits among non-space characters
+# Han, kana, Thai, Lao, Khmer, Myanmar: each character counts as a word.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+(?:['’-][^\W{_SPACELESS}]+)*")
 _ENDLESS = re.compile(r"[A-Za-z]{40}")
@@ -30,7 +30,7 @@ _ENDLESS = re.compile(r"[A-Za-z]{40}")
 
 @dataclass(frozen=True)
 class Health:
-    """Of one caption; see the module's text."""
+    """The faults of one caption; see the module docstring."""
 
     num_words: int
     truncated: bool
@@ -44,9 +44,11 @@ class Health:
 
 
 def health_of(caption: str, truncated: bool) -> Health:
-    """The health of a caption; `truncated` tells whether decoding was cut at its limit."""
-    said = words(caption)
-    return Health(len(said), truncated, not said, _repetition(said), _is_no_language(caption))
+    """The health of a caption; `truncated`: decoding reached its limit."""
+    tokens = words(caption)
+    return Health(
+        len(tokens), truncated, not tokens, _repetition(tokens), _is_non_language(caption)
+    )
 
 
 def words(text: str) -> list[str]:
@@ -54,24 +56,24 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
-def _repetition(said: list[str]) -> float:
+def _repetition(tokens: list[str]) -> float:
     seen: set[tuple[str, ...]] = set()
-    again = [False] * len(said)
-    for start in range(len(said) - _GRAM + 1):
-        gram = tuple(said[start : start + _GRAM])
+    repeated = [False] * len(tokens)
+    for start in range(len(tokens) - _GRAM + 1):
+        gram = tuple(tokens[start : start + _GRAM])
         if gram in seen:
-            again[start : start + _GRAM] = [True] * _GRAM
+            repeated[start : start + _GRAM] = [True] * _GRAM
         seen.add(gram)
-    return sum(again) / len(said) if said else 0.0
+    return sum(repeated) / len(tokens) if tokens else 0.0
 
 
-def _is_no_language(text: str) -> bool:
-    shown = "".join(text.split())
-    if not shown:
-        return False  # empty, which is another matter
-    kinds = [unicodedata.category(character) for character in shown]
-    if "\ufffd" in shown or "Cc" in kinds or _ENDLESS.search(text):
+def _is_non_language(text: str) -> bool:
+    characters = "".join(text.split())
+    if not characters:
+        return False  # counts as empty instead
+    categories = [unicodedata.category(character) for character in characters]
+    if "\ufffd" in characters or "Cc" in categories or _ENDLESS.search(text):
         return True
-    letters = sum(kind[0] in "LM" or kind == "Nd" for kind in kinds)
-    digits = sum(kind == "Nd" for kind in kinds)
-    return letters < _LETTERS * len(shown) or digits > _LETTERS * len(shown)
+    letters = sum(category[0] in "LM" or category == "Nd" for category in categories)
+    digits = sum(category == "Nd" for category in categories)
+    return letters < _LETTERS * len(characters) or digits > _LETTERS * len(characters)

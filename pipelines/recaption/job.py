@@ -1,4 +1,4 @@
-"""Recaption: an image table in, a caption table out, one caption per image."""
+"""Recaption: writes a caption table of an image table, one row per image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.recaption.gate import check_gates
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
 from pipelines.recaption.report import FILE as REPORT_FILE
-from pipelines.recaption.report import forget, write_report
+from pipelines.recaption.report import remove_derived_files, write_report
 from pipelines.recaption.survey import Survey, survey
 from pipelines.storage.files import is_file, remove_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table, read_json_object
@@ -25,18 +25,18 @@ from vlv_model.squares import Square
 
 @dataclass(frozen=True)
 class Recaption(ImageJob):
-    """An image job whose table is surveyed, held against gates, and published."""
+    """An image job whose table is surveyed, checked against gates, and published."""
 
     config: RecaptionConfig = field(kw_only=True)
-    about_model: dict[str, Any] = field(kw_only=True)  # what its card says of the model
+    model_notes: dict[str, Any] = field(kw_only=True)  # the model in the table's card
 
     def plan(self, table: Table) -> None:
         super().plan(table)
         if table.pending():
-            remove_file(table.folder / PUBLISHED_FILE)  # it and what lies beside tell of other rows
-            forget(table)
+            remove_file(table.folder / PUBLISHED_FILE)  # it describes other rows
+            remove_derived_files(table)
         if (found := Survey.read(table)) and found.rows != sum(table.counts().values()):
-            forget(table)  # rows of it were taken down of the images alone
+            remove_derived_files(table)  # a takedown of images has removed rows
 
     def is_done(self, table: Table) -> bool:
         return Survey.read(table) is not None
@@ -46,16 +46,16 @@ class Recaption(ImageJob):
         survey(cluster, table)
 
     def finish(self, table: Table) -> None:
-        publish(table, self.config, self.about_model)
+        publish(table, self.config, self.model_notes)
 
 
 def recaption(config: RecaptionConfig) -> dict[str, int]:
-    """Caption what the output table still lacks and publish it; returns its rows by status.
+    """Caption the missing rows of the output table and publish it; returns its rows by status.
 
-    Raises CheckpointError without a trained captioner, what `run_table_job` and ImageJob raise, and
-    GateError where the captions are worse than `gate.*` allows.
+    Raises CheckpointError without a trained captioner, GateError when the captions do not pass `gate.*`,
+    and the errors of `run_table_job` and ImageJob.
     """
-    # Here, so that --help need not wait for the libraries of the models.
+    # Imported here, since the model libraries would delay --help.
     from pipelines.recaption.predictor import CaptionImages, model_fingerprint
     from vlv_model.captioner import VLVCaptioner
 
@@ -85,33 +85,33 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         sums={"tokens": "num_tokens"},
         notes={"checked": True},
         config=config,
-        about_model=model_notes(model, checkpoint, fingerprint),
+        model_notes=model_notes(model, checkpoint, fingerprint),
     )
     return run_table_job(job, config.data.output, config.ray)
 
 
 def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> None:
-    """Hold a table with a survey against the gates, write its card, and let other jobs read it.
+    """Check a surveyed table against the gates, write its card, and let other jobs read it.
 
-    Its report is written in any case: who fails a gate has to see why.
+    The report is written first, since it shows why a gate fails.
     """
-    found = Survey.read(table)
-    assert found is not None
-    about = config.model_dump(include={"gate", "generate", "join", "license"})
-    about["model"] = model
-    if _is_published(table, about, config.format):
+    health = Survey.read(table)
+    assert health is not None
+    published = config.model_dump(include={"gate", "generate", "join", "license"})
+    published["model"] = model
+    if _is_published(table, published, config.format):
         return
-    write_report(table, found, about)
-    check_gates(config.gate, found, table)
+    write_report(table, health, published)
+    check_gates(config.gate, health, table)
     if config.format == "json" and not is_file(table.folder / JSON_FILE):
         write_json(table)
-    table.publish(about)
+    table.publish(published)
     write_card(table)
 
 
-def _is_published(table: Table, about: dict[str, Any], format: str) -> bool:
-    """Whether all that `publish` writes is there, of these settings."""
-    beside = [PUBLISHED_FILE, CARD_FILE, REPORT_FILE, *([JSON_FILE] if format == "json" else [])]
-    if not all(is_file(table.folder / name) for name in beside):
+def _is_published(table: Table, published: dict[str, Any], format: str) -> bool:
+    """Whether all files of `publish` exist and have these settings."""
+    files = [PUBLISHED_FILE, CARD_FILE, REPORT_FILE, *([JSON_FILE] if format == "json" else [])]
+    if not all(is_file(table.folder / name) for name in files):
         return False
-    return read_json_object(table.folder / PUBLISHED_FILE) == about
+    return read_json_object(table.folder / PUBLISHED_FILE) == published

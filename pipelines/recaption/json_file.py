@@ -1,9 +1,7 @@
-"""`format=json`: `captions.json`, the one object `{"file name": "caption"}` of the published
-implementation, beside the table.
+"""Writes `captions.json`, the object `{"file name": "caption"}` of the published implementation.
 
-Written row by row. A caption's name is the last part of the image's name; of images that share it
-the whole name, and where they share that, too, the name and the key. Images without a caption are
-not in it: the table says why.
+A caption is named by the last part of its image's name. If images share that, it is the whole name; if
+they share the whole name, name and key. Images without a caption are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ FILE = "captions.json"
 
 
 def write_json(table: Table) -> None:
-    """Write the file of a finished table, whole or not at all; memory: 16 bytes for each row."""
+    """Write the file of a finished table atomically; needs 16 bytes of memory per row."""
     write_pieces(table.folder / FILE, _pieces(table))
 
 
@@ -34,15 +32,15 @@ def _pieces(table: Table) -> Iterator[bytes]:
         pairs = [(key_of(_last(name)), key_of(name)) for name in _ok(rows, "name")]
         parts.append(np.array(pairs, np.int64).reshape(-1, 2))
     hashes = np.concatenate(parts)
-    last, whole = (frozenset(_shared(column)) for column in hashes.T)
+    repeated_last, repeated_whole = (frozenset(_repeated(column)) for column in hashes.T)
     start = b"{"
     for rows in table.columns(chunks, ["key", "name", "caption", "status"]):
         columns = (_ok(rows, name) for name in ("key", "name", "caption"))
         for key, name, caption in zip(*columns, strict=True):
-            shown = _last(name)
-            if key_of(shown) in last:
-                shown = name if key_of(name) not in whole else f"{name}#{key}"
-            pair = (json.dumps(text, ensure_ascii=False) for text in (shown, caption))
+            unique = _last(name)
+            if key_of(unique) in repeated_last:
+                unique = name if key_of(name) not in repeated_whole else f"{name}#{key}"
+            pair = (json.dumps(text, ensure_ascii=False) for text in (unique, caption))
             yield start + b"\n" + ": ".join(pair).encode()
             start = b","
     yield b"\n}\n" if start == b"," else b"{}\n"
@@ -57,8 +55,8 @@ def _last(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2] or name
 
 
-def _shared(hashes: np.ndarray) -> list[int]:
-    """Those that occur more than once."""
+def _repeated(hashes: np.ndarray) -> list[int]:
+    """The hashes that occur more than once."""
     ordered = np.sort(hashes)
-    found: list[int] = np.unique(ordered[1:][ordered[1:] == ordered[:-1]]).tolist()
-    return found
+    repeated: list[int] = np.unique(ordered[1:][ordered[1:] == ordered[:-1]]).tolist()
+    return repeated

@@ -1,4 +1,4 @@
-"""The report of a caption table: its health, lengths, samples with their pictures, and a search."""
+"""The HTML report of a caption table: health, lengths, samples with images, and a search."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from pipelines.report.html import (
     tag,
 )
 
-SUBTITLE = "What a captioner said of the images of a table: every image is a row."
+SUBTITLE = "Captions of the images of a table, one row per image."
 
 
-_COMMONEST, _LONGEST = 10, 240  # captions that several images share, and characters of one
+_MAX_REPEATED, _MAX_CHARACTERS = 10, 240  # of the table of repeated captions
 
 
 @dataclass(frozen=True)
 class HealthLine:
-    """Captions with one fault, and how many of them the gate lets through."""
+    """The captions with one fault, and the limit of its gate."""
 
     name: str
     meaning: str
     rows: int
-    most: float | None = None  # share; None: no gate
+    limit: float | None = None  # share; None: no gate
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class CaptionSample:
     caption: str
     faults: Sequence[str] = ()  # names of health lines
     words: int = 0
-    image: bytes | None = None  # of those that are shown with their picture
+    image: bytes | None = None  # only in galleries
 
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """All that the page shows."""
+    """The content of the page."""
 
     title: str
     model: str  # fingerprint
@@ -65,18 +65,18 @@ class CaptionReport:
     words: Mapping[int, int]  # captions by number of words
     tokens: Mapping[int, int]
     commonest: Sequence[tuple[int, str]] = ()
-    gallery: Sequence[CaptionSample] = field(default_factory=list)  # drawn at random
+    gallery: Sequence[CaptionSample] = field(default_factory=list)  # random rows
     unhealthy: Sequence[CaptionSample] = field(default_factory=list)
-    searched: Sequence[CaptionSample] = field(default_factory=list)  # without pictures
+    searched: Sequence[CaptionSample] = field(default_factory=list)  # without images
 
 
 def render(report: CaptionReport) -> str:
-    """The page as text."""
+    """Render the page as HTML."""
     content = [cards(_cards(report)), _rows(report)]
     if report.captions:
-        content += [_health(report), _lengths(report), _same(report)]
+        content += [_health(report), _lengths(report), _repeated(report)]
         content += [_gallery(report), _unhealthy(report), _search(report)]
-    content.append(_made(report))
+    content.append(_settings(report))
     script = resources.files(__package__).joinpath("search.js").read_text("utf-8")
     return page(report.title, SUBTITLE, content, script if report.searched else None)
 
@@ -84,29 +84,29 @@ def render(report: CaptionReport) -> str:
 def _cards(report: CaptionReport) -> list[Card]:
     total = sum(report.counts.values())
     failing = [line.name for line in report.health if _fails(line, report.captions)]
-    gated = [line for line in report.health if line.most is not None]
+    gated = [line for line in report.health if line.limit is not None]
     median = f"{quantile(report.words, 0.5):,}" if report.words else MISSING
-    found = Card("Captions", count(report.captions), f"{percent(report.captions, total)} of {count(total)} rows", "rows")  # fmt: skip
-    figures = [found, Card("Length", median, "words, the median", "lengths")]
+    captions = Card("Captions", count(report.captions), f"{percent(report.captions, total)} of {count(total)} rows", "rows")  # fmt: skip
+    figures = [captions, Card("Length", median, "words, the median", "lengths")]
     if report.captions:
         worst = max(report.health, key=lambda line: line.rows)
-        shown = percent(worst.rows, report.captions)
-        figures.append(Card("Commonest fault", shown, f"of the captions: {worst.name}", "health"))
+        share = percent(worst.rows, report.captions)
+        figures.append(Card("Commonest fault", share, f"of the captions: {worst.name}", "health"))
     if failing:
         figures.append(Card("Gates", "not passed", ", ".join(failing), "health"))
     elif gated:
         figures.append(Card("Gates", "passed", ", ".join(line.name for line in gated), "health"))
     else:
-        figures.append(Card("Gates", "none", "gate.* sets what is too much", "health"))
+        figures.append(Card("Gates", "none", "gate.* sets limits", "health"))
     return figures
 
 
 def _fails(line: HealthLine, captions: int) -> bool:
-    return line.most is not None and line.rows > line.most * captions
+    return line.limit is not None and line.rows > line.limit * captions
 
 
 def _rows(report: CaptionReport) -> Html:
-    lead = "A failure keeps its row and says why it has no caption."
+    lead = "An image that failed keeps its row, with the reason."
     return section("rows", "Rows", lead, status_table(report.counts, "Rows by status"))
 
 
@@ -114,14 +114,14 @@ def _health(report: CaptionReport) -> Html:
     lines = []
     for line in report.health:
         gate: object = MISSING
-        if line.most is not None:
+        if line.limit is not None:
             fails = _fails(line, report.captions)
             verdict = tag("span", "not passed" if fails else "passed",
                           class_="badge" if fails else "badge ok")  # fmt: skip
-            gate = join([f"at most {100 * line.most:.3g}\u00a0% ", verdict])
+            gate = join([f"at most {100 * line.limit:.3g}\u00a0% ", verdict])
         name = join([line.name, tag("small", f" {line.meaning}")])
         lines.append((name, count(line.rows), percent(line.rows, report.captions), gate))
-    lead = "What is wrong with captions, seen from their text alone; one can have several faults."
+    lead = "Faults that the text of a caption shows; a caption can have several."
     headings = ["fault", "captions", "share", "gate"]
     return section("health", "Health", lead, table(headings, lines))
 
@@ -130,27 +130,27 @@ def _lengths(report: CaptionReport) -> Html:
     limit = dict(report.settings).get("generate.max_new_tokens")
     cut = f", which are cut at {limit}" if limit else ""
     shown = (
-        histogram("Words", report.words, "words", "Of the caption as it is in the table."),
-        histogram("Tokens", report.tokens, "tokens", f"As they were decoded{cut}."),
+        histogram("Words", report.words, "words", "Of the captions in the table."),
+        histogram("Tokens", report.tokens, "tokens", f"Of the decoded captions{cut}."),
     )
-    lead = "A peak at the right end is a model that does not stop, one at 0 a model that is silent."
+    lead = "A peak at the right end means a model that does not stop; a peak at 0, empty captions."
     return section("lengths", "Lengths", lead, tag("div", *shown, class_="charts"))
 
 
-def _same(report: CaptionReport) -> Html:
-    lead = "Captions that several images share, or that hardly differ; the first of each."
+def _repeated(report: CaptionReport) -> Html:
+    lead = "Captions that several images share, exactly or nearly; the first of each group."
     if not report.commonest:
         shown = tag("p", "No two images have the same caption.", class_="empty")
-        return section("same", "Said of several images", lead, shown)
+        return section("same", "Repeated captions", lead, shown)
     lines = [
-        (count(size), tag("span", shorten(text, _LONGEST, placeholder=" …"), dir="auto"))
-        for size, text in report.commonest[:_COMMONEST]
+        (count(size), tag("span", shorten(text, _MAX_CHARACTERS, placeholder=" …"), dir="auto"))
+        for size, text in report.commonest[:_MAX_REPEATED]
     ]
-    return section("same", "Said of several images", lead, table(["images", "caption"], lines))
+    return section("same", "Repeated captions", lead, table(["images", "caption"], lines))
 
 
 def _gallery(report: CaptionReport) -> Html:
-    lead = "Rows of status ok, drawn at random from some parts of the table."
+    lead = "Random rows of status ok from some parts of the table."
     shown = tag("ul", *map(_tile, report.gallery), class_="gallery")
     return section("gallery", "A random gallery", lead, shown)
 
@@ -160,12 +160,12 @@ def _unhealthy(report: CaptionReport) -> Html:
         return Html()
     parts = []
     for line in report.health:
-        some = [sample for sample in report.unhealthy if line.name in sample.faults[:1]]
-        if some:
+        samples = [sample for sample in report.unhealthy if line.name in sample.faults[:1]]
+        if samples:
             parts.append(tag("h3", line.name))
-            parts.append(tag("ul", *map(_tile, some), class_="gallery"))
-    lead = "Rows with a fault, found among the rows that were looked through for this page."
-    return section("unhealthy", "What is wrong", lead, join(parts))
+            parts.append(tag("ul", *map(_tile, samples), class_="gallery"))
+    lead = "Rows with a fault, among the rows sampled for this page."
+    return section("unhealthy", "Faulty captions", lead, join(parts))
 
 
 def _tile(sample: CaptionSample) -> Html:
@@ -186,8 +186,8 @@ def _tile(sample: CaptionSample) -> Html:
 
 def _search(report: CaptionReport) -> Html:
     lead = (
-        f"{count(len(report.searched))} captions, drawn as in the gallery; those that have all of the words "
-        "typed, in caption, name, key or fault."
+        f"{count(len(report.searched))} random captions; shows those with all typed words in caption, "
+        "name, key or fault."
     )
     box = tag(
         "label",
@@ -195,7 +195,7 @@ def _search(report: CaptionReport) -> Html:
         tag("input", id="search-words", type="search", autocomplete="off"),
         tag("output", id="search-count", for_="search-words"),
         class_="search",
-        hidden="",  # until the script is there that it needs
+        hidden="",  # the script shows it
     )
     lines = [
         (
@@ -206,11 +206,11 @@ def _search(report: CaptionReport) -> Html:
         )
         for sample in report.searched
     ]
-    found = tag("div", table(["caption", "image", "key", "faults"], lines), class_="found")
-    return section("search", "Search", lead, box, found)
+    results = tag("div", table(["caption", "image", "key", "faults"], lines), class_="found")
+    return section("search", "Search", lead, box, results)
 
 
-def _made(report: CaptionReport) -> Html:
-    lead = "The fingerprint stands in every row; whatever decides a caption is part of it."
+def _settings(report: CaptionReport) -> Html:
+    lead = "Every row has the model's fingerprint, which covers everything that affects a caption."
     lines = [("model", tag("code", report.model)), *report.settings]
     return section("made", "Model and settings", lead, table(["setting", "value"], lines))

@@ -1,14 +1,14 @@
-"""Captions of checkpoints that never learned to stop, made readable: `generate.postprocess=reference`.
+"""Cleans captions of models that never learned to stop (`generate.postprocess=reference`).
 
-Such a model goes on until it is cut: its last sentence is half a one, and the same sentences come
-again. Two rules, in this order, as the published implementation of the method has them:
+Such captions are cut in the middle of a sentence and repeat sentences. The published implementation
+applies two rules, in this order:
 
-1. The caption is cut after its last full stop (one that white space, a closing quotation mark or
-   bracket, or the end follows; not that of 3.5). Without a full stop it stays whole.
-2. A sentence that was said before is dropped; it ends in a full stop, `!` or `?`. Sentences are
-   compared by their words: case, punctuation and white space do not count.
+1. Cut the caption after its last full stop that is followed by white space, a closing quotation mark or
+   bracket, or the end (so not in 3.5). A caption without a full stop stays whole.
+2. Drop repeated sentences, which end in a full stop, `!` or `?`. Sentences are compared by their words,
+   ignoring case, punctuation and white space.
 
-What decoding did is told of the raw caption: `num_tokens`, `finish_reason`, `truncated`.
+`num_tokens`, `finish_reason` and `truncated` describe the caption before these rules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 
 from pipelines.recaption.health import words
 
-RULES = 2  # raised when they change, as captions then do
+RULES = 2  # version of the rules, part of a caption's fingerprint
 
 _STOP = r"[.!?][\"'”’)\]]*"
 _LAST = re.compile(r"^.*(?:\.[\"'”’)\]]*(?=\s|$)|。[\"'”’)\]]*)", re.DOTALL)
@@ -25,14 +25,14 @@ _SENTENCE = re.compile(rf"\s*(.+?(?:{_STOP}(?=\s|$)|[。！？][\"'”’)\]]*|$
 
 
 def reference(caption: str) -> str:
-    """The caption by the two rules. Doing it twice changes nothing."""
+    """Apply the two rules; idempotent."""
     whole = cut.group() if (cut := _LAST.match(caption)) else caption
     seen: set[tuple[str, ...]] = set()
     kept = []
     for sentence in _SENTENCE.findall(whole.strip()):
-        said = tuple(words(sentence))
-        if said and said in seen:
+        key = tuple(words(sentence))
+        if key and key in seen:
             continue
-        seen.add(said)
+        seen.add(key)
         kept.append(sentence)
     return " ".join(kept)

@@ -1,4 +1,4 @@
-"""The captioner as a step of a chunk: squares in, caption rows out."""
+"""Ray Data transform that captions the squares of a chunk."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ _HEALTH = [field.name for field in fields(Health)]
 
 
 def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig) -> str:
-    """16 hex digits of all that decides a caption: weights, base models, sizes, decoding.
+    """16 hex digits of everything that affects captions: weights, base models, sizes, decoding.
 
-    Raises CheckpointError when there is no stage-2 checkpoint: captions need a trained captioner.
+    Raises CheckpointError when `checkpoint` is not of stage 2.
     """
     if checkpoint is None or (info := read_checkpoint(checkpoint)).stage != "stage2":
         raise CheckpointError(
-            "model.path has to name a stage-2 run or checkpoint: only stage 2 teaches to caption"
+            "model.path must be a stage-2 run or checkpoint: only stage 2 trains a captioner"
         )
-    decides: dict[str, Any] = {
+    identity: dict[str, Any] = {
         "weights": info.sha256,
         "parent": info.parent.sha256 if info.parent else None,
         "base_models": info.base_models,
         "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
-        "generate": generate.decides(),
+        "generate": generate.identity(),
     }
-    # Where they are not the usual ones: captions of earlier versions keep their fingerprint.
+    # Only if not the default, so that captions of earlier versions keep their fingerprint.
     if model.preprocess != "default":
-        decides["preprocess"] = model.preprocess
+        identity["preprocess"] = model.preprocess
     if model.bottleneck != info.model.bottleneck:
-        decides["bottleneck"] = model.bottleneck
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        identity["bottleneck"] = model.bottleneck
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_captioner(
     model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
 ) -> VLVCaptioner:
-    """The trained captioner on `device`, in the arithmetic of the settings."""
+    """Load the trained captioner on `device`, in `generate.precision`."""
     precision = generate.precision
     return VLVCaptioner.from_pretrained(model, checkpoint, precision=precision).to(device)
 
@@ -66,13 +66,13 @@ def open_captioner(
 def open_engine(
     model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
 ) -> Engine:
-    """What makes captions on `device`. Raises ConfigError where vLLM is asked for and cannot be had."""
+    """Load the engine on `device`. Raises ConfigError when vLLM is set but unavailable."""
     if generate.engine == "vllm":
         from pipelines.recaption.vllm_engine import VLLMEngine
 
         if device.type != "cuda":
             raise ConfigError(
-                "generate.engine=vllm needs a CUDA GPU: set use_gpu=true, or leave the engine out"
+                "generate.engine=vllm needs a CUDA GPU: set use_gpu=true, or leave engine out"
             )
         return VLLMEngine(
             open_captioner(model, checkpoint, generate, torch.device("cpu")), generate, device
@@ -80,8 +80,8 @@ def open_engine(
     return Engine(open_captioner(model, checkpoint, generate, device), generate)
 
 
-def _count(captions: list[GeneratedCaption], start: float) -> None:
-    """Tell Ray's metrics of the captions of a chunk that was begun at `start`."""
+def _update_metrics(captions: list[GeneratedCaption], start: float) -> None:
+    """Add a chunk's captions, begun at time `start`, to Ray's metrics."""
     telemetry.RECAPTION_IMAGES.add(len(captions))
     ended = sum(caption.finish_reason == "stop" for caption in captions)
     telemetry.RECAPTION_TOKENS.add(ended + sum(caption.num_tokens for caption in captions))
@@ -104,29 +104,29 @@ class CaptionImages:
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.engine = open_engine(model, checkpoint, generate, self.device)
-        self.finished = generate.finished
+        self.postprocess = generate.postprocessed
         self.image_size = model.image_size
         self.fingerprint = fingerprint
 
     def __call__(self, block: pa.Table) -> pa.Table:
         statuses, errors = block["status"].to_pylist(), block["error"].to_pylist()
-        usable = np.flatnonzero([value == OK for value in statuses])  # int64, of no row, too
+        usable = np.flatnonzero([value == OK for value in statuses])  # int64 even when empty
         captions: list[GeneratedCaption | None] = [None] * len(statuses)
         health: list[Health | None] = [None] * len(statuses)
         start = time.perf_counter()
         for outcome in self._caption(block.take(usable)):
             row = usable[outcome.position]
             if (caption := outcome.caption) is not None:
-                captions[row] = caption = replace(caption, text=self.finished(caption.text))
+                captions[row] = caption = replace(caption, text=self.postprocess(caption.text))
                 health[row] = health_of(caption.text, caption.finish_reason == "length")
             if outcome.error:
                 statuses[row], errors[row] = self.failed, outcome.error
-        _count([caption for caption in captions if caption is not None], start)
+        _update_metrics([caption for caption in captions if caption is not None], start)
         schema, images = CAPTION_ROW, {}
         if "image" in block.column_names:
             schema = with_image_feature(JOINED_ROW)
             pairs = zip(block["name"].to_pylist(), block["image"].to_pylist(), strict=True)
-            # Of an image without a caption, too.
+            # Also for rows without a caption.
             images["image"] = [image and {"bytes": image, "path": name} for name, image in pairs]
         return pa.table(
             {
@@ -152,6 +152,6 @@ class CaptionImages:
         try:
             yield from self.engine.captions(rows["key"].to_pylist(), images)
         except ModelDiedError as error:
-            # An error would end the job; a process that is gone is replaced, with a new model.
+            # An error would end the job; Ray replaces a process that exits, and reloads the model.
             print(error, file=sys.stderr, flush=True)
             os._exit(1)

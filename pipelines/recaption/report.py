@@ -1,4 +1,4 @@
-"""Gathers what the report of a caption table shows, and writes it into the table's folder."""
+"""Collects the content of a caption table's report and writes it into the table's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.plans import has_plan, planned, read_plan
 from pipelines.images.random_access import RowReader
 from pipelines.images.rows import OK
-from pipelines.recaption.card import settings_told, write_card
+from pipelines.recaption.card import settings_shown, write_card
 from pipelines.recaption.health import REPEATED
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
@@ -24,47 +24,47 @@ from pipelines.storage.files import as_path, remove_file, write_atomically
 from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
-FILE = "_report.html"  # hidden, as globs of the rows should pass it over
-_PARTS, _MOST_PARTS = 32, 256  # that samples are taken from: more where parts are small
-_SEARCHED, _SHOWN, _UNHEALTHY = 2000, 18, 3  # rows: to search, to see, and to see of each fault
+FILE = "_report.html"  # underscored, so that globs skip it
+_PARTS, _MAX_PARTS = 32, 256  # parts to sample from: more if parts are small
+_SEARCHED, _SHOWN, _UNHEALTHY = 2000, 18, 3  # rows: in the search, in the gallery, per fault
 _FAULTS = {
-    "truncated": "ran into generate.max_new_tokens",
+    "truncated": "cut at generate.max_new_tokens",
     "empty": "no word",
-    "repeated": f"{REPEATED:.0%} of the words and more repeat four in a row",
-    "non_language": "mostly no letters, or what no text has",
-    "duplicates": "nearly the same as that of an earlier image",
+    "repeated": f"{REPEATED:.0%} or more of the words are in repeated runs of four",
+    "non_language": "mostly not letters, or broken characters",
+    "duplicates": "nearly the caption of an earlier image",
 }
 _COLUMNS = ["key", "name", "caption", "status", "num_words", "truncated", "empty", "repetition",
             "non_language"]  # fmt: skip
 
 
-def write_report(output: Table, found: Survey, about: Mapping[str, Any]) -> None:
-    """Write the page of a table with a survey; `about` as in `_published.json`."""
-    rows = _drawn(output)
+def write_report(output: Table, survey: Survey, published: Mapping[str, Any]) -> None:
+    """Write the report of a surveyed table; `published` as in `_published.json`."""
+    rows = _sample_rows(output)
     gallery: list[dict[str, Any]] = []
     faulty: list[dict[str, Any]] = []
-    taken = Counter[str]()
+    shown = Counter[str]()
     for row in rows:
         faults = _faults(row)
         if len(gallery) < _SHOWN:
             gallery.append(row)
-        elif faults and taken[faults[0]] < _UNHEALTHY:
-            taken[faults[0]] += 1
+        elif faults and shown[faults[0]] < _UNHEALTHY:
+            shown[faults[0]] += 1
             faulty.append(row)
     images = _images(output, [*gallery, *faulty])
     report = CaptionReport(
         title=f"Captions of {output.folder.name}",
-        model=about["model"]["fingerprint"],
-        settings=settings_told(about),
+        model=published["model"]["fingerprint"],
+        settings=settings_shown(published),
         counts=output.counts(),
-        captions=found.captions,
+        captions=survey.captions,
         health=[
-            HealthLine(name, meaning, getattr(found, name), about["gate"][f"max_{name}"])
+            HealthLine(name, meaning, getattr(survey, name), published["gate"][f"max_{name}"])
             for name, meaning in _FAULTS.items()
         ],
-        words=found.words,
-        tokens=found.tokens,
-        commonest=found.commonest,
+        words=survey.words,
+        tokens=survey.tokens,
+        commonest=survey.commonest,
         gallery=[_sample(row, images.get(row["key"])) for row in gallery],
         unhealthy=[_sample(row, images.get(row["key"])) for row in faulty],
         searched=[_sample(row) for row in rows],
@@ -72,49 +72,55 @@ def write_report(output: Table, found: Survey, about: Mapping[str, Any]) -> None
     write_atomically(output.folder / FILE, render(report))
 
 
-def forget(output: Table) -> None:
-    """Take away what tells of rows beside a table that lost some; its card is written anew."""
+def remove_derived_files(output: Table) -> None:
+    """Delete files that describe removed rows, and rewrite the card."""
     for name in (HEALTH_FILE, SIMILAR_FILE, JSON_FILE, CARD_FILE, FILE):
         remove_file(output.folder / name)
     write_card(output)
 
 
-def _drawn(output: Table) -> list[dict[str, Any]]:
-    """Rows of status ok in random order, the same ones each time, from some parts."""
-    draw = np.random.default_rng(0)
+def _sample_rows(output: Table) -> list[dict[str, Any]]:
+    """Random rows of status ok from some parts, the same ones each time."""
+    rng = np.random.default_rng(0)
     commits = [commit for commit in output.commits() if commit.statuses.get(OK)]
-    mixed = [commits[n] for n in draw.permutation(len(commits))[:_MOST_PARTS].tolist()]
-    before = accumulate((commit.statuses[OK] for commit in mixed), initial=0)
+    shuffled = [commits[n] for n in rng.permutation(len(commits))[:_MAX_PARTS].tolist()]
+    rows_before = accumulate((commit.statuses[OK] for commit in shuffled), initial=0)
     chunks = [
         commit.chunk
-        for number, (commit, there) in enumerate(zip(mixed, before, strict=False))
-        if number < _PARTS or there < _SEARCHED
+        for number, (commit, before) in enumerate(zip(shuffled, rows_before, strict=False))
+        if number < _PARTS or before < _SEARCHED
     ]
     share = -(-_SEARCHED // max(len(chunks), 1))
     rows: list[dict[str, Any]] = []
     for chunk, part in zip(chunks, output.columns(chunks, _COLUMNS), strict=True):
-        good = np.flatnonzero(np.array([s == OK for s in part["status"].to_pylist()]))
-        chosen = draw.permutation(good)[:share]
+        captioned = np.flatnonzero(np.array([s == OK for s in part["status"].to_pylist()]))
+        chosen = rng.permutation(captioned)[:share]
         rows += [{**row, "chunk": chunk} for row in part.take(pa.array(chosen)).to_pylist()]
-    return [rows[number] for number in draw.permutation(len(rows))[:_SEARCHED].tolist()]
+    return [rows[number] for number in rng.permutation(len(rows))[:_SEARCHED].tolist()]
 
 
 def _faults(row: Mapping[str, Any]) -> list[str]:
-    """What a row says of itself; duplicates are known of the whole table only."""
+    """The faults recorded in a row, so without duplicates, which only the survey knows."""
     has = {**row, "repeated": row["repetition"] >= REPEATED}
     return [name for name in _FAULTS if has.get(name)]
 
 
 def _sample(row: Mapping[str, Any], image: bytes | None = None) -> CaptionSample:
-    told = row["key"], row["name"] or str(row["key"]), row["caption"]
-    return CaptionSample(*told, faults=_faults(row), words=row["num_words"], image=image)
+    return CaptionSample(
+        row["key"],
+        row["name"] or str(row["key"]),
+        row["caption"],
+        faults=_faults(row),
+        words=row["num_words"],
+        image=image,
+    )
 
 
 def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
-    """The images of some rows by key, from where they were captioned; what is gone is left out."""
-    found: dict[int, bytes] = {}
+    """The source images of some rows by key; missing ones are left out."""
+    images: dict[int, bytes] = {}
     if not has_plan(output.folder):
-        return found
+        return images
     files = [as_path(file) for file in output.describe()["files"]]
     by_chunk: dict[int, list[int]] = {}
     for row in rows:
@@ -129,5 +135,5 @@ def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
             except DataError:
                 continue
             if content:
-                found[key] = content
-    return found
+                images[key] = content
+    return images

@@ -1,6 +1,6 @@
 (() => {
   const box = document.getElementById("search-words");
-  const told = document.getElementById("search-count");
+  const counter = document.getElementById("search-count");
   const rows = [...document.querySelectorAll("#search tbody tr")];
   const texts = rows.map((row) => row.textContent.toLowerCase());
   const show = () => {
@@ -10,7 +10,7 @@
       row.hidden = !words.every((word) => texts[number].includes(word));
       shown += row.hidden ? 0 : 1;
     });
-    told.textContent = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+    counter.textContent = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
   };
   box.parentElement.hidden = false;
   box.addEventListener("input", show);

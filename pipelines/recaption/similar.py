@@ -1,11 +1,10 @@
-"""Captions that say nearly the same of different images, found in bounded memory.
+"""Finds near-duplicate captions of different images in bounded memory, by MinHash (Broder 1997).
 
-A caption's signature are 16 minimal hashes of its pairs of neighbouring words (MinHash, Broder
-1997): the share of them in which two signatures agree estimates the share of pairs that the two
-captions have in common. Captions that agree in one of four bands of the signature are sorted to
-one another on disk, and count as similar where they agree in 13 of 16 (about four fifths of their
-pairs). That finds 88 % of captions with four fifths in common and 99 % of those with nine tenths.
-Groups are of one whole signature: equal captions and hardly different ones, and none is in two.
+A caption's signature has 16 minimal hashes of its pairs of neighbouring words; the share of equal hashes
+of two captions estimates the Jaccard similarity of their pairs. Captions that agree in one of four bands
+of the signature are compared, after sorting on disk, and are similar if 13 of 16 hashes agree (a
+similarity of about 0.8). This finds 88 % of captions with a similarity of 0.8 and 99 % of those with
+0.9. A group has captions with equal signatures, so groups are disjoint.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from pipelines.recaption.health import words
 from pipelines.storage.sorting import Buckets
 
 HASHES, BANDS = 16, 4
-AGREEING = 13  # hashes of two similar captions
-_SHOWN = 20  # groups that are remembered
-_DRAWN = np.random.default_rng(20260101)
-_FACTORS = _DRAWN.integers(1, 2**63, (HASHES, 1), np.uint64) | np.uint64(1)
-_SHIFTS = _DRAWN.integers(0, 2**63, (HASHES, 1), np.uint64)
-_WHOLE = _DRAWN.integers(0, 2**63, HASHES // 2, np.uint64) | np.uint64(1)
+AGREEING = 13  # equal hashes of two similar captions, at least
+_SHOWN = 20  # largest groups to return
+_RNG = np.random.default_rng(20260101)
+_FACTORS = _RNG.integers(1, 2**63, (HASHES, 1), np.uint64) | np.uint64(1)
+_SHIFTS = _RNG.integers(0, 2**63, (HASHES, 1), np.uint64)
+_SIGNATURE_FACTORS = _RNG.integers(0, 2**63, HASHES // 2, np.uint64) | np.uint64(1)
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93],
                 np.uint64)  # fmt: skip
 
@@ -36,22 +35,22 @@ _ROW_BYTES = 8 + 8 + 4 * HASHES
 
 
 def signature(caption: str) -> np.ndarray:
-    """The signature uint32 `[16]` of a caption that has a word."""
-    said = words(caption)
-    pairs = [f"{a} {b}" for a, b in pairwise(said)] or said
+    """The signature, uint32 `[16]`, of a caption with at least one word."""
+    tokens = words(caption)
+    pairs = [f"{a} {b}" for a, b in pairwise(tokens)] or tokens
     hashes = np.array([zlib.crc32(pair.encode()) for pair in pairs], np.uint64)
     return ((hashes * _FACTORS + _SHIFTS) >> np.uint64(32)).min(axis=1).astype(np.uint32)
 
 
 class SimilarCaptions:
-    """Takes signatures in, tells how many captions are similar to an earlier one."""
+    """Collects signatures and finds the captions that are similar to an earlier one."""
 
     def __init__(self, captions: int) -> None:
-        """`captions`, about how many there will be, sets what is sorted at a time."""
+        """`captions`, their approximate number, sets the number of buckets."""
         self._buckets = Buckets(_ROW, captions * BANDS * _ROW_BYTES)
 
     def add(self, rows: np.ndarray, signatures: np.ndarray) -> None:
-        """Take in captions by their numbers int64 `[n]` and signatures uint32 `[n 16]`."""
+        """Add captions with numbers `rows`, int64 `[n]`, and signatures uint32 `[n 16]`."""
         if not len(rows):
             return
         numbers = pa.array(rows, pa.int64())
@@ -66,31 +65,33 @@ class SimilarCaptions:
             self._buckets.add(pa.table([mixed.view(np.int64), numbers, stored], schema=_ROW))
 
     def count(self, rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Mask bool `[rows]` of captions that are similar to one of a smaller number, and (how many,
-        number of the first) of the largest groups of one signature. All numbers are below `rows`.
-        Ends adding, and deletes what lay on disk.
+        """Return a mask, bool `[rows]`, of captions similar to one with a smaller number, and the
+        largest groups of equal signatures, each as (size, number of its first caption).
+
+        All numbers are below `rows`. Deletes the files on disk; nothing can be added afterwards.
         """
         is_later = np.zeros(rows, bool)
         groups: dict[int, int] = {}
         for bucket in self._buckets.sorted():
             band, numbers, signatures = _sorted(bucket)
             is_later[numbers[_later(band, signatures)]] = True
-            # Equal ones share every band: each band of theirs tells their number anew.
-            same = (signatures.view(np.uint64) * _WHOLE).sum(axis=1) ^ band.view(np.uint64)
+            # Equal signatures meet in each of their bands, with the same result.
+            same = (signatures.view(np.uint64) * _SIGNATURE_FACTORS).sum(axis=1)
+            same ^= band.view(np.uint64)
             _, first, sizes = np.unique(same, return_index=True, return_counts=True)
-            several = sizes > 1
+            repeated = sizes > 1
             groups.update(
-                zip(numbers[first[several]].tolist(), sizes[several].tolist(), strict=True)
+                zip(numbers[first[repeated]].tolist(), sizes[repeated].tolist(), strict=True)
             )
             groups = dict(heapq.nsmallest(_SHOWN, groups.items(), key=_largest_first))
         self._buckets.remove()
         largest = sorted(groups.items(), key=_largest_first)
-        return is_later, [(size, of) for of, size in largest]
+        return is_later, [(size, number) for number, size in largest]
 
 
 def _largest_first(group: tuple[int, int]) -> tuple[int, int]:
-    of, size = group
-    return -size, of
+    number, size = group
+    return -size, number
 
 
 def _sorted(bucket: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,13 +108,13 @@ def _sorted(bucket: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _later(band: np.ndarray, signatures: np.ndarray) -> np.ndarray:
-    """Whether captions are similar to the first one of their band or to the one before."""
+    """Mask of captions similar to the first caption of their band or to the previous one."""
     count = len(band)
-    begins = np.ones(count, bool)
-    begins[1:] = band[1:] != band[:-1]
-    places = np.arange(count)
-    first = np.maximum.accumulate(np.where(begins, places, 0))
-    before = np.where(begins, places, places - 1)
-    agreeing = [(signatures == signatures[other]).sum(axis=1) for other in (first, before)]
-    similar: np.ndarray = (np.maximum(*agreeing) >= AGREEING) & ~begins
+    is_first = np.ones(count, bool)
+    is_first[1:] = band[1:] != band[:-1]
+    positions = np.arange(count)
+    first = np.maximum.accumulate(np.where(is_first, positions, 0))
+    previous = np.where(is_first, positions, positions - 1)
+    agreeing = [(signatures == signatures[other]).sum(axis=1) for other in (first, previous)]
+    similar: np.ndarray = (np.maximum(*agreeing) >= AGREEING) & ~is_first
     return similar

@@ -1,4 +1,4 @@
-"""One image file, one caption: the captioner without Ray, for a look at a model."""
+"""Captions one image file, without Ray."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vlv_model.errors import ConfigError, DataError
 
 
 def caption_file(config: CaptionConfig) -> str:
-    """The caption of `config.image`.
+    """Return the caption of `config.image`.
 
-    Raises DataError for a file that is no image, CheckpointError without a trained captioner.
+    Raises DataError for a file that is not an image, CheckpointError without a trained captioner.
     """
     quiet_libraries()
     import torch
@@ -29,13 +29,13 @@ def caption_file(config: CaptionConfig) -> str:
     except (OSError, DecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{config.image} cannot be read as an image: {reason}") from None
-    model_fingerprint(model, checkpoint, config.generate)  # refuses an untrained captioner
+    model_fingerprint(model, checkpoint, config.generate)  # raises for an untrained captioner
     if config.use_gpu and not torch.cuda.is_available():
-        raise ConfigError("use_gpu=true, but there is no CUDA GPU here: leave it out")
+        raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
     engine = open_engine(model, checkpoint, config.generate, device)
     (outcome,) = engine.captions([0], torch.from_numpy(square[None]))  # uint8 [1 3 s s]
     if outcome.caption is None:
         raise DataError(f"{config.image} cannot be captioned: {outcome.error}")
-    return config.generate.finished(outcome.caption.text)
+    return config.generate.postprocessed(outcome.caption.text)

@@ -1,10 +1,10 @@
-"""How healthy the captions of a finished table are: counts over all of it, kept in `_health.json`.
+"""Counts the faulty captions of a finished table, in `_health.json`.
 
-`_similar.csv` has the keys of rows whose caption is similar to that of an earlier row: what is known
-of the whole table alone cannot stand in the rows, which were written before.
+`_similar.csv` has the keys of rows whose caption is similar to an earlier row's, which is known only
+once all rows are written.
 
-One pass over the small columns of the parts, by tasks of the cluster; the driver adds up, and sorts
-signatures on its disk: of its memory one byte a row grows with the table.
+Ray tasks read the small columns of each part once. The driver adds up the counts and sorts signatures on
+its disk; it needs one byte of memory per row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table, read_json_object
 
 FILE = "_health.json"
-SIMILAR_FILE = "_similar.csv"  # not Parquet, as globs of the rows should pass it over
+SIMILAR_FILE = "_similar.csv"  # not Parquet, so that globs skip it
 _COLUMNS = ["caption", "status", "num_tokens", "num_words", "truncated", "empty", "repetition",
             "non_language"]  # fmt: skip
 
@@ -41,7 +41,7 @@ _COUNTED = ("captions", "truncated", "empty", "repeated", "non_language")
 
 @dataclass(frozen=True)
 class Survey:
-    """Captions of a table by what is wrong with them; one can be several at once."""
+    """Numbers of captions by fault; a caption can have several."""
 
     rows: int = 0
     captions: int = 0  # rows of status ok
@@ -51,28 +51,28 @@ class Survey:
     non_language: int = 0
     duplicates: int = 0  # similar to the caption of an earlier row
     words: dict[int, int] = field(default_factory=dict)  # captions by number of words
-    tokens: dict[int, int] = field(default_factory=dict)  # and of tokens
+    tokens: dict[int, int] = field(default_factory=dict)  # captions by number of tokens
     commonest: list[tuple[int, str]] = field(default_factory=list)
-    """How many captions have the signature of this one, itself included; of the largest groups."""
+    """The largest groups of captions with equal signatures: size and first caption."""
 
     @classmethod
     def read(cls, table: Table) -> Survey | None:
-        """What was found of a table; None where nobody looked, or rows are gone since."""
+        """The survey of a table; None if there is none, or a takedown has removed it."""
         if not all(is_file(table.folder / name) for name in (FILE, SIMILAR_FILE)):
             return None
-        found = read_json_object(table.folder / FILE)
+        fields = read_json_object(table.folder / FILE)
         for name in ("words", "tokens"):
-            found[name] = {int(number): count for number, count in found[name].items()}
-        found["commonest"] = [tuple(group) for group in found["commonest"]]
-        return cls(**found)
+            fields[name] = {int(number): count for number, count in fields[name].items()}
+        fields["commonest"] = [tuple(group) for group in fields["commonest"]]
+        return cls(**fields)
 
 
 def survey(cluster: Cluster, table: Table) -> Survey:
-    """The survey of a table of which no chunk is pending, made where there is none."""
-    if (found := Survey.read(table)) is None:
-        found = _survey(cluster, table)
-        write_atomically(table.folder / FILE, json.dumps(asdict(found), indent=1))
-    return found
+    """Read the survey of a table without pending chunks, or make it."""
+    if (result := Survey.read(table)) is None:
+        result = _survey(cluster, table)
+        write_atomically(table.folder / FILE, json.dumps(asdict(result), indent=1))
+    return result
 
 
 def _survey(cluster: Cluster, table: Table) -> Survey:
@@ -84,22 +84,22 @@ def _survey(cluster: Cluster, table: Table) -> Survey:
     lengths: dict[str, Counter[int]] = {"words": Counter(), "tokens": Counter()}
     similar = SimilarCaptions(rows)
     for block in map_chunks(
-        cluster, [c.chunk for c in commits if c.rows], partial(_look, table=table)
+        cluster, [c.chunk for c in commits if c.rows], partial(_survey_chunk, table=table)
     ):
-        (line,) = block.to_pylist()
-        told = json.loads(line["told"])
-        totals.update(told["counts"])
+        (result,) = block.to_pylist()
+        counts = json.loads(result["counts"])
+        totals.update(counts["faults"])
         for name, counter in lengths.items():
-            counter.update({int(number): count for number, count in told[name].items()})
-        signatures = np.frombuffer(line["signatures"], np.uint32).reshape(-1, HASHES)
-        similar.add(np.array(line["said"], np.int64) + starts[line["chunk"]], signatures)
+            counter.update({int(number): count for number, count in counts[name].items()})
+        signatures = np.frombuffer(result["signatures"], np.uint32).reshape(-1, HASHES)
+        similar.add(np.array(result["rows"], np.int64) + starts[result["chunk"]], signatures)
     later, groups = similar.count(rows)
     chunks = [commit.chunk for commit in commits]
     _write_similar(table, chunks, later)
     texts = []
     for size, number in groups:
-        at = int(np.searchsorted(ends, number, "right"))
-        texts.append((size, _caption(table, chunks[at], number - starts[chunks[at]])))
+        chunk = chunks[int(np.searchsorted(ends, number, "right"))]
+        texts.append((size, _caption(table, chunk, number - starts[chunk])))
     return Survey(
         rows=rows,
         **{name: totals[name] for name in _COUNTED},
@@ -110,50 +110,53 @@ def _survey(cluster: Cluster, table: Table) -> Survey:
     )
 
 
-def _look(chunks: pa.Table, table: Table) -> pa.Table:
-    """Counts of a chunk, and the signatures of its captions that have a word."""
+def _survey_chunk(chunks: pa.Table, table: Table) -> pa.Table:
+    """The counts of a chunk, and the signatures of its non-empty captions."""
     (chunk,) = chunks["chunk"].to_pylist()
     with open_parquet(table.part(chunk)) as parquet:
         rows = parquet.read(columns=_COLUMNS)
-    good = pc.equal(rows["status"], OK)
-    captions = rows.filter(good)
-    counts: dict[str, Any] = {
+    has_caption = pc.equal(rows["status"], OK)
+    captions = rows.filter(has_caption)
+    faults: dict[str, Any] = {
         name: pc.sum(captions[name], min_count=0).as_py() or 0
         for name in ("truncated", "empty", "non_language")
     }
     repeated = pc.greater_equal(captions["repetition"], pa.scalar(REPEATED, pa.float32()))
-    counts |= {"captions": captions.num_rows, "repeated": pc.sum(repeated).as_py() or 0}
+    faults |= {"captions": captions.num_rows, "repeated": pc.sum(repeated).as_py() or 0}
     words, tokens = (Counter(captions[f"num_{name}"].to_pylist()) for name in ("words", "tokens"))
-    told = {"counts": counts, "words": words, "tokens": tokens}
-    says = pc.and_(good, pc.fill_null(pc.greater(rows["num_words"], 0), False))
-    texts = rows["caption"].filter(says).to_pylist()
-    signatures = b"".join(signature(text).tobytes() for text in texts)
-    said = np.flatnonzero(np.asarray(says.to_pylist(), bool)).tolist()
-    made = {"chunk": chunk, "told": json.dumps(told), "said": said, "signatures": signatures}
-    return pa.Table.from_pylist([made], _TOLD)
+    counts = {"faults": faults, "words": words, "tokens": tokens}
+    has_words = pc.and_(has_caption, pc.fill_null(pc.greater(rows["num_words"], 0), False))
+    texts = rows["caption"].filter(has_words).to_pylist()
+    result = {
+        "chunk": chunk,
+        "counts": json.dumps(counts),
+        "rows": np.flatnonzero(np.asarray(has_words.to_pylist(), bool)).tolist(),
+        "signatures": b"".join(signature(text).tobytes() for text in texts),
+    }
+    return pa.Table.from_pylist([result], _CHUNK_RESULT)
 
 
-_TOLD = pa.schema(
+_CHUNK_RESULT = pa.schema(
     [
         ("chunk", pa.int64()),
-        ("told", pa.string()),
-        ("said", pa.list_(pa.int64())),
+        ("counts", pa.string()),  # JSON
+        ("rows", pa.list_(pa.int64())),  # positions of the signatures' captions
         ("signatures", pa.large_binary()),
     ]
 )
 
 
 def _write_similar(table: Table, chunks: Sequence[int], later: np.ndarray) -> None:
-    """Write the keys of the rows in the mask `[rows]`, which is in the order of the chunks."""
+    """Write the keys of the rows in the mask `later`, bool `[rows]`, in the order of `chunks`."""
 
     def pieces() -> Iterator[bytes]:
         yield b"key\n"
         start = 0
         for part in table.columns(chunks, ["key"]):
             keys = part["key"].to_numpy()
-            mine = later[start : start + len(keys)]
+            mask = later[start : start + len(keys)]
             start += len(keys)
-            yield "".join(f"{key}\n" for key in keys[mine]).encode()
+            yield "".join(f"{key}\n" for key in keys[mask]).encode()
 
     write_pieces(table.folder / SIMILAR_FILE, pieces())
 

@@ -1,4 +1,4 @@
-"""Settings of reconstructing."""
+"""Settings of reconstruction."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from vlv_model.config import Config
 
 
 class DiffusionConfig(Config):
-    """How pictures are sampled from the frozen decoder."""
+    """Sampling of images from the frozen diffusion decoder."""
 
     num_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
-    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1 is none")
+    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1: none")
     sampler: Literal["ddpm", "ddim"] = Field("ddpm", description="ddpm (ancestral) or ddim")
     seed: int = Field(
-        42, ge=0, lt=2**63, description="with the image's key, the seed of its picture"
+        42, ge=0, lt=2**63, description="seed of the noise, mixed with each image's key"
     )
-    batch_size: int = Field(16, ge=1, description="pictures that are sampled at once")
+    batch_size: int = Field(16, ge=1, description="images sampled at once")
 
 
 class ReconstructConfig(Config):
-    """Everything that `jobs/reconstruct.py` needs to know."""
+    """All settings of `jobs/reconstruct.py`."""
 
     data: Selection
     model: ModelSettings = ModelSettings()
     diffusion: DiffusionConfig = DiffusionConfig()
     side_by_side: bool = Field(
         False,
-        description="write image files, too: <data.output>/_side_by_side/<key>.png, the original "
-        "left and its picture right; also of a table that is finished",
+        description="also write <data.output>/_side_by_side/<key>.png, original left and "
+        "reconstruction right; can be added to a finished table",
     )
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()

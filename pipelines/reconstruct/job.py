@@ -1,4 +1,4 @@
-"""Reconstruct: an image table in, a table of the pictures that the caption embeddings give back."""
+"""Reconstruct: writes a table of images reconstructed from their caption embeddings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlv_model.squares import Square
 
 @dataclass(frozen=True)
 class Reconstruction(ImageJob):
-    """An image job that may leave image files beside its table."""
+    """An image job that can also write side-by-side image files."""
 
     side_by_side: bool = False
 
@@ -27,19 +27,19 @@ class Reconstruction(ImageJob):
 
 
 def reconstruct(config: ReconstructConfig) -> dict[str, int]:
-    """Reconstruct what the output table still lacks; returns its rows by status.
+    """Reconstruct the missing rows of the output table; returns its rows by status.
 
-    From a stage-1 run its encoder is looked at, from a stage-2 run the encoder as stage 2 left it.
-    Raises CheckpointError without a trained encoder, and what `run_table_job` and ImageJob raise.
+    Uses the encoder of a stage-1 run, or the encoder as stage 2 trained it further. Raises
+    CheckpointError without a trained encoder, and the errors of `run_table_job` and ImageJob.
     """
-    # Here, so that --help need not wait for the libraries of the models.
+    # Imported here, since the model libraries would delay --help.
     from pipelines.reconstruct.predictor import ReconstructImages
     from vlv_model.autoencoder import VLVAutoEncoder
 
     model, checkpoint = config.model.resolve(VLVAutoEncoder.read_parts)
     if checkpoint is None:
         raise CheckpointError(
-            "model.path has to name a run or a checkpoint: its encoder is what is looked at"
+            "model.path must be a training run or a checkpoint: base models have no trained encoder"
         )
     info = read_checkpoint(checkpoint)
     job = Reconstruction(

@@ -1,4 +1,4 @@
-"""The auto-encoder as a step of a chunk: squares in, the pictures of their embeddings out."""
+"""Ray Data transform that reconstructs the squares of a chunk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlv_model.config import ModelConfig
 
 
 class ReconstructImages:
-    """Samples one picture per square; its noise depends on the seed and the key alone."""
+    """Samples one image per square; its noise depends only on the seed and the key."""
 
     failed = status("reconstruct", "failed")
 
@@ -49,24 +49,24 @@ class ReconstructImages:
     def _reconstruct(self, pixels: pa.ChunkedArray, keys: list[int]) -> list[bytes]:
         images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]
 
-        def draw(rows: slice, **sampling: Any) -> torch.Tensor:
+        def sample(rows: slice, **sampling: Any) -> torch.Tensor:
             return self.autoencoder.reconstruct(images[rows].to(self.device), **sampling)
 
-        return [png(picture) for picture in sampled(self.diffusion, keys, draw)]
+        return [png(picture) for picture in sample_batches(self.diffusion, keys, sample)]
 
 
-def sampled(
-    diffusion: DiffusionConfig, keys: Sequence[int], draw: Callable[..., torch.Tensor]
+def sample_batches(
+    diffusion: DiffusionConfig, keys: Sequence[int], sample: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:
-    """A picture uint8 `[3 s s]` on the CPU for each key, drawn a batch at a time.
+    """Sample an image, uint8 `[3 s s]` on the CPU, for each key, in batches.
 
-    `draw(rows, generators=…, guidance_scale=…, num_steps=…, scheduler=…)` samples the pictures of a
-    slice of the rows; a row's noise depends on the seed and its key alone.
+    `sample(rows, generators=…, guidance_scale=…, num_steps=…, scheduler=…)` samples a slice of the rows.
+    A row's noise depends only on the seed and its key.
     """
     pictures: list[torch.Tensor] = []
     for start in range(0, len(keys), diffusion.batch_size):
         rows = slice(start, start + diffusion.batch_size)
-        batch = draw(
+        batch = sample(
             rows,
             generators=[
                 torch.Generator().manual_seed((diffusion.seed ^ key) & (2**63 - 1))
@@ -81,7 +81,7 @@ def sampled(
 
 
 def png(picture: torch.Tensor) -> bytes:
-    """A picture uint8 `[3 h w]` as a PNG file."""
+    """Encode an image, uint8 `[3 h w]`, as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,8 +1,6 @@
-"""Image files of a table of reconstructions: each original beside the picture that came of it.
+"""Writes image files of a table of reconstructions.
 
-<data.output>/_side_by_side/<key>.png   left the square that the encoder saw, right the picture
-
-Underscored, as all that is not a row of the table.
+<data.output>/_side_by_side/<key>.png   the encoder's input square left, its reconstruction right
 """
 
 from __future__ import annotations
@@ -27,36 +25,36 @@ from vlv_model.squares import Square
 
 
 def write_files(table: Table, square: Square) -> None:
-    """Write the files that a finished table still lacks, of its rows with a picture."""
+    """Write the missing files of a finished table's rows with a reconstruction."""
     from pipelines.pictures.squares import isolated_squares
 
-    folder, about = table.folder / SIDE_BY_SIDE, table.describe()
+    folder, description = table.folder / SIDE_BY_SIDE, table.describe()
     if not is_url(folder):
         folder.mkdir(exist_ok=True)
-    there = set(names_in(folder))
-    files = [as_path(file) for file in about["files"]]
-    decode = isolated_squares(square) if about.get("isolated", True) else None
+    existing = set(names_in(folder))
+    files = [as_path(file) for file in description["files"]]
+    decode = isolated_squares(square) if description.get("isolated", True) else None
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)
         keys = plan["key"].to_pylist()
-        if sum(file_of(key) in there for key in keys) == commit.statuses.get(OK, 0):
+        if sum(file_of(key) in existing for key in keys) == commit.statuses.get(OK, 0):
             continue
         rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
-        made = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
+        reconstructions = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
         reader = RowReader(planned(files, plan), decode=decode)
         for position, key in enumerate(keys):
-            if key not in made or file_of(key) in there:
+            if key not in reconstructions or file_of(key) in existing:
                 continue
             try:
                 original = reader.square(position, square).transpose(1, 2, 0)
-            except UndecodableImage as error:  # gone since
+            except UndecodableImage as error:  # for example deleted since
                 print(f"no {SIDE_BY_SIDE}/{file_of(key)}: {error}", file=sys.stderr)
                 continue
-            write_atomically(folder / file_of(key), _joined(original, made[key]))
+            write_atomically(folder / file_of(key), _side_by_side(original, reconstructions[key]))
 
 
-def _joined(original: np.ndarray, picture: bytes) -> bytes:
-    right = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+def _side_by_side(original: np.ndarray, reconstruction: bytes) -> bytes:
+    right = np.asarray(Image.open(io.BytesIO(reconstruction)).convert("RGB"))
     file = io.BytesIO()
     Image.fromarray(np.hstack([original, right])).save(file, "PNG")
     return file.getvalue()

@@ -1,1 +1,1 @@
-"""Reports of jobs: one self-contained HTML page each, from plain data."""
+"""HTML reports of jobs: one self-contained page each, from plain data."""

@@ -1,4 +1,4 @@
-"""Loss curves as inline SVG: training loss as a thin line, held-out loss as points with values."""
+"""Loss curves as inline SVG: training loss as a thin line, held-out loss as points."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Point = tuple[float, float]
 """(step, loss)."""
 
 WIDTH, HEIGHT = 440.0, 270.0  # user units; the browser scales them to the column
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 26.0, 16.0, 40.0  # margins that hold the labels
-MOST_POINTS = 600  # of the training line: more are not seen, only stored
-OUTLIERS = 0.02  # share of the training losses at either end that may lie outside the axis
-LARGEST = 1e30  # a loss beyond it is as good as infinite
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 26.0, 16.0, 40.0  # margins for the labels
+MAX_POINTS = 600  # of the training line: more would not be visible
+OUTLIERS = 0.02  # share of training losses at either end that may lie outside the axis
+LARGEST = 1e30  # larger losses count as infinite
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high`, laid on user units from `start` to `end`."""
+    """Maps values from `low`…`high` to user units `start`…`end`."""
 
     low: float
     high: float
@@ -35,30 +35,33 @@ class Scale:
 
 
 def series(events: Iterable[dict[str, Any]], event: str, value: str) -> list[Point]:
-    """(step, value) of one kind of event in `metrics.jsonl` where it has one, in the order of steps."""
-    found = [e for e in events if e["event"] == event and e[value] is not None]
-    points = [(float(e["step"]), float(e[value])) for e in found]
+    """(step, value) of one kind of event in `metrics.jsonl`, sorted by step, without None."""
+    points = [
+        (float(e["step"]), float(e[value]))
+        for e in events
+        if e["event"] == event and e[value] is not None
+    ]
     return sorted(points, key=lambda point: point[0])
 
 
 def heldout_ends(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
-    """Held-out loss of the first and the last evaluation; None where there are not two."""
+    """Held-out loss of the first and the last evaluation; None if there are fewer than two."""
     evaluations = series(events, "eval", "heldout_loss")
     return (evaluations[0][1], evaluations[-1][1]) if len(evaluations) > 1 else None
 
 
-def figure_of(value: float) -> str:
-    """A loss to four significant digits: 5.545, 0.009012."""
+def format_loss(value: float) -> str:
+    """Format a loss with four significant digits: 5.545, 0.009012."""
     return f"{value:#.4g}".rstrip(".")
 
 
 def before_after(before: float, after: float) -> str:
-    """`0.9821 → 0.7340`, kept on one line."""
-    return f"{figure_of(before)}\u00a0→\u00a0{figure_of(after)}"
+    """Format `0.9821 → 0.7340` without line breaks."""
+    return f"{format_loss(before)}\u00a0→\u00a0{format_loss(after)}"
 
 
 def change(before: float, after: float) -> str:
-    """`−25.3 %`: how much a loss moved, in parts of where it began."""
+    """Format the relative change of a loss: `−25.3 %`."""
     share = 100 * (after - before) / before if before else math.nan
     return f"{share:+.1f}\u00a0%".replace("-", "−") if math.isfinite(share) else "–"
 
@@ -66,7 +69,7 @@ def change(before: float, after: float) -> str:
 def loss_chart(title: str, events: Sequence[dict[str, Any]], lead: str = "") -> Html:
     """Figure of one training run from its events (`pipelines.training.metrics.read_metrics`).
 
-    Losses that are not finite are left out of the curves and counted beneath them.
+    Non-finite losses are left out of the curves and counted below them.
     """
     steps, evaluations = series(events, "step", "loss"), series(events, "eval", "heldout_loss")
     train, heldout = ([p for p in points if abs(p[1]) < LARGEST] for points in (steps, evaluations))
@@ -82,7 +85,7 @@ def loss_chart(title: str, events: Sequence[dict[str, Any]], lead: str = "") -> 
         caption.append(f"Not finite and not drawn: {_of(recorded - drawn, recorded)} losses.")
     below = [tag("p", " ".join(caption))]
     if evaluations:
-        rows = [(count(int(step)), figure_of(loss)) for step, loss in evaluations]
+        rows = [(count(int(step)), format_loss(loss)) for step, loss in evaluations]
         values = table(["step", "held-out loss"], rows)
         below.append(tag("details", tag("summary", "Held-out losses as a table"), values))
     return tag("figure", *parts, tag("figcaption", *below), class_="chart")
@@ -97,7 +100,7 @@ def _summary(heldout: list[Point]) -> str:
         return "No evaluation on held-out rows."
     (first, before), (last, after) = heldout[0], heldout[-1]
     if len(heldout) == 1:
-        return f"Held-out loss {figure_of(before)} at step {count(int(first))}."
+        return f"Held-out loss {format_loss(before)} at step {count(int(first))}."
     moved = f"{before_after(before, after)} ({change(before, after)})"
     return f"Held-out loss {moved} from step {count(int(first))} to {count(int(last))}."
 
@@ -111,7 +114,7 @@ def _legend() -> Html:
 def _drawing(train: list[Point], heldout: list[Point], y: Scale, label: str) -> Html:
     last = max(step for step, _ in (*train, *heldout))
     x = Scale(0.0, max(last, 1.0), LEFT, WIDTH - RIGHT)
-    # A nested svg clips what it holds, and needs no id that a second chart could share.
+    # A nested svg clips its content without an id, which another chart could repeat.
     clipped = tag(
         "svg",
         tag("path", d=_path(_thinned(train), x, y), class_="train"),
@@ -126,9 +129,9 @@ def _drawing(train: list[Point], heldout: list[Point], y: Scale, label: str) -> 
 
 
 def _y_scale(train: list[Point], heldout: list[Point]) -> tuple[Scale, int]:
-    """The loss axis, and how many training losses lie outside it.
+    """The loss axis, and the number of training losses outside it.
 
-    A noisy training loss would press the held-out curve flat: its outliers may leave the axis.
+    Outliers of the training loss may leave the axis, since they would flatten the held-out curve.
     """
     losses = sorted(loss for _, loss in train)
     cut = int(len(losses) * OUTLIERS)
@@ -143,7 +146,7 @@ def _y_scale(train: list[Point], heldout: list[Point]) -> tuple[Scale, int]:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten) from low to high, at most `most` of them."""
+    """At most `most` round values (1, 2 or 5 times a power of ten) from low to high."""
     rough = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
@@ -182,17 +185,17 @@ def _end_values(heldout: list[Point], x: Scale, y: Scale) -> Html:
     if len(heldout) > 1:
         ends.append((heldout[-1], "end", 0))
     return join(
-        tag("text", figure_of(v), x=_n(x(s) + dx), y=_n(max(y(v) - 9, 12)), text_anchor=anchor,
+        tag("text", format_loss(v), x=_n(x(s) + dx), y=_n(max(y(v) - 9, 12)), text_anchor=anchor,
             class_="value")
         for (s, v), anchor, dx in ends
     )  # fmt: skip
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most MOST_POINTS of a line: of each stretch its least and greatest, so spikes stay."""
-    if len(points) <= MOST_POINTS:
+    """At most MAX_POINTS of a line: minimum and maximum of each stretch, so that spikes stay."""
+    if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(len(points) / (MOST_POINTS // 2))
+    size = math.ceil(len(points) / (MAX_POINTS // 2))
     stretches = [points[i : i + size] for i in range(0, len(points), size)]
     ends = [(min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])) for s in stretches]
     return sorted({point for pair in ends for point in pair})
@@ -205,5 +208,5 @@ def _path(points: list[Point], x: Scale, y: Scale) -> str:
 
 
 def _n(value: float) -> str:
-    """A coordinate to a tenth of a unit."""
+    """Format a coordinate with one decimal."""
     return f"{value:.1f}"

@@ -1,6 +1,6 @@
-"""Gallery: original, reconstruction, generated caption and the teacher's, side by side.
+"""Gallery of originals, reconstructions, generated captions and the teacher's captions.
 
-Where there is a picture drawn from the true caption, it stands beside them as the ceiling.
+An image generated from the true caption, if there is one, shows the ceiling.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pipelines.images.rows import OK
 from pipelines.pictures.decode import DecodeError, Opened
 from pipelines.report.html import Html, count, join, tag
 
-TINY = 160  # pixels; a picture up to this side is enlarged with its pixels kept square
-LARGEST = 480  # pixels; a longer side is more than a column shows and is made smaller
-HEAVIEST = 1 << 20  # bytes; of more, much is metadata
-BROWSERS = ("JPEG", "PNG", "GIF", "WEBP")  # formats that every browser shows as they are
+TINY = 160  # pixels; images up to this side are enlarged without smoothing
+LARGEST = 480  # pixels; larger images are scaled down to a column's width
+HEAVIEST = 1 << 20  # bytes; larger files are mostly metadata and are re-encoded
+BROWSERS = ("JPEG", "PNG", "GIF", "WEBP")  # formats that every browser shows
 
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One image with what the model made of it; what is None was not made."""
+    """One image and the model's outputs; None: not generated."""
 
     key: int
     original: bytes  # an encoded image, as in the image table
@@ -33,16 +33,15 @@ class GalleryItem:
     caption: str | None  # generated
     target: str | None  # the teacher's
     status: str
-    from_caption: bytes | None = None  # drawn from the true caption: the ceiling
-    held_out: bool = False  # shows a combination of colour and shape that training never did
+    from_caption: bytes | None = None  # generated from the true caption: the ceiling
+    held_out: bool = False  # has a combination of colour and shape that is not in training
 
 
 def gallery(
     items: Sequence[GalleryItem], limit: int = 12, *, pictures: bool = True, words: bool = True
 ) -> Html:
-    """The first `limit` items; says how many there were.
-
-    Without `pictures` or `words` where reconstructions or captions were not to be made.
+    """The first `limit` items and the number of all; without `pictures` no reconstructions, without
+    `words` no captions.
     """
     if not items:
         return tag("p", "No images to show.", class_="empty")
@@ -56,8 +55,8 @@ def _item(item: GalleryItem, with_pictures: bool, with_words: bool) -> Html:
     scene = item.target or f"key {item.key}"
     pictures = [_picture(item.original, "original", f"Original: {scene}")]
     if with_pictures:
-        made = _picture(item.reconstruction, "reconstruction", f"Reconstruction of: {scene}")
-        pictures.append(made)
+        description = f"Reconstruction of: {scene}"
+        pictures.append(_picture(item.reconstruction, "reconstruction", description))
     if item.from_caption is not None:
         ceiling = _picture(item.from_caption, "from true caption", f"Drawn from the words: {scene}")
         pictures.append(ceiling)
@@ -89,21 +88,21 @@ def _caption(caption: str | None, marked: Html) -> Html:
 
 
 def compare_words(caption: str, target: str | None) -> Html:
-    """The caption with the words marked that the target does not have at their place.
+    """Mark the words of `caption` that differ from `target`.
 
-    Captions that share less than half of their words are two ways to say it, not a right and a
-    wrong one: nothing is marked then, and the answer is empty, as it is without a target.
+    Returns empty Html without a target, and if the captions share less than half of their words: then
+    they are worded differently, and a difference is not an error.
     """
     if not target:
         return Html()
-    said, meant = caption.split(), target.split()
-    matcher = SequenceMatcher(None, said, meant, autojunk=False)
+    caption_words, target_words = caption.split(), target.split()
+    matcher = SequenceMatcher(None, caption_words, target_words, autojunk=False)
     if matcher.ratio() < 0.5:
         return Html()
     parts: list[object] = []
     for operation, start, end, _, _ in matcher.get_opcodes():
         if start < end:
-            words = " ".join(said[start:end])
+            words = " ".join(caption_words[start:end])
             parts += [words if operation == "equal" else tag("mark", words), " "]
     return join(parts[:-1])
 
@@ -114,8 +113,8 @@ def _picture(content: bytes | None, name: str, description: str) -> Html:
 
 
 def embedded(content: bytes, description: str) -> Html:
-    """An encoded image as a data URI: untouched where it is small, upright, still and of a format
-    that browsers show, else its first frame as a smaller JPEG.
+    """Embed an encoded image as a data URI, unchanged if browsers can show it and it is small, upright
+    and not animated; else its first frame as a smaller JPEG.
     """
     try:
         opened = Opened(content)
@@ -128,7 +127,7 @@ def embedded(content: bytes, description: str) -> Html:
             image.save(smaller, "JPEG", quality=90)
             kind, content = "JPEG", smaller.getvalue()
     except DecodeError:
-        # The table's status says what is wrong with it; the page has to come out all the same.
+        # The table has the reason in the row's status; do not fail the page.
         return tag("span", "not readable", class_="none")
     width, height = image.size
     return tag(

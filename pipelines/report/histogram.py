@@ -1,4 +1,4 @@
-"""How often each whole number occurs, as bars in inline SVG."""
+"""Histograms of integers as inline SVG."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from collections.abc import Mapping
 from pipelines.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, ticks
 from pipelines.report.html import Html, count, join, table, tag
 
-MOST_BARS = 40
+MAX_BARS = 40
 
 
 def histogram(title: str, counts: Mapping[int, int], unit: str, lead: str) -> Html:
-    """Figure of how many things have how many of a `unit`, at least one thing."""
+    """Figure of captions (at least one) by their number of `unit`."""
     bars, width = binned(counts)
     last = max(bars) + width
     x = Scale(min(bars), last, LEFT, WIDTH - RIGHT)
     y = Scale(0, max(bars.values()) * 1.05, HEIGHT - BOTTOM, TOP)
     middle, least, most = quantile(counts, 0.5), min(counts), max(counts)
-    told = f"Median {count(middle)} {unit}, from {count(least)} to {count(most)}; "
-    told += f"nine tenths have at most {count(quantile(counts, 0.9))}."
-    drawn = tag(
+    summary = f"Median {count(middle)} {unit}, from {count(least)} to {count(most)}; "
+    summary += f"nine tenths have at most {count(quantile(counts, 0.9))}."
+    chart = tag(
         "svg",
         _axes(x, y, unit),
         *(_bar(start, start + width, number, x, y) for start, number in bars.items()),
         viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
         role="img",
-        aria_label=f"{title}. {told}",
+        aria_label=f"{title}. {summary}",
     )
     rows = [(_range(start, width), count(number)) for start, number in bars.items()]
     values = tag("details", tag("summary", "As a table"), table([unit, "captions"], rows))
-    parts = (tag("h3", title), tag("p", lead, class_="lead"), drawn)
-    return tag("figure", *parts, tag("figcaption", tag("p", told), values), class_="chart")
+    parts = (tag("h3", title), tag("p", lead, class_="lead"), chart)
+    return tag("figure", *parts, tag("figcaption", tag("p", summary), values), class_="chart")
 
 
 def binned(counts: Mapping[int, int]) -> tuple[dict[int, int], int]:
-    """Counts by the first number of equally wide bins, at most MOST_BARS, and their width."""
+    """Counts by the first number of each bin, at most MAX_BARS bins, and the bins' width."""
     least, most = min(counts), max(counts)
-    rough = (most - least + 1) / MOST_BARS
+    rough = (most - least + 1) / MAX_BARS
     steps = [base * 10**power for power in range(12) for base in (1, 2, 5)]
     width = next(step for step in steps if step >= rough)
-    if math.ceil((most + 1) / width) - least // width > MOST_BARS:  # the bins begin at a multiple
+    if math.ceil((most + 1) / width) - least // width > MAX_BARS:  # bins begin at a multiple
         width = next(step for step in steps if step > width)
     first = least // width * width
     bars = dict.fromkeys(range(first, most + 1, width), 0)
@@ -50,7 +50,7 @@ def binned(counts: Mapping[int, int]) -> tuple[dict[int, int], int]:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The least number that at least this share of the things do not exceed."""
+    """The quantile of counted integers: the least number with at least this share at or below it."""
     needed, so_far = share * sum(counts.values()), 0
     for number in sorted(counts):
         so_far += counts[number]

@@ -1,8 +1,8 @@
-"""Parts of a report: pure functions from plain data to fragments of one self-contained page.
+"""Building blocks of reports: pure functions from plain data to HTML fragments.
 
-A fragment is an `Html`. Any other text is escaped where it becomes part of one, so that captions
-and messages from the web stay text. A page asks nothing of the network and runs no script, but for
-one of ours that its content policy names by its hash; the policy forbids all else.
+A fragment is an `Html`; any other text is escaped when it becomes part of one, so captions and messages
+from the web stay text. A page loads nothing from the network, and its content security policy allows at
+most one script, given by its hash.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 KINDS = {
     OK: "",
-    FILTERED: "dropped by a rule measured on the image",
+    FILTERED: "dropped by a filter on the image",
     DOWNLOAD: "could not be fetched",
-    DECODE: "could not be read as an image",
+    DECODE: "could not be decoded as an image",
     DUPLICATE: "the same content as another row",
-    CAPTION: "the model failed at it",
+    CAPTION: "the captioner failed",
 }
-"""Kinds of status (the part before the colon) in words; the style sheet gives each its colour."""
+"""Descriptions of status kinds (the part before the colon); the style sheet has their colours."""
 
 MISSING = "–"
-"""What is shown for a figure that there is none of."""
+"""Shown for a missing figure."""
 
 
 class Html(str):
-    """Text that is markup already; `tag` escapes all other text."""
+    """Markup; `tag` escapes all other text."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """One element. Children that are not Html are escaped; attributes that are None are left out.
+    """An element. Children that are not Html are escaped; attributes that are None are left out.
 
-    In the names of attributes `_` stands for `-`, and a `_` at the end is dropped (`class_`).
+    In attribute names `_` becomes `-`, and a trailing `_` is dropped (`class_`).
     """
     given = {k.rstrip("_").replace("_", "-"): v for k, v in attributes.items() if v is not None}
     opening = "".join([f"<{name}", *(f' {k}="{_text(v)}"' for k, v in given.items()), ">"])
@@ -54,26 +54,26 @@ _VOID = frozenset(["img", "input", "link", "meta"])
 
 
 def join(parts: Iterable[object]) -> Html:
-    """Fragments and texts one after the other."""
+    """Concatenate fragments and texts."""
     return Html("".join(part if isinstance(part, Html) else _text(part) for part in parts))
 
 
 def _text(value: object) -> str:
     # A lone surrogate cannot be written as UTF-8, and NUL is an error in HTML.
-    known = str(value).encode("utf-8", "replace").decode().replace("\0", "\ufffd")
-    return escape(known)
+    valid = str(value).encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+    return escape(valid)
 
 
 # --------------------------------------------------------------------------------------- figures
 
 
 def count(number: int) -> str:
-    """12,345"""
+    """Format `12,345`."""
     return f"{number:,}"
 
 
 def percent(part: float, whole: float) -> str:
-    """Share of the whole to a tenth of a per cent; a small share that is there never reads 0."""
+    """Format a share with one decimal; only exactly 0 reads `0 %`, and only the whole `100 %`."""
     if not whole > 0 or not math.isfinite(part):
         return MISSING
     share = 100 * part / whole
@@ -83,7 +83,7 @@ def percent(part: float, whole: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `0.4 s`, `41 s`, `7 min 05 s` or `3 h 20 min`; no unit leaves its number."""
+    """Format seconds as `0.4 s`, `41 s`, `7 min 05 s` or `3 h 20 min`, without line breaks."""
     if not math.isfinite(seconds):
         return MISSING
     whole = round(seconds)
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
 def table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None
 ) -> Html:
-    """A plain table; the first cell of a row names it."""
+    """A plain table; the first cell of a row is its heading."""
     head = tag("tr", *(tag("th", heading, scope="col") for heading in headings))
     body = [
         tag("tr", tag("th", first, scope="row"), *(tag("td", value) for value in rest))
@@ -113,7 +113,7 @@ def table(
 
 
 def status_table(counts: Mapping[str, int], caption: str, unit: str = "rows") -> Html:
-    """Counts by status as bars of their share: `ok` first, the others grouped by kind."""
+    """Counts by status with bars of their share: `ok` first, the others grouped by kind."""
     total = sum(counts.values())
     if not total:
         return tag("p", f"No {unit}.", class_="empty")
@@ -122,7 +122,7 @@ def status_table(counts: Mapping[str, int], caption: str, unit: str = "rows") ->
         of_kind = list(statuses)
         name = [kind, tag("small", KINDS[kind])] if KINDS.get(kind) else [kind]
         lines = [_bar_row(name, sum(counts[s] for s in of_kind), total, kind)]
-        # Where the kind says all there is to say, its line is the only one.
+        # A status without a colon is its own kind and needs no second line.
         lines += [_bar_row([tag("code", s)], counts[s], total, kind) for s in of_kind if s != kind]
         groups.append(tag("tbody", *lines, class_=f"kind {kind}" if kind in KINDS else "kind"))
     return _bars(caption, ["status", unit], groups, ["all", count(total)])
@@ -138,7 +138,7 @@ def _status_order(status: str) -> tuple[int, str, str]:
 
 
 def time_table(seconds: Mapping[str, float], caption: str) -> Html:
-    """Duration of each phase in the order given, as bars of its share."""
+    """Duration of each phase in the order given, with bars of its share."""
     total = sum(value for value in seconds.values() if math.isfinite(value))
     if not seconds:
         return tag("p", "No phase was timed.", class_="empty")
@@ -156,7 +156,7 @@ def _bar_row(
         tag("th", *name, scope="row"),
         tag("td", shown or count(int(value)), class_="number"),
         tag("td", percent(value, total), class_="number"),
-        # The bar repeats the share for the eye; a screen reader has the figure before it.
+        # The bar repeats the share, so screen readers skip it.
         tag("td", tag("span", style=f"width:{width:.2f}%"), class_="bar", aria_hidden="true"),
         class_="kind-total" if kind and not isinstance(name[0], Html) else None,
     )
@@ -187,16 +187,16 @@ def _scrolling(content: Html) -> Html:
 
 @dataclass(frozen=True)
 class Card:
-    """A key figure: what it is, the figure, and the line that explains it."""
+    """A key figure: its name, its value, and an explanation."""
 
     label: str
     value: str
     note: str
-    target: str | None = None  # id of the section that tells more
+    target: str | None = None  # id of the section with details
 
 
 def cards(figures: Iterable[Card], label: str = "Key figures") -> Html:
-    """Key figures in the order given; `label` tells a screen reader what they are about."""
+    """Key figures in the order given; `label` is for screen readers."""
     items = []
     for card in figures:
         name = tag("a", card.label, href=f"#{card.target}") if card.target else card.label
@@ -206,7 +206,7 @@ def cards(figures: Iterable[Card], label: str = "Key figures") -> Html:
 
 
 def notes(lines: Sequence[str]) -> Html:
-    """What a reader has to know before the figures; nothing where there is nothing to say."""
+    """Notes before the figures; empty without lines."""
     if not lines:
         return Html()
     items = (tag("li", line) for line in lines)
@@ -214,7 +214,7 @@ def notes(lines: Sequence[str]) -> Html:
 
 
 def section(anchor: str, heading: str, lead: str, *content: Html) -> Html:
-    """A part of the page with its heading, an id, and a sentence on how to read it."""
+    """A section of the page with a heading, an id, and an introduction."""
     return tag(
         "section",
         tag("h2", heading, id=f"{anchor}-heading"),
@@ -226,7 +226,7 @@ def section(anchor: str, heading: str, lead: str, *content: Html) -> Html:
 
 
 def page(title: str, subtitle: str, content: Iterable[Html], script: str | None = None) -> str:
-    """The whole document, style sheet included; `script` is the only one that its policy lets run."""
+    """The whole document with its style sheet; its policy allows only `script` to run."""
     policy, scripts = POLICY, []
     if script is not None:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Shares from 0 to 1: in per cent, as meters, and in tables of both."""
+"""Shares from 0 to 1 in per cent, as meters, and in tables."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TypeGuard
 from pipelines.report.html import MISSING, Html, percent, tag
 
 OURS, OTHER = "ours", "other"
-"""Looks of a meter: filled for what is claimed, hatched for what it is compared with."""
+"""Styles of a meter: filled for our result, hatched for a baseline."""
 
 
 def share(value: float | None) -> str:
-    """A share from 0 to 1 in per cent, as `97.0 %`."""
+    """Format a share from 0 to 1 in per cent, as `97.0 %`."""
     return MISSING if not known(value) else percent(_within(value), 1)
 
 
 def gap(value: float | None) -> str:
-    """How much of the gap is closed, in whole per cent: it may lie below 0 and beyond 100."""
+    """Format the closed share of a gap in whole per cent; it may be below 0 or above 100."""
     return MISSING if not known(value) else f"{round(100 * value)}\u00a0%".replace("-", "−")
 
 
 def known(value: float | None) -> TypeGuard[float]:
-    """Whether there is a figure to show."""
+    """Whether the value is neither None nor non-finite."""
     return value is not None and math.isfinite(value)
 
 
@@ -34,9 +34,9 @@ def shares_table(
     looks: Sequence[str],
     groups: Sequence[str] = (),
 ) -> Html:
-    """A table of shares, each with its figure above a meter; a look for each column.
+    """A table of shares, each as a number above a meter; `looks` has the style of each column.
 
-    `groups` are headings above equally many columns each.
+    `groups` are headings, each above the same number of columns.
     """
     names = [tag("th", name, tag("small", note), scope="col") for name, note in headings]
     if groups:
@@ -60,12 +60,12 @@ def shares_table(
 
 
 def meter(value: float | None, look: str) -> Html:
-    """The share as a length; it repeats the figure before it, which a screen reader has."""
+    """The share as a bar, hidden from screen readers, since it repeats the number before it."""
     filled = _within(value) if known(value) else 0.0
     bar = tag("i", style=f"width:{100 * filled:.2f}%")
     return tag("span", bar, class_=f"meter {look}", aria_hidden="true")
 
 
 def _within(value: float) -> float:
-    """The nearest share from 0 to 1; max gives the first of equals, so no zero is negative."""
+    """Clamp to 0…1; max returns the first of equal values, so never -0.0."""
     return max(0.0, min(value, 1.0))

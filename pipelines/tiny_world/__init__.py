@@ -1,1 +1,1 @@
-"""The tiny world: drawn scenes with exact captions, served as a small hostile web."""
+"""The tiny world: drawn scenes with exact captions, and a web server with typical errors."""

@@ -1,12 +1,12 @@
-"""The tiny world as a user's data: image files, LAION-like metadata, and a teacher's captions.
+"""Writes the tiny world as image files, LAION-like metadata, and a teacher's captions.
 
     world/
-      images/scene-000000.png …      what a server serves
+      images/scene-000000.png …      files of the web server
       metadata.parquet               URL TEXT WIDTH HEIGHT similarity hash pwatermark punsafe aesthetic
       teacher.parquet                url, caption
 
-TEXT is as vague as the web's alt texts are and never the caption: only the teacher's table, which
-stage 2 joins, holds captions. The scores are synthetic.
+TEXT is as vague as alt texts on the web and never the caption: only the teacher's table, which stage 2
+joins, has captions. The scores are synthetic.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class WorldFiles:
-    """Where a written world lies, and how many URLs of each sort its metadata list."""
+    """Paths of a written world, and the numbers of good and broken URLs in its metadata."""
 
     images: Path
     metadata: Path
@@ -51,12 +51,11 @@ def write_world(
     split: scenes.Split = "train",
     num_broken: int = 0,
 ) -> WorldFiles:
-    """Draw `num_scenes` scenes of a split into `folder`, as a web server at `base_url` shows them.
+    """Draw `num_scenes` scenes of a split into `folder`, for a web server.
 
-    `base_url` is the URL of `folder` itself, which may be below the server's root: the worlds of
-    several splits, each in a folder of its own, can share one server. `num_broken` URLs of the
-    server's `HOSTILE` answers are mixed in, in turn. The same arguments write the same files,
-    byte by byte, so a rerun of a job finds its input unchanged.
+    `base_url` is the URL of `folder`, which may be below the server's root, so several worlds can share a
+    server. `num_broken` URLs of the server's `HOSTILE` answers are added. The same arguments write
+    byte-identical files, so a rerun of a job finds its input unchanged.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -71,17 +70,17 @@ def write_world(
 
 
 def drawing_seed(seed: int, split: scenes.Split, index: int) -> int:
-    """Seed of the drawing of the `index`-th sampled scene; apart for every split and seed."""
+    """Seed of the drawing of the `index`-th sampled scene, different for every split and seed."""
     words = np.random.SeedSequence([seed, scenes.SPLITS.index(split), index]).generate_state(2)
     return int(words[0]) << 32 | int(words[1])
 
 
 def find_photos(folder: str | Path) -> list[Path]:
-    """The user's photographs in a folder and those below it: jpg, png and webp files, sorted.
+    """The photographs in a folder and its subfolders: jpg, png and webp files, sorted.
 
-    Raises DataError where there is no such folder, or no photograph in it.
+    Raises DataError if the folder does not exist or has no photographs.
     """
-    if not os.path.isdir(folder):  # False for names that no file can have, where Path raises
+    if not os.path.isdir(folder):  # False for invalid names, for which Path raises
         is_file = os.path.exists(folder)
         raise DataError(
             f"photos={str(folder)[:200]} {'is a file' if is_file else 'does not exist'}: "
@@ -100,16 +99,16 @@ def write_photos(
     seed: int = 0,
     num_broken: int = 0,
 ) -> WorldFiles:
-    """The same from a folder of the user's photographs, see `find_photos`.
+    """Write a world from a folder of photographs (`find_photos`).
 
-    They keep their paths, below `images/`. Captions come from `index.jsonl` beside them (lines of
-    `{"file": …, "captions": [...]}`, the first caption counts); a photograph without one is
-    captioned by the words of its file name. Raises DataError for a folder without photographs, a
-    photograph that cannot be copied, and an index that cannot be read.
+    Photographs keep their paths below `images/`. Captions come from `index.jsonl` in the folder, lines of
+    `{"file": …, "captions": [...]}` of which the first caption is used; otherwise from the words of the
+    file name. Raises DataError for a folder without photographs, a photograph that cannot be copied, and
+    an index that cannot be read.
     """
     photos, folder = Path(photos), Path(folder)
     found = find_photos(photos)
-    known = _read_index(photos / "index.jsonl")
+    indexed = _read_index(photos / "index.jsonl")
     files, sizes, captions = [], [], []
     for photo in found:
         name = photo.relative_to(photos).as_posix()
@@ -121,43 +120,43 @@ def write_photos(
             raise DataError(f"{photo} cannot be copied: {error.strerror}") from None
         files.append(file)
         sizes.append(_size(photo))
-        captions.append(known.get(name) or _words(photo.stem))
+        captions.append(indexed.get(name) or _words(photo.stem))
     return _write_tables(folder, base_url, files, sizes, captions, num_broken, seed)
 
 
 def _words(stem: str) -> str:
-    """What the name of a photograph says; bytes of it that are not UTF-8 become U+FFFD."""
+    """The words of a file name; bytes that are not UTF-8 become U+FFFD."""
     return " ".join(os.fsencode(stem).decode(errors="replace").replace("_", "-").split("-"))
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """The first caption of each photograph that the index names, by its path in the folder."""
+    """The first caption of each photograph in the index, by its path in the folder."""
     if not file.exists():
         return {}
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
-    known = {}
+    captions = {}
     for number, line in enumerate(lines, 1):
         try:
             match json.loads(line or "null"):
                 case {"file": str(name), "captions": [str(caption), *_]}:
-                    caption.encode()  # raises for a lone surrogate, which is no text
-                    known[name] = caption
+                    caption.encode()  # raises for a lone surrogate, which is not valid text
+                    captions[name] = caption
                 case None | {"file": str(), "captions": []}:
                     pass
                 case _:
-                    raise ValueError("a path and a list of texts are expected")
+                    raise ValueError("expected a path and a list of texts")
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f'{file} line {number} is not {{"file": …, "captions": […]}}: {str(error)[:120]}'
             ) from None
-    return known
+    return captions
 
 
 def _size(photo: Path) -> tuple[int, int]:
-    """Width and height by the header; 0x0 where it has none: the web's metadata err too."""
+    """Width and height from the header; 0x0 if unreadable, like wrong metadata on the web."""
     try:
         with Image.open(photo) as image:
             return image.size
@@ -176,7 +175,7 @@ def _write_tables(
 ) -> WorldFiles:
     rng = np.random.default_rng([seed, 1])
     names = list(HOSTILE)
-    # The query keeps hostile URLs apart: repeated ones would count once.
+    # The query makes hostile URLs unique: repeated URLs would count once.
     root = urljoin(base_url, "/hostile/")
     broken = [f"{root}{names[i % len(names)]}?{i}" for i in range(num_broken)]
     good = [f"{base_url}/{quote_path(file)}" for file in files]

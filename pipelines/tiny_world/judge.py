@@ -1,13 +1,13 @@
-"""Reads a scene back from the pixels of a picture: no weights, nothing of `scenes.draw`.
+"""Reads a scene from the pixels of an image, without learned weights and without `scenes.draw`.
 
-The judge looks for the two objects that explain the picture best. An object is a template (a shape
-of some half side, at some place) times one colour that is free, all on an even background: of all
-templates it takes the one that leaves the smallest sum of squares, removes it, and looks again.
+The judge fits two objects to the image by matching pursuit. An object is a template (a shape with a half
+side and a position) times one free colour, on a uniform background. The judge takes the template that
+leaves the smallest sum of squares, subtracts it, and repeats.
 
-That is made for pictures that a model has sampled: soft edges and halos cost every template the
-same, an even shift of the colours moves nothing, objects that touch come apart by colour or by
-form, and of three objects the two that weigh most are read. Whatever it is shown, the judge names
-the likeliest value of an attribute; only an object that is not there has none.
+This is robust for images sampled by a model: soft edges and halos affect all templates alike, a uniform
+colour shift has no effect, touching objects are separated by colour or shape, and of three objects the
+two strongest are read. The judge always gives the most likely value of an attribute; only a missing
+object has None.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from pipelines.tiny_world.scenes import BACKGROUNDS, COLOURS, RADIUS, RELATIONS,
 
 Pair = tuple[str | None, str | None]
 Words = tuple[str | None, str | None, str | None]
-Floats = NDArray[np.floating]  # float32 wherever it is many
+Floats = NDArray[np.floating]  # float32 for large arrays
 
 LARGE_FROM = (RADIUS["small"][1] + RADIUS["large"][0]) / 2  # half side, in pixels
-LEAST_MASS = 20.0  # pixels of full colour that an object explains; drawn objects have over 100
-MUCH = 0.1  # share of the picture's sum of squares; of drawn scenes a search leaves 0.04 to 0.06
-BORDER = 2  # width of the frame that the background is read from, in pixels
+LEAST_MASS = 20.0  # least pixels of full colour of an object; drawn objects have over 100
+MAX_RESIDUAL = 0.1  # share of the image's sum of squares; drawn scenes leave 0.04 to 0.06
+BORDER = 2  # width of the frame from which the background is read, in pixels
 
 _NOTHING: Words = (None, None, None)
 _FINE_RADII = tuple(
     radius
-    for low, high in RADIUS.values()  # and a little smaller and larger than anything drawn
+    for low, high in RADIUS.values()  # also slightly smaller and larger than drawn objects
     for radius in (low - 0.75, (low + high) / 2, high + 0.75)
 )
-_FINE_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # around the place of the coarse search, in pixels
-_REACH = 16  # half side of the window that holds every template, shifted
-_GRID = 48  # side of the coarse search's transforms: no template wraps around the picture
-_SAMPLES = 8  # per pixel and axis, for the smooth edges of templates
+_FINE_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # around the result of the coarse search, in pixels
+_REACH = 16  # half side of the window that holds every shifted template
+_GRID = 48  # side of the coarse search's FFTs, large enough that no template wraps around
+_SAMPLES = 8  # per pixel and axis, for antialiased templates
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of a scene, attribute by attribute; None where there was nothing to read.
+    """The attributes read from an image or a caption; None: not found.
 
-    `size`, `colour` and `shape` are of the first and of the second object.
+    `size`, `colour` and `shape` are pairs, of the first and the second object.
     """
 
     size: Pair
@@ -60,26 +60,25 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A template with its colour, in the window around pixel corner (row, column)."""
+    """A template and its colour, in the window around the pixel corner (row, column)."""
 
     row: int
     column: int
     template: int
-    contrast: Floats  # [3], colour less background
+    contrast: Floats  # [3], colour minus background
     mass: float  # explained sum of squares, in squared steps of 255
 
 
 def read(picture: NDArray[np.uint8]) -> Reading:
-    """The best reading of a picture `[64 64 3]`, uint8.
+    """Read an image `[64 64 3]`, uint8.
 
-    The objects are in the order of the relation: the axis that separates their centres more. One
-    object alone is the first where it stands in the left or upper part, else the second.
-
-    Raises ValueError for another shape or type.
+    Objects are ordered along the axis that separates their centres more, which gives the relation. A
+    single object is the first if it is in the left or upper half, else the second. Raises ValueError for
+    another shape or type.
     """
     if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
         raise ValueError(
-            f"a picture is uint8 [{SIDE} {SIDE} 3], not {picture.dtype} {list(picture.shape)}"
+            f"expected uint8 [{SIDE} {SIDE} 3], got {picture.dtype} {list(picture.shape)}"
         )
     pixels = picture.astype(np.float32)
     inner = np.zeros((SIDE, SIDE), dtype=bool)
@@ -88,60 +87,60 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     background = _nearest(level, BACKGROUNDS)
     contrast = np.pad(pixels - level, ((_REACH, _REACH), (_REACH, _REACH), (0, 0)))
 
-    found = []
+    objects = []
     for fit in _two_best(contrast):
         colour = _colour(fit, contrast, background)
         full = _full_contrast(colour, background)
         if fit.mass >= LEAST_MASS * float(full @ full):
-            found.append((fit, colour))
-    return _reading(found, background)
+            objects.append((fit, colour))
+    return _reading(objects, background)
 
 
-def _reading(found: list[tuple[_Fit, str]], background: str) -> Reading:
-    """The words for at most two objects."""
+def _reading(fits: list[tuple[_Fit, str]], background: str) -> Reading:
+    """The attributes of at most two fitted objects."""
     bank = _fine_bank()
-    named: list[tuple[NDArray[np.float64], Words]] = []
-    for fit, colour in found:
+    objects: list[tuple[NDArray[np.float64], Words]] = []  # centre (x, y), words
+    for fit, colour in fits:
         shape, radius, x, y = bank.labels[fit.template]
         words = ("large" if radius > LARGE_FROM else "small", colour, shape)
-        named.append((np.array([fit.column + x, fit.row + y]), words))
+        objects.append((np.array([fit.column + x, fit.row + y]), words))
     first, second, relation = _NOTHING, _NOTHING, None
-    if len(named) == 2:
-        axis = int(np.abs(named[1][0] - named[0][0]).argmax())
+    if len(objects) == 2:
+        axis = int(np.abs(objects[1][0] - objects[0][0]).argmax())
         relation = RELATIONS[axis]  # along x: left of; along y: above
-        first, second = (words for _, words in sorted(named, key=lambda item: item[0][axis]))
-    elif named:
-        offset = named[0][0] - SIDE / 2
+        first, second = (words for _, words in sorted(objects, key=lambda item: item[0][axis]))
+    elif objects:
+        offset = objects[0][0] - SIDE / 2
         if offset[np.abs(offset).argmax()] < 0:
-            first = named[0][1]
+            first = objects[0][1]
         else:
-            second = named[0][1]
+            second = objects[0][1]
     sizes, colours, shapes = zip(first, second, strict=True)
     return Reading(sizes, colours, shapes, relation, background)
 
 
 def _colour(fit: _Fit, contrast: Floats, background: str) -> str:
-    """The colour of most pixels well inside the template: its edges are mixed with others.
+    """The palette colour nearest to the median of the template's inner pixels.
 
-    A palette's colour counts at the strength, from none to full, at which it comes nearest, so
-    that a pale object keeps its colour.
+    Each palette colour is compared at its best strength from 0 to 1, so that pale objects keep their
+    colour. Edge pixels are mixed colours and do not count.
     """
     core = _fine_bank().masks[fit.template] > 0.9
-    found = np.median(contrast[_window(fit.row, fit.column)].reshape(-1, 3)[core], axis=0)
-    faded = {}
+    median = np.median(contrast[_window(fit.row, fit.column)].reshape(-1, 3)[core], axis=0)
+    scaled = {}
     for name in COLOURS:
         full = _full_contrast(name, background)
-        faded[name] = np.clip(found @ full / (full @ full), 0, 1) * full
-    return _nearest(found, faded)
+        scaled[name] = np.clip(median @ full / (full @ full), 0, 1) * full
+    return _nearest(median, scaled)
 
 
 def _full_contrast(colour: str, background: str) -> NDArray[np.float64]:
-    """What a colour adds to a background where an object covers it `[3]`."""
+    """Colour minus background `[3]`."""
     return np.subtract(COLOURS[colour], BACKGROUNDS[background], dtype=np.float64)
 
 
 def _nearest(colour: Floats, palette: Mapping[str, Any]) -> str:
-    """The name of the palette's colour at the least Euclidean distance."""
+    """The name of the nearest palette colour by Euclidean distance."""
     return min(palette, key=lambda name: float(((colour - palette[name]) ** 2).sum()))
 
 
@@ -149,18 +148,18 @@ def _nearest(colour: Floats, palette: Mapping[str, Any]) -> str:
 
 
 def _two_best(contrast: Floats) -> list[_Fit]:
-    """The two templates that together leave the least of a picture less its background.
+    """The two templates that together leave the smallest residual.
 
-    Of two small objects that touch, a large template between them may explain more than either
-    one. A search that leaves much therefore starts again, from a small template.
+    A large template between two small touching objects may explain more than either of them. So if the
+    residual is large, the search is repeated with a small template first.
 
-    contrast `[96 96 3]`, the picture with a margin of `_REACH` zeros.
+    contrast `[96 96 3]`: the image minus its background, with a margin of `_REACH` zeros.
     """
     fits, rest = _greedy(contrast, tuple(RADIUS))
-    if _sum_of_squares(rest) > MUCH * _sum_of_squares(contrast):
-        tries = [(fits, rest), _greedy(contrast, ("small",))]
-        fits, rest = min(tries, key=lambda found: _sum_of_squares(found[1]))
-    for i, fit in enumerate(fits):  # again, each without the other
+    if _sum_of_squares(rest) > MAX_RESIDUAL * _sum_of_squares(contrast):
+        attempts = [(fits, rest), _greedy(contrast, ("small",))]
+        fits, rest = min(attempts, key=lambda attempt: _sum_of_squares(attempt[1]))
+    for i, fit in enumerate(fits):  # refine each without the other
         _add(rest, fit, 1)
         fits[i] = _fine(rest, *_pixel_corner(fit))
         _add(rest, fits[i], -1)
@@ -168,7 +167,7 @@ def _two_best(contrast: Floats) -> list[_Fit]:
 
 
 def _greedy(contrast: Floats, first: tuple[str, ...]) -> tuple[list[_Fit], Floats]:
-    """Two fits, the first found by templates of these sizes, and what they leave."""
+    """Two fits, the first with templates of these sizes, and the residual."""
     rest = contrast.copy()
     fits: list[_Fit] = []
     for sizes in (first, tuple(RADIUS)):
@@ -182,7 +181,7 @@ def _sum_of_squares(rest: Floats) -> float:
 
 
 def _coarse(rest: Floats, sizes: tuple[str, ...]) -> tuple[int, int]:
-    """Row and column of the pixel corner where a template of middle size explains most."""
+    """Row and column of the pixel corner where a template of medium size explains most."""
     side = SIDE // 2
     inside = rest[_REACH:-_REACH, _REACH:-_REACH].transpose(2, 0, 1)
     spectrum = np.fft.rfft2(_half(inside), s=(_GRID, _GRID))
@@ -219,13 +218,13 @@ def _pixel_corner(fit: _Fit) -> tuple[int, int]:
 
 
 def _add(rest: Floats, fit: _Fit, sign: int) -> None:
-    """Puts a fitted object into the picture, or takes it out."""
+    """Add a fitted object to the residual (sign 1) or subtract it (-1)."""
     mask = _fine_bank().masks[fit.template].reshape(2 * _REACH, 2 * _REACH, 1)
     rest[_window(fit.row, fit.column)] += sign * mask * fit.contrast
 
 
 def _window(row: int, column: int) -> tuple[slice, slice]:
-    """Where the margined picture holds the square of half side `_REACH` around a pixel corner."""
+    """The slices of the padded image within `_REACH` of a pixel corner."""
     return slice(row, row + 2 * _REACH), slice(column, column + 2 * _REACH)
 
 
@@ -261,22 +260,22 @@ def _coarse_bank(size: str) -> tuple[NDArray[np.complexfloating], Floats]:
 
 
 def _mask(shape: str, radius: float, x: float, y: float) -> Floats:
-    """Share of each pixel that a shape covers `[32 32]`; its centre is (x, y) off the middle.
+    """The share of each pixel that a shape covers, `[32 32]`; (x, y) is its offset from the centre.
 
-    Blurred a little: by sharp templates the judge takes soft small crosses for circles.
+    Slightly blurred: with sharp templates, small soft crosses are read as circles.
     """
     n = 2 * _REACH * _SAMPLES
     samples = (np.arange(n) + 0.5) / _SAMPLES - _REACH
     u, v = (samples[None, :] - x) / radius, (samples[:, None] - y) / radius
     covered = _inside(shape, u, v).reshape(2 * _REACH, _SAMPLES, 2 * _REACH, _SAMPLES)
     mask = covered.mean((1, 3), dtype=np.float32)
-    for axis in (0, 1) * 2:  # twice [1 2 1] / 4 along both axes is a blur of 1 px
+    for axis in (0, 1) * 2:  # [1 2 1] / 4 twice along both axes: a blur of 1 px
         mask = (np.roll(mask, 1, axis) + 2 * mask + np.roll(mask, -1, axis)) / 4
     return mask
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points of the shape's own square [-1, 1] x [-1, 1], v downwards, it covers."""
+    """Mask of the points in [-1, 1] x [-1, 1], v downwards, that the shape covers."""
     far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     inside = {
         "circle": u**2 + v**2 <= 1,

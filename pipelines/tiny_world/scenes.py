@@ -1,19 +1,17 @@
-"""Scenes of the tiny world: two objects, a relation, a background; drawn, captioned, read back.
+"""Scenes of the tiny world: two objects, a relation and a background, drawn and captioned.
 
     a large red circle left of a small blue square on a gray background
 
-A scene is its attributes alone, so it has one caption, and the caption one scene. Where the
-objects stand and how large they are to the pixel is drawn from a seed, within bounds that leave
-size and relation beyond doubt:
+A scene consists of its attributes only, so scenes and captions correspond one to one. Exact positions and
+sizes are drawn from a seed, within bounds that keep size and relation unambiguous:
 
-- every shape fits the square of half side r; large r is 13 to 14 px, small r 9.5 to 10.5 px;
-- along the axis of the relation the objects stand near a quarter and three quarters of the
-  picture, at least 1 px apart; across it near its middle; each is moved by up to 3 px both ways;
-- so their centres differ across it by less than half of their distance along it.
+- every shape fits a square of half side r; large r is 13 to 14 px, small r 9.5 to 10.5 px;
+- along the axis of the relation, objects are near a quarter and three quarters of the image, at least
+  1 px apart; across it, near the middle; each is shifted by up to 3 px both ways;
+- so across the axis their centres differ by less than half of their distance along it.
 
-Splits: a scene belongs to one split for ever, by a hash of its attributes, whatever the seed. Four
-of the 40 colour-shape pairs are never drawn for training or validation; every scene with one of
-them is in the test split (`is_held_out`).
+A hash of its attributes assigns a scene to a split, whatever the seed. Four of the 40 colour-shape pairs
+are not in training or validation; all scenes with one of them are in the test split (`is_held_out`).
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZES = ("large", "small")
-# Of six, captions of a pair that training never shows came out right in two thirds (docs/experiments.md).
+# With only six colours, two thirds of captions with an unseen pair were right (docs/experiments.md).
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 70),
@@ -45,33 +43,33 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "above")
-# As captions say them, in equally many words: what follows then has the same place in all captions.
-# Where it had not, stage 1 told everything but the relation (docs/experiments.md).
+# Phrases have equally many words, so that later words have the same position in all captions.
+# Otherwise stage 1 learned everything but the relation (docs/experiments.md).
 PHRASES = {"left of": "left of", "above": "just above"}
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 
 HELD_OUT = frozenset(
     [("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")]
 )
-"""Colour-shape pairs that only the test split has; each colour and shape is seen in others."""
+"""Colour-shape pairs that only the test split has; each colour and shape occurs in training."""
 
-SIDE = 64  # of the picture, in pixels
+SIDE = 64  # of the image, in pixels
 RADIUS = {"large": (13.0, 14.0), "small": (9.5, 10.5)}
 MARGIN = 1.0  # between an object and the edge
-GAP = 1.0  # least distance of the objects along the relation's axis
-APART = 31.0  # distance of the places that the objects' centres are near to
-JITTER = 3.0  # at most, of a centre, both ways
-SUPERSAMPLING = 4  # the picture is drawn this much larger, then averaged: smooth edges
+GAP = 1.0  # least distance between objects along the relation's axis
+APART = 31.0  # distance between the objects' centres before jitter
+JITTER = 3.0  # largest shift of a centre, both ways
+SUPERSAMPLING = 4  # drawn this much larger, then averaged, for antialiasing
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-# Out of 20 parts of the scenes without a held-out pair: 17 train, 1 validation, 2 test.
+# Of 20 parts of the scenes without a held-out pair: 17 train, 1 validation, 2 test.
 _PARTS: tuple[Split, ...] = ("train",) * 17 + ("validation",) + ("test",) * 2
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object of a scene, by its words."""
+    """An object of a scene."""
 
     size: str
     colour: str
@@ -83,7 +81,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a caption says: `first` is left of, or above, `second`."""
+    """The content of a caption: `first` is left of, or above, `second`."""
 
     first: Object
     second: Object
@@ -95,7 +93,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The one caption of a scene; `parse` is its exact inverse."""
+    """The caption of a scene; `parse` is the exact inverse."""
     return _sentence(scene, PHRASES[scene.relation])
 
 
@@ -115,7 +113,7 @@ _CAPTION = re.compile(
 
 
 def parse(text: str) -> Scene | None:
-    """The scene that a caption tells of, or None where the text is not of the grammar."""
+    """The scene of a caption, or None if the text is not in the grammar."""
     match = _CAPTION.fullmatch(text)
     if match is None:
         return None
@@ -132,15 +130,15 @@ def parse(text: str) -> Scene | None:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True when an object has a colour-shape pair that training never shows."""
+    """Whether an object has a colour-shape pair that is not in training."""
     return any((o.colour, o.shape) in HELD_OUT for o in (scene.first, scene.second))
 
 
 def split_of(scene: Scene) -> Split:
-    """The split that a scene belongs to: depends on the scene alone."""
+    """The split of a scene, which depends only on the scene."""
     if is_held_out(scene):
         return "test"
-    # Of the attributes, not of the caption: its wording may change, and no scene changes sides.
+    # Hashes the attributes, not the caption: new wording must not move scenes between splits.
     words = _sentence(scene, scene.relation)
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
@@ -148,9 +146,9 @@ def split_of(scene: Scene) -> Split:
 
 @cache
 def scenes_of(split: Split, held_out: bool = False) -> tuple[Scene, ...]:
-    """All scenes of a split, with a held-out pair or without, in a fixed order.
+    """All scenes of a split with or without a held-out pair, in a fixed order.
 
-    train 26,452, validation 1,549, test 3,103 without a held-out pair and 7,296 with one.
+    Train 26,452, validation 1,549, test 3,103 without a held-out pair and 7,296 with one.
     """
     objects = [Object(*words) for words in itertools.product(SIZES, COLOURS, SHAPES)]
     everything = itertools.product(objects, objects, RELATIONS, BACKGROUNDS)
@@ -159,10 +157,10 @@ def scenes_of(split: Split, held_out: bool = False) -> tuple[Scene, ...]:
 
 
 def sample(seed: int, n: int, split: Split = "train") -> list[Scene]:
-    """`n` scenes of a split in random order, the same for the same seed.
+    """`n` scenes of a split in a random order that depends on the seed.
 
-    No scene comes twice before all have come. In the test split every second scene (positions
-    1, 3, …) has a held-out colour-shape pair.
+    Scenes repeat only after all were used. In the test split every second scene (positions 1, 3, …) has
+    a held-out colour-shape pair.
     """
     if split != "test":
         return list(itertools.islice(_shuffled(seed, split, held_out=False), n))
@@ -182,32 +180,34 @@ def _shuffled(seed: int, split: Split, held_out: bool) -> Iterator[Scene]:
 
 
 def draw(scene: Scene, seed: int) -> Image.Image:
-    """The scene as an RGB picture of 64x64, antialiased; `seed` places its objects."""
+    """Draw the scene as an antialiased RGB image of 64x64; `seed` decides exact positions and sizes."""
     scale = SUPERSAMPLING
     picture = Image.new("RGB", (SIDE * scale, SIDE * scale), BACKGROUNDS[scene.background])
-    pencil = ImageDraw.Draw(picture)
-    for thing, (x, y, r) in zip((scene.first, scene.second), places(scene, seed), strict=True):
+    canvas = ImageDraw.Draw(picture)
+    for thing, (x, y, r) in zip(
+        (scene.first, scene.second), object_positions(scene, seed), strict=True
+    ):
         outline = [(scale * (x + r * u), scale * (y + r * v)) for u, v in _outline(thing.shape)]
-        pencil.polygon(outline, fill=COLOURS[thing.colour])
+        canvas.polygon(outline, fill=COLOURS[thing.colour])
     return picture.reduce(scale)
 
 
-def places(scene: Scene, seed: int) -> list[tuple[float, float, float]]:
-    """Centre and half side (x, y, r) of both objects as `draw` places them, in pixels."""
+def object_positions(scene: Scene, seed: int) -> list[tuple[float, float, float]]:
+    """Centre and half side (x, y, r) of both objects in `draw`, in pixels."""
     rng = np.random.default_rng(seed)
-    found = []
+    positions = []
     radii = [rng.uniform(*RADIUS[thing.size]) for thing in (scene.first, scene.second)]
     for anchor, r in zip((SIDE / 2 - APART / 2, SIDE / 2 + APART / 2), radii, strict=True):
         room = min(JITTER, SIDE / 2 - APART / 2 - MARGIN - r, (APART - GAP - sum(radii)) / 2)
         along = anchor + rng.uniform(-room, room)
         across = SIDE / 2 + rng.uniform(-JITTER, JITTER)
-        found.append((along, across, r) if scene.relation == "left of" else (across, along, r))
-    return found
+        positions.append((along, across, r) if scene.relation == "left of" else (across, along, r))
+    return positions
 
 
 @cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Corners of a shape in the square [-1, 1] x [-1, 1], y downwards."""
+    """Corners of a shape in [-1, 1] x [-1, 1], y downwards."""
     if shape == "circle":
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         return tuple(zip(np.cos(angles).tolist(), np.sin(angles).tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""How much of a scene a caption says, or a picture shows, attribute by attribute.
+"""Scores captions and images of scenes by attribute.
 
-A scene has five attributes. Size, colour and shape count twice, once for each object; the relation
-and the background once. A picture is scored by what `judge.read` reads of it.
+A scene has five attributes: size, colour and shape of each of its two objects, the relation and the
+background. Images are scored by the reading of `judge.read`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ ATTRIBUTES = ("size", "colour", "shape", "relation", "background")
 
 
 def score_captions(scenes: Sequence[Scene], captions: Sequence[str | None]) -> dict[str, Any]:
-    """`exact_match`: share of captions that are the scene's own; `attributes`: accuracy of each.
+    """`exact_match`: the share of exactly right captions; `attributes`: the accuracy of each attribute.
 
-    A caption outside the grammar is never exact, but is read for its attributes (`read_caption`);
-    None, a caption that failed, has every attribute wrong.
-
-    Raises DataError without scenes, ValueError where the lengths differ.
+    A caption outside the grammar is not exact, but its attributes are read (`read_caption`). None, for a
+    failed caption, has all attributes wrong. Raises DataError without scenes, ValueError if the lengths
+    differ.
     """
     accuracies = _accuracies(scenes, [read_caption(caption or "") for caption in captions])
     pairs = zip(scenes, captions, strict=True)
@@ -45,21 +44,21 @@ def score_captions(scenes: Sequence[Scene], captions: Sequence[str | None]) -> d
 def score_pictures(
     scenes: Sequence[Scene], pictures: Sequence[NDArray[np.uint8]]
 ) -> dict[str, float]:
-    """What the judge reads of pictures, uint8 `[64 64 3]`, scored by `score_readings`."""
+    """Read images, uint8 `[64 64 3]`, with the judge and score the readings (`score_readings`)."""
     return score_readings(scenes, [read(picture) for picture in pictures])
 
 
 def score_readings(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, float]:
-    """The accuracy of each attribute, and `attributes`: the mean over the five.
+    """The accuracy of each attribute, and their mean as `attributes`.
 
-    Raises DataError without scenes, ValueError where the lengths differ.
+    Raises DataError without scenes, ValueError if the lengths differ.
     """
     accuracies = _accuracies(scenes, readings)
     return {"attributes": _mean(accuracies.values()), **accuracies}
 
 
 def agreement(scene: Scene, reading: Reading) -> dict[str, float]:
-    """Share of each attribute that was read as it is: 0, 0.5 or 1 for those of both objects."""
+    """The share of each attribute that is right: 0, 0.5 or 1 for attributes of both objects."""
     shares = {}
     for name in ("size", "colour", "shape"):
         true = (getattr(scene.first, name), getattr(scene.second, name))
@@ -70,19 +69,19 @@ def agreement(scene: Scene, reading: Reading) -> dict[str, float]:
 
 
 def read_caption(caption: str) -> Reading:
-    """What a caption says, also where the strict grammar refuses it.
+    """Read the attributes of a caption, also outside the grammar.
 
-    The relation parts the words of the first object from those of the second. Without it (or with
-    several) the words go by their order: the first of a kind to the first object, the rest to the
-    second. An object with no word of a kind, or with more than one, has none.
+    Words before the relation belong to the first object, words after it to the second. Without exactly
+    one relation, the first word of a kind belongs to the first object, the rest to the second. An object
+    without exactly one word of a kind has None.
     """
     relations = list(re.finditer(rf"\b({'|'.join(RELATIONS)})\b", caption))
     relation = relations[0][0] if len(relations) == 1 else None
 
     def pair(choices: Collection[str]) -> Pair:
         if relation is None:
-            said = _words(caption, choices)
-            return _only(said[:1]), _only(said[1:])
+            words = _words(caption, choices)
+            return _only(words[:1]), _only(words[1:])
         before, after = caption[: relations[0].start()], caption[relations[0].end() :]
         return _only(_words(before, choices)), _only(_words(after, choices))
 
@@ -100,7 +99,7 @@ def _only(words: Sequence[str]) -> str | None:
 
 def _accuracies(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, float]:
     if not scenes:
-        raise DataError("there is no scene to score: an accuracy needs at least one")
+        raise DataError("no scenes to score: an accuracy needs at least one")
     shares = [agreement(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
     return {name: _mean(share[name] for share in shares) for name in ATTRIBUTES}
 

@@ -1,10 +1,8 @@
-"""A small web on loopback: a folder of images, and the ways in which the real web goes wrong.
+"""A web server on loopback for the demo and the tests: a folder of images, and typical web errors.
 
-    with serve(folder) as web:
-        web.url("images/scene-000000.png")
-        web.hostile("slow")
-
-The demo ingests from it, the tests too; nothing leaves the machine.
+with serve(folder) as web:
+    web.url("images/scene-000000.png")
+    web.hostile("slow")
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from pipelines.tiny_world import scenes
 from vlv_model.errors import RunError
 
 HOST = "127.0.0.1"
-USUAL_PORT = 38471
-PORT_FILE = ".port"  # in the served folder: the port of last time
-STALL_SECONDS = 60.0  # what /hostile/slow waits, unless the server is closed before
-LARGE_BYTES = 4 << 30  # what /hostile/large says that it will send
+DEFAULT_PORT = 38471
+PORT_FILE = ".port"  # in the served folder: the last port
+STALL_SECONDS = 60.0  # delay of /hostile/slow, unless the server is closed before
+LARGE_BYTES = 4 << 30  # Content-Length of /hostile/large
 
 
 class Web:
-    """A running server; `requests` counts what was asked, by path."""
+    """A running server; `requests` counts requests by path."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder = folder.resolve()
@@ -48,7 +46,7 @@ class Web:
         self.base_url = f"http://{HOST}:{self.server.server_address[1]}"
 
     def url(self, path: str) -> str:
-        """URL of a file of the folder, by its path in it."""
+        """URL of a file, by its path in the folder."""
         return f"{self.base_url}/{quote_path(path)}"
 
     def hostile(self, name: str) -> str:
@@ -59,17 +57,17 @@ class Web:
 
 
 def quote_path(path: str) -> str:
-    """A path as a URL spells it; names that are not UTF-8 keep their bytes."""
+    """Quote a path for a URL; names that are not UTF-8 keep their bytes."""
     return quote(path, errors="surrogateescape")
 
 
 @contextmanager
 def serve(folder: str | Path, port: int | None = None, keep_port: bool = False) -> Iterator[Web]:
-    """Serve `folder` on 127.0.0.1 from threads of this process until the block is left.
+    """Serve `folder` on 127.0.0.1 from threads of this process for the duration of the block.
 
-    Without `port` it is the port of last time, so that URLs of an earlier run stay good, or the
-    usual one, so that they are the same on every machine, or a free one where that is taken; `port=0` always takes a free one. `keep_port`
-    is for a folder whose URLs are in use already: RunError where last time's port cannot be had.
+    Without `port`, uses the folder's last port, so that earlier URLs stay valid; else the default port;
+    else a free one. `port=0` takes a free port. With `keep_port`, raises RunError if the last port is
+    unknown or taken.
     """
     folder = Path(folder)
     web = _open(folder, port, keep_port)
@@ -90,9 +88,9 @@ def _open(folder: Path, port: int | None, keep_port: bool) -> Web:
         return Web(folder, port)
     last = _last_port(folder)
     if keep_port and not last:
-        raise RunError(f"{folder / PORT_FILE} does not tell the earlier port: remove {folder}")
+        raise RunError(f"{folder / PORT_FILE} has no valid port: remove {folder}")
     try:
-        return Web(folder, last or USUAL_PORT)
+        return Web(folder, last or DEFAULT_PORT)
     except OSError:
         if keep_port:
             raise RunError(
@@ -103,7 +101,7 @@ def _open(folder: Path, port: int | None, keep_port: bool) -> Web:
 
 
 def _last_port(folder: Path) -> int:
-    """The port of last time; 0, which stands for any free one, where none is remembered."""
+    """The folder's last port; 0 if unknown."""
     try:
         port = int((folder / PORT_FILE).read_text())
     except (OSError, ValueError):
@@ -116,10 +114,10 @@ def _last_port(folder: Path) -> int:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # otherwise each response waits 40 ms for an acknowledgement
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet: the job's own output is what a user reads."""
+        """Log nothing, so as not to clutter the job's output."""
 
     def answer(self, web: Web) -> None:
         path = unquote(urlsplit(self.path).path, errors="surrogateescape")
@@ -129,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
                 answer(self, web)
             else:
                 self.send_file(web.folder, path)
-        except (BrokenPipeError, ConnectionResetError):  # the client has had enough
+        except (BrokenPipeError, ConnectionResetError):  # the client closed the connection
             self.close_connection = True
 
     def send_file(self, folder: Path, path: str) -> None:
@@ -152,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @cache
 def _jpeg() -> bytes:
-    """A sound picture of the tiny world, for answers that go wrong around it."""
+    """A valid image, for responses with other errors."""
     file = BytesIO()
     (scene,) = scenes.sample(0, 1)
     scenes.draw(scene, 0).save(file, "JPEG", quality=95)
@@ -207,4 +205,4 @@ HOSTILE: dict[str, Callable[[_Handler, Web], None]] = {
     "large": _large,
     "slow": _slow,
 }
-"""Answers under /hostile/, by name: what the open web sends in place of an image."""
+"""Responses under /hostile/, by name: what the web sends instead of an image."""

@@ -1,13 +1,13 @@
 """Training checkpoints: trained weights and the optimiser's state, by the names of the parameters.
 
     <run_dir>/checkpoints/step-00001000/
-        model.safetensors      trainable weights, float32: under bfloat16 the masters
-        optimizer.safetensors  AdamW's two moments of each of them
+        model.safetensors      trainable weights, float32 (under bfloat16: the master weights)
+        optimizer.safetensors  AdamW's two moments of each weight
         checkpoint.json        step, rows seen, settings, base models, parent, digests
 
-A checkpoint is written beside its place and renamed, so it is there whole or not at all. The
-schedule, the position in the data and all random draws follow from the step, so that is all there
-is to save. Nothing in it depends on the number of workers or the ZeRO stage.
+A checkpoint is written to a temporary folder and renamed, so it is either complete or absent. The
+schedule, the position in the data and all random draws follow from the step, so nothing else needs
+saving. Nothing in a checkpoint depends on the number of workers or the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -41,40 +41,39 @@ def save(
     moments: Mapping[str, Tensor],
     keep: int,
 ) -> Path:
-    """Write a checkpoint from gathered tensors, then drop all but the `keep` newest."""
+    """Write a checkpoint from gathered tensors, then delete all but the `keep` newest."""
     from vlv_model.checkpoints.weights import save_checkpoint
 
     folder = run_dir / FOLDER / checkpoint_name(metadata.step)
-    shutil.rmtree(folder, ignore_errors=True)  # only one that was not finished is written again
+    shutil.rmtree(folder, ignore_errors=True)  # an unfinished one of an earlier attempt
     save_checkpoint(folder, model, metadata, weights, more_files={OPTIMIZER_FILE: moments})
     prune(run_dir, keep)
     return folder
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Drop all checkpoints but the `keep` newest finished ones."""
+    """Delete all checkpoints but the `keep` newest finished ones."""
     kept = list(finished_checkpoints(run_dir))[:keep]
     for other in (run_dir / FOLDER).glob("step-*"):
         if other not in kept:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def drop_unwritten(run_dir: Path) -> None:
-    """Drop what was being written when its process was killed.
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete temporary folders that killed processes left behind.
 
-    At the start of a training alone: a rank of a killed job may live on for seconds and save, and
-    must not take away what its successor is writing.
+    Called only when a run starts: a rank of a killed job may live on for seconds and save, and must
+    not delete what the new job is writing.
     """
     for folder in (run_dir / FOLDER).glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_optimizer(engine: Any, folder: Path) -> None:
-    """Restore the optimiser of a fresh engine from a checkpoint, at any world size and ZeRO stage.
+    """Restore the optimiser of a new engine from a checkpoint, at any world size and ZeRO stage.
 
-    The module's weights were loaded before, strictly, and the files held against their digests
-    (`verify_checkpoint`). Raises CheckpointError where the optimiser's file is missing or not of
-    the parameters that are trained here.
+    The caller has loaded the module's weights and verified the files (`verify_checkpoint`). Raises
+    CheckpointError when the optimiser's file is missing or does not match the trainable parameters.
     """
     from pipelines.training import optimizer_state
     from vlv_model.checkpoints.weights import describe_mismatches
@@ -82,13 +81,13 @@ def load_optimizer(engine: Any, folder: Path) -> None:
     info = read_checkpoint(folder)
     if OPTIMIZER_FILE not in info.more_files:
         raise CheckpointError(
-            f"'{folder}' has no {OPTIMIZER_FILE}: a run cannot be continued from it; start a new "
-            f"one with model.path={folder}"
+            f"'{folder}' has no {OPTIMIZER_FILE}, so no run can continue from it: start a new one "
+            f"with model.path={folder}"
         )
     file = folder / OPTIMIZER_FILE
     with open_tensors(folder / WEIGHTS_FILE) as weights, open_tensors(file) as states:
         expected = {
-            optimizer_state.state_name(name, moment): optimizer_state.whole_shape(parameter)
+            optimizer_state.moment_name(name, moment): optimizer_state.full_shape(parameter)
             for name, parameter in optimizer_state.trainable(engine.module)
             for moment in optimizer_state.MOMENTS
         }

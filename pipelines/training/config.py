@@ -1,4 +1,4 @@
-"""Settings of the two training stages; one place for each, the same names in both."""
+"""Settings of the two training stages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ImageData(Config):
         0.02,
         gt=0,
         lt=1,
-        description="share of the images that is never trained on but evaluated; chosen by a hash "
-        "of `key`, so it stays the same in every job and rerun",
+        description="share of the images held out for evaluation; chosen by a hash of `key`, so it "
+        "is the same in every job and rerun",
     )
     validation: InputPlace | None = Field(
         None,
-        description="images to make samples of, in any layout that recaption reads (a folder of "
-        "files); default: held-out ones of data.input",
+        description="images for the samples, in any layout that recaption reads (for example a "
+        "folder of files); default: held-out images of data.input",
     )
 
 
@@ -37,8 +37,8 @@ class Stage1Data(ImageData):
 
     latents: InputPlace | None = Field(
         None,
-        description="table of latents that jobs/precompute.py made of data.input: the VAE is then "
-        "not loaded; default: the VAE runs in every step",
+        description="latents of data.input, written by jobs/precompute.py; the VAE is then not "
+        "loaded; default: the VAE runs in every step",
     )
 
 
@@ -47,118 +47,115 @@ class PairData(ImageData):
 
     captions: InputPlace | None = Field(
         None,
-        description="table of captions to join to data.input; default: data.input has them itself",
+        description="table of captions to join to data.input; default: data.input has the captions",
     )
-    caption_column: str = Field("caption", description="name of the column of captions")
+    caption_column: str = Field("caption", description="name of the caption column")
     join_on: Literal["key", "url"] = Field(
-        "key", description="how data.captions names its images: by our `key`, or by URL"
+        "key", description="column that joins data.captions to data.input"
     )
     output: OutputPlace | None = Field(
-        None, description="where the joined pair table is written; default: <run_dir>/pairs"
+        None, description="folder of the joined pair table; default: <run_dir>/pairs"
     )
 
 
 class TrainConfig(Config):
-    """The optimisation: length, batch, schedule, precision, sharding, checkpoints."""
+    """Optimisation: length, batch size, schedule, precision, sharding, checkpoints."""
 
     steps: int = Field(200_000, ge=1, description="optimiser updates of the whole run")
-    global_batch_size: int = Field(512, ge=1, description="rows of one update, over all workers")
+    global_batch_size: int = Field(512, ge=1, description="rows per update, over all workers")
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="rows that one worker passes through the model at once; the rest of the "
-        "global batch is accumulated; default: all of the worker's rows, and what it was at first "
-        "where a run is continued",
+        description="rows in one forward and backward pass of a worker; gradients of several are "
+        "accumulated; default: all rows of a worker; a continued run keeps its first value",
     )
     num_workers: PoolSize = Field(
         1,
-        description="workers (one per GPU); [least, most]: as many as the cluster has, and fewer "
-        "rather than none where machines are lost",
+        description="workers, one per GPU; [least, most]: as many as the cluster has room for; the "
+        "run goes on with fewer when machines are lost",
     )
     use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
     cpus_per_worker: int = Field(
-        1, ge=1, description="CPUs reserved for each worker, and its threads that read rows"
+        1, ge=1, description="CPUs reserved per worker; also its number of reading threads"
     )
     readers: int = Field(
         0,
         ge=0,
-        description="processes of one CPU each, on whatever machines have one, that read, decode and "
-        "crop rows for one worker; 0: its own threads do",
+        description="processes per worker, one CPU each, on any machine, that read, decode and crop "
+        "rows; 0: the worker's own threads do it",
     )
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     pretrained_rate: float = Field(
         1.0,
         gt=0,
-        description="learning rate of pretrained weights, as a share of learning_rate; queries and "
-        "projectors, which start random, take the whole",
+        description="learning rate of pretrained weights, as a fraction of learning_rate; randomly "
+        "initialised ones (queries, projectors) use learning_rate itself",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="fall of the learning rate to zero over exactly `steps`"
+        "cosine", description="decay of the learning rate to zero over exactly `steps`"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear rise before the fall")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the decay")
     betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's two decay rates")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(
-        1.0, ge=0, description="gradient norm is clipped to this; 0: never"
+        1.0, ge=0, description="clip the gradient norm to this; 0: no clipping"
     )
     precision: Precision = Field(
         "float32",
-        description="arithmetic; bfloat16 keeps float32 master weights and, with zero_stage of 2 or "
-        "3, sums gradients in float32",
+        description="compute precision; bfloat16 keeps float32 master weights and, with zero_stage "
+        "2 or 3, accumulates gradients in float32",
     )
     tf32: bool = Field(
         False,
-        description="on CUDA, products and convolutions of what stays float32 in TF32, with 10 bits "
-        "of mantissa",
+        description="on CUDA, use TF32 (10 bits of mantissa) for float32 matrix products and "
+        "convolutions",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(
         False,
-        description="AdamW's moments and float32 master weights in the CPUs' memory, where they are "
-        "updated; needs ZeRO",
+        description="keep AdamW's moments and the float32 master weights in CPU memory and update "
+        "them there; needs zero_stage 1, 2 or 3",
     )
     activation_checkpointing: bool = Field(
         False,
-        description="activations are computed again in the backward pass instead of being kept: less "
-        "memory, slower",
+        description="recompute activations in the backward pass: less memory, slower",
     )
     compile: bool = Field(
         False,
-        description="torch.compile builds the models' blocks when they first run, which takes "
-        "minutes at each start; needs a C compiler (and for CUDA Python's headers) on the workers, and "
-        "zero_stage of at most 2",
+        description="compile the models' blocks with torch.compile, which takes minutes at each "
+        "start; needs a C compiler (for CUDA also Python's headers) on the workers and zero_stage of "
+        "at most 2",
     )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the row order, noise, timesteps and dropout"
     )
     eval_every: int = Field(2_000, ge=1, description="steps between evaluations on the holdout")
-    eval_rows: int = Field(512, ge=1, description="held-out rows of an evaluation, at most")
+    eval_rows: int = Field(512, ge=1, description="most held-out rows per evaluation")
     samples: int = Field(
         4,
         ge=0,
-        description="images, held-out ones or those of data.validation, that the first checkpoint "
-        "after an evaluation reconstructs (stage 1) or captions (stage 2), for W&B and "
-        "<run_dir>/samples, in a task of one CPU beside the training; 0: none",
+        description="images (held-out, or from data.validation) that the first checkpoint after each "
+        "evaluation reconstructs (stage 1) or captions (stage 2), for W&B and <run_dir>/samples; made "
+        "in a one-CPU task during training; 0: none",
     )
     checkpoint_every: int = Field(1_000, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     max_failures: int = Field(
         10,
         ge=0,
-        description="lost workers after which the job gives up; machines that were called back "
-        "with a notice do not count",
+        description="lost workers after which the job gives up; preempted machines do not count",
     )
     prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto",
-        description="Weights & Biases; auto: online where there is an API key (WANDB_API_KEY, or "
-        "`wandb login`), else offline; WANDB_MODE in the environment wins, but for disabled",
+        description="Weights & Biases; auto: online with an API key (WANDB_API_KEY or `wandb "
+        "login`), else offline; WANDB_MODE in the environment overrides it, unless disabled",
     )
     wandb_project: str = Field("vlv", min_length=1, description="project at Weights & Biases")
     wandb_name: str | None = Field(
         None,
         min_length=1,
-        description="name of the run at Weights & Biases; default: stage and folder's name",
+        description="name of the run at Weights & Biases; default: stage and folder name",
     )
 
     @field_validator("betas")
@@ -185,8 +182,8 @@ class TrainConfig(Config):
             raise ValueError("train.offload_optimizer needs train.zero_stage of 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise ValueError(
-                "train.compile needs train.zero_stage of 0, 1 or 2: stage 3 takes a block's weights "
-                "away between its runs"
+                "train.compile needs train.zero_stage of 0, 1 or 2: stage 3 releases a block's "
+                "weights between its runs"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(
@@ -208,28 +205,26 @@ class TrainConfig(Config):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one update, over all workers."""
+        """Micro-batches per update, over all workers."""
         return self.global_batch_size // self.rows_at_once
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches that one worker adds up for one update; on some, the last may be empty."""
+        """Micro-batches that each worker accumulates per update; some workers' last may be empty."""
         return -(-self.micro_batches // world_size)
 
 
 class Stage2TrainConfig(TrainConfig):
-    """Stage 2 with the reference's defaults (spec: 100,000 × 64, AdamW 1e-5, linear)."""
+    """Stage 2 with the defaults of the reference implementation."""
 
     steps: int = Field(100_000, ge=1, description="optimiser updates of the whole run")
-    global_batch_size: int = Field(64, ge=1, description="rows of one update, over all workers")
+    global_batch_size: int = Field(64, ge=1, description="rows per update, over all workers")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "linear", description="fall of the learning rate to zero over exactly `steps`"
+        "linear", description="decay of the learning rate to zero over exactly `steps`"
     )
-    trainable: Trainable = Field(
-        "projector+llm+encoder", description="what is trained beside the language projector"
-    )
+    trainable: Trainable = Field("projector+llm+encoder", description="parts that are trained")
     max_caption_tokens: int = Field(
-        300, ge=2, description="caption tokens with the end-of-text; longer captions are cut"
+        300, ge=2, description="most caption tokens, end-of-text included; longer captions are cut"
     )
     lora: Lora = Lora()
 
@@ -238,13 +233,13 @@ class Stage2TrainConfig(TrainConfig):
         if self.lora.rank and self.trainable == "projector":
             raise ValueError(
                 f"train.lora.rank={self.lora.rank} needs train.trainable of projector+llm or "
-                "projector+llm+encoder: with projector the language model stays as it is"
+                "projector+llm+encoder: with projector the language model is frozen"
             )
         return self
 
 
 class Stage1Config(Config):
-    """Everything that `jobs/stage1.py` needs to know."""
+    """All settings of `jobs/stage1.py`."""
 
     data: Stage1Data
     run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")
@@ -254,7 +249,7 @@ class Stage1Config(Config):
 
 
 class Stage2Config(Config):
-    """Everything that `jobs/stage2.py` needs to know."""
+    """All settings of `jobs/stage2.py`."""
 
     data: PairData
     run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")

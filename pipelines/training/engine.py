@@ -1,4 +1,4 @@
-"""The model under DeepSpeed, and what DeepSpeed leaves to us without ZeRO: norm and clipping."""
+"""Wraps a model in DeepSpeed; without ZeRO, also computes and clips the gradient norm."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from pipelines.training.config import TrainConfig
 from pipelines.training.deepspeed_config import deepspeed_config
 from pipelines.training.optimizer import build_optimizer
-from pipelines.training.optimizer_state import begin, trainable
+from pipelines.training.optimizer_state import initialize_state, trainable
 from pipelines.training.stages import Stage
 
 
 def start_engine(stage: Stage, train: TrainConfig, world_size: int) -> Any:
-    """DeepSpeed's engine around the stage's model, which is on its device already, at step 0."""
+    """Return a DeepSpeed engine for the stage's model, which is already on its device."""
     import deepspeed
 
     optimizer = build_optimizer(stage, train)
@@ -26,16 +26,16 @@ def start_engine(stage: Stage, train: TrainConfig, world_size: int) -> Any:
         config=deepspeed_config(train, world_size),
         dist_init_required=False,
     )
-    begin(engine)
+    initialize_state(engine)
     return engine
 
 
 @torch.no_grad()
 def clip_gradients(engine: Any, max_norm: float) -> float:
-    """Without ZeRO: the norm of the whole gradient, which is then scaled to `max_norm` (0: never).
+    """Without ZeRO: scale the gradients to a norm of at most `max_norm` (0: no clipping).
 
-    Called behind the last backward pass of an update, when DeepSpeed has averaged the gradients.
-    The norm is taken in float32 whatever the gradients are. One that is not finite is left as it is.
+    Returns the norm before clipping, computed in float32. Called after the last backward pass of an
+    update, when DeepSpeed has averaged the gradients. Gradients with a non-finite norm are not scaled.
     """
     gradients = [p.grad for _, p in trainable(engine.module) if p.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]

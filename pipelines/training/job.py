@@ -1,4 +1,4 @@
-"""A training job from its settings to its result: checks, Ray Train, and the loop on its workers."""
+"""A training job: checks on the driver, Ray Train, and the training loop on the workers."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
-    """Run a stage to its end, or continue it where it was killed; returns its result.
+    """Run a stage, or continue one that was interrupted, to its last step; returns the result.
 
-    The result holds `loss_before` and `loss_after` (held-out; none where those rows are gone), `steps`,
-    `rows_seen`, `checkpoint`, `columns_read` (of the table). Raises DataError, CheckpointError, RunError for what the user has to mend.
+    The result has `loss_before` and `loss_after` (held-out; None when all held-out rows were removed),
+    `steps`, `rows_seen`, `checkpoint` and `columns_read`. Raises DataError, CheckpointError or RunError
+    for what the user has to fix.
     """
     if config.ray.in_process:
         raise RunError(
-            "ray.address=in-process: workers of a training are started by Ray: leave ray.address out for a "
-            "Ray of the job's own, or give a running cluster"
+            "ray.address=in-process cannot train, since Ray starts the workers: leave ray.address out "
+            "to start Ray for this job, or give the address of a running cluster"
         )
     run = open_run(config)
     config, run_dir = run.config, Path(run.config.run_dir)
@@ -50,7 +51,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
             print(f"{run_dir} is finished: nothing to train")
             return read_json_object(run_dir / run_folder.RESULT)
         rows, held_out = run.rows
-        kept_rows.keep(run_dir, run.keys, config.data.input)
+        kept_rows.save_keys(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, run.checkpoint)
         with ray_session(config.ray) as cluster:
@@ -62,24 +63,24 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A training as it stands before any model is loaded."""
+    """A training run before its models are loaded."""
 
     config: Stage1Config | Stage2Config
     model: ModelConfig
-    checkpoint: Path | None  # what it starts from
+    checkpoint: Path | None  # the checkpoint it starts from
     files: list[Path]
-    rows: tuple[RowIndex, RowIndex]  # trained on, held out
-    keys: np.ndarray  # int64 [n], of all rows that the run began with
+    rows: tuple[RowIndex, RowIndex]  # training rows, held-out rows
+    keys: np.ndarray  # int64 [n], keys of all rows that the run began with
     identity: dict[str, Any]
 
 
 def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
-    """Look at data, models and run folder; nothing is written. Raises what `train` does."""
+    """Check data, models and run folder without writing anything. Raises what `train` does."""
     run_dir = Path(config.run_dir)
-    config = run_folder.settle(config, run_dir)
-    there = run_folder.recorded(run_dir)
+    config = run_folder.with_micro_batch_size(config, run_dir)
+    recorded = run_folder.recorded(run_dir)
     parts = run_folder.parts_read(config)
-    model, checkpoint = config.model.resolve(parts, run_folder.base_models(there))
+    model, checkpoint = config.model.resolve(parts, run_folder.base_models(recorded))
     run_folder.check_start(config, checkpoint)
     if config.data.validation:
         run_folder.check_validation(config.data.validation)
@@ -87,19 +88,22 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     size = sum(file.stat().st_size for file in files)
     index = RowIndex.open(files, columns)
-    left = kept_rows.go_on(run_dir, there, config.data.input, config.data.holdout, index, size)
-    rows = split(left.rows, config.data.holdout, left.keys)
+    run_rows = kept_rows.rows_of_run(
+        run_dir, recorded, config.data.input, config.data.holdout, index, size
+    )
+    rows = split(run_rows.rows, config.data.holdout, run_rows.keys)
     if isinstance(config, Stage1Config) and config.data.latents:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
-    identity = run_folder.identity(config, model, checkpoint, files, rows, there) | left.identity
-    run_folder.check_free(run_dir, identity)  # before a stranger's folder gets a lock file
-    return OpenedRun(config, model, checkpoint, files, rows, left.keys, identity)
+    identity = run_folder.identity(config, model, checkpoint, files, rows, recorded)
+    identity |= run_rows.identity
+    run_folder.check_free(run_dir, identity)  # before a lock file is written into it
+    return OpenedRun(config, model, checkpoint, files, rows, run_rows.keys, identity)
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
-    """Print a result's figures and where the run lies."""
-    before, after = (_figure(result[name]) for name in ("loss_before", "loss_after"))
+    """Print a result and the folder of the run."""
+    before, after = (_format_loss(result[name]) for name in ("loss_before", "loss_after"))
     print(
         f"held-out loss {before} → {after} after "
         f"{result['steps']:,} steps ({result['rows_seen']:,} rows)"
@@ -109,25 +113,25 @@ def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
         print(f"samples: {pages[-1]}")
 
 
-def _figure(loss: float | None) -> str:
-    return "none (its rows are gone)" if loss is None else f"{loss:.4f}"
+def _format_loss(loss: float | None) -> str:
+    return "none (all held-out rows were removed)" if loss is None else f"{loss:.4f}"
 
 
 def split(
-    index: RowIndex, holdout: float, began: np.ndarray | None = None
+    index: RowIndex, holdout: float, initial_keys: np.ndarray | None = None
 ) -> tuple[RowIndex, RowIndex]:
-    """(training rows, held-out rows); neither may be empty.
+    """Split rows into (training rows, held-out rows).
 
-    But of what is left of the rows that a run `began` with (keys, int64 `[n]`), all held-out ones may
-    be gone.
+    Raises DataError when either is empty. With `initial_keys`, int64 `[n]`, the keys that the run began
+    with, all held-out rows may have been removed since.
     """
     mask = in_holdout(index.keys, holdout)
-    held = mask if began is None else in_holdout(began, holdout)
-    if mask.all() or not held.any():
+    initial_mask = mask if initial_keys is None else in_holdout(initial_keys, holdout)
+    if mask.all() or not initial_mask.any():
         side = "training" if mask.all() else "held-out"
         raise DataError(
-            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: give more "
-            "rows or another share (of a run whose rows were all taken down: begin another run_dir)"
+            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: add rows or "
+            "choose another share; if all rows of a run were taken down, choose a new run_dir"
         )
     return index.select(~mask), index.select(mask)
 
@@ -155,15 +159,17 @@ def _fit(
     check_resources(config.ray, cluster, needed, f"train.num_workers={train.num_workers}")
     run_folder.tidy(run_dir, train.keep_checkpoints)
     if not isinstance(train.num_workers, int):
-        # A lost machine still counts as ready for a moment: soon after, ask for fewer (Ray: 60 s).
+        # Ray counts a lost machine as available for a while: retry with fewer soon (default 60 s).
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
-    # On the driver's machine, as Ray Train's controller: any other may go. What a queue that was
-    # killed held is lost, which nobody has to know.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    beside = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1}
-    beside |= {"max_task_retries": -1}
-    events, refusals = Queue(actor_options=beside), Queue(actor_options=beside)
+    # On the driver's node, like Ray Train's controller: other nodes may be lost. A restarted queue
+    # is empty, which costs only display.
+    driver_node = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    options = {"num_cpus": 0, "scheduling_strategy": driver_node, "max_restarts": -1}
+    options |= {"max_task_retries": -1}
+    events, fatal_errors = Queue(actor_options=options), Queue(actor_options=options)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -173,12 +179,12 @@ def _fit(
             "parent": str(parent) if parent else None,
             "files": files,
             "events": events,
-            "refusals": refusals,
+            "fatal_errors": fatal_errors,
         },
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
-            # A restart costs the steps since the last checkpoint: not for every machine that comes.
+            # Resizing costs the steps since the last checkpoint, so not for every new machine.
             elastic_resize_monitor_interval_s=300,
             resources_per_worker={
                 "CPU": train.cpus_per_worker,
@@ -195,8 +201,8 @@ def _fit(
     )
     with MetricsSink(events, run_dir, stage, dump(config), sampler):
         trainer.fit()
-    for queue in (events, refusals):
-        queue.shutdown(force=True)  # a graceful end would be tried again, without an end
+    for queue in (events, fatal_errors):
+        queue.shutdown(force=True)  # a graceful shutdown would be retried forever
 
 
 def _sampler(
@@ -205,71 +211,72 @@ def _sampler(
     train = config.train
     if not train.samples:
         return None
-    named = config.data.validation
-    shown = run_folder.validation_rows(run_dir, named) if named else holdout
-    if not len(shown):
+    validation = config.data.validation
+    rows = run_folder.validation_rows(run_dir, validation) if validation else holdout
+    if not len(rows):
         return None
     captions, column, max_tokens = False, None, 0
     if isinstance(config, Stage2Config):
         captions, max_tokens = True, config.train.max_caption_tokens
-        column = None if named else config.data.caption_column
-    made = samples.Samples(
+        column = None if validation else config.data.caption_column
+    task = samples.Samples(
         run_dir,
         model,
-        shown.select(np.arange(len(shown)) < train.samples),
+        rows.select(np.arange(len(rows)) < train.samples),
         captions=captions,
         caption_column=column,
         max_tokens=max_tokens,
-        isolated=bool(named),
+        isolated=bool(validation),
     )
-    return samples.Sampler(made, train.steps, train.use_gpu, config.ray.pinned())
+    return samples.Sampler(task, train.steps, train.use_gpu, config.ray.pinned())
 
 
 def _worker(loop: dict[str, Any]) -> None:
-    """What each worker of Ray Train runs: the training, unless its input was refused before.
+    """The function that each Ray Train worker runs.
 
-    A lost machine is worth another attempt, a bad row, a bad setting or a full GPU is not: Ray Train
-    restarts after each, so the second time says at once what the first one found.
+    Retrying helps after a lost machine, not after a bad row, a bad setting or a full GPU. Ray Train
+    restarts the workers after any error, so the second attempt raises the first one's error at once.
     """
-    train_or_refuse(loop, _train_on_worker)
+    run_unless_failed(loop, _train_on_worker)
 
 
-def train_or_refuse(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
-    """Have `work` done, unless it was refused before; `loop["refusals"]` is a queue of all workers."""
+def run_unless_failed(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
+    """Run `work`, or raise the error that an earlier attempt put into `loop["fatal_errors"]`.
+
+    That is a queue shared by all workers.
+    """
     import torch
 
-    refusals = loop["refusals"]
-    if not refusals.empty():
-        refused = refusals.get()
-        refusals.put(refused)  # for the other workers
-        raise refused
+    fatal_errors = loop["fatal_errors"]
+    if not fatal_errors.empty():
+        fatal = fatal_errors.get()
+        fatal_errors.put(fatal)  # for the other workers
+        raise fatal
     try:
         work(loop)
     except VLVError as error:
-        refusals.put(type(error)(str(error)))
+        fatal_errors.put(type(error)(str(error)))
         raise
     except torch.OutOfMemoryError as error:
-        refused = RunError(f"a GPU's memory is full ({one_line(error)}): {_relief(loop)}")
-        refusals.put(refused)
-        raise refused from error
+        fatal = RunError(f"GPU out of memory ({one_line(error)}): {_memory_advice(loop)}")
+        fatal_errors.put(fatal)
+        raise fatal from error
 
 
-def _relief(loop: dict[str, Any]) -> str:
-    """What takes less of a GPU's memory than the settings of a run, of what is not set yet."""
+def _memory_advice(loop: dict[str, Any]) -> str:
+    """The settings that would save GPU memory and are not set yet."""
     train = loop["config"]["train"]
     switches = ("activation_checkpointing", "offload_optimizer")
-    ways = [
-        f"set train.{name}=true (also in a run that has begun)"
-        for name in switches
-        if not train[name]
+    advice = [
+        f"set train.{name}=true (also to continue this run)" for name in switches if not train[name]
     ]
     if (size := train["micro_batch_size"]) > 1:
-        ways.append(f"begin a run with train.micro_batch_size below {size}")
-    return ", or ".join([*ways, "take larger GPUs"])
+        advice.append(f"start a new run with train.micro_batch_size below {size}")
+    return ", or ".join([*advice, "use larger GPUs"])
 
 
 def _train_on_worker(loop: dict[str, Any]) -> None:
-    # Imports are here, since only workers need them.
+    # Only workers need these imports.
     use_gpu = loop["config"]["train"]["use_gpu"]
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -280,27 +287,27 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
 
     from pipelines.training.loop import Worker
 
-    # torch's own default takes TF32 for convolutions, and not for matrices.
+    # torch's default uses TF32 for convolutions but not for matrix products.
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = loop["config"]["train"]["tf32"]
     if not use_gpu:
-        # An optional kernel for CPUs whose compilation takes half a minute on first use.
+        # An optional CPU kernel that takes half a minute to compile on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     context = ray.train.get_context()
     worker = Worker(
         context.get_world_rank(),
         context.get_world_size(),
         ray.train.torch.get_device(),
-        is_first_of_machine=context.get_local_rank() == 0,
+        is_first_on_machine=context.get_local_rank() == 0,
     )
     deepspeed.init_distributed(
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    run_worker(loop, worker, loop["events"].put, _machines_called_back)
+    run_worker(loop, worker, loop["events"].put, _preempted_nodes)
 
 
-def _machines_called_back() -> set[str]:
-    """Nodes of this training that will soon be gone (spot notices); the same set on all ranks."""
+def _preempted_nodes() -> set[str]:
+    """Ids of this run's nodes with a preemption notice (spot); the same set on all ranks."""
     import ray.train
 
     notice = ray.train.get_preemption_info()
@@ -311,11 +318,11 @@ def run_worker(
     loop: Mapping[str, Any],
     worker: Worker,
     emit: Callable[[dict[str, Any]], None],
-    called_back: Callable[[], set[str]],
+    preempted: Callable[[], set[str]],
 ) -> None:
-    """Train on one of the processes of a process group that stands already.
+    """Train in one process of an initialised process group.
 
-    `emit` and `called_back` are the Trainer's.
+    `emit` and `preempted` are those of Trainer.
     """
     from pipelines.training.loop import Trainer
     from pipelines.training.stages import stage1, stage2
@@ -324,10 +331,10 @@ def run_worker(
     model = ModelConfig(**loop["model"])
     run_dir = Path(loop["config"]["run_dir"])
     if worker.world_rank == 0:
-        checkpointing.drop_unwritten(run_dir)
-    last = _resume_from(run_dir, worker)
+        checkpointing.remove_unfinished(run_dir)
+    latest = _latest_checkpoint(run_dir, worker)
     parent = Path(loop["parent"]) if loop["parent"] else None
-    if (start := last or parent) is not None:
+    if (start := latest or parent) is not None:
         _verify(start, worker)
     config: Stage1Config | Stage2Config
     if loop["stage"] == "stage1":
@@ -337,11 +344,11 @@ def run_worker(
         config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, start)
     index = RowIndex.open([as_path(file) for file in loop["files"]], stage.columns)
-    if (began := kept_rows.kept(run_dir)) is None:
-        began = index.keys
-    index = index.select(np.isin(index.keys, began))  # what was added since waits for a new run
-    rows, holdout = split(index, config.data.holdout, began)
-    held = in_holdout(began, config.data.holdout)
+    if (initial_keys := kept_rows.load_keys(run_dir)) is None:
+        initial_keys = index.keys
+    index = index.select(np.isin(index.keys, initial_keys))  # rows added since need a new run
+    rows, holdout = split(index, config.data.holdout, initial_keys)
+    held_out = in_holdout(initial_keys, config.data.holdout)
 
     def metadata(step: int) -> CheckpointMetadata:
         return CheckpointMetadata(
@@ -359,46 +366,46 @@ def run_worker(
         Square.of(model),
         rows,
         holdout,
-        (began[~held], began[held]),
+        (initial_keys[~held_out], initial_keys[held_out]),
         worker,
         emit=emit,
-        called_back=called_back,
+        preempted=preempted,
         metadata=metadata,
         run_dir=run_dir,
     )
-    trainer.start(last)
-    trainer.run()
+    trainer.setup(latest)
+    trainer.train()
 
 
 def _verify(checkpoint: Path, worker: Worker) -> None:
-    """Hold its files against their digests, once on each machine: they may be 40 GB.
+    """Verify the files' digests, once per machine, since they may be 40 GB.
 
-    Raises CheckpointError on all ranks alike.
+    Raises CheckpointError on all ranks.
     """
     import torch.distributed as dist
 
     from vlv_model.checkpoints.files import verify_checkpoint
 
-    refused: list[str | None] = [None] * worker.world_size
-    why = None
-    if worker.is_first_of_machine:
+    errors: list[str | None] = [None] * worker.world_size
+    own_error = None
+    if worker.is_first_on_machine:
         try:
             verify_checkpoint(checkpoint)
-        except (CheckpointError, OSError) as error:  # whatever it is: the others wait for it
-            why = str(error)
+        except (CheckpointError, OSError) as error:  # raised below: the other ranks wait for it
+            own_error = str(error)
     if worker.world_size > 1:
-        dist.all_gather_object(refused, why)
+        dist.all_gather_object(errors, own_error)
     else:
-        refused = [why]
-    if found := [text for text in refused if text]:
-        raise CheckpointError(found[0])
+        errors = [own_error]
+    if messages := [message for message in errors if message]:
+        raise CheckpointError(messages[0])
 
 
-def _resume_from(run_dir: Path, worker: Worker) -> Path | None:
-    """The newest finished checkpoint of the run, as rank 0 sees it: a shared disk may lag."""
+def _latest_checkpoint(run_dir: Path, worker: Worker) -> Path | None:
+    """The newest finished checkpoint as rank 0 sees it: on a shared disk, others may lag behind."""
     import torch.distributed as dist
 
-    found = [checkpoints.latest_checkpoint(run_dir)]
+    latest = [checkpoints.latest_checkpoint(run_dir)]
     if worker.world_size > 1:
-        dist.broadcast_object_list(found, src=0, device=worker.device)
-    return found[0]
+        dist.broadcast_object_list(latest, src=0, device=worker.device)
+    return latest[0]

@@ -1,11 +1,11 @@
-"""The rows that a training keeps: the keys that it began with, whatever becomes of its table.
+"""The rows of a training run: the keys that it began with, although the table may change later.
 
-    <run_dir>/rows/keys.npy       int64 `[n]`, ascending: those trained on and those held out
-    <run_dir>/rows/changes.json   what had changed the table by then (pipelines.images.changes)
+    <run_dir>/rows/keys.npy       int64 `[n]`, ascending: training and held-out rows
+    <run_dir>/rows/changes.json   changes of the table until then (pipelines.images.changes)
 
-A row that was taken down since, or that an ingest has marked since, is left out of its steps, and the
-loss is divided by what is left. Where all held-out rows are gone, nothing is evaluated. Rows added since wait for a new run. So the steps without a removed row
-stay what they were: the order is one of the keys at the beginning.
+Rows removed later, by a takedown or by an ingest, are left out of their steps; the loss is the mean
+over the remaining rows. If all held-out rows are removed, nothing is evaluated. Rows added later are
+ignored. The order of rows follows from the initial keys, so steps without a removed row do not change.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pipelines.storage.tables import Table, read_json_object
 from vlv_model.errors import RunError
 
 FOLDER, _KEYS, _CHANGES = "rows", "keys.npy", "changes.json"
-_DECIDED = ("rows", "keys", "bytes")  # of a run's identity
+_DATA_FIELDS = ("rows", "keys", "bytes")  # of a run's identity
 
 
-def keep(run_dir: Path, keys: np.ndarray, table: str) -> None:
-    """Note with which keys of a table a run begins, unless it is noted."""
+def save_keys(run_dir: Path, keys: np.ndarray, table: str) -> None:
+    """Save the keys of `table` that a run begins with, unless they are saved already."""
     folder = run_dir / FOLDER
     if (folder / _KEYS).is_file():
         return
@@ -43,17 +43,18 @@ def keep(run_dir: Path, keys: np.ndarray, table: str) -> None:
     write_atomically(folder / _KEYS, content.getvalue())
 
 
-def kept(run_dir: Path) -> np.ndarray | None:
-    """The keys int64 `[n]` that a run began with; None where it is not noted (yet)."""
+def load_keys(run_dir: Path) -> np.ndarray | None:
+    """The keys, int64 `[n]`, that a run began with; None when none are saved."""
     file = run_dir / FOLDER / _KEYS
     return np.load(file) if file.is_file() else None
 
 
 @dataclass(frozen=True)
-class Left:
-    """What is left of the rows that a run began with, of which `keys` are all, int64 `[n]`.
+class RunRows:
+    """The rows that a run trains on and holds out now.
 
-    `identity` is what the run keeps of its own, whatever the table has today.
+    `keys`, int64 `[n]`, are those that it began with. `identity` holds the fields of the run's identity
+    that stay as recorded although the table has changed.
     """
 
     rows: RowIndex
@@ -61,74 +62,76 @@ class Left:
     identity: dict[str, Any] = field(default_factory=dict)
 
 
-def go_on(
+def rows_of_run(
     run_dir: Path,
-    there: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     table: str,
     holdout: float,
     index: RowIndex,
     size: int,
-) -> Left:
-    """The rows that a run goes on with whose identity is `there`, or that begins.
+) -> RunRows:
+    """The rows of a new run, or of one whose identity is `recorded`.
 
-    `index` has all rows of the `table` today, and its files are of `size` bytes. Where all is as it was,
-    and where no takedown or ingest has changed it, these are all rows: the identities will tell. Raises
-    RunError for rows that are gone and were not taken down.
+    `index` has all current rows of `table`, whose files have `size` bytes. Returns all rows when the
+    table is unchanged, and also when neither a takedown nor an ingest explains a change: then the
+    comparison of identities fails. Raises RunError for missing rows that no takedown or ingest removed.
     """
-    keys, before = kept(run_dir), None
+    keys, changes = load_keys(run_dir), None
     if keys is not None:
-        before = read_json_object(run_dir / FOLDER / _CHANGES)
-    if not there or _is_same(there, keys, index, size):
-        return Left(index, index.keys)
-    if not changed_on_purpose(table, before):
-        return Left(index, index.keys)
-    if keys is None and (keys := _guessed(there, table, holdout, index)) is None:
-        return Left(index, index.keys)
+        changes = read_json_object(run_dir / FOLDER / _CHANGES)
+    if not recorded or _is_unchanged(recorded, keys, index, size):
+        return RunRows(index, index.keys)
+    if not changed_on_purpose(table, changes):
+        return RunRows(index, index.keys)
+    if keys is None and (keys := _infer_keys(recorded, table, holdout, index)) is None:
+        return RunRows(index, index.keys)
     missing = keys[~np.isin(keys, index.keys)]
-    if len(accidents := unexplained(table, missing)):
+    if len(lost := unexplained(table, missing)):
         raise RunError(
-            f"{run_dir} was begun with {len(accidents):,} rows that {table} lacks now, and no takedown "
-            f"or ingest has removed them (the first is key {accidents[0]}): bring them back, or choose "
-            "another run_dir"
+            f"{run_dir} began with {len(lost):,} rows that {table} lacks now, and no takedown or ingest "
+            f"has removed them (the first is key {lost[0]}): restore them, or choose another run_dir"
         )
-    left = index.select(np.isin(index.keys, keys))
-    if len(missing) or len(left) < len(index):
+    rows = index.select(np.isin(index.keys, keys))
+    if len(missing) or len(rows) < len(index):
         print(
-            f"{len(missing):,} of the {len(keys):,} rows that the run began with are gone and are "
-            f"left out; {len(index) - len(left):,} that are new wait for a new run",
+            f"{len(missing):,} of the {len(keys):,} rows that the run began with were removed and are "
+            f"skipped; new rows, which this run ignores: {len(index) - len(rows):,}",
             file=sys.stderr,
         )
-    if in_holdout(keys, holdout).any() and not in_holdout(left.keys, holdout).any():
+    if in_holdout(keys, holdout).any() and not in_holdout(rows.keys, holdout).any():
         print(
-            "warning: all rows that the run held out are gone: it goes on without an evaluation, and "
-            "heldout_loss stays empty; another run_dir would hold out other rows",
+            "warning: all held-out rows were removed: the run continues without evaluation and "
+            "heldout_loss stays empty; a new run_dir would hold out other rows",
             file=sys.stderr,
         )
-    return Left(left, keys, {name: there[name] for name in _DECIDED})
+    return RunRows(rows, keys, {name: recorded[name] for name in _DATA_FIELDS})
 
 
 def positions(keys: np.ndarray, index: RowIndex) -> np.ndarray:
-    """Where keys (ascending) lie in an index: int64 `[n]`, -1 for what it lacks."""
+    """Positions of ascending `keys` in an index: int64 `[n]`, -1 for a missing key."""
     if not len(index):
         return np.full(len(keys), -1, np.int64)
-    at = np.minimum(np.searchsorted(index.keys, keys), len(index) - 1)
-    return np.where(index.keys[at] == keys, at, -1)
+    found = np.minimum(np.searchsorted(index.keys, keys), len(index) - 1)
+    return np.where(index.keys[found] == keys, found, -1)
 
 
-def _is_same(there: Mapping[str, Any], keys: np.ndarray | None, index: RowIndex, size: int) -> bool:
-    return there.get("bytes") == size and (keys is None or np.array_equal(keys, index.keys))
+def _is_unchanged(
+    recorded: Mapping[str, Any], keys: np.ndarray | None, index: RowIndex, size: int
+) -> bool:
+    return recorded.get("bytes") == size and (keys is None or np.array_equal(keys, index.keys))
 
 
-def _guessed(
-    there: Mapping[str, Any], table: str, holdout: float, index: RowIndex
+def _infer_keys(
+    recorded: Mapping[str, Any], table: str, holdout: float, index: RowIndex
 ) -> np.ndarray | None:
-    """The keys of a run of an earlier version, which noted their digests alone: those of today and
-    all that were taken down, where that has these digests.
+    """The initial keys of a run of an earlier version, which recorded only their digests.
+
+    These are the current keys and all that were taken down, provided the digests match; else None.
     """
-    gone = np.array(sorted(Blocked.read(Table(table)).keys), np.int64)
-    keys = np.union1d(index.keys, gone)
-    held = in_holdout(keys, holdout)
-    nowhere = np.zeros(len(keys), np.int32)
-    sides = RowIndex([], keys, nowhere, nowhere, nowhere)
-    digests = [sides.select(mask).digest() for mask in (~held, held)]
-    return keys if digests == there.get("keys") else None
+    removed = np.array(sorted(Blocked.read(Table(table)).keys), np.int64)
+    keys = np.union1d(index.keys, removed)
+    held_out = in_holdout(keys, holdout)
+    unknown = np.zeros(len(keys), np.int32)
+    rows = RowIndex([], keys, unknown, unknown, unknown)
+    digests = [rows.select(mask).digest() for mask in (~held_out, held_out)]
+    return keys if digests == recorded.get("keys") else None

@@ -1,4 +1,4 @@
-"""The one training loop. A stage brings its model and its batches; everything else is here."""
+"""The training loop of both stages; a stage supplies its model and its inputs."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from pipelines.training.engine import clip_gradients, start_engine
 from pipelines.training.kept_rows import positions
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
-from pipelines.training.reading import Actors, Reading, Threads
+from pipelines.training.reading import BatchReader, ReaderActors, ReaderThreads
 from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
-from pipelines.training.stages import Prepared, Stage
+from pipelines.training.stages import MicroBatch, Stage
 from pipelines.training.usage import Utilisation, memory_gb
 from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.errors import VLVError
 from vlv_model.squares import Square
 
-LISTED = 64  # rows in an error message
+MAX_LISTED_KEYS = 64  # in an error message
 
 
 class NonFiniteLoss(VLVError):
-    """Loss or gradient is not a number; raised before the update that it would have spoilt."""
+    """The loss or the gradient is NaN or infinite; raised before the optimiser's update."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """This process among the others."""
+    """The ranks and the device of this process."""
 
     world_rank: int
     world_size: int
     device: torch.device
-    is_first_of_machine: bool
+    is_first_on_machine: bool
 
 
 class Trainer:
-    """Runs `train.steps` updates of a stage, evaluates, and saves; one instance per worker.
+    """Trains a stage for `train.steps` steps, evaluates and saves; one instance per worker.
 
-    `rows` and `holdout` are those that are left of the ones whose keys, int64 `[n]` ascending, the run
-    `began` with. `emit` takes a dictionary for each thing that the driver shows (rank 0 only).
-    `called_back` tells, on all ranks alike, the machines that will soon be gone: their notice is
-    answered with a checkpoint. `metadata(step)` is what a checkpoint says about itself.
+    `initial_keys` are the keys, int64 `[n]` ascending, of the training and the held-out rows that the
+    run began with; `rows` and `holdout` index those that still exist. `emit` sends an event to the
+    driver (rank 0 only). `preempted` returns the ids of nodes with a preemption notice, the same on all
+    ranks; a new notice causes a checkpoint. `metadata(step)` returns a checkpoint's metadata.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Trainer:
         square: Square,
         rows: RowIndex,
         holdout: RowIndex,
-        began: tuple[np.ndarray, np.ndarray],
+        initial_keys: tuple[np.ndarray, np.ndarray],
         worker: Worker,
         emit: Callable[[dict[str, Any]], None],
-        called_back: Callable[[], set[str]],
+        preempted: Callable[[], set[str]],
         metadata: Callable[[int], CheckpointMetadata],
         run_dir: Path,
     ) -> None:
@@ -77,36 +77,37 @@ class Trainer:
         self.train_config = train
         self.worker = worker
         self.emit = emit
-        self.called_back = called_back
-        self.leaving: set[str] = set()
+        self.preempted = preempted
+        self.saved_for: set[str] = set()  # preempted nodes for which a checkpoint was saved
         self.log = MetricsLog(run_dir)
         self.saver = Saver()
         self.utilisation: Utilisation | None = None
         self.metadata = metadata
         self.run_dir = run_dir
         self.step = 0
-        self.order = GlobalOrder(len(began[0]), train.seed, positions(began[0], rows))
+        train_keys, heldout_keys = initial_keys
+        self.order = GlobalOrder(len(train_keys), train.seed, positions(train_keys, rows))
         readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
-        # Those that are left of the evaluated rows; if none is, the first held-out row, if any.
-        window = positions(began[1], holdout)[: train.eval_rows]
+        # If none of the evaluated rows remains: the first held-out row, if any.
+        window = positions(heldout_keys, holdout)[: train.eval_rows]
         self.heldout_rows: list[int] = window[window >= 0].tolist() or [0][: len(holdout)]
-        threads = [Threads(reader, square, train.cpus_per_worker) for reader in readers]
-        self.heldout: Reading = threads[1]
-        self.rows: Reading = threads[0]
+        threads = [ReaderThreads(reader, square, train.cpus_per_worker) for reader in readers]
+        self.heldout: BatchReader = threads[1]
+        self.rows: BatchReader = threads[0]
         if train.readers:
-            self.rows = Actors(rows, stage.columns, square, train.readers)
+            self.rows = ReaderActors(rows, stage.columns, square, train.readers)
         begin = partial(self._begin, self.rows)
         self.reader = StepReader(self.order, begin, train, worker.world_rank, worker.world_size)
 
-    def start(self, checkpoint: Path | None) -> None:
-        """Put the model under DeepSpeed and, after an interruption, take up its optimiser's state.
+    def setup(self, checkpoint: Path | None) -> None:
+        """Wrap the model in DeepSpeed and, to resume, load the optimiser's state of `checkpoint`.
 
-        The model was opened from `checkpoint` already.
+        The model's weights are already those of `checkpoint`.
         """
         parameters = sum(parameter.numel() for parameter in self.stage.model.parameters())
         self.stage.model.to(self.worker.device)
-        if self.worker.world_rank == 0 and self.worker.device.type == "cuda":  # a guess on CPUs
+        if self.worker.world_rank == 0 and self.worker.device.type == "cuda":  # no MFU on CPUs
             batch = self.reader.read(self.step)[0][1]
             self.utilisation = Utilisation.measure(self.stage, batch, self.worker.device)
         if self.train_config.activation_checkpointing:
@@ -121,16 +122,16 @@ class Trainer:
             self.log.begin(self.step)
             self.emit({"event": "start", "step": self.step, "parameters": parameters})
 
-    def run(self) -> None:
-        """All updates that are left, with an evaluation before the first and after the last."""
+    def train(self) -> None:
+        """Run the remaining steps; evaluates before the first step and after the last."""
         train = self.train_config
         if self.step == 0:
             self.evaluate()
-        waiting = time.perf_counter()
+        start = time.perf_counter()
         for step, batches in self.reader.steps(self.step):
-            waited = time.perf_counter() - waiting
-            loss, grad_norm, weight = self.update(step, batches)
-            seconds, images = time.perf_counter() - waiting, self.reader.rows_of(step)
+            data_seconds = time.perf_counter() - start
+            loss, grad_norm, global_valid_tokens = self.train_step(step, batches)
+            seconds, images = time.perf_counter() - start, self.reader.rows_of(step)
             self.step = step + 1
             event = {
                 "event": "step",
@@ -141,93 +142,100 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "seconds": seconds,
                 "images_per_second": images / seconds,
-                **self._waiting(waited, seconds),
+                **self._data_wait(data_seconds, seconds),
                 "memory_gb": memory_gb(self.worker.device),
             }
             if self.utilisation:
-                size = self.worker.world_size
-                event["mfu"] = self.utilisation.of(images, weight, seconds, size)
-            self._tell(event)
+                event["mfu"] = self.utilisation.mfu(
+                    images, global_valid_tokens, seconds, self.worker.world_size
+                )
+            self._report(event)
             last = self.step == train.steps
             if self.step % train.eval_every == 0 or last:
                 self.evaluate()
-            leaving = self.called_back()
-            if self.step % train.checkpoint_every == 0 or last or leaving - self.leaving:
+            newly_preempted = self.preempted() - self.saved_for
+            if self.step % train.checkpoint_every == 0 or last or newly_preempted:
                 self.save()
-            if leaving - self.leaving:
-                self.saver.wait()  # there may be no next step
-            self.leaving |= leaving
-            waiting = time.perf_counter()
-        for reading in (self.rows, self.heldout):
-            reading.close()
+            if newly_preempted:
+                self.saver.wait()  # this worker may not reach the next step
+            self.saved_for |= newly_preempted
+            start = time.perf_counter()
+        for reader in (self.rows, self.heldout):
+            reader.close()
         self.saver.wait()
 
-    def update(self, step: int, batches: list[tuple[int, Prepared]]) -> tuple[float, float, float]:
-        """One optimiser update; returns the global batch's loss, gradient norm and weight.
+    def train_step(
+        self, step: int, batches: list[tuple[int, MicroBatch]]
+    ) -> tuple[float, float, float]:
+        """One optimiser update; returns the loss, the gradient norm and `global_valid_tokens`.
 
-        `batches` are this worker's micro-batches with their numbers in the step. The loss is a
-        mean over the *global* batch: each micro-batch's mean counts by its share of all images or
-        label tokens, which differ between workers in stage 2.
+        `batches` are this worker's micro-batches with their numbers in the step. The loss is the mean
+        over the valid tokens of the *global* batch, so each micro-batch's mean is weighted by its share
+        of them.
         """
         train = self.train_config
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["share"] * learning_rate(train, step)
         self.engine.train()
-        total_weight = self._sum_over_workers(float(sum(batch.weight for _, batch in batches)))
-        total_weight = total_weight or 1.0  # of a step whose rows were all taken down
-        # All workers pass equally often; where the last has nothing left, its share is nothing.
+        local_valid_tokens = sum(batch.valid_tokens for _, batch in batches)
+        global_valid_tokens = self._sum_over_workers(float(local_valid_tokens))
+        global_valid_tokens = global_valid_tokens or 1.0  # all rows of the step were removed
+        # All workers need the same number of passes: pad with passes of share 0.
         rounds = train.accumulation(self.worker.world_size)
-        passes = [(number, batch, batch.weight / total_weight) for number, batch in batches]
+        passes = [
+            (number, batch, batch.valid_tokens / global_valid_tokens) for number, batch in batches
+        ]
         passes += [(*batches[-1], 0.0)] * (rounds - len(batches))
         # DeepSpeed takes the mean over workers and accumulated micro-batches: undo that mean.
         parts = self.worker.world_size * rounds
         losses: list[Tensor] = []
         for turn, (number, batch, share) in enumerate(passes):
-            # Dropout belongs to the micro-batch, so another number of workers repeats it.
+            # Dropout is seeded per micro-batch, so it does not depend on the number of workers.
             torch.manual_seed(mix(train.seed, step, number) >> 1)
             mean = self.engine(**self._to_device(batch))
             self.engine.backward(mean * (share * parts))
-            # Nothing waits for the device before the last pass.
+            # Not read before the last pass, so as not to synchronise with the device.
             losses.append(mean.detach().double() * share)
             if turn == rounds - 1:
                 loss = self._sum_over_workers(sum(losses))
-                self._refuse_non_finite(loss, step, batches, losses)
+                self._check_loss(loss, step, batches, losses)
                 if not train.zero_stage:
-                    norm = self._finite(clip_gradients(self.engine, train.max_grad_norm), step)
+                    norm = _check_norm(clip_gradients(self.engine, train.max_grad_norm), step)
             self.engine.step()
-        if train.zero_stage:  # which leaves out an update whose gradient is not finite
-            norm = self._finite(float(self.engine.get_global_grad_norm()), step)
-        return loss, norm, total_weight
+        if train.zero_stage:  # ZeRO has skipped the update if the gradient is not finite
+            norm = _check_norm(float(self.engine.get_global_grad_norm()), step)
+        return loss, norm, global_valid_tokens
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Loss on the held-out rows, shared out over all workers; the same draws every time.
+        """Report the loss on the held-out rows, which are split over the workers.
 
-        None where these rows were all taken down since the run began.
+        Noise and timesteps are the same in every evaluation. The loss is None when all held-out rows
+        were removed.
         """
         train, rank, size = self.train_config, self.worker.world_rank, self.worker.world_size
         count = len(self.heldout_rows)
         mine = self.heldout_rows[rank::size]
-        # Under ZeRO-3 every forward gathers weights from all: all must make equally many.
+        # Under ZeRO-3 a forward pass gathers weights from all workers: all need as many passes.
         rounds = math.ceil(math.ceil(count / size) / train.rows_at_once)
         self.engine.eval()
-        total = weight = 0.0
+        total = valid_tokens = 0.0
         for i in range(rounds):
-            here = mine[i * train.rows_at_once : (i + 1) * train.rows_at_once]
-            rows = [(-1, position) for position in here or [0]]
+            evaluated = mine[i * train.rows_at_once : (i + 1) * train.rows_at_once]
+            rows = [(-1, position) for position in evaluated or [0]]
             batch = self._begin(self.heldout, rows)()
             loss = self.engine(**self._to_device(batch)).item()
-            if here:
-                total += loss * batch.weight
-                weight += batch.weight
-        total, weight = self._sum_over_workers(total), self._sum_over_workers(weight)
-        loss = total / weight if count else None
+            if evaluated:
+                total += loss * batch.valid_tokens
+                valid_tokens += batch.valid_tokens
+        total, valid_tokens = self._sum_over_workers(total), self._sum_over_workers(valid_tokens)
+        loss = total / valid_tokens if count else None
         event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
-        self._tell({**event, "columns_read": self.columns_read})
+        self._report({**event, "columns_read": self.columns_read})
 
     def save(self) -> None:
-        """Gather weights and optimiser from all workers; they are written while training goes on."""
-        self.saver.wait()  # so that there is one copy in memory, not two
+        """Gather weights and optimiser state from all workers; rank 0 writes them in a thread."""
+        self.saver.wait()  # so that only one copy is in memory
         writes = self.worker.world_rank == 0
         weights = gather_weights(self.engine, keep=writes)
         moments = gather_moments(self.engine, keep=writes)
@@ -235,46 +243,48 @@ class Trainer:
             self.saver.submit(partial(self._write, self.metadata(self.step), weights, moments))
 
     def _write(
-        self, about: CheckpointMetadata, weights: dict[str, Tensor], moments: dict[str, Tensor]
+        self, metadata: CheckpointMetadata, weights: dict[str, Tensor], moments: dict[str, Tensor]
     ) -> None:
-        """In the saver's thread: it reads shapes of the model, and no weight."""
+        """Runs in the saver's thread during training: of the model it reads only shapes."""
         self.log.sync()
         keep = self.train_config.keep_checkpoints
-        checkpointing.save(self.run_dir, self.stage.model, about, weights, moments, keep)
-        self._tell({"event": "checkpoint", "step": about.step})
+        checkpointing.save(self.run_dir, self.stage.model, metadata, weights, moments, keep)
+        self._report({"event": "checkpoint", "step": metadata.step})
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _report(self, event: dict[str, Any]) -> None:
         if self.worker.world_rank == 0:
             self.log.append(event)
             self.emit(event)
 
-    def _digest_of_keys(self, batches: list[tuple[int, Prepared]]) -> str:
-        """Which rows all workers used in a step: `keys_digest` as hex."""
+    def _digest_of_keys(self, batches: list[tuple[int, MicroBatch]]) -> str:
+        """`keys_digest`, as hex, of the rows that all workers used in a step."""
         mine = keys_digest([key for _, batch in batches for key in batch.keys])
         digest = torch.tensor(np.uint64(mine).astype(np.int64), device=self.worker.device)
         if self.worker.world_size > 1:
-            dist.all_reduce(digest)  # wraps around, as the digest does
+            dist.all_reduce(digest)  # int64 sums wrap around, like the digest
         return f"{digest.item() % 2**64:016x}"
 
-    def _waiting(self, waited: float, seconds: float) -> dict[str, float]:
-        """The most that a worker waited for its rows, for the others wait for that one in the update."""
-        most = torch.tensor(waited, dtype=torch.float64, device=self.worker.device)
+    def _data_wait(self, data_seconds: float, seconds: float) -> dict[str, float]:
+        """The longest wait for rows of any worker, since the others wait for that one."""
+        longest = torch.tensor(data_seconds, dtype=torch.float64, device=self.worker.device)
         if self.worker.world_size > 1:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        waited = min(most.item(), seconds)
-        return {"data_seconds": waited, "data_share": waited / seconds}
+            dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+        data_seconds = min(longest.item(), seconds)
+        return {"data_seconds": data_seconds, "data_share": data_seconds / seconds}
 
-    def _begin(self, reading: Reading, rows: Sequence[tuple[int, int]]) -> Callable[[], Prepared]:
-        finish = reading.begin(rows)
+    def _begin(
+        self, reader: BatchReader, rows: Sequence[tuple[int, int]]
+    ) -> Callable[[], MicroBatch]:
+        finish = reader.begin(rows)
         return lambda: self._pinned(self.stage.prepare(finish()))
 
-    def _pinned(self, batch: Prepared) -> Prepared:
-        """In memory that a GPU copies from by itself; made so in the thread that reads ahead."""
+    def _pinned(self, batch: MicroBatch) -> MicroBatch:
+        """In pinned memory, for asynchronous copies to a GPU; called in the prefetching thread."""
         if self.worker.device.type != "cuda":
             return batch
         return replace(batch, inputs={n: value.pin_memory() for n, value in batch.inputs.items()})
 
-    def _to_device(self, batch: Prepared) -> dict[str, Tensor]:
+    def _to_device(self, batch: MicroBatch) -> dict[str, Tensor]:
         device = self.worker.device
         return {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
 
@@ -284,29 +294,31 @@ class Trainer:
             dist.all_reduce(total)
         return total.item()
 
-    def _refuse_non_finite(
-        self, loss: float, step: int, batches: list[tuple[int, Prepared]], losses: list[Tensor]
+    def _check_loss(
+        self, loss: float, step: int, batches: list[tuple[int, MicroBatch]], losses: list[Tensor]
     ) -> None:
-        """Stop all workers, naming the rows of the micro-batches that are to blame, on any of them."""
+        """Raise NonFiniteLoss, on all ranks, with the keys of the micro-batches that caused it."""
         if math.isfinite(loss):
             return
-        pairs = zip(batches, losses, strict=False)  # without an empty last one
-        mine = [key for (_, batch), part in pairs if not part.isfinite() for key in batch.keys]
-        found: list[list[int]] = [[]] * self.worker.world_size
+        pairs = zip(batches, losses, strict=False)  # leaves out padding passes
+        own_keys = [key for (_, batch), part in pairs if not part.isfinite() for key in batch.keys]
+        keys_by_rank: list[list[int]] = [[]] * self.worker.world_size
         if self.worker.world_size > 1:
-            dist.all_gather_object(found, mine)
+            dist.all_gather_object(keys_by_rank, own_keys)
         else:
-            found = [mine]
-        keys = sorted(key for several in found for key in several)
+            keys_by_rank = [own_keys]
+        keys = sorted(key for rank_keys in keys_by_rank for key in rank_keys)
+        listed = ", ".join(map(str, keys[:MAX_LISTED_KEYS]))
         raise NonFiniteLoss(
-            f"the loss of step {step + 1} is {loss}; it comes from the {len(keys)} rows "
-            f"{', '.join(map(str, keys[:LISTED]))}{', …' if len(keys) > LISTED else ''}: lower "
-            "train.learning_rate or look at them"
+            f"the loss of step {step + 1} is {loss}, from {len(keys)} rows with the keys "
+            f"{listed}{', …' if len(keys) > MAX_LISTED_KEYS else ''}: lower train.learning_rate or "
+            "check these rows"
         )
 
-    def _finite(self, norm: float, step: int) -> float:
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"the gradient of step {step + 1} is not finite: lower train.learning_rate"
-            )
-        return norm
+
+def _check_norm(norm: float, step: int) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteLoss(
+            f"the gradient of step {step + 1} is not finite: lower train.learning_rate"
+        )
+    return norm

@@ -1,9 +1,9 @@
-"""What a run says while it trains: a JSONL file; a bar on the console, Weights & Biases, gauges.
+"""Metrics of a run: a JSONL file, and on the driver a progress bar, Weights & Biases and gauges.
 
-The file is written by rank 0 of the training itself, so that no line is lost with a driver, and is
-on the disk before any checkpoint of its steps. After a restart from a checkpoint, lines of later
-steps are taken back: every step stands there once. Besides, rank 0 sends each event to the driver
-through a queue, for all that is only shown: there, steps that are done again are told again.
+Rank 0 writes the file itself, so that no line is lost with the driver, and syncs it to disk before
+each checkpoint. After a restart from a checkpoint, lines of later steps are removed, so each step is in
+the file once. Rank 0 also sends each event through a queue to the driver, which only displays it;
+there, repeated steps are shown again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.execution import metrics as telemetry
 from pipelines.report.gallery import GalleryItem
 from pipelines.storage.files import write_atomically
 from pipelines.training.samples import Sampler
-from pipelines.training.wandb_run import give_up, start_wandb
+from pipelines.training.wandb_run import start_wandb, warn_failed
 
 FILE = "metrics.jsonl"
 
@@ -48,40 +48,40 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         try:
             events.append(json.loads(line))
         except ValueError:
-            if number != len(lines) - 1:  # only the last line can be torn by a kill
+            if number != len(lines) - 1:  # a kill can truncate only the last line
                 raise
     return events
 
 
 def heldout_losses(run_dir: Path) -> dict[int, float]:
-    """Held-out loss by step, of all evaluations that had a row; one that was repeated counts once."""
+    """Held-out loss by step, of all evaluations that had rows."""
     losses = {e["step"]: e["heldout_loss"] for e in read_metrics(run_dir) if e["event"] == "eval"}
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
 def data_share(events: Iterable[Mapping[str, Any]]) -> float:
-    """Share of the time of steps that workers waited for rows, of all steps among the events."""
+    """The fraction of the events' step time that workers waited for rows."""
     steps = [event for event in events if event["event"] == "step"]
     return sum(e["data_seconds"] for e in steps) / sum(e["seconds"] for e in steps)
 
 
 def columns_read(run_dir: Path) -> list[str]:
-    """Columns of the input table that the training read, as its workers say."""
+    """Columns of the input table that the workers read."""
     return [e for e in read_metrics(run_dir) if e["event"] == "eval"][-1]["columns_read"]
 
 
 class MetricsLog:
-    """The JSONL file as rank 0 writes it; several threads may."""
+    """Appends to the JSONL file, on rank 0; safe for several threads."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE
         self._lock = threading.Lock()
 
     def begin(self, step: int) -> None:
-        """Take back what was told behind `step`, from which the training goes on; at 0 all."""
+        """Open the file and remove the events after `step`, from which training continues; at 0 all."""
         kept = [e for e in read_metrics(self.path.parent) if e["step"] <= step and step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
-        # Held open: a rank of a killed job that does not know yet goes on with the file of before.
+        # Stays open: a surviving rank of a killed job writes on to the old, replaced file.
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def append(self, event: dict[str, Any]) -> None:
@@ -90,12 +90,12 @@ class MetricsLog:
             self._file.flush()
 
     def sync(self) -> None:
-        """Have the disk keep it: called before a checkpoint says that these steps are done."""
+        """Flush to disk; called before a checkpoint of these steps is written."""
         os.fsync(self._file.fileno())
 
 
 class MetricsSink:
-    """The driver's end of the queue; use as a context manager around the training."""
+    """Displays the queue's events on the driver; a context manager around the training."""
 
     def __init__(
         self,
@@ -127,12 +127,12 @@ class MetricsSink:
         self._thread.join()
         self._bar.close()
         if self.sampler and not failure:
-            self.sampler.end(self._show)
+            self.sampler.finish(self._show)
         if self.run is not None:
             try:
                 self.run.finish()
-            except Exception as error:  # behind the last step, it must not fail the training
-                give_up(error)
+            except Exception as error:  # must not fail a finished training
+                warn_failed(error)
 
     def _drain(self) -> None:
         from ray.util.queue import Empty
@@ -146,34 +146,34 @@ class MetricsSink:
                 if self._ended.is_set():
                     return
                 continue
-            self._take(event)
+            self._handle(event)
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _handle(self, event: dict[str, Any]) -> None:
         if self.sampler:
-            self.sampler.take(event)
+            self.sampler.handle(event)
         step = event["step"]
         telemetry.TRAIN_STEP.set(step, **self._tags)
         if event["event"] == "start":
             self._bar.n = step
             self._bar.refresh()
             return
-        for figure, gauge in GAUGES.items():
-            if event.get(figure) is not None:
-                gauge.set(event[figure], **self._tags)
+        for name, gauge in GAUGES.items():
+            if event.get(name) is not None:
+                gauge.set(event[name], **self._tags)
         if event["event"] == "step":
             self._last.append(event)
-            waits = f", waits {data_share(self._last):.1%}"
+            waiting = f", waits {data_share(self._last):.1%}"
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waits}")
+            self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waiting}")
         elif event["event"] == "eval":
-            loss = event["heldout_loss"]  # none where its rows were taken down
+            loss = event["heldout_loss"]  # None when all held-out rows were removed
             self._heldout = "" if loss is None else f", held-out {loss:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self._log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
 
     def _show(self, step: int, items: list[GalleryItem]) -> None:
-        """Samples: pictures beside their originals, or originals with their captions."""
+        """Log samples to W&B: originals with reconstructions, or originals with captions."""
         if self.run is None:
             return
         import wandb
@@ -185,13 +185,13 @@ class MetricsSink:
                 wandb.Image(original, caption="original" if item.caption is None else item.caption)
             )
             if item.reconstruction:
-                made = Image.open(io.BytesIO(item.reconstruction))
-                images.append(wandb.Image(made, caption="reconstruction"))
+                reconstruction = Image.open(io.BytesIO(item.reconstruction))
+                images.append(wandb.Image(reconstruction, caption="reconstruction"))
         self._log({"step": step, f"{self.stage}/samples": images})
 
     def _log(self, values: dict[str, Any]) -> None:
         try:
             self.run.log(values)
-        except Exception as error:  # its process may have ended
+        except Exception as error:  # W&B's process may have ended
             self.run = None
-            give_up(error)
+            warn_failed(error)

@@ -1,4 +1,4 @@
-"""The optimiser of both stages, before DeepSpeed takes it."""
+"""The optimiser of both stages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipelines.training.stages import Stage
 
 
 def build_optimizer(stage: Stage, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; each group keeps its `share` of the scheduled rate."""
+    """AdamW over the trainable parameters; a group's `share` multiplies the scheduled rate."""
     return torch.optim.AdamW(
         stage.parameter_groups(train.pretrained_rate),
         lr=train.learning_rate,
         betas=train.betas,
         weight_decay=train.weight_decay,
-        fused=True,  # one kernel for all of the update, on CPUs too
+        fused=True,  # one kernel per update, on CPUs too
     )

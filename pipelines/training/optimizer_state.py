@@ -1,11 +1,10 @@
-"""The optimiser's state by the names of the parameters, whatever DeepSpeed makes of it in memory.
+"""Gathers and restores the optimiser's state by parameter name, independent of its partitioning.
 
-DeepSpeed flattens, pads and spreads AdamW's moments and the float32 master weights over the workers,
-in another way for every ZeRO stage and number of workers. Here they are gathered into one tensor
-for each name, in the shape of the parameter, and dealt out again to whatever is there. So a run
-goes on with another number of workers and another stage. The functions of `deepspeed.utils` do the
-gathering; below them lies only what they leave open: states before the first step, ZeRO-3's
-padding, and runs without ZeRO.
+DeepSpeed flattens, pads and partitions AdamW's moments and the float32 master weights differently for
+each ZeRO stage and number of workers. Here they are gathered into one full tensor per name, and
+scattered again into any other partitioning, so a run can continue with another number of workers or
+stage. `deepspeed.utils` does the gathering; this module adds what it lacks: state before the first
+step, ZeRO-3's padding, and runs without ZeRO.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as torch names them
 
 
-def state_name(parameter: str, moment: str) -> str:
-    """How a moment of a parameter is called in a file."""
+def moment_name(parameter: str, moment: str) -> str:
+    """The name of a parameter's moment in a file."""
     return f"{parameter}.{moment}"
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained, by name, in the same order on all ranks."""
+    """The trainable parameters by name, in the same order on all ranks."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also of one of which ZeRO-3 left an empty shell."""
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The full shape of a parameter, also when ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def begin(engine: Any) -> None:
-    """Give AdamW the state that it would make in its first step: moments of zero.
+def initialize_state(engine: Any) -> None:
+    """Create AdamW's state, with moments of zero, before the first step.
 
-    DeepSpeed links moments with parameters behind the first step of the first group of parameters,
-    when those of the others do not exist yet (0.19.8): it never finds them again.
+    DeepSpeed (0.19.8) links moments to parameters after the first step of the first parameter group,
+    when the other groups have none yet, and never links those.
     """
-    optimizer = _basic_optimizer(engine)
+    optimizer = _torch_optimizer(engine)
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
-    held = flat or [p for group in optimizer.param_groups for p in group["params"]]
-    for tensor in held:
+    tensors = flat or [p for group in optimizer.param_groups for p in group["params"]]
+    for tensor in tensors:
         optimizer.state[tensor] = {
-            # torch's fused AdamW wants the count beside the weights.
+            # torch's fused AdamW needs the step on the weights' device.
             "step": torch.tensor(0.0, device=tensor.device),
             **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
         }
@@ -54,61 +53,60 @@ def begin(engine: Any) -> None:
 
 
 def gather_weights(engine: Any, keep: bool) -> dict[str, Tensor]:
-    """The float32 trainable weights, whole, on the CPU, by name; empty where not to `keep`.
+    """The full trainable weights by name, float32 copies on the CPU; empty unless `keep`.
 
-    Called by all ranks together, since gathering needs all; kept where they are written, since
-    all ranks of a machine could not hold them. Under bfloat16 these are the masters that training
-    goes on with, not the rounded weights of the module. The tensors are copies: training may go on.
+    A collective: all ranks must call it. Only the rank that writes them keeps them, to save memory.
+    Under bfloat16 these are the master weights, not the module's rounded ones.
     """
     return _gather(engine, None, keep)
 
 
 def gather_moments(engine: Any, keep: bool) -> dict[str, Tensor]:
-    """AdamW's moments in the shapes of their parameters, as `gather_weights`, by `state_name`."""
+    """AdamW's moments by `moment_name`, in their parameters' shapes; see `gather_weights`."""
     moments: dict[str, Tensor] = {}
     for moment in MOMENTS:
-        found = _gather(engine, moment, keep)
-        moments |= {state_name(name, moment): tensor for name, tensor in found.items()}
+        tensors = _gather(engine, moment, keep)
+        moments |= {moment_name(name, moment): tensor for name, tensor in tensors.items()}
     return moments
 
 
 def restore(
     engine: Any, steps: int, weight: Callable[[str], Tensor], state: Callable[[str], Tensor]
 ) -> None:
-    """Put whole float32 weights and moments into an engine, as if it had done `steps` updates.
+    """Load full float32 weights and moments into an engine, as after `steps` updates.
 
-    `weight` gives the tensor of a parameter's name, `state` that of a `state_name`; all ranks call
-    this with the same tensors. The module's own weights were loaded before.
+    `weight` returns the tensor of a parameter name, `state` that of a `moment_name`. A collective: all
+    ranks must call it with the same tensors. The module's own weights are already loaded.
     """
-    for held in _basic_optimizer(engine).state.values():
-        held["step"].fill_(steps)
-    masters = _masters(engine)
+    for parameter_state in _torch_optimizer(engine).state.values():
+        parameter_state["step"].fill_(steps)
+    masters = _master_weights(engine)
     for name, parameter in trainable(engine.module):
-        _deal_out(engine, masters, parameter, None, weight(name))
+        _scatter(engine, masters, parameter, None, weight(name))
         for moment in MOMENTS:
-            _deal_out(engine, masters, parameter, moment, state(state_name(name, moment)))
+            _scatter(engine, masters, parameter, moment, state(moment_name(name, moment)))
 
 
 def _gather(engine: Any, moment: str | None, keep: bool) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    found = {}
-    masters = _masters(engine)
+    gathered = {}
+    masters = _master_weights(engine)
     for name, parameter in trainable(engine.module):
-        if not _is_spread(parameter):
+        if not _is_partitioned(parameter):
             tensor = masters.get(parameter, parameter)
             if moment is not None:
-                tensor = _basic_optimizer(engine).state[tensor][moment]
+                tensor = _torch_optimizer(engine).state[tensor][moment]
         elif moment is None:
             tensor = safe_get_full_fp32_param(parameter)
         else:
             tensor = safe_get_full_optimizer_state(parameter, moment)
         if keep:
-            found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
-    return found
+            gathered[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+    return gathered
 
 
-def _deal_out(
+def _scatter(
     engine: Any,
     masters: Mapping[nn.Parameter, Tensor],
     parameter: nn.Parameter,
@@ -122,14 +120,14 @@ def _deal_out(
         safe_set_local_optimizer_state,
     )
 
-    if not _is_spread(parameter):
+    if not _is_partitioned(parameter):
         target = masters.get(parameter, parameter)
         if moment is not None:
-            target = _basic_optimizer(engine).state[target][moment]
+            target = _torch_optimizer(engine).state[target][moment]
         with torch.no_grad():
             target.copy_(value)
     elif hasattr(parameter, "ds_id"):
-        # `safe_set_full_…` reaches past the end of a tensor that does not divide by the workers.
+        # `safe_set_full_…` reads past the end of a tensor that does not divide by the world size.
         part = _padded_part(value, parameter.ds_tensor.numel(), torch.distributed.get_rank())
         if moment is None:
             safe_set_local_fp32_param(parameter, part)
@@ -142,24 +140,24 @@ def _deal_out(
 
 
 def _padded_part(value: Tensor, numel: int, rank: int) -> Tensor:
-    part = torch.zeros(numel, dtype=value.dtype)
-    here = value.flatten()[rank * numel : (rank + 1) * numel]
-    part[: here.numel()] = here
-    return part
+    padded = torch.zeros(numel, dtype=value.dtype)
+    part = value.flatten()[rank * numel : (rank + 1) * numel]
+    padded[: part.numel()] = part
+    return padded
 
 
-def _is_spread(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed keeps the parameter's masters and moments in pieces of its own."""
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed has partitioned the parameter's master weight and moments."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _basic_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """torch's optimiser below DeepSpeed's wrapper, which there is not without ZeRO in float32."""
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's optimiser inside DeepSpeed's wrapper; without ZeRO in float32 there is no wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _masters(engine: Any) -> Mapping[nn.Parameter, Tensor]:
-    """Without ZeRO in bfloat16: the float32 master of each weight. Empty elsewhere."""
+def _master_weights(engine: Any) -> Mapping[nn.Parameter, Tensor]:
+    """Without ZeRO in bfloat16: the float32 master of each weight; otherwise empty."""
     groups = getattr(engine.optimizer, "fp16_groups", None)
     masters = getattr(engine.optimizer, "fp32_groups", None)
     if groups is None or masters is None:

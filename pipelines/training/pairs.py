@@ -1,11 +1,10 @@
-"""Image + caption pairs: captions of a second table, joined to the images by key or by URL.
+"""Joins a table of captions to the images, by key or by URL, into a pair table.
 
-    captions -> key, caption -> sorted buckets by key in _plan/      once
+    captions -> key, caption -> buckets sorted by key in _plan/      once
     images   -> row groups, one chunk each -> captions of their keys -> PAIR_ROW part
 
-The parts of our image tables have key ranges that do not overlap, so a chunk reads one bucket of
-captions or two. A table in any other order is joined rightly too: its chunks read more buckets,
-one at a time.
+The parts of our image tables have disjoint key ranges, so a chunk reads one or two buckets of captions.
+Tables in another order work too: their chunks read more buckets, one at a time.
 """
 
 from __future__ import annotations
@@ -63,16 +62,16 @@ if TYPE_CHECKING:
 KIND = "pair"
 JoinOn = Literal["key", "url"]
 
-_ROWS_PER_CHUNK = 256  # at least, in whole row groups
+_ROWS_PER_CHUNK = 256  # minimum; chunks are whole row groups
 _BATCH_ROWS = 65_536
 _CHUNKS, _STARTS = f"chunks{PLAN}", f"starts{PLAN}"
 _CAPTIONS = pa.schema([("key", pa.int64()), ("caption", pa.string())])
 
 
 def with_pairs(config: Stage2Config) -> Stage2Config:
-    """The settings of stage 2 with `data.input` a pair table; joins `data.captions` where given.
+    """Join `data.captions` and return settings whose `data.input` is the pair table.
 
-    Without `data.captions` the input has the captions itself and nothing is done.
+    Without `data.captions`, the input already has captions and the settings are returned as they are.
     """
     data = config.data
     if data.captions is None:
@@ -91,35 +90,34 @@ def write_pairs(
     join_on: JoinOn = "url",
     ray: RayConfig | None = None,
 ) -> dict[str, int]:
-    """Write the pair table (PAIR_ROW) of an image table and a table of captions; the counts.
+    """Join an image table and a table of captions into a pair table (PAIR_ROW); returns counts.
 
-    Only images of status `ok` with a caption that is not blank become pairs. Of several captions
-    of an image the first counts. The counts: `pairs`, `images_without_caption`,
-    `captions_without_image`, `repeated_captions`, `blank_captions`.
-    A finished table stays as it is when images or captions were changed on purpose since
-    (pipelines.images.changes), without the rows that were taken down of them.
-    Raises DataError for a missing column, one of another type, a damaged file, and where not one
-    caption finds its image; RunError where `output` holds another run.
+    Images of status `ok` with a non-blank caption become pairs; of several captions of an image, the
+    first is used. The counts are `pairs`, `images_without_caption`, `captions_without_image`,
+    `repeated_captions` and `blank_captions`. If a takedown or an ingest has changed the sources of a
+    finished table (pipelines.images.changes), rows taken down are removed from it, and nothing is added.
+    Raises DataError for a missing column, a column of another type, a damaged file, and when no caption
+    matches an image; RunError when `output` holds another run.
     """
     job = Pairs(images, captions, caption_column, join_on)
     counts = run_table_job(job, output, ray or RayConfig())
-    about, pairs = Table(output).describe(), counts.get(OK, 0)
+    description, pairs = Table(output).describe(), counts.get(OK, 0)
     if not pairs:
         raise DataError(
-            f"none of the {about['captions']} captions of {captions} belongs to an image of "
+            f"none of the {description['captions']} captions of {captions} matches an image of "
             f"{images}: they were joined by {join_on} (data.join_on)"
         )
     return {
         "pairs": pairs,
-        "images_without_caption": about["images"] - pairs,
-        "captions_without_image": max(0, about["captions"] - pairs),
-        "repeated_captions": about["repeated_captions"],
-        "blank_captions": about["blank_captions"],
+        "images_without_caption": description["images"] - pairs,
+        "captions_without_image": max(0, description["captions"] - pairs),
+        "repeated_captions": description["repeated_captions"],
+        "blank_captions": description["blank_captions"],
     }
 
 
 class Pairs(TableJob):
-    """The join of a table of images and one of captions."""
+    """The job that joins a table of images and a table of captions."""
 
     def __init__(self, images: str, captions: str, caption_column: str, join_on: JoinOn) -> None:
         self.image_files = parquet_files(images)
@@ -129,8 +127,8 @@ class Pairs(TableJob):
 
     def identity(self) -> dict[str, Any]:
         return {
-            "data.input": _digest(self.image_files),
-            "data.captions": _digest(self.caption_files),
+            "data.input": _describe_files(self.image_files),
+            "data.captions": _describe_files(self.caption_files),
             "data.caption_column": self.caption_column,
             "data.join_on": self.join_on,
         }
@@ -141,13 +139,12 @@ class Pairs(TableJob):
 
     def plan(self, table: Table) -> None:
         if table.exists and self._changed_on_purpose(table):
-            self._go_on(table)
+            self._apply_takedowns(table)
         if table.exists:
             return
         files = self.image_files, self.caption_files
-        notes = _plan(table, *files, self.caption_column, self.join_on)
-        changes = {name: changes_of(path) for name, path in self.sources.items()}
-        table.create(KIND, self.identity(), **notes, addresses=True, changes=changes)
+        plan = _plan(table, *files, self.caption_column, self.join_on)
+        table.create(KIND, self.identity(), **plan, addresses=True, changes=self._changes())
 
     def run(self, table: Table, cluster: Cluster) -> None:
         stages = partial(_stages, table=table, join_on=self.join_on)
@@ -155,26 +152,30 @@ class Pairs(TableJob):
         images = table.describe()["images"]
         run_chunks(cluster, table.pending(), stages, write, "pairs", images, table.counts())
 
+    def _changes(self) -> dict[str, Any]:
+        return {name: changes_of(path) for name, path in self.sources.items()}
+
     def _differing(self, table: Table) -> list[str]:
-        there = table.describe()["identity"]
-        return [name for name, value in self.identity().items() if there.get(name) != value]
+        recorded = table.describe()["identity"]
+        return [name for name, value in self.identity().items() if recorded.get(name) != value]
 
     def _changed_on_purpose(self, table: Table) -> bool:
-        """Whether a takedown or another run has changed what the table was made of, and nothing else."""
-        about, differing = table.describe(), self._differing(table)
-        noted = about.get("changes", {})
+        """Whether the sources differ from the recorded ones only by takedowns or ingests."""
+        description, differing = table.describe(), self._differing(table)
+        recorded_changes = description.get("changes", {})
         on_purpose = (
-            name in self.sources and changed_on_purpose(self.sources[name], noted.get(name))
+            name in self.sources
+            and changed_on_purpose(self.sources[name], recorded_changes.get(name))
             for name in differing
         )
-        return bool(about["kind"] == KIND and differing and all(on_purpose))
+        return bool(description["kind"] == KIND and differing and all(on_purpose))
 
-    def _go_on(self, table: Table) -> None:
-        """Take out what was taken down of the sources; the table is then that of today's.
+    def _apply_takedowns(self, table: Table) -> None:
+        """Remove the rows that were taken down from the sources, and record the new identity.
 
-        One that is not finished is removed, to be begun again: rows lie elsewhere now.
+        An unfinished table is deleted, to be planned again, since its rows have moved.
         """
-        about, differing = table.describe(), self._differing(table)
+        description, differing = table.describe(), self._differing(table)
         if table.pending():
             remove_folder(table.folder / "_commits")
             for name in names_in(table.parts):
@@ -190,19 +191,19 @@ class Pairs(TableJob):
         blocked.write(table)
         removed = remove_rows(table, blocked)
         print(
-            f"{removed:,} pairs of {table.folder} were taken down; what is new in "
-            f"{' and '.join(differing)} waits for a table of its own",
+            f"{removed:,} pairs of {table.folder} were taken down; new rows of "
+            f"{' and '.join(differing)} are ignored: write them to another table",
             file=sys.stderr,
         )
-        notes = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
-        notes["changes"] = {name: changes_of(path) for name, path in self.sources.items()}
-        table.create(KIND, self.identity(), about["chunks"], **notes)
+        fields = {k: v for k, v in description.items() if k not in ("kind", "identity", "chunks")}
+        fields["changes"] = self._changes()
+        table.create(KIND, self.identity(), description["chunks"], **fields)
 
 
-def _digest(files: list[Path]) -> str:
-    """A table's files in a few words, so that a changed one is told from this one."""
-    prints = str(sorted(fingerprint(files).items())).encode()
-    digest = hashlib.blake2b(prints, digest_size=8).hexdigest()
+def _describe_files(files: list[Path]) -> str:
+    """Number, size and digest of a table's files, to compare and to show."""
+    fingerprints = str(sorted(fingerprint(files).items())).encode()
+    digest = hashlib.blake2b(fingerprints, digest_size=8).hexdigest()
     return f"{len(files)} files, {input_bytes(files)} bytes, {digest}"
 
 
@@ -216,7 +217,7 @@ def _plan(
     caption_column: str,
     join_on: JoinOn,
 ) -> dict[str, int]:
-    """Write `_plan/`: the captions by key and the row groups of each chunk; what was counted."""
+    """Write `_plan/`, the captions by key and the row groups of each chunk; returns counts."""
     folder = table.folder / "_plan"
     remove_folder(folder)
     folder.mkdir(parents=True)
@@ -226,7 +227,7 @@ def _plan(
     for file in image_files:
         images += _usable_rows(file, join_on)
         with open_parquet(file) as parquet:
-            rows = _ROWS_PER_CHUNK  # so that a file begins a chunk
+            rows = _ROWS_PER_CHUNK  # so that each file begins a chunk
             for group in range(parquet.num_row_groups):
                 if rows >= _ROWS_PER_CHUNK:
                     chunks.append({"file": str(file), "groups": []})
@@ -238,7 +239,7 @@ def _plan(
 
 
 def _usable_rows(file: Path, join_on: JoinOn) -> int:
-    """Images of status `ok` in a file; columns that no pair can be made of are refused here."""
+    """The number of images of status `ok` in a file; raises DataError for unusable columns."""
     schema = read_schema(file)
     require_columns(schema, ["image", join_on], str(file))
     for field in PAIR_ROW:
@@ -253,7 +254,7 @@ def _usable_rows(file: Path, join_on: JoinOn) -> int:
 
 
 def _usable(rows: pa.Table, file: Path) -> pa.Table:
-    """The rows of status `ok`; all of a table that has no status."""
+    """The rows of status `ok`; all rows if there is no status column."""
     if "status" not in rows.column_names:
         return rows
     return rows.filter(pc.equal(as_text(rows["status"], f"{file}: column 'status'"), OK))
@@ -266,7 +267,7 @@ def _sort_captions(
     join_on: JoinOn,
     sorting: Sorting = Buckets,
 ) -> dict[str, int]:
-    """Write the captions as buckets sorted by key, every key once."""
+    """Write the captions in buckets sorted by key, each key once; returns counts."""
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
     buckets = sorting(_CAPTIONS, input_bytes(files))
     for file in files:
@@ -278,8 +279,8 @@ def _sort_captions(
             text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
             usable = pc.and_(has_text(text), rows[join_column].is_valid())
             counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()
-            named = rows[join_column].filter(usable)
-            keys = _keys(named, join_on, f"{file}: column '{join_column}'")
+            values = rows[join_column].filter(usable)
+            keys = _keys(values, join_on, f"{file}: column '{join_column}'")
             buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
     for i, rows in enumerate(buckets.sorted()):
         keys = rows["key"].to_numpy()
@@ -297,30 +298,30 @@ def _keys(
     column: pa.ChunkedArray,
     join_on: JoinOn,
     where: str,
-    number: Callable[[str], int] = address_of,
+    hash_url: Callable[[str], int] = address_of,
 ) -> pa.ChunkedArray:
-    """Join keys [n] int64 of a column of keys or of URLs; a null has none and stays null.
+    """Join keys int64 `[n]` of a column of keys or URLs; nulls stay null.
 
-    All spellings of a URL have one key, unless `number` says otherwise.
+    `address_of` gives all spellings of a URL the same key.
     """
     column = _joinable(column, join_on, where)
     if join_on == "key":
         return column
-    keys = [None if url is None else number(url) for url in column.to_pylist()]
+    keys = [None if url is None else hash_url(url) for url in column.to_pylist()]
     return pa.chunked_array([pa.array(keys, pa.int64())])
 
 
 def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
-    """A join column as URLs or as int64 keys; DataError, which begins with `where`, for others."""
+    """Cast a join column to URLs or int64 keys; DataError, beginning with `where`, if impossible."""
     if join_on == "url":
         return as_text(column, where)
-    if not pa.types.is_integer(column.type):  # a rounded key is another image's, or nobody's
+    if not pa.types.is_integer(column.type):  # a key rounded to float is a wrong key
         raise DataError(f"{where} is {column.type}, expected the int64 keys that ingest wrote")
     try:
         return column.cast(pa.int64())
     except pa.ArrowInvalid:
         raise DataError(
-            f"{where} is {column.type} and has values beyond int64: read its 64 bits as signed"
+            f"{where} is {column.type} and has values beyond int64: reinterpret its 64 bits as signed"
         ) from None
 
 
@@ -333,7 +334,7 @@ def _stages(chunks: Any, last: Step, table: Table, join_on: JoinOn) -> Any:
 
 
 def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
-    """The PAIR_ROW rows of one chunk, with its number; one without a pair is committed here."""
+    """The PAIR_ROW rows of one chunk, with its number; writes an empty part if there is none."""
     (chunk,) = chunks["chunk"].to_pylist()
     plan = table.folder / "_plan"
     (source,) = read_parquet_file(plan_file(plan / _CHUNKS)).slice(chunk, 1).to_pylist()
@@ -341,19 +342,19 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     with open_parquet(file) as parquet:
         rows = _usable(parquet.read_row_groups(source["groups"]), file)
     where = f"{file}: column '{join_on}'"
-    # A plan of an earlier version was made of the URLs as they are spelled.
-    number = address_of if table.describe().get("addresses") else url_key
-    keys = _keys(rows[join_on], join_on, where, number)
+    # Plans of earlier versions hashed URLs as spelled.
+    hash_url = address_of if table.describe().get("addresses") else url_key
+    keys = _keys(rows[join_on], join_on, where, hash_url)
     captions = _captions_of(keys, plan)
-    found = captions.is_valid()
-    rows, captions = rows.filter(found), captions.filter(found)
-    if "key" not in rows.column_names:  # a table of the user's, joined by URL
+    has_caption = captions.is_valid()
+    rows, captions = rows.filter(has_caption), captions.filter(has_caption)
+    if "key" not in rows.column_names:  # not written by ingest; joined by URL
         rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
     pairs = pa.table(
         [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),
     )
-    if not pairs.num_rows:  # Ray Data passes on no empty block
+    if not pairs.num_rows:  # Ray Data drops empty blocks
         table.write(chunk, pairs)
     return pairs.append_column("chunk", pa.array([chunk] * pairs.num_rows, pa.int64()))
 
@@ -373,7 +374,7 @@ def _column(rows: pa.Table, field: pa.Field, file: Path) -> pa.Array | pa.Chunke
 
 
 def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
-    """The caption of each key [n], null where there is none."""
+    """The caption of each key, string `[n]`; null if there is none."""
     captions = pa.nulls(len(keys), pa.string())
     if len(keys) == keys.null_count:
         return captions
@@ -383,6 +384,6 @@ def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
     last = int(np.searchsorted(starts, greatest, "right")) - 1
     for bucket in range(first, last + 1):
         rows = read_parquet_file(plan_file(plan / f"captions-{bucket:04d}{PLAN}"))
-        places = pc.index_in(keys, value_set=rows["key"].combine_chunks())
-        captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(places))
+        indices = pc.index_in(keys, value_set=rows["key"].combine_chunks())
+        captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(indices))
     return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

@@ -1,7 +1,7 @@
-"""Who reads the rows of a training: threads of its worker, or processes elsewhere on the cluster.
+"""Reads training rows in threads of the worker, or in Ray actors elsewhere on the cluster.
 
-Both give the same batches, bit for bit: which rows they are is settled before (see `data`), and a
-batch is put together in their order, whatever finishes first.
+Both give bit-identical batches: `data` decides which rows they hold, and parts are joined in order,
+whichever finishes first.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pipelines.training.data import Batch
 from vlv_model.squares import Square
 
 Rows = Sequence[tuple[int, int]]
-"""(epoch, position in the index) of each."""
+"""(epoch, position in the index) of each row."""
 
 
-class Reading(Protocol):
-    """Reads rows of an index: their squares, decoded and cropped, and the columns asked for."""
+class BatchReader(Protocol):
+    """Reads rows of an index: decoded and cropped squares, and some columns."""
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
-        """Have the rows read in the background; the function waits for them, or raises."""
+        """Start reading in the background; the returned function waits for the batch, or raises."""
 
     def close(self) -> None:
-        """Give up what is still under way."""
+        """Cancel unfinished reads."""
 
 
-class Threads:
-    """Threads of this process; reading, decoding and resizing let go of the interpreter's lock."""
+class ReaderThreads:
+    """Threads of this process; reading, decoding and resizing release the GIL."""
 
     def __init__(self, reader: RowReader, square: Square, threads: int) -> None:
         self.reader, self.square, self.threads = reader, square, threads
@@ -47,11 +47,11 @@ class Threads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Actors:
-    """Ray actors of one CPU each, wherever the cluster has one; Ray keeps GPU machines for the last.
+class ReaderActors:
+    """Ray actors of one CPU each, anywhere on the cluster; Ray uses GPU machines last.
 
-    Not Ray tasks: an actor keeps footers and row groups of the table, of which a task would parse a
-    footer for each row. One whose machine is lost starts elsewhere and does its work again.
+    Actors rather than tasks, since an actor caches footers and row groups, while a task would parse a
+    footer per row. An actor whose machine is lost restarts elsewhere and its reads are retried.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class Actors:
         import ray
 
         options = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": -1}
-        # Said outright, or they would have to fit into what was reserved for the worker.
-        kind: Any = ray.remote(scheduling_strategy="DEFAULT", **options)(_Reader)
-        kept = ray.put(index)  # arrays of millions of rows: once on each machine
-        self._actors = [kind.remote(kept, list(columns), square) for _ in range(actors)]
+        # Without an explicit strategy, they would be placed in the worker's placement group.
+        actor_class: Any = ray.remote(scheduling_strategy="DEFAULT", **options)(_Reader)
+        shared_index = ray.put(index)  # large: one copy per machine
+        self._actors = [
+            actor_class.remote(shared_index, list(columns), square) for _ in range(actors)
+        ]
         self._turns = count()
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
@@ -82,7 +84,7 @@ class Actors:
 
 
 class _Reader:
-    """The process behind `Actors`."""
+    """One actor of `ReaderActors`."""
 
     def __init__(self, index: RowIndex, columns: list[str], square: Square) -> None:
         self.reader, self.square = RowReader(index, columns), square
@@ -97,12 +99,12 @@ def _fetch(parts: Sequence[Any]) -> Batch:
 
     try:
         return Batch.join(ray.get(list(parts)))
-    except RayTaskError as error:  # what reading raised, without the actor's traceback in its text
+    except RayTaskError as error:  # the original error, whose text has no actor traceback
         raise error.cause from error
 
 
 def _pieces(rows: Rows, most: int) -> list[Rows]:
-    """Consecutive rows in at most so many parts of nearly the same length, none of them empty."""
+    """Split rows into at most `most` non-empty parts of nearly equal length."""
     parts = min(most, len(rows))
     cuts = [len(rows) * i // parts for i in range(parts + 1)]
     return [rows[start:stop] for start, stop in pairwise(cuts)]

@@ -1,12 +1,12 @@
-"""The folder of a training run: whose it is, what it started from, and how it ended.
+"""The folder of a training run: its identity, its parent checkpoint and its result.
 
-<run_dir>/run.json       what the run is: its settings, data and models
+<run_dir>/run.json       identity: settings, data and models
 <run_dir>/rows/          see kept_rows
 <run_dir>/checkpoints/   see checkpointing
-<run_dir>/parent/        what the run started from, so that the folder stands alone
+<run_dir>/parent/        copy of the checkpoint that the run started from
 <run_dir>/metrics.jsonl  see metrics
 <run_dir>/samples/       see samples
-<run_dir>/validation/    the list of data.validation
+<run_dir>/validation/    index of the images of data.validation
 <run_dir>/result.json    written last
 """
 
@@ -36,52 +36,54 @@ from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
 
 RESULT = "result.json"
-VALIDATION, _VALIDATION = "validation", "data.validation"  # the folder, the setting
+VALIDATION = "validation"  # folder
+_VALIDATION_SETTING = "data.validation"
 
-# Settings that may change when a run is continued: they say how it is run, not what it computes.
-FREE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
+# Settings that may change when a run continues, since they do not change what it computes.
+CHANGEABLE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.prefetch", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
         "train.offload_optimizer", "train.tf32", "train.activation_checkpointing", "train.compile",
         "train.samples")  # fmt: skip
 
 
-def settle(config: Stage1Config | Stage2Config, run_dir: Path) -> Stage1Config | Stage2Config:
-    """`config` with the size of its micro-batches: what the run began with, if it was not given.
+def with_micro_batch_size(
+    config: Stage1Config | Stage2Config, run_dir: Path
+) -> Stage1Config | Stage2Config:
+    """Fill in `train.micro_batch_size` if it is not set: what the run began with, else the default.
 
-    Its default follows from the number of workers, which may change, and may not change what is
-    drawn for a micro-batch. Raises ConfigError where it does not fit the workers of today.
+    The default depends on the number of workers, which may change, while dropout is seeded per
+    micro-batch. Raises ConfigError when it does not fit the current number of workers.
     """
     if config.train.micro_batch_size is not None:
         return config
     size = config.train.rows_at_once
     if (run_dir / "run.json").is_file():
         size = read_json_object(run_dir / "run.json").get("train.micro_batch_size") or size
-    # Only what was given: a setting of `model` that is given wins over the folder's.
+    # Only explicit settings, since an explicit `model` setting overrides the folder's.
     values = config.model_dump(mode="json", exclude_unset=True)
     values.setdefault("train", {})["micro_batch_size"] = size
     return build(type(config), values)
 
 
 def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
-    """Refuse what could only fail on a worker, after the models were loaded."""
+    """Raise CheckpointError for a `model.path` that would fail later, on a worker."""
     from vlv_model.checkpoints.weights import read_checkpoint, stages_of
 
-    # Its files are looked at once: a run that has begun goes on from what it kept of them.
-    begun = (Path(config.run_dir) / "parent").is_dir()
-    stages = stages_of(checkpoint, verify=not begun) if checkpoint else []
+    # Verify only once: a run that has begun continues from its own copy.
+    has_copy = (Path(config.run_dir) / "parent").is_dir()
+    stages = stages_of(checkpoint, verify=not has_copy) if checkpoint else []
     if checkpoint and read_checkpoint(checkpoint).lora.rank:
         raise CheckpointError(
-            f"model.path: '{checkpoint}' holds adapters (LoRA) upon a language model: export it with "
-            "jobs/export.py, which merges them, and name that folder"
+            f"model.path: '{checkpoint}' holds LoRA adapters: merge them with jobs/export.py and give "
+            "the exported folder"
         )
     if isinstance(config, Stage2Config) and "stage1" not in stages:
         raise CheckpointError(
-            "model.path has to name a stage-1 run or checkpoint: stage 2 reads what the encoder "
-            "learned to say there"
+            "model.path must be a stage-1 run or checkpoint: stage 2 needs its trained encoder"
         )
     if isinstance(config, Stage1Config) and "stage2" in stages:
-        raise CheckpointError("model.path names a stage-2 run: stage 1 goes on from stage 1 only")
+        raise CheckpointError("model.path is a stage-2 run: stage 1 can only start from stage 1")
 
 
 def identity(
@@ -90,26 +92,26 @@ def identity(
     checkpoint: Path | None,
     files: list[Path],
     rows: tuple[RowIndex, RowIndex],
-    there: Mapping[str, Any],
+    recorded: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that decides what the run computes, flat, so that a difference can be named.
+    """Everything that decides what the run computes, as a flat dictionary.
 
-    `there` is what is `recorded` of the run: a base model that is the same one is called what it
-    is called there.
+    `recorded` is the identity in the run folder. A base model with the same weights keeps the name that
+    it has there.
     """
     from vlv_model.checkpoints.fingerprint import fingerprint_parts
 
     values = {**dump(config), "model": model.model_dump()}
-    flat = {k: v for k, v in _flatten(values) if not k.startswith(FREE)}
+    flat = {k: v for k, v in _flatten(values) if not k.startswith(CHANGEABLE)}
     flat["rows"] = [len(index) for index in rows]
     flat["keys"] = [index.digest() for index in rows]
-    # Stored latents are rounded ones, wherever they lie.
+    # Stored latents are rounded, so they count; their path does not.
     flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
     flat["bytes"] = sum(file.stat().st_size for file in files)
     parts = parts_read(config)
     digests = fingerprint_parts(model, parts)
     flat |= {f"model.{part} digest": digest for part, digest in digests.items()}
-    flat |= _recorded_names(model, digests, there)
+    flat |= _recorded_names(model, digests, recorded)
     if checkpoint is not None:
         digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
         flat["parent"] = digest[:16]
@@ -117,65 +119,65 @@ def identity(
 
 
 def parts_read(config: Stage1Config | Stage2Config) -> tuple[str, ...]:
-    """The pretrained parts that a run is built from."""
+    """The pretrained parts that a run loads."""
     from vlv_model import VLVAutoEncoder, VLVCaptioner
 
     return (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).read_parts
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
-    """The identity of the run that a folder holds, from run.json; nothing of a folder without one.
+    """The identity in a folder's run.json; empty when there is none.
 
-    A base model that was not on the driver's machine yet when the run began has its digest from
-    the run's newest checkpoint.
+    The digest of a base model that the driver had not downloaded when the run began is taken from the
+    newest checkpoint.
     """
     from vlv_model.checkpoints.fingerprint import is_digest
 
     if not os.path.isfile(run_dir / "run.json"):
         return {}
-    there = read_json_object(run_dir / "run.json")
-    last = checkpoints.latest_checkpoint(run_dir)
-    for part, digest in (read_checkpoint(last).base_models if last else {}).items():
-        if not is_digest(there.get(f"model.{part} digest") or ""):
-            there[f"model.{part} digest"] = digest
-    return there
+    identity = read_json_object(run_dir / "run.json")
+    latest = checkpoints.latest_checkpoint(run_dir)
+    for part, digest in (read_checkpoint(latest).base_models if latest else {}).items():
+        if not is_digest(identity.get(f"model.{part} digest") or ""):
+            identity[f"model.{part} digest"] = digest
+    return identity
 
 
-def base_models(there: Mapping[str, Any]) -> dict[str, str]:
-    """Where a run that is `recorded` has its base models from, by field of ModelConfig."""
-    fields = {name.removeprefix("model."): value for name, value in there.items()}
+def base_models(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """The base models in a recorded identity, by field of ModelConfig."""
+    fields = {name.removeprefix("model."): value for name, value in recorded.items()}
     return {name: fields[name] for name in ModelConfig.model_fields if fields.get(name)}
 
 
 def _recorded_names(
-    model: ModelConfig, digests: Mapping[str, str], there: Mapping[str, Any]
+    model: ModelConfig, digests: Mapping[str, str], recorded: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The entries of `there` on base models that are the same here, by whatever name.
+    """The entries of `recorded` for base models that are the same now, perhaps under another name.
 
-    Digests of the files (`digests` are today's, by part) decide; where one is not known, the ids of
-    the hub or the folders do.
+    Compares file digests (`digests` has the current ones, by part); where one is unknown, hub ids or
+    folders.
     """
     from vlv_model.checkpoints.fingerprint import is_digest, matches_fingerprint
     from vlv_model.checkpoints.sources import field_of, part_source
 
     differing, names = set(), {}
-    for part, here in digests.items():
-        source, digest = part_source(model, part), f"model.{part} digest"
-        known = there.get(digest) or ""
-        if is_digest(known) and is_digest(here):
-            same = known == here or matches_fingerprint(known, source)
+    for part, digest in digests.items():
+        source, entry = part_source(model, part), f"model.{part} digest"
+        recorded_digest = recorded.get(entry) or ""
+        if is_digest(recorded_digest) and is_digest(digest):
+            same = recorded_digest == digest or matches_fingerprint(recorded_digest, source)
         else:
-            own = there.get(f"model.{part}")
-            same = bool(own) == (not source.subfolder) and source.may_match(
-                own or there.get("model.diffusion") or ""
+            recorded_source = recorded.get(f"model.{part}")
+            same = bool(recorded_source) == (not source.subfolder) and source.may_match(
+                recorded_source or recorded.get("model.diffusion") or ""
             )
         if same:
-            names[digest] = there.get(digest)
+            names[entry] = recorded.get(entry)
         else:
             differing.add(field_of(model, part))
     for field in set(SOURCE_FIELDS) - differing:
-        if f"model.{field}" in there:
-            names[f"model.{field}"] = there[f"model.{field}"]
+        if f"model.{field}" in recorded:
+            names[f"model.{field}"] = recorded[f"model.{field}"]
     return names
 
 
@@ -190,51 +192,53 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds another run or something else; RunError names what differs."""
+    """Raise RunError when the folder holds another run, naming the differences, or other files."""
     if os.path.isfile(run_dir / "run.json"):
-        # A setting that came into being after the run had begun: it ran as its default does. What
-        # only stage 2 has is not in the identity of a stage 1.
-        newer = _flatten({"train": dump(Stage2TrainConfig()), "model": ModelConfig().model_dump()})
-        there = {name: value for name, value in newer if name in identity}
-        there |= recorded(run_dir)
-        refuse_difference(run_dir, there, identity, "run_dir")
+        # Settings newer than the run count as their defaults. `name in identity` leaves out
+        # stage 2's settings in stage 1.
+        defaults = _flatten(
+            {"train": dump(Stage2TrainConfig()), "model": ModelConfig().model_dump()}
+        )
+        recorded_identity = {name: value for name, value in defaults if name in identity}
+        recorded_identity |= recorded(run_dir)
+        refuse_difference(run_dir, recorded_identity, identity, "run_dir")
     else:
         refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
 
 
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Make a folder that `check_free` has passed this run's."""
+    """Check the folder (`check_free`) and write the identity into it if it is new."""
     check_free(run_dir, identity)
     if not (run_dir / "run.json").is_file():
         write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
 
 
 def check_validation(path: str) -> None:
-    """Raise DataError where there are no images at `data.validation`."""
-    find_source(path, setting=_VALIDATION)
+    """Raise DataError when there are no images at `data.validation`."""
+    find_source(path, setting=_VALIDATION_SETTING)
 
 
 def validation_rows(run_dir: Path, path: str) -> RowIndex:
-    """The images of `data.validation`, listed anew: there may be others than when the run began."""
+    """List the images of `data.validation` again, since they may change while the run is stopped."""
     remove_folder(run_dir / VALIDATION)
-    listed, _ = list_images(run_dir / VALIDATION, path, setting=_VALIDATION)
-    return RowIndex.open(listed)
+    files, _ = list_images(run_dir / VALIDATION, path, setting=_VALIDATION_SETTING)
+    return RowIndex.open(files)
 
 
 def keep_parent(run_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Keep what the run starts from in its folder: one checkpoint, merged with its own parents."""
+    """Copy the start checkpoint, merged with its own parents, into the run folder."""
     if checkpoint is None:
         return None
     from vlv_model.checkpoints.weights import merge_checkpoint
 
-    kept = run_dir / "parent"
-    return kept if kept.is_dir() else merge_checkpoint(checkpoint, kept)
+    copy = run_dir / "parent"
+    return copy if copy.is_dir() else merge_checkpoint(checkpoint, copy)
 
 
 def tidy(run_dir: Path, keep: int) -> None:
-    """Before a fit: drop surplus checkpoints, and Ray Train's notes on its last fit.
+    """Before a fit: delete surplus checkpoints and Ray Train's snapshot of its last fit.
 
-    Ray Train is told of no checkpoint: the newest finished one is found in the folder.
+    Ray Train does not track our checkpoints; workers find the newest finished one in the folder.
     """
     checkpointing.prune(run_dir, keep)
     for snapshot in (run_dir / checkpoints.FOLDER).glob("checkpoint_manager_snapshot*"):
@@ -242,16 +246,17 @@ def tidy(run_dir: Path, keep: int) -> None:
 
 
 def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str, Any]:
-    losses, last = heldout_losses(run_dir), checkpoints.latest_checkpoint(run_dir)
+    """Write result.json and return its content."""
+    losses, latest = heldout_losses(run_dir), checkpoints.latest_checkpoint(run_dir)
     steps = [event["step"] for event in read_metrics(run_dir) if event["event"] == "eval"]
-    if last is None or config.train.steps not in steps:
+    if latest is None or config.train.steps not in steps:
         raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")
     result = {
         "loss_before": losses.get(min(steps)),
         "loss_after": losses.get(config.train.steps),
         "steps": config.train.steps,
         "rows_seen": config.train.steps * config.train.global_batch_size,
-        "checkpoint": str(last.relative_to(run_dir)),
+        "checkpoint": str(latest.relative_to(run_dir)),
         "columns_read": columns_read(run_dir),
     }
     write_atomically(run_dir / RESULT, json.dumps(result, indent=2))

@@ -1,10 +1,10 @@
-"""What checkpoints make of a few images, held-out or named, in a Ray task beside the training.
+"""Samples of checkpoints: a few images reconstructed or captioned in a Ray task during training.
 
 <run_dir>/samples/step-00001000.html   originals with reconstructions (stage 1) or captions (stage 2)
 
-No worker waits for it: it is begun where a CPU and the memory of a model are free. A checkpoint that comes meanwhile takes its
-turn after it, or is passed over for a newer one; the last of a run always has its samples, on a GPU
-where the training had some, which are free by then. Samples that fail cost a line and nothing else.
+Training does not wait for the task, which starts when a CPU and enough memory are free. One task runs
+at a time; of the checkpoints that wait for it, only the newest gets samples. The last checkpoint of a
+run always does, on a GPU if the training used GPUs. A failure prints one line.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = "samples"
-# Enough to see what is there, on one CPU in minutes.
+# Good enough to judge by, and takes minutes on one CPU.
 DIFFUSION = DiffusionConfig(num_steps=20, sampler="ddim", seed=0)
-LAST_SECONDS = 900.0  # that a run may take for its last samples when all else is done
+LAST_SECONDS = 900.0  # time limit of the last samples, after training
 
-# Of memory that is reserved: float32, with room for what it computes; and what libraries take.
-_BYTES_PER_PARAMETER, _BYTES_BESIDE = 5, 2 << 30
+# Memory to reserve: float32 weights with room for activations, and the libraries.
+_BYTES_PER_PARAMETER, _LIBRARY_BYTES = 5, 2 << 30
 
 Show = Callable[[int, list[GalleryItem]], None]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples a run makes: all that the task has to know."""
+    """The inputs of the task that makes a checkpoint's samples."""
 
     run_dir: Path
     model: ModelConfig
     rows: RowIndex
-    captions: bool  # stage 2's; else pictures
-    caption_column: str | None = None  # of rows that have a caption, which is shown beside
+    captions: bool  # stage 2; else reconstructions
+    caption_column: str | None = None  # column of target captions, shown with the generated ones
     max_tokens: int = 0  # of a caption
-    isolated: bool = False  # rows of which nobody has decoded the images yet
+    isolated: bool = False  # decode in a separate process: untrusted images
 
     def page(self, step: int) -> Path:
         return self.run_dir / FOLDER / f"{checkpoints.checkpoint_name(step)}.html"
 
     def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
-        """Of the checkpoint of `step`, whose page is written too; none if it is gone already."""
+        """Make the samples of the checkpoint of `step` and write its page; none if it was deleted."""
         import torch
 
         from pipelines.reconstruct.predictor import png
@@ -67,11 +67,11 @@ class Samples:
         checkpoint = self.run_dir / checkpoints.FOLDER / checkpoints.checkpoint_name(step)
         if not checkpoints.is_finished(checkpoint):
             return []
-        keys, rows, read = self._read()
+        keys, rows, arrays = self._read()
         if not rows:
             return []
-        squares = torch.from_numpy(np.stack(read)).to("cuda" if use_gpu else "cpu")
-        made = (
+        squares = torch.from_numpy(np.stack(arrays)).to("cuda" if use_gpu else "cpu")
+        outputs = (
             self._captions(checkpoint, squares)
             if self.captions
             else self._pictures(checkpoint, squares, keys)
@@ -82,31 +82,31 @@ class Samples:
                 original=png(square.cpu()),
                 status=OK,
                 target=row[self.caption_column] if self.caption_column else None,
-                **found,
+                **output,
             )
-            for key, row, square, found in zip(keys, rows, squares, made, strict=True)
+            for key, row, square, output in zip(keys, rows, squares, outputs, strict=True)
         ]
-        shown = gallery(items, len(items), pictures=not self.captions, words=self.captions)
+        figure = gallery(items, len(items), pictures=not self.captions, words=self.captions)
         subtitle = f"Images that are not trained on, after {step:,} steps of {self.run_dir.name}"
         file = self.page(step)
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, page("Samples", subtitle, [shown]))
+        write_atomically(file, page("Samples", subtitle, [figure]))
         return items
 
     def _read(self) -> tuple[list[int], list[dict[str, Any]], list[np.ndarray]]:
-        """Keys, rows and squares of the images that are some; of others a line."""
+        """Keys, rows and squares of the images; prints a line for each that cannot be decoded."""
         from pipelines.pictures.squares import isolated_squares
 
-        cut = Square.of(self.model)
+        geometry = Square.of(self.model)
         columns = [self.caption_column] if self.caption_column else []
         reader = RowReader(
-            self.rows, columns, decode=isolated_squares(cut) if self.isolated else None
+            self.rows, columns, decode=isolated_squares(geometry) if self.isolated else None
         )
         keys, rows, squares = [], [], []
         for position, key in enumerate(self.rows.keys.tolist()):
             try:
                 row = reader.row(position)
-                squares.append(reader.square(position, cut, row["image"]))
+                squares.append(reader.square(position, geometry, row["image"]))
             except UndecodableImage as error:
                 print(f"no sample: {error}", file=sys.stderr)
                 continue
@@ -117,18 +117,18 @@ class Samples:
     def _pictures(
         self, checkpoint: Path, squares: torch.Tensor, keys: list[int]
     ) -> list[dict[str, Any]]:
-        from pipelines.reconstruct.predictor import png, sampled
+        from pipelines.reconstruct.predictor import png, sample_batches
         from vlv_model.autoencoder import VLVAutoEncoder
 
-        # This run's own checkpoint, written a moment ago: not read once more for its digest.
+        # Written by this run just now, so not verified.
         autoencoder = VLVAutoEncoder.from_pretrained(self.model, checkpoint, verify=False)
         autoencoder.to(squares.device)
 
-        def draw(rows: slice, **sampling: Any) -> torch.Tensor:
+        def sample(rows: slice, **sampling: Any) -> torch.Tensor:
             return autoencoder.reconstruct(squares[rows], **sampling)
 
-        # From the same noise at each checkpoint, so that what changes is what was learned.
-        pictures = sampled(DIFFUSION, keys, draw)
+        # The same noise at each checkpoint, so that only the weights differ.
+        pictures = sample_batches(DIFFUSION, keys, sample)
         return [{"reconstruction": png(picture), "caption": None} for picture in pictures]
 
     def _captions(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:
@@ -141,52 +141,54 @@ class Samples:
 
 
 class Sampler:
-    """The driver's side: starts a task where a checkpoint calls for one, and shows what it made."""
+    """Starts the tasks on the driver, one per checkpoint after an evaluation, and shows the samples."""
 
     def __init__(
         self, samples: Samples, steps: int, use_gpu: bool, resources: Mapping[str, float]
     ) -> None:
-        """`resources` beside the GPU are what the last task asks for, where it takes one."""
+        """`resources` are what the last task reserves besides its GPU."""
         self.samples, self.steps, self.use_gpu = samples, steps, use_gpu
         self.resources = dict(resources)
-        self.parameters = 0  # of the model, as the workers tell
-        self._due = False  # an evaluation was, and no checkpoint since
-        self._wanted: int | None = None  # step of the checkpoint whose turn is next
+        self.parameters = 0  # of the model, from the start event
+        self._after_eval = False  # the next checkpoint gets samples
+        self._next_step: int | None = None  # checkpoint that waits for a task
         self._task: Any = None
-        self._step = 0  # of the task
+        self._step = 0  # of the running task
 
-    def take(self, event: Mapping[str, Any]) -> None:
-        """An event of the training."""
+    def handle(self, event: Mapping[str, Any]) -> None:
+        """Handle an event of the training."""
         if event["event"] == "start":
-            self._drop()  # workers come, again perhaps: they need the room
+            self._cancel()  # frees resources for starting or restarting workers
             self.parameters = event["parameters"]
         elif event["event"] == "eval":
-            self._due = True
-        elif event["event"] == "checkpoint" and self._due:
-            self._due, self._wanted = False, event["step"]
+            self._after_eval = True
+        elif event["event"] == "checkpoint" and self._after_eval:
+            self._after_eval, self._next_step = False, event["step"]
 
     def poll(self, show: Show) -> None:
-        """Show what is ready, and start what waits where a CPU is free; returns at once."""
-        from ray._private.state import available_resources_per_node  # of one machine: nowhere else
+        """Show finished samples and start the next task if a CPU is free; does not block."""
+        from ray._private.state import (
+            available_resources_per_node,
+        )  # no public function is per node
 
         self._collect(show)
-        if self._task is not None or self._wanted in (None, self.steps):
+        if self._task is not None or self._next_step in (None, self.steps):
             return
-        # A task that waited would have a machine started for it, or take the place of a lost worker.
+        # A pending task would scale up the cluster, or take the place of a lost worker.
         memory = self._memory("CPU")
         if any(
             free.get("CPU", 0) >= 1 and free.get("memory", 0) >= memory
             for free in available_resources_per_node().values()
         ):
-            self._start(self._wanted, {"num_cpus": 1, "memory": memory})
+            self._start(self._next_step, {"num_cpus": 1, "memory": memory})
 
-    def end(self, show: Show) -> None:
-        """Behind the training: make the last samples, and wait for them and for no others."""
+    def finish(self, show: Show) -> None:
+        """After training: cancel a running task, make the last samples and wait for them."""
         if self.samples.page(self.steps).is_file():
-            self._drop()
+            self._cancel()
             return
         limit = time.monotonic() + LAST_SECONDS
-        self._drop()
+        self._cancel()
         device = "GPU" if self.use_gpu else "CPU"
         options: dict[str, Any] = {"num_cpus": 1, "memory": self._memory(device)}
         if self.use_gpu:
@@ -195,24 +197,24 @@ class Sampler:
         while self._task is not None:
             self._collect(show)
             if time.monotonic() > limit:
-                self._say(f"not ready {LAST_SECONDS:g} s after the training's end")
-                self._drop()
+                self._warn(f"not finished {LAST_SECONDS:g} s after the end of training")
+                self._cancel()
             time.sleep(0.1)
 
     def _start(self, step: int, options: dict[str, Any]) -> None:
         import ray
 
-        self._step, self._wanted = step, None
+        self._step, self._next_step = step, None
         task = ray.remote(max_retries=0, **options)(_make)
         self._task = task.remote(self.samples, step, bool(options.get("num_gpus")))
 
     def _memory(self, device: str) -> int:
-        """Bytes to reserve; no more than a machine with the device has, or a task would wait for ever."""
+        """Bytes to reserve, at most what the largest machine with the device has."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         machines = [node.get("memory", 0) for node in nodes if node.get(device)]
-        needed = self.parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDE
+        needed = self.parameters * _BYTES_PER_PARAMETER + _LIBRARY_BYTES
         return int(min(needed, max(machines, default=needed)))
 
     def _collect(self, show: Show) -> None:
@@ -226,17 +228,17 @@ class Sampler:
                 show(self._step, items)
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._say(lines[-1])
+            self._warn(lines[-1])
 
-    def _drop(self) -> None:
+    def _cancel(self) -> None:
         import ray
 
         if self._task is not None:
             ray.cancel(self._task, force=True)
             self._task = None
 
-    def _say(self, why: str) -> None:
-        print(f"no samples of step {self._step:,}: {why}", file=sys.stderr)
+    def _warn(self, reason: str) -> None:
+        print(f"no samples of step {self._step:,}: {reason}", file=sys.stderr)
 
 
 def _make(samples: Samples, step: int, use_gpu: bool) -> list[GalleryItem]:

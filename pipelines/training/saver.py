@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: it waits for the copies to the CPU, not for the disk."""
+"""Writes checkpoints in a thread, so that training waits for the copy to the CPU, not for the disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Saver:
-    """One thread that writes one checkpoint after the other.
+    """A thread that writes one checkpoint at a time.
 
-    What went wrong in the thread is raised by the next `submit`, or by `wait`. A process that is
-    killed leaves a temporary folder, which the next start of the run removes.
+    An error in the thread is raised by the next `submit` or `wait`. A killed process leaves a temporary
+    folder, which the next start of the run removes.
     """
 
     def __init__(self) -> None:
@@ -18,12 +18,12 @@ class Saver:
         self._last: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Have `write` run as soon as the checkpoint before it is written."""
+        """Wait for the previous checkpoint, then run `write` in the thread."""
         self.wait()
         self._last = self._thread.submit(write)
 
     def wait(self) -> None:
-        """Return when all is written; raise what a write raised."""
+        """Wait until everything is written; raises the error of a failed write."""
         last, self._last = self._last, None
         if last is not None:
             last.result()

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, spanning exactly the run."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pipelines.training.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Rate of update `step` (0-based): linear warm-up, then cosine, linear or constant.
+    """Learning rate of `step` (0-based): linear warm-up, then cosine, linear or constant.
 
-    The falling schedules would reach zero at `train.steps`, one past the last update.
+    The decaying schedules reach zero at `train.steps`, one past the last step.
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / (train.warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""What the two stages do not share: the model, the batch, and what its loss is an average of."""
+"""What differs between the two stages: the model, its inputs, and the tokens its loss averages."""
 
 from __future__ import annotations
 
@@ -27,59 +27,58 @@ from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError
 from vlv_model.lora import is_adapter
 
-# What models consist of: UNet and VAE of the first two, Florence-2's vision tower of the third, the
-# other models of transformers of the fourth.
+# Blocks of UNet and VAE (the first two), of Florence-2's vision tower, of the other transformers.
 BLOCKS = (
     BasicTransformerBlock,
     ResnetBlock2D,
     Florence2VisionBlock,
     GradientCheckpointingLayer,
 )
-FORMS = 64  # of one kind of block: a UNet has blocks of many widths, torch gives up after 8
+RECOMPILE_LIMIT = 64  # per kind of block: a UNet has blocks of many widths, torch's default is 8
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A micro-batch as the model takes it."""
+class MicroBatch:
+    """A micro-batch as the model's inputs."""
 
     keys: list[int]
     inputs: dict[str, Tensor]
-    weight: int  # what the loss is a mean over: images in stage 1, label tokens in stage 2
+    valid_tokens: int  # label tokens, over which the loss is a mean; in stage 1 one per image
 
-    def idle(self) -> Prepared:
-        """The same for the model, of which nothing counts."""
-        return replace(self, keys=[], weight=0)
+    def without_rows(self) -> MicroBatch:
+        """The same inputs, but with no row and no valid token."""
+        return replace(self, keys=[], valid_tokens=0)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model whose `forward(**inputs)` is its loss, and how a batch becomes those inputs."""
+    """A model whose `forward(**inputs)` returns the loss, and how a batch becomes those inputs."""
 
     name: Literal["stage1", "stage2"]
     model: nn.Module
-    columns: list[str]  # of the table, beside the image
-    prepare: Callable[[Batch], Prepared]
-    fresh: tuple[str, ...]  # how the names of parameters begin that start random
+    columns: list[str]  # of the table, besides the image
+    prepare: Callable[[Batch], MicroBatch]
+    random_init: tuple[str, ...]  # name prefixes of randomly initialised parameters
 
     def parameter_groups(self, pretrained_rate: float) -> list[dict[str, Any]]:
-        """The trainable parameters for an optimiser; `share` is of the scheduled learning rate."""
-        fresh: list[nn.Parameter] = []
+        """The trainable parameters in groups; `share` multiplies the scheduled learning rate."""
+        random_init: list[nn.Parameter] = []
         pretrained: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                is_fresh = name.startswith(self.fresh) or is_adapter(name)
-                (fresh if is_fresh else pretrained).append(parameter)
+                is_random = name.startswith(self.random_init) or is_adapter(name)
+                (random_init if is_random else pretrained).append(parameter)
         groups = [
-            {"params": fresh, "share": 1.0},
+            {"params": random_init, "share": 1.0},
             {"params": pretrained, "share": pretrained_rate},
         ]
         return [group for group in groups if group["params"]]
 
     def checkpoint_activations(self) -> None:
-        """Keep few activations of a forward pass, and compute the others again in the backward one.
+        """Recompute activations in the backward pass, in the UNet and the trained transformers.
 
-        In the UNet and in whatever of transformers is in train mode, which frozen parts are not: what
-        these pass a gradient on with is small. Losses and gradients stay what they are: dropout is drawn again as it was.
+        Frozen transformers are in eval mode and keep their activations, which are small. Losses and
+        gradients do not change, since dropout is replayed.
         """
         for part in self.model.modules():
             if isinstance(part, UNet2DConditionModel):
@@ -88,11 +87,11 @@ class Stage:
                 part.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile(self, device: torch.device, blocks: tuple[type[nn.Module], ...] = BLOCKS) -> None:
-        """Have the compiler of torch (TorchInductor) build the models' `blocks` when they first run.
+        """Compile the models' `blocks` with torch.compile when they first run.
 
-        Blocks and not whole models: equal ones are built once, and a caption of another length
-        builds no whole model anew. Names of parameters stay; losses differ by rounding. Raises
-        ConfigError where the machine lacks the compiler that is called for `device`.
+        Blocks rather than whole models: equal blocks are compiled once, and another caption length
+        recompiles blocks only. Parameter names stay; losses differ by rounding. Raises ConfigError when
+        the machine has no C compiler for `device`.
         """
         variable, kinds = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", "g++")
         candidates = [os.environ[variable]] if os.environ.get(variable) else kinds.split()
@@ -101,7 +100,7 @@ class Stage:
                 f"train.compile=true needs a C compiler, and this machine has no "
                 f"{' or '.join(candidates)}: install one, or set train.compile=false"
             )
-        torch._dynamo.config.recompile_limit = FORMS
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         torch._inductor.config.fallback_random = True  # dropout as without compilation
         for part in self.model.modules():
             if isinstance(part, blocks):
@@ -109,9 +108,9 @@ class Stage:
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
-    """Stage 1 of a run: its model, opened, and the latents that were stored for it, if any.
+    """Load the model of stage 1, and its stored latents if `data.latents` is set.
 
-    The files of `checkpoint` were verified (`verify_checkpoint`).
+    The caller has verified the files of `checkpoint` (`verify_checkpoint`).
     """
     stored = LatentReader(config.data.latents) if config.data.latents else None
     autoencoder = VLVAutoEncoder.from_pretrained(
@@ -125,9 +124,9 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
 
 
 def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
-    """Stage 2 of a run: its model, opened, trainable where the settings say so.
+    """Load the model of stage 2 and make the parts in `train.trainable` trainable.
 
-    The files of `checkpoint` were verified (`verify_checkpoint`).
+    The caller has verified the files of `checkpoint` (`verify_checkpoint`).
     """
     captioner = VLVCaptioner.from_pretrained(
         model,
@@ -142,41 +141,41 @@ def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) ->
 
 
 def denoising(autoencoder: VLVAutoEncoder, seed: int, stored: LatentReader | None = None) -> Stage:
-    """The denoising loss of VLVAutoEncoder on images alone (paper §3.2)."""
+    """The denoising loss of VLVAutoEncoder on images only (paper §3.2)."""
     shape = autoencoder.latent_shape
     num_timesteps = autoencoder.num_timesteps
 
-    def prepare(batch: Batch) -> Prepared:
-        inputs = draws(seed, batch, shape, num_timesteps)
+    def prepare(batch: Batch) -> MicroBatch:
+        inputs = noise_and_timesteps(seed, batch, shape, num_timesteps)
         if stored is not None:
             mean, deviation = stored.read(batch.keys)
             noise = inputs.pop("posterior_noise")
             inputs["latents"] = autoencoder.latent_format.sample(mean, deviation, noise)
         inputs["pixel_values"] = batch.pixel_values
-        return Prepared(batch.keys, inputs, weight=len(batch.keys))
+        return MicroBatch(batch.keys, inputs, valid_tokens=len(batch.keys))
 
-    fresh = ("encoder.learnable_queries", "encoder.caption_projector")
-    return Stage("stage1", autoencoder, [], prepare, fresh)
+    random_init = ("encoder.learnable_queries", "encoder.caption_projector")
+    return Stage("stage1", autoencoder, [], prepare, random_init)
 
 
 def captioning(captioner: VLVCaptioner, column: str, max_tokens: int) -> Stage:
     """The caption loss of VLVCaptioner on image + caption pairs (paper §3.3)."""
 
-    def prepare(batch: Batch) -> Prepared:
+    def prepare(batch: Batch) -> MicroBatch:
         tokens = captioner.tokenize(batch.columns[column], max_tokens)
         inputs = {"pixel_values": batch.pixel_values, **tokens}
-        return Prepared(batch.keys, inputs, weight=int((tokens["labels"] >= 0).sum()))
+        return MicroBatch(batch.keys, inputs, valid_tokens=int((tokens["labels"] >= 0).sum()))
 
-    return Stage("stage2", captioner, [column], prepare, fresh=("language_projector",))
+    return Stage("stage2", captioner, [column], prepare, random_init=("language_projector",))
 
 
-def draws(
+def noise_and_timesteps(
     seed: int, batch: Batch, latent_shape: tuple[int, ...], num_timesteps: int
 ) -> dict[str, Tensor]:
-    """Noise and timesteps of stage 1: a pure function of (seed, epoch, key) for each row.
+    """Noise and timesteps of stage 1: for each row a pure function of (seed, epoch, key).
 
-    Returns `noise` and `posterior_noise` `[b c h w]`, standard normal, and `timesteps` `[b]`,
-    uniform over the scheduler's. A row draws the same whatever batch or worker it falls into.
+    Returns `noise` and `posterior_noise` `[b c h w]`, standard normal, and `timesteps` `[b]`, uniform
+    in `[0, num_timesteps)`. They do not depend on a row's batch or worker.
     """
     noise, posterior_noise, timesteps = [], [], []
     for epoch, key in zip(batch.epochs, batch.keys, strict=True):

@@ -1,4 +1,4 @@
-"""What a training makes of its device: memory, and the share of its arithmetic that is used."""
+"""Peak memory and model FLOP utilisation (MFU) of a training run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.training.flops import Flops, count_flops, matrix_rate
-from pipelines.training.stages import Prepared, Stage
+from pipelines.training.stages import MicroBatch, Stage
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most that this process has held: of the CUDA device's memory, or of the machine's."""
+    """Peak memory of this process, in GB: of the CUDA device, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux: in KiB
@@ -20,23 +20,24 @@ def memory_gb(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Model FLOP utilisation of the updates of a stage (see `pipelines.training.flops`)."""
+    """Model FLOP utilisation of a stage's steps (see `pipelines.training.flops`)."""
 
     flops: Flops
-    rate: float  # FLOP/s of one device on large matrices
+    peak_flops: float  # FLOP/s of one device on large matrices
     counts_tokens: bool
 
     @classmethod
-    def measure(cls, stage: Stage, batch: Prepared, device: torch.device) -> Utilisation:
-        """Count and measure on one rank, with the plain model on its device and a micro-batch."""
+    def measure(cls, stage: Stage, batch: MicroBatch, device: torch.device) -> Utilisation:
+        """Measure on one rank, before DeepSpeed wraps the model, with one micro-batch."""
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        found = cls(count_flops(stage.model, inputs), matrix_rate(device), stage.name == "stage2")
-        if device.type == "cuda":  # `memory_gb` is to tell of the training
+        flops = count_flops(stage.model, inputs)
+        utilisation = cls(flops, matrix_rate(device), stage.name == "stage2")
+        if device.type == "cuda":  # so that `memory_gb` reports only the training
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        return found
+        return utilisation
 
-    def of(self, images: int, weight: float, seconds: float, devices: int) -> float:
-        """The share, 0 to 1, of an update: `weight` is the stage's, of the whole global batch."""
-        tokens = round(weight) if self.counts_tokens else 0
-        return self.flops.of(images, tokens) / (seconds * devices * self.rate)
+    def mfu(self, images: int, global_valid_tokens: float, seconds: float, devices: int) -> float:
+        """MFU, 0 to 1, of a step that took `seconds` on `devices`."""
+        tokens = round(global_valid_tokens) if self.counts_tokens else 0
+        return self.flops.of(images, tokens) / (seconds * devices * self.peak_flops)

@@ -1,7 +1,7 @@
-"""The run at Weights & Biases: how it is reached, and that it never ends a training.
+"""The run at Weights & Biases; its failures never stop a training.
 
-`WANDB_MODE` in the environment decides before `train.wandb` does. With neither, a run is online
-where there is a key: WANDB_API_KEY, or what `wandb login` wrote into the netrc file.
+`WANDB_MODE` in the environment overrides `train.wandb`. With neither, a run is online if there is an
+API key: WANDB_API_KEY, or the netrc entry that `wandb login` writes.
 """
 
 from __future__ import annotations
@@ -17,76 +17,76 @@ from vlv_model.errors import ConfigError, one_line
 
 _MODES = {"online": "online", "offline": "offline", "disabled": "disabled"}
 _MODES |= {"run": "online", "dryrun": "offline", "shared": "shared"}  # W&B's other names
-_ANSWER_SECONDS = 30.0  # for which a server is waited for at the start; WANDB_INIT_TIMEOUT: another
-_END_SECONDS = 300.0  # and at the end, until it has all figures
+_INIT_SECONDS = 30.0  # timeout of the start; WANDB_INIT_TIMEOUT overrides it
+_FINISH_SECONDS = 300.0  # timeout of the last upload
 
 
 def start_wandb(run_dir: Path, stage: str, config: dict[str, Any]) -> Any:
-    """The W&B run of a training of `config`, or None where it is disabled.
+    """Start the W&B run of a training with `config`; None when W&B is disabled.
 
-    A server that does not answer, or refuses the key, is one line of warning: the run is then
-    written into `run_dir` as an offline one. Raises ConfigError for a WANDB_MODE that is none.
+    If the server does not answer or refuses the key, prints a warning and starts an offline run in
+    `run_dir`. Raises ConfigError for an unknown WANDB_MODE.
     """
     mode = wandb_mode(config["train"]["wandb"])
     if mode == "disabled":
         return None
     try:
         run = _init(run_dir, stage, config, mode)
-    except Exception as error:  # W&B's own are many, and none is worth a training
+    except Exception as error:  # W&B has many error classes; none should stop a training
         if mode == "offline":
             raise
         print(
-            f"warning: Weights & Biases cannot be used ({one_line(error)}): this run is written offline "
-            f"to {run_dir / 'wandb'}, `wandb sync` sends it later",
+            f"warning: Weights & Biases is unavailable ({one_line(error)}): this run is written offline "
+            f"to {run_dir / 'wandb'}; upload it later with `wandb sync`",
             file=sys.stderr,
         )
         run = _init(run_dir, stage, config, "offline")
-    # Our own step: W&B's may not go back, as it does after a restart from a checkpoint.
+    # A step of our own, since W&B's cannot go back, as after a restart from a checkpoint.
     run.define_metric("*", step_metric="step")
     return run
 
 
-def give_up(error: Exception) -> None:
-    """Say that a run which had begun goes on without W&B."""
+def warn_failed(error: Exception) -> None:
+    """Print that the training continues without W&B."""
     print(
-        f"warning: Weights & Biases failed ({one_line(error)}): the training goes on without it, and "
-        "its figures stay in metrics.jsonl",
+        f"warning: Weights & Biases failed ({one_line(error)}): the training continues without it; "
+        "metrics.jsonl has all metrics",
         file=sys.stderr,
     )
 
 
 def wandb_mode(setting: str) -> str:
-    """online, offline, shared or disabled: by WANDB_MODE, else by `train.wandb` and a key.
+    """online, offline, shared or disabled: from WANDB_MODE, else from `train.wandb` and the API key.
 
-    What either of the two disables is disabled. Raises ConfigError for a WANDB_MODE that is none.
+    Either of the two can disable W&B. Raises ConfigError for an unknown WANDB_MODE.
     """
-    asked = os.environ.get("WANDB_MODE", "").strip()
-    if asked and asked not in _MODES:
+    mode = os.environ.get("WANDB_MODE", "").strip()
+    if mode and mode not in _MODES:
         raise ConfigError(
-            f"WANDB_MODE={asked!r} in the environment: expected {', '.join(_MODES)}, or leave it out"
+            f"WANDB_MODE={mode!r} in the environment: expected {', '.join(_MODES)}, or leave it out"
         )
     if setting == "disabled":
         return setting
-    if asked:
-        return _MODES[asked]
+    if mode:
+        return _MODES[mode]
     return "online" if setting == "auto" and _has_key() else "offline"
 
 
 def _has_key() -> bool:
-    """Whether there is an API key for the server: in the environment, or by `wandb login`."""
+    """Whether the environment or the netrc file has an API key for the server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import wandb
 
     host = urlsplit(wandb.setup().settings.base_url).netloc
-    homes = [Path.home() / name for name in (".netrc", "_netrc")]
-    named = os.environ.get("NETRC")
-    for file in [Path(named).expanduser()] if named else homes:
+    default_files = [Path.home() / name for name in (".netrc", "_netrc")]
+    netrc_file = os.environ.get("NETRC")
+    for file in [Path(netrc_file).expanduser()] if netrc_file else default_files:
         try:
-            found = netrc.netrc(file).authenticators(host)
+            entry = netrc.netrc(file).authenticators(host)
         except (OSError, netrc.NetrcParseError):
             continue
-        if found and found[2]:
+        if entry and entry[2]:
             return True
     return False
 
@@ -97,9 +97,9 @@ def _init(run_dir: Path, stage: str, config: dict[str, Any], mode: str) -> Any:
     train = config["train"]
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
     if mode != "offline":
-        settings.finish_timeout = _END_SECONDS
+        settings.finish_timeout = _FINISH_SECONDS
         if "WANDB_INIT_TIMEOUT" not in os.environ:
-            settings.init_timeout = _ANSWER_SECONDS
+            settings.init_timeout = _INIT_SECONDS
     return wandb.init(
         project=train["wandb_project"],
         name=train["wandb_name"] or f"{stage}-{run_dir.name}",

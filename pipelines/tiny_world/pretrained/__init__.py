@@ -1,8 +1,7 @@
-"""The tiny world's trained weights, as `jobs/pretrain_tiny.py` and stage 1 wrote them.
+"""The tiny world's trained weights, written by `jobs/pretrain_tiny.py` and stage 1.
 
-models/   base models (float16 on disk): what the method takes as given and keeps frozen, and what
-          it starts from; pretraining.json tells how they were trained and what they reached
-stage1/   a checkpoint of stage 1 upon them, which the demo starts from
+models/   base models (float16 on disk); pretraining.json has the settings and metrics of their training
+stage1/   a stage-1 checkpoint on these models, from which the demo starts
 """
 
 from pathlib import Path

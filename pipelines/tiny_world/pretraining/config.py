@@ -9,17 +9,17 @@ from vlv_model.config import Config
 
 
 class PretrainConfig(Config):
-    """Everything that `jobs/pretrain_tiny.py` needs to know."""
+    """All settings of `jobs/pretrain_tiny.py`."""
 
-    output: OutputPath = Field(description="folder that the models are written to")
+    output: OutputPath = Field(description="folder of the models")
     stage1: InputPath | None = Field(
         None,
-        description="a finished stage-1 run upon these models: its weights are put beside them, "
-        "into the folder stage1 next to `output`",
+        description="finished stage-1 run on these models, whose weights are copied into the folder "
+        "stage1 next to `output`",
     )
-    seed: int = Field(0, ge=0, description="seed of the weights, the drawings and the training")
-    pictures: int = Field(16_000, ge=64, description="training scenes that are drawn")
-    validation_pictures: int = Field(256, ge=32, description="scenes that the figures are taken on")
+    seed: int = Field(0, ge=0, description="seed of weights, drawings and training")
+    pictures: int = Field(16_000, ge=64, description="number of training scenes")
+    validation_pictures: int = Field(256, ge=32, description="number of evaluation scenes")
     vae_steps: int = Field(3_000, ge=1, description="updates of the VAE, 16 pictures each")
     text_encoder_steps: int = Field(
         400, ge=1, description="updates of the CLIP text encoder alone, 256 pairs each"
@@ -36,4 +36,4 @@ class PretrainConfig(Config):
     language_model_steps: int = Field(
         400, ge=1, description="updates of the language model, 64 texts each"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: one for each core")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: one per core")

@@ -1,4 +1,4 @@
-"""How good the pretrained parts are, on scenes of the validation split."""
+"""Metrics of the pretrained parts on scenes of the validation split."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SPECIAL = (0, 1, 2)  # <s>, <pad>, </s>
 
 @torch.no_grad()
 def of_vae(vae: AutoencoderKL, pictures: Pictures) -> dict[str, float]:
-    """Root mean squared error of decoded pictures, in steps of 255."""
+    """Root mean squared error of decoded images, on the scale of 0 to 255."""
     decoded = vae.decode(encode(vae, pictures)).sample.clamp(-1, 1)
     error = F.mse_loss(decoded, pictures.vae_pixels(torch.arange(pictures.count)))
     return {"rmse_of_255": float(error.sqrt()) * 127.5}
 
 
 def of_text_to_image(folder: Path, pictures: Pictures) -> dict[str, float]:
-    """Denoising loss with the true caption, with none, and with that of another picture."""
+    """Denoising loss with the true caption, the empty caption, and another image's caption."""
     model, _ = resolve_model(folder)
     vae, unet, scheduler = load_diffusion(model)
     decoder = DiffusionDecoder(vae, unet, scheduler, model.image_size)
@@ -49,7 +49,7 @@ def of_text_to_image(folder: Path, pictures: Pictures) -> dict[str, float]:
 def of_florence(
     model: Any, tokenizer: Any, image_size: int, pictures: Pictures
 ) -> dict[str, float]:
-    """Share of the target's words, and of its places, that are the most likely next token."""
+    """Next-token accuracy on the target's words, and on its location tokens."""
     right, total = {"labels": 0, "locations": 0}, {"labels": 0, "locations": 0}
     pixels = encoder_pixels(pictures.squares, image_size)
     for task in florence.PROMPTS:
@@ -67,7 +67,7 @@ def of_florence(
 
 @torch.no_grad()
 def of_language_model(model: Any, tokenizer: Any, pictures: Pictures) -> dict[str, float]:
-    """Cross-entropy per token of such texts as it was trained on, in nats."""
+    """Cross-entropy per token, in nats, on texts like those of its training."""
     rng = np.random.default_rng(pictures.seed)
     texts = [partial_text(scene, rng) for scene in pictures.scenes]
     return {"loss_per_token": float(model(**tokenize_captions(tokenizer, texts)).loss)}

@@ -1,4 +1,4 @@
-"""What the trainings of all parts share: pictures of training scenes, and the loop."""
+"""Images of scenes and the training loop for pretraining all parts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Pictures:
 
     @cached_property
     def scenes(self) -> list[scenes.Scene]:
-        """The scene of each picture."""
+        """The scene of each image."""
         return scenes.sample(self.seed, self.count, self.split)
 
     @cached_property
     def squares(self) -> Tensor:
-        """The pictures, uint8 `[n 3 64 64]`."""
+        """The images, uint8 `[n 3 64 64]`."""
         pictures = [
             np.asarray(scenes.draw(scene, drawing_seed(self.seed, self.split, i)))
             for i, scene in enumerate(self.scenes)
@@ -44,13 +44,13 @@ class Pictures:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def vae_pixels(self, rows: Tensor) -> Tensor:
-        """The VAE's pixels of some rows, `[b 3 64 64]` in [-1, 1]."""
+        """The VAE's input for some rows, `[b 3 64 64]` in [-1, 1]."""
         return vae_pixels(self.squares[rows])
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a part's training went."""
+    """The result of training a part."""
 
     steps: int
     seconds: float
@@ -66,18 +66,18 @@ def fit(
     learning_rate: float,
     seed: int,
 ) -> Fitted:
-    """Train `models` on the losses that `loss_of` gives, each from fresh draws of its generator.
+    """Train `models` on the loss of `loss_of`, which samples a batch with the generator.
 
-    AdamW, linear warm-up, cosine to zero, gradients clipped: as `TrainConfig` has them.
+    AdamW, linear warm-up, cosine decay and gradient clipping with the defaults of `TrainConfig`.
     """
     train = TrainConfig(
         steps=steps, learning_rate=learning_rate, warmup_steps=min(WARMUP_STEPS, steps - 1)
     )
     # A dict: modules may share weights.
-    every = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
-    parameters = list(every.values())
+    unique = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    parameters = list(unique.values())
     for model in models:
-        model.eval()  # tiny models underfit: dropout and drop-path would only be noise
+        model.eval()  # tiny models underfit: dropout and drop-path would only add noise
     optimizer = torch.optim.AdamW(
         parameters, learning_rate, betas=train.betas, weight_decay=train.weight_decay
     )

@@ -1,14 +1,14 @@
-"""Florence-2's language model: regions and tags of training scenes, never sentences.
+"""Pretrains Florence-2's language model on regions and tags of training scenes, never on sentences.
 
-Four tasks, each with a prompt of its own; the first two are the published model's:
+Four tasks, each with its own prompt; the first two are those of the published model:
 
     <OD>                      circle<loc_1><loc_4><loc_7><loc_10>square<loc_9>…
     <DENSE_REGION_CAPTION>    red<loc_1><loc_4><loc_7><loc_10>blue<loc_9>…gray<loc_0><loc_0>…
     tags of shapes            circle square
     tags of colours           red blue gray
 
-Boxes are x1 y1 x2 y2 in sixteenths of the picture. Shapes and colours are asked for apart, so no
-target says which colour a shape has; sizes and relations are never named.
+Boxes are x1 y1 x2 y2 in sixteenths of the image. Shapes and colours are separate tasks, so no target
+pairs a colour with a shape; sizes and relations are not in any target.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train_florence(
     steps: int,
     seed: int,
 ) -> Fitted:
-    """Train its BART in place, upon a vision tower that stays as it is."""
+    """Train its BART in place, with a frozen vision tower."""
     language_model, head = model.model.language_model, model.lm_head
     seen = features(model, pictures, image_size)  # [n i m]
     batches = [batch(model, tokenizer, image_size, pictures, task) for task in PROMPTS]
@@ -66,7 +66,7 @@ def batch(
     pictures: Pictures,
     task: str,
 ) -> dict[str, Tensor]:
-    """`input_ids` (image features, prompt) and `labels` of all pictures for one task, int64."""
+    """`input_ids` (image features, prompt) and `labels` of all images for one task, int64."""
     side = grid_side(model, image_size)
     inputs = [model.config.image_token_id] * (side**2 + 1) + tokenizer(PROMPTS[task]).input_ids
     labels = [tokenizer(annotation(pictures, i, task)).input_ids for i in range(pictures.count)]
@@ -78,7 +78,7 @@ def batch(
 
 
 def annotation(pictures: Pictures, index: int, task: str) -> str:
-    """What a task's target says of a picture: its regions, first the one nearer to the top left."""
+    """The target of a task for an image: its regions, beginning with the one nearest the top left."""
     scene = pictures.scenes[index]
     things = (scene.first, scene.second)
     if task in ("<OD>", "shape tags"):
@@ -88,7 +88,7 @@ def annotation(pictures: Pictures, index: int, task: str) -> str:
     if task.endswith("tags"):
         return " ".join(labels)
     seed = drawing_seed(pictures.seed, pictures.split, index)
-    boxes = [(x - r, y - r, x + r, y + r) for x, y, r in scenes.places(scene, seed)]
+    boxes = [(x - r, y - r, x + r, y + r) for x, y, r in scenes.object_positions(scene, seed)]
     regions = zip(labels, [*boxes, WHOLE], strict=False)  # the background's box is the last
     return "".join(f"{label}{_box(box)}" for label, box in regions)
 

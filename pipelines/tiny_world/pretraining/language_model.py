@@ -1,8 +1,8 @@
-"""The language model: text about training scenes, with no picture.
+"""Pretrains the language model on text about training scenes, without images.
 
-Of each object a text names either the colour or the shape. The held-out pairs of both are in no
-training text, and a language model that has read thousands of whole captions knows that: it then
-takes the likelier word whatever it is told of a picture (docs/experiments.md).
+A text names either the colour or the shape of each object. A language model trained on whole captions
+learns that the held-out pairs never occur, and then prefers the likelier word over the image's embeddings
+(docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def train_language_model(
     steps: int,
     seed: int,
 ) -> Fitted:
-    """Train in place on `partial_text`, each text ended by the end-of-text token."""
+    """Train in place on `partial_text`, with an end-of-text token after each text."""
     rng = np.random.default_rng(seed)
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -38,7 +38,7 @@ def train_language_model(
 
 
 def partial_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A true text in the caption's order that leaves a colour or a shape unsaid of each object.
+    """The caption without the colour or the shape of each object.
 
     a large red object left of a small square on a gray background
     """
@@ -48,5 +48,5 @@ def partial_text(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _partly(thing: Object, rng: np.random.Generator) -> str:
-    said = f"{thing.colour} object" if rng.random() < 0.5 else thing.shape
-    return f"{thing.size} {said}"
+    name = f"{thing.colour} object" if rng.random() < 0.5 else thing.shape
+    return f"{thing.size} {name}"

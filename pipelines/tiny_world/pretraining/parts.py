@@ -1,11 +1,11 @@
-"""Pretraining of the tiny models, part by part: what is shipped in `pipelines/tiny_world/pretrained`.
+"""Pretrains the tiny models in `pipelines/tiny_world/pretrained`, part by part.
 
     VAE ─▶ CLIP text encoder, on pairs ─▶ text to image (text encoder and UNet)
     Florence-2's vision tower, on patches ─▶ its language model, on sequences
-    language model: on its own
+    language model: independent
 
-Only scenes of the training split are drawn or worded; the figures are taken on the validation
-split, with the weights as they are on disk (float16). A part that is finished is not trained again.
+Training uses only scenes of the training split. The parts are evaluated on the validation split, with the
+float16 weights on disk. Finished parts are not trained again.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ RECORD = "pretraining.json"
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Train what the output folder still lacks; returns the record: settings, times, figures.
+    """Train the missing parts of the output folder; returns the record of settings, times and metrics.
 
-    Raises RunError where the folder holds models of other settings, or anything else.
+    Raises RunError if the folder holds models of other settings, or other files.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -95,23 +95,23 @@ class _Pretraining:
         versions["python"] = platform.python_version()
         return {"settings": settings, "parts": {}, "versions": versions}
 
-    def _note(self) -> None:
+    def _save_record(self) -> None:
         write_atomically(self.folder / RECORD, json.dumps(self.record, indent=2) + "\n")
 
     def begin(self) -> None:
-        """Write the untrained models, unless they are there already."""
-        self._note()
+        """Write the untrained models if they are missing."""
+        self._save_record()
         if not (self.folder / "model.json").is_file():  # written last
             write_tiny_models(self.folder, self.config.seed)
 
     def part(self, name: str, train: Callable[[], tuple[Fitted, dict[str, float]]]) -> None:
-        """Train a part unless the record has it; then note how it went."""
+        """Train a part unless the record has it, and record its metrics."""
         if name in self.record["parts"]:
             return
         fitted, measured = train()
         rounded = {key: float(f"{value:.4g}") for key, value in measured.items()}
         self.record["parts"][name] = {**asdict(fitted), **rounded}
-        self._note()
+        self._save_record()
         shown = ", ".join(f"{key} {value}" for key, value in rounded.items())
         print(f"{name}: {shown} ({fitted.seconds:.0f} s)", flush=True)
 
@@ -192,11 +192,11 @@ class _Pretraining:
 def _save(model: Any, folder: Path) -> None:
     model.to(memory_format=torch.contiguous_format).half().save_pretrained(folder)
     config = read_json_object(folder / "config.json")
-    # Where the part was loaded from: a path of the machine that trained it.
+    # A local path of the machine that trained it.
     config.pop("_name_or_path", None)
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _load(kind: Any, folder: Path) -> Any:
-    """The part as everybody else opens it: float32 from the float16 on disk, in eval mode."""
+    """Load a part in float32 from its float16 file, in eval mode."""
     return kind.from_pretrained(folder).float().eval()

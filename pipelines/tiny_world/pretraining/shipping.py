@@ -1,4 +1,4 @@
-"""Stage-1 weights beside the models that they were trained upon, without a path of any machine."""
+"""Writes stage-1 weights next to their base models, without absolute paths."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vlv_model.errors import CheckpointError, RunError
 
 
 def ship_stage1(run: str | os.PathLike[str], models: Path, target: Path) -> Path:
-    """Write the newest checkpoint of a stage-1 run to `target`; its model is `models`, relatively.
+    """Write the newest checkpoint of a stage-1 run to `target`, with relative paths to `models`.
 
-    Raises CheckpointError where the run was trained upon other models, RunError where `target`
-    exists. Returns `target`.
+    Returns `target`. Raises CheckpointError if the run was trained on other models, RunError if `target`
+    exists.
     """
     if target.exists():
-        raise RunError(f"{target} exists already: remove it to put another stage 1 in its place")
+        raise RunError(f"{target} exists already: remove it first")
     _, checkpoint = ModelSettings(path=str(run)).resolve()
     if checkpoint is None:
-        raise CheckpointError(f"stage1={run} is no stage-1 run or checkpoint")
+        raise CheckpointError(f"stage1={run} is not a stage-1 run or checkpoint")
     info = read_checkpoint(checkpoint)
     model, _ = resolve_model(models)
     metadata = CheckpointMetadata(
@@ -36,8 +36,8 @@ def ship_stage1(run: str | os.PathLike[str], models: Path, target: Path) -> Path
         model=model,
     )
     save_checkpoint(target, VLVAutoEncoder.from_pretrained(model, checkpoint), metadata)
-    about = read_json_object(target / "checkpoint.json")
+    content = read_json_object(target / "checkpoint.json")
     for part in ("florence", "diffusion", "language_model"):
-        about["model"][part] = os.path.relpath(about["model"][part], target.resolve())
-    write_atomically(target / "checkpoint.json", json.dumps(about, indent=2) + "\n")
+        content["model"][part] = os.path.relpath(content["model"][part], target.resolve())
+    write_atomically(target / "checkpoint.json", json.dumps(content, indent=2) + "\n")
     return target

@@ -1,8 +1,7 @@
-"""The CLIP text encoder: which caption goes with which picture, among those of a batch.
+"""Pretrains the CLIP text encoder with the contrastive loss of CLIP (Radford et al. 2021).
 
-CLIP's own objective (Radford et al. 2021) with a small convolutional image tower on the VAE's
-latents, which is thrown away. The text encoder learns words, their binding and their order from
-it at a twentieth of the price of a UNet's step.
+A small convolutional image tower on the VAE's latents is discarded afterwards. The text encoder learns
+words, their binding and their order at a twentieth of the cost of a UNet step.
 """
 
 from __future__ import annotations
@@ -39,9 +38,11 @@ def train_text_encoder(
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(pictures.count, (BATCH_SIZE,), generator=generator)
         # The end of text is where a causal encoder has read everything.
-        said = text_head(text_encoder(tokens[rows]).pooler_output)
-        seen = image_tower(latents[rows])
-        scores = F.normalize(said, dim=-1) @ F.normalize(seen, dim=-1).T / TEMPERATURE
+        text_features = text_head(text_encoder(tokens[rows]).pooler_output)
+        image_features = image_tower(latents[rows])
+        scores = (
+            F.normalize(text_features, dim=-1) @ F.normalize(image_features, dim=-1).T / TEMPERATURE
+        )
         # Pictures of one scene are no wrong answers to each other.
         target = (tokens[rows][:, None] == tokens[rows][None]).all(-1).float()
         target = target / target.sum(dim=1, keepdim=True)
@@ -52,7 +53,7 @@ def train_text_encoder(
 
 
 def caption_ids(tokenizer: CLIPTokenizer, pictures: Pictures) -> Tensor:
-    """The captions of all pictures as the text encoder takes them, int64 `[n positions]`."""
+    """Token ids of all captions for the text encoder, int64 `[n positions]`."""
     captions = [caption(scene) for scene in pictures.scenes]
     return prompt_ids(tokenizer, captions, tokenizer.model_max_length)
 

@@ -1,6 +1,6 @@
-"""The diffusion model: captions of training scenes to the latents of their pictures.
+"""Pretrains the diffusion model: captions of training scenes to the latents of their images.
 
-The UNet starts from nothing; the CLIP text encoder has learned from pairs, and goes on learning.
+The UNet starts from random weights; the CLIP text encoder is pretrained and trained further.
 """
 
 from __future__ import annotations

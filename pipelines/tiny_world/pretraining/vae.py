@@ -1,4 +1,4 @@
-"""The VAE: pictures of training scenes through 256 numbers and back."""
+"""Pretrains the VAE on images of training scenes, with latents of 256 numbers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Florence-2's vision tower: what each patch of a picture belongs to.
+"""Pretrains Florence-2's vision tower to classify the patches of an image.
 
-The annotations are regions: of every object its box, shape, colour and size, and the background's
-colour. Four linear layers, thrown away afterwards, read them off the image features: of each patch
-those of the object whose box its centre is in, or none; of the spatial mean the background's.
-Dense annotations teach a tower of this size in minutes what it does not learn from the few words
-of a sequence in hours.
+The annotations are the box, shape, colour and size of each object, and the background's colour. Four
+linear heads, discarded afterwards, predict them from the image features: per patch those of the object
+whose box contains its centre, or none; from the spatial mean the background's colour. A tower of this size
+learns from dense annotations in minutes what it does not learn from sequences in hours.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def train_vision(
     steps: int,
     seed: int,
 ) -> Fitted:
-    """Train the tower and its projector in place; `image_size` is the side that they see."""
+    """Train the tower and its projector in place, on images of side `image_size`."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     width = model.config.text_config.d_model
     with torch.random.fork_rng(devices=[]):
@@ -64,7 +63,7 @@ def train_vision(
 def features(
     model: Florence2ForConditionalGeneration, pictures: Pictures, image_size: int
 ) -> Tensor:
-    """Image features of all pictures, `[n 1+p m]`."""
+    """Image features of all images, `[n 1+p m]`."""
     parts = pictures.squares.split(256)
     return torch.cat(
         [model.get_image_features(encoder_pixels(part, image_size)).pooler_output for part in parts]
@@ -72,18 +71,18 @@ def features(
 
 
 def grid_side(model: Florence2ForConditionalGeneration, image_size: int) -> int:
-    """Patches on a side of what the tower makes of an image of that side."""
+    """Number of patches per side of the tower's output, for images of side `image_size`."""
     return image_size // math.prod(model.config.vision_config.patch_stride)
 
 
 def patch_labels(pictures: Pictures, side: int) -> Tensor:
-    """Shape, colour and size of each patch, row by row, int64 `[n side*side 3]`; 0: background."""
+    """Shape, colour and size of each patch in row order, int64 `[n side*side 3]`; 0: background."""
     centres = (torch.arange(side) + 0.5) * scenes.SIDE / side
     labels = torch.zeros(pictures.count, side, side, len(KINDS), dtype=torch.int64)
     for i, scene in enumerate(pictures.scenes):
         seed = drawing_seed(pictures.seed, pictures.split, i)
         things = (scene.first, scene.second)
-        for thing, (x, y, r) in zip(things, scenes.places(scene, seed), strict=True):
+        for thing, (x, y, r) in zip(things, scenes.object_positions(scene, seed), strict=True):
             inside = ((centres - y).abs() < r)[:, None] & ((centres - x).abs() < r)[None]
             words = (thing.shape, thing.colour, thing.size)
             named = [1 + kinds.index(word) for kinds, word in zip(KINDS, words, strict=True)]
@@ -92,6 +91,6 @@ def patch_labels(pictures: Pictures, side: int) -> Tensor:
 
 
 def background_labels(pictures: Pictures) -> Tensor:
-    """Number of each picture's background, int64 `[n]`."""
+    """Index of each image's background, int64 `[n]`."""
     names = list(scenes.BACKGROUNDS)
     return torch.tensor([names.index(scene.background) for scene in pictures.scenes])

@@ -1,4 +1,4 @@
-"""Rows that are taken down are gone from every table, and stay away."""
+"""A takedown removes rows from every table, permanently."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def urls_of(folder: Path) -> set[str]:
 
 
 def derived_table(folder: Path, images: Path) -> Table:
-    """A table of the same keys, in parts of another cut."""
+    """A table with the same keys, split into other parts."""
     rows = pa.concat_tables(
         pq.read_table(f, columns=["key", "url"]) for f in parquet_files(str(images))
     )
@@ -70,7 +70,7 @@ def derived_table(folder: Path, images: Path) -> Table:
     return table
 
 
-def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: Web) -> None:
+def test_rows_are_removed_from_all_tables_and_not_fetched_again(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(12)]
     fetch(tmp_path, urls)
     captions = derived_table(tmp_path / "captions", tmp_path / "out")
@@ -102,7 +102,7 @@ def test_rows_go_from_all_tables_and_are_not_fetched_again(tmp_path: Path, web: 
     assert urls_of(tmp_path / "out") == {*set(urls) - gone, web.url("new.png")}
 
 
-def test_a_domain_goes_with_its_subdomains_and_stays_away(tmp_path: Path, web: Web) -> None:
+def test_a_domain_is_removed_with_its_subdomains_permanently(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(4)]
     others = [
         f"http://{name}:1/x.png" for name in ("a.example.org", "example.org", "notexample.org")
@@ -128,7 +128,7 @@ BROWSER = {  # as the list has it: as a browser shows it
 
 
 def test_an_address_is_taken_down_in_all_its_spellings(tmp_path: Path) -> None:
-    """By the one that a browser shows; and of a row that is named by its key, the others go too."""
+    """Given as a browser shows it; a row given by key loses its other spellings too."""
     twice = ["http://b.invalid/%7Ex.jpg", "http://b.invalid/~x.jpg"]
     fetch(tmp_path, [*BROWSER, *twice, "http://c.invalid/x.jpg"])
     captions = derived_table(tmp_path / "captions", tmp_path / "out")
@@ -144,7 +144,7 @@ def test_an_address_is_taken_down_in_all_its_spellings(tmp_path: Path) -> None:
     assert urls_of(tmp_path / "out") == {f"http://c.invalid/{n}.jpg" for n in "xy"}
 
 
-def test_a_name_that_matches_nothing_is_an_error_after_the_others_are_done(
+def test_names_without_a_match_raise_after_the_others_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     urls = ["http://a.invalid/1.jpg", "http://b.invalid/2.jpg", "http://c.invalid/3.jpg"]
@@ -160,9 +160,9 @@ def test_a_name_that_matches_nothing_is_an_error_after_the_others_are_done(
     for _ in range(2):  # the same command says the same, though what matched is gone by now
         monkeypatch.setattr(sys, "argv", ["takedown.py", *with_tables(words)])
         assert main(TakedownConfig, run, "", {"": "table"}) == BAD_INPUT
-        said = capsys.readouterr()
-        assert said.out.count("rows removed from") == 2
-        (line,) = said.err.splitlines()
+        captured = capsys.readouterr()
+        assert captured.out.count("rows removed from") == 2
+        (line,) = captured.err.splitlines()
         named = "keys=5, urls=http://a.invalid/9.jpg, domains=nobody.invalid"
         assert f"no row has {named}: check the spelling" in line
         for table in ("out", "copy"):
@@ -171,7 +171,7 @@ def test_a_name_that_matches_nothing_is_an_error_after_the_others_are_done(
         fetch(tmp_path, ["http://a.invalid/9.jpg", "http://x.nobody.invalid/"])
 
 
-def test_a_note_of_the_first_versions_is_heeded(tmp_path: Path) -> None:
+def test_a_takedown_file_of_the_first_versions_is_read(tmp_path: Path) -> None:
     fetch(tmp_path, ["http://a.invalid/1.jpg", "http://b.invalid/2.jpg"])
     note = {"keys": [url_key("http://c.invalid/3.jpg")], "domains": ["d.invalid"]}
     (tmp_path / "out" / "_takedown.json").write_text(json.dumps(note))
@@ -198,7 +198,7 @@ def test_a_url_for_a_domain_is_understood(given: str, domain: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["http://a.org/x.jpg", "a.org/x", "http://", "", "."])
-def test_what_is_no_domain_is_refused(given: str) -> None:
+def test_an_invalid_domain_is_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=r"domains: '.*': expected a domain"):
         build(TakedownConfig, {"table": "x", "domains": [given]})
 
@@ -218,17 +218,17 @@ def test_bare_words_are_tables() -> None:
         ["/a", "urls=http://x.org/", "derived=/c", "derived=/d"],
     ],
 )
-def test_what_is_given_twice_is_an_error(
+def test_repeated_settings_are_refused(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last one would be taken alone, and what the others name would stay."""
+    """Otherwise only the last value would count."""
     with pytest.raises(SystemExit) as left:
         with_tables(words)
     assert left.value.code == 2
     assert "is given 2 times: give all in one" in capsys.readouterr().err
 
 
-def test_a_comma_on_a_command_line_parts_addresses_alone() -> None:
+def test_commas_within_a_url_are_kept() -> None:
     words = ["table=/a", "urls=http://x.org/a,b.jpg,https://y.org/c?d=1,2"]
     config = load(TakedownConfig, None, words)
     assert config.urls == ("http://x.org/a,b.jpg", "https://y.org/c?d=1,2")
@@ -251,11 +251,11 @@ def test_domains_are_compared_label_by_label() -> None:
     assert mask.tolist() == [True] * 5 + [False] * 5
 
 
-def test_what_cannot_be_done_is_one_line(tmp_path: Path) -> None:
+def test_impossible_takedowns_give_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give keys, urls or domains"):
         build(TakedownConfig, {"table": str(tmp_path)})
-    with pytest.raises(DataError, match="holds no table of ours: nothing was removed"):
+    with pytest.raises(DataError, match="holds no table: nothing was removed"):
         take_down(build(TakedownConfig, {"table": str(tmp_path), "keys": [1]}))
     Table(tmp_path / "c").create("caption", {}, 0)
-    with pytest.raises(DataError, match="is no image table"):
+    with pytest.raises(DataError, match="is not an image table"):
         take_down(build(TakedownConfig, {"table": str(tmp_path / "c"), "keys": [1]}))

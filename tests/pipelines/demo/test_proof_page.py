@@ -1,4 +1,4 @@
-"""The section "Does it work?": its figures, its claim, and what it says where figures are missing."""
+"""The section "Does it work?": its scores, its claim, and missing scores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_figure_is_shown(proof, parse):
         assert re.search(rf"(?<![\w.,]){re.escape(figure)}", text), f"{figure} is not shown"
 
 
-def test_rows_and_columns_hold_their_own_figures(proof, parse):
+def test_cells_show_their_own_scores(proof, parse):
     captions, losses, pictures = parse(proof_section(proof)).all("table")
     rows = cells(captions)
     assert list(rows) == [
@@ -76,7 +76,7 @@ def test_rows_and_columns_hold_their_own_figures(proof, parse):
     ]
 
 
-def test_meters_are_as_long_as_their_share_and_ours_is_told_apart(proof, parse):
+def test_meters_match_their_shares_and_ours_looks_different(proof, parse):
     captions, losses, pictures = parse(proof_section(proof)).all("table")
     row = captions.all("tr")[2]
     assert [i.attributes["style"] for i in row.all("i")] == [
@@ -93,7 +93,7 @@ def test_meters_are_as_long_as_their_share_and_ours_is_told_apart(proof, parse):
     assert looks == ["meter other", "meter ours", "meter other"]
 
 
-def test_the_claim_carries_its_figures_and_the_control(proof, parse):
+def test_the_claim_shows_its_scores_and_the_control(proof, parse):
     lead = parse(proof_section(proof)).all("p", of_class="lead")[0].text
     for words in (
         "Stage 1 saw pictures only",
@@ -108,7 +108,7 @@ def test_the_claim_carries_its_figures_and_the_control(proof, parse):
 
 
 @pytest.mark.parametrize("columns", [["key", "image", "caption"], ["caption"], []])
-def test_pictures_only_is_not_claimed_of_other_columns(proof, parse, columns):
+def test_pictures_only_is_not_claimed_with_other_columns(proof, parse, columns):
     text = parse(proof_section(changed(proof, "stage1", columns_read=columns))).text
     assert "Stage 1 saw pictures only" not in text
     assert "did not see pictures only" in text
@@ -121,7 +121,7 @@ def test_pictures_only_is_not_claimed_of_other_columns(proof, parse, columns):
         (False, "Stage 1 was trained in full.", "warm-started"),
     ],
 )
-def test_how_stage_1_began_is_said(proof, parse, warm_start, words, absent):
+def test_the_start_of_stage_1_is_shown(proof, parse, warm_start, words, absent):
     text = parse(proof_section(changed(proof, "stage1", warm_start=warm_start))).text
     assert words in text
     assert absent not in text

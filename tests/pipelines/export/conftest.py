@@ -1,4 +1,4 @@
-"""A run of stage 2 upon a stage-1 checkpoint, whose weights were moved in place of training."""
+"""A stage-2 run on a stage-1 checkpoint, with perturbed weights instead of training."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from vlv_model.checkpoints.weights import save_checkpoint
 
 @dataclass
 class Trained:
-    """Where things lie, and the models whose weights they hold."""
+    """Paths of the run and its checkpoints, and the models with their weights."""
 
     home: Path
     models: Path

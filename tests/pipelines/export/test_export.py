@@ -1,4 +1,4 @@
-"""Exports: one folder that stands alone, says where it comes from, and gives the same captions."""
+"""Exports are self-contained, record their origin, and give the same captions."""
 
 import io
 import json
@@ -109,14 +109,14 @@ def test_its_parts_are_ordinary_pretrained_folders(trained: Trained, exported: P
     assert tokens[0].input_ids == tokens[1].input_ids
 
 
-def test_the_card_says_what_the_run_recorded_and_no_path(trained: Trained, exported: Path) -> None:
+def test_the_card_shows_the_run_and_no_local_path(trained: Trained, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "other"
     assert header["pipeline_tag"] == "image-to-text"
     assert "base_model" not in header  # folders of this machine are no ids of the hub
-    for told in ("98 rows to train on, 2 held out", "4.5000 at step 0, 3.5000 at step 7", "1e-05"):
-        assert told in card
+    for text in ("98 rows to train on, 2 held out", "4.5000 at step 0, 3.5000 at step 7", "1e-05"):
+        assert text in card
     assert "| stage1 | stage2 |" in card
     texts = [p.read_text() for p in exported.rglob("*") if p.suffix in (".json", ".md")]
     assert not any(str(trained.home) in text or "/secret" in text for text in texts)
@@ -134,7 +134,7 @@ def test_the_card_links_base_models_of_the_hub(exported: Path) -> None:
     assert header["base_model"] == sorted([model.language_model, model.florence, model.diffusion])
 
 
-def test_what_lies_in_it_is_held_against_its_fingerprints(exported: Path, tmp_path: Path) -> None:
+def test_a_damaged_base_model_is_detected(exported: Path, tmp_path: Path) -> None:
     spoilt = shutil.copytree(exported, tmp_path / "spoilt")
     weights = spoilt / "florence" / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -158,7 +158,7 @@ def test_the_same_export_again_does_nothing_and_another_is_refused(
     assert sorted((p, p.stat().st_mtime_ns) for p in output.rglob("*")) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(RunError, match="no export of ours"):
+    with pytest.raises(RunError, match="holds no export"):
         export(config(tmp_path / "mine", trained.run))
     with pytest.raises(CheckpointError, match="no trained weights"):
         export(config(tmp_path / "x", trained.models))
@@ -210,7 +210,7 @@ def test_an_encoder_of_stage_1_is_exported_with_its_decoder(
     assert "reconstruct" in (output / "README.md").read_text()
 
 
-def test_all_parts_let_a_captioner_draw_too(
+def test_an_export_with_all_parts_can_reconstruct(
     trained: Trained, exported: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="vae: there is no folder"):
@@ -229,7 +229,7 @@ def test_all_parts_let_a_captioner_draw_too(
     assert read_checkpoint(again).origin["before"] == read_checkpoint(output).origin
 
 
-def test_a_published_checkpoint_becomes_a_folder_of_the_same_kind(
+def test_a_published_checkpoint_is_imported(
     trained: Trained,
     tmp_path: Path,
     job: Job,  # noqa: F811
@@ -270,5 +270,5 @@ def test_a_published_checkpoint_becomes_a_folder_of_the_same_kind(
     assert "query_embed [1, 16, 64] for [1, 5, 64]" in ended.last_line
     ended = job("export", tmp_path / "x", "--from-reference", file, f"model.path={trained.run}")
     assert ended.status == 2
-    assert "name base models alone" in ended.last_line
+    assert "give only base models" in ended.last_line
     assert not (tmp_path / "x").exists()

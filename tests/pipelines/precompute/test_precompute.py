@@ -1,4 +1,4 @@
-"""Latents that are stored in place of a VAE that runs in every step."""
+"""Stored latents replace the VAE in training."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ from vlv_model.squares import Square
 
 @pytest.fixture(scope="module")
 def latents(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those of `pair_table`, written as the job writes them, without Ray."""
+    """Latents of `pair_table`, written like the job does, without Ray."""
     folder = tmp_path_factory.mktemp("latents") / "table"
     return encoded(pair_table, tiny_models, folder)
 
@@ -65,7 +65,7 @@ def test_bfloat16_survives_the_bytes() -> None:
     assert packed(torch.tensor([[1.0]])) == [b"\x80\x3f"]  # 0x3f80, little-endian
 
 
-def test_stored_latents_are_the_vaes(latents: Path, pair_table: Path, tiny_models: Path) -> None:
+def test_stored_latents_match_the_vae(latents: Path, pair_table: Path, tiny_models: Path) -> None:
     model, _ = resolve_model(tiny_models)
     images = RowReader(RowIndex.open(sorted(pair_table.glob("*.parquet"))))
     positions = [70, 3, 119]
@@ -88,10 +88,10 @@ def test_a_training_row_reads_little(latents: Path) -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 3, -1])
-def test_the_loss_is_the_online_one(
+def test_the_loss_matches_the_online_vae(
     latents: Path, pair_table: Path, tiny_models: Path, tmp_path: Path, epoch: int
 ) -> None:
-    """The same noise for the same (seed, epoch, key); what differs is the rounding of latents."""
+    """The noise is the same for (seed, epoch, key); only the rounding of latents differs."""
     model, _ = resolve_model(tiny_models)
     given = {"input": str(pair_table)}
     online = stage1(build(Stage1Config, {"data": given, "run_dir": str(tmp_path)}), model, None)
@@ -121,7 +121,7 @@ def test_the_vae_is_not_loaded(
     assert not [name for name, _ in stage.model.named_parameters() if "vae" in name]
 
 
-def test_a_table_that_fits_passes(latents: Path, pair_table: Path, tiny_models: Path) -> None:
+def test_a_matching_table_is_accepted(latents: Path, pair_table: Path, tiny_models: Path) -> None:
     LatentReader(str(latents)).check(resolve_model(tiny_models)[0], keys_of(pair_table))
 
 
@@ -158,8 +158,8 @@ def test_latents_of_squares_cut_by_another_rule_are_refused(
         reader.check(usual, keys)
 
 
-def test_the_job_cuts_squares_as_the_model_says(tiny_models: Path, tmp_path: Path) -> None:
-    """And a table that was begun by one rule goes on by no other."""
+def test_the_job_preprocesses_like_the_model(tiny_models: Path, tmp_path: Path) -> None:
+    """A table cannot continue with another preprocessing."""
     folder, given = tmp_path / "photographs", ["ray.address=in-process", "actors.use_gpu=false"]
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (90, 101, 3), np.uint8)
@@ -188,7 +188,7 @@ def test_missing_images_are_refused(pair_table: Path, tiny_models: Path, tmp_pat
         some.check(resolve_model(tiny_models)[0], keys_of(pair_table))
 
 
-def test_what_is_no_table_of_latents_is_refused(pair_table: Path) -> None:
+def test_a_table_without_latents_is_refused(pair_table: Path) -> None:
     with pytest.raises(DataError, match="is a foreign table, expected one that jobs/precompute"):
         LatentReader(str(pair_table))
 
@@ -227,10 +227,10 @@ def test_the_job_writes_each_image_once(
 
 
 @pytest.mark.end_to_end
-def test_a_whole_run_ends_as_the_online_one(
+def test_a_run_on_stored_latents_matches_the_online_run(
     pair_table: Path, tiny_models: Path, latents: Path, tmp_path: Path, forked_python: Path
 ) -> None:
-    """Each step's loss within 0.2 %: latents are rounded to bfloat16, the draws are the same."""
+    """Losses agree within 0.2 %, since latents are rounded to bfloat16."""
     kinds: dict[str, list[str]] = {"online": [], "stored": [f"data.latents={latents}"]}
     trainings = [
         segment(load(Stage1Config, None, [

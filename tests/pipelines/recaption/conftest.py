@@ -1,4 +1,4 @@
-"""Tables of captions that no model made, and jobs upon drawn scenes."""
+"""Caption tables written without a model, and recaption jobs on drawn scenes."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def caption_table(
     chunks: Sequence[Sequence[str | None]],
     names: Sequence[Sequence[str]] | None = None,
 ) -> Table:
-    """A finished caption table: a part for each chunk, None for a row whose image was broken."""
+    """A finished caption table with a part per chunk; None: a row with a broken image."""
     table = Table(folder)
     table.create("caption", {"model": "0123456789abcdef"}, len(chunks), checked=True)
     for number, captions in enumerate(chunks):
         rows = []
         for row, text in enumerate(captions):
-            told = {"key": number * 1000 + row, "model": "0123456789abcdef"}
-            told["name"] = names[number][row] if names else f"{number}/{row}.jpg"
+            row_fields = {"key": number * 1000 + row, "model": "0123456789abcdef"}
+            row_fields["name"] = names[number][row] if names else f"{number}/{row}.jpg"
             if text is None:
-                rows.append({**told, "status": "decode:corrupt", "error": "broken"})
+                rows.append({**row_fields, "status": "decode:corrupt", "error": "broken"})
                 continue
             cut = text.endswith("…")  # stands for a caption that ran to its limit
-            told |= {"caption": text, "num_tokens": len(text.split()), "status": "ok"}
-            told |= {"finish_reason": "length" if cut else "stop"}
-            rows.append({**told, **vars(health_of(text, cut))})
+            row_fields |= {"caption": text, "num_tokens": len(text.split()), "status": "ok"}
+            row_fields |= {"finish_reason": "length" if cut else "stop"}
+            rows.append({**row_fields, **vars(health_of(text, cut))})
         table.write(number, pa.Table.from_pylist(rows, CAPTION_ROW))
     return table

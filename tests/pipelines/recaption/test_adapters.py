@@ -1,4 +1,4 @@
-"""Adapters (train.lora) through the job: what their export says is what they say."""
+"""LoRA adapters (train.lora) in the recaption job, before and after merging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlv_model.config import Lora
 from vlv_model.lora import is_adapter
 
 
-def test_adapters_caption_as_their_export_does(
+def test_adapters_give_the_captions_of_their_merged_export(
     settings: Settings,
     trained_captioner: Path,
     tiny_models: Path,
@@ -35,11 +35,11 @@ def test_adapters_caption_as_their_export_does(
     whole = tmp_path / "whole"
     export(load(ExportConfig, None, [f"output={whole}", f"model.path={adapted}"]))
 
-    said = []
+    captions = []
     for model in (adapted, whole, trained_captioner):
         output = tmp_path / f"captions-{model.name}"
         assert recaption(settings(f"data.output={output}", f"model.path={model}")) == {"ok": 21}
         table = pd.read_parquet(output / "data").sort_values("key")
-        said.append(table[["key", "caption", "num_tokens", "finish_reason"]].values.tolist())
-    assert said[0] == said[1]
-    assert said[0] != said[2]
+        captions.append(table[["key", "caption", "num_tokens", "finish_reason"]].values.tolist())
+    assert captions[0] == captions[1]
+    assert captions[0] != captions[2]

@@ -1,4 +1,4 @@
-"""The engine: the captions of the plain model, and errors that stay with their image."""
+"""The engine gives the model's captions, and an error affects only its image."""
 
 import copy
 from pathlib import Path
@@ -44,8 +44,8 @@ def break_model(
     monkeypatch.setattr(captioner, "prefix", failing)
 
 
-def test_a_search_ends_as_the_settings_say(captioner, images):
-    """As transformers' own of one image after the other, of a model that ends now and then."""
+def test_beam_search_follows_early_stopping(captioner, images):
+    """Matches transformers' search image by image, with a model whose captions sometimes end."""
     captioner, end = copy.deepcopy(captioner), end_of_text_id(captioner.tokenizer)
     captioner.language_model.get_input_embeddings().weight.data[end] *= 4  # which predicts, too
     found = {}
@@ -64,7 +64,7 @@ def test_a_search_ends_as_the_settings_say(captioner, images):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_captions_are_the_models_own_whatever_the_batch(captioner, images, beams):
+def test_captions_do_not_depend_on_the_batch(captioner, images, beams):
     expected = captioner.generate(images, num_beams=beams, max_new_tokens=6)
     for batch_size in (1, 3, 64):
         settings = GENERATE.model_copy(update={"batch_size": batch_size, "num_beams": beams})
@@ -74,7 +74,7 @@ def test_captions_are_the_models_own_whatever_the_batch(captioner, images, beams
         assert [found[i] for i in range(8)] == expected
 
 
-def test_an_image_that_fails_costs_no_other_its_caption(captioner, images, monkeypatch):
+def test_a_failing_image_does_not_affect_other_captions(captioner, images, monkeypatch):
     expected = captioner.generate(images, max_new_tokens=6)
     break_model(captioner, monkeypatch, images[4])
     found = {o.position: o for o in Engine(captioner, GENERATE).captions(range(8), images)}
@@ -85,19 +85,21 @@ def test_an_image_that_fails_costs_no_other_its_caption(captioner, images, monke
     assert len(found) == 8
 
 
-def test_a_model_that_captions_nothing_is_dead(captioner, images, monkeypatch):
+def test_a_model_that_fails_for_every_image_raises(captioner, images, monkeypatch):
     break_model(captioner, monkeypatch, None)
-    with pytest.raises(ModelDiedError, match="no image any more: a bad day"):
+    with pytest.raises(ModelDiedError, match="fails for every image: a bad day"):
         list(Engine(captioner, GENERATE).captions(range(8), images))
 
 
-def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, images, monkeypatch):
+def test_a_failed_row_has_an_error_and_a_broken_one_keeps_its_status(
+    captioner, images, monkeypatch
+):
     import pyarrow as pa
 
     break_model(captioner, monkeypatch, images[1])
     step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
     step.engine, step.image_size, step.fingerprint = Engine(captioner, GENERATE), 64, "f"
-    step.finished = GENERATE.finished
+    step.postprocess = GENERATE.postprocessed
     exported: dict[str, float] = {}
     monkeypatch.setattr(
         telemetry.Counter, "add", lambda metric, amount: exported.update({metric.name: amount})
@@ -122,7 +124,7 @@ def test_a_failed_row_says_why_and_a_broken_one_is_left_as_it_was(captioner, ima
     assert broken == rows[1]
 
 
-def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):
+def test_sampled_captions_depend_only_on_seed_and_key(captioner, images):
     def drawn(seed: int, batch_size: int, keys: list[int]) -> list[str]:
         settings = {"num_beams": 1, "max_new_tokens": 6, "batch_size": batch_size, "seed": seed}
         engine = Engine(captioner, GenerateConfig(temperature=1.5, top_p=0.9, **settings))
@@ -137,26 +139,26 @@ def test_drawn_captions_follow_from_seed_and_key_alone(captioner, images):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"temperature": 1.0}, "set num_beams=1"),
         ({"top_p": 0.5, "num_beams": 1}, "need a temperature"),
         ({"temperature": 0.0, "num_beams": 1}, "temperature"),
-        ({"early_stopping": True, "num_beams": 1}, "one beam does not search"),
+        ({"early_stopping": True, "num_beams": 1}, "early_stopping needs num_beams of at least 2"),
     ],
 )
-def test_settings_of_drawing_that_say_two_things(given, said):
-    with pytest.raises(ConfigError, match=said):
+def test_contradictory_sampling_settings_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
         build(GenerateConfig, given)
 
 
-def test_how_captions_are_drawn_is_part_of_their_fingerprint():
+def test_sampling_settings_are_part_of_the_fingerprint():
     greedy = GenerateConfig(num_beams=1)
     drawn = [
         GenerateConfig(num_beams=1, temperature=t, top_p=p, seed=s)
         for t, p, s in ((1, 1, 0), (1, 1, 1), (1, 0.9, 0), (0.5, 1, 0))
     ]
     searched = [GenerateConfig(early_stopping=early) for early in (False, True)]
-    told = [str(config.decides()) for config in (greedy, *drawn, *searched)]
-    assert len(set(told)) == 7
-    assert greedy.decides() == {"num_beams": 1, "max_new_tokens": 300, "precision": "float32"}
+    identities = [str(config.identity()) for config in (greedy, *drawn, *searched)]
+    assert len(set(identities)) == 7
+    assert greedy.identity() == {"num_beams": 1, "max_new_tokens": 300, "precision": "float32"}

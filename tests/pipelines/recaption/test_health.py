@@ -1,4 +1,4 @@
-"""What is wrong with captions: by itself, over a table, and at the gate."""
+"""Faults of captions: of one caption, of a table, and at the gates."""
 
 import re
 from collections import Counter
@@ -39,7 +39,7 @@ LONG = (
         "A sign that reads “EXIT 24”.",
     ],
 )
-def test_language_is_left_alone(text: str) -> None:
+def test_language_in_any_script_passes(text: str) -> None:
     health = health_of(text, truncated=False)
     assert not any((health.repeated, health.empty, health.non_language))
     assert health.num_words >= 4
@@ -49,7 +49,7 @@ def test_language_is_left_alone(text: str) -> None:
     "text",
     ["}{][ == ;; //", "a dog \ufffd\ufffd on a couch", "\x00\x01 dog", "a" * 60, "0 1 0 1 12 45 3"],
 )
-def test_what_is_no_language(text: str) -> None:
+def test_non_language_is_detected(text: str) -> None:
     assert health_of(text, truncated=False).non_language
 
 
@@ -59,7 +59,7 @@ def test_empty_is_not_non_language() -> None:
     assert not health_of(" \n", truncated=False).non_language
 
 
-def test_repetition_is_the_share_of_words_said_before() -> None:
+def test_repetition_is_the_share_of_repeated_words() -> None:
     assert health_of("red " * 40, truncated=True).repetition > 0.9
     looped = health_of("A dog on a couch. " * 4, truncated=False)
     assert 0.7 <= looped.repetition < 1
@@ -94,7 +94,7 @@ def test_similar_captions_are_counted_once_and_the_first_is_not() -> None:
 
 @given(st.lists(st.sampled_from(["red", "blue", "green", "grey"]), min_size=1, max_size=300))
 def test_groups_are_of_one_signature_and_share_no_caption(colours: list[str]) -> None:
-    """Also where all captions are similar to one another: a word apart of fourteen."""
+    """Also if all captions are similar: one of fourteen words differs."""
     captions = [f"a small purple cross just above a small cyan cross on {c} grass" for c in colours]
     signatures = np.stack([signature(text) for text in captions])
     similar = SimilarCaptions(len(captions))
@@ -125,7 +125,7 @@ def test_a_survey_counts_over_all_parts(tmp_path: Path) -> None:
     assert survey(InProcess(), caption_table(tmp_path / "t", chunks)) == found
 
 
-def test_the_gate_says_what_is_too_much_and_how_to_see_it(tmp_path: Path) -> None:
+def test_gate_error_names_the_share_and_a_query(tmp_path: Path) -> None:
     table = caption_table(tmp_path / "t", [["cut …", "cut here …", "a red ball", "", "a red ball"]])
     found = survey(InProcess(), table)
     check_gates(build(GateConfig, {"max_truncated": "40%", "max_empty": 0.2}), found, table)
@@ -137,14 +137,14 @@ def test_the_gate_says_what_is_too_much_and_how_to_see_it(tmp_path: Path) -> Non
         assert len(rows) == shown if shown else rows[0] == ("a red ball", 2)
 
 
-def test_a_share_is_a_share() -> None:
+def test_shares_are_parsed() -> None:
     for wrong in ("2 percent", "200%", "x%", -1):
         with pytest.raises(ConfigError, match="max_empty"):
             build(GateConfig, {"max_empty": wrong})
 
 
-def test_a_table_that_fails_its_gate_is_read_by_no_job(settings) -> None:
-    """Until the gate is raised; nothing is captioned again for that."""
+def test_a_table_that_fails_its_gate_is_not_published(settings) -> None:
+    """Raising the gate publishes it without captioning again."""
     strict = settings("gate.max_truncated=1%")
     with pytest.raises(GateError, match="max_truncated"):
         recaption(strict)
@@ -163,8 +163,8 @@ def test_a_table_that_fails_its_gate_is_read_by_no_job(settings) -> None:
     assert all(row["truncated"] == (row["finish_reason"] == "length") for row in rows)
 
 
-def test_only_what_was_unhealthy_is_captioned_again(settings, tmp_path: Path) -> None:
-    """Also of a table that its gate kept back."""
+def test_only_selected_rows_are_captioned_again(settings, tmp_path: Path) -> None:
+    """Also from a table that failed its gate."""
     with pytest.raises(GateError):
         recaption(settings("gate.max_truncated=0"))
     first = read_rows(sorted((tmp_path / "captions/data").iterdir()), ["key", "truncated"])

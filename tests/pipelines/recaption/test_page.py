@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
-from pipelines.report.histogram import MOST_BARS, binned, quantile
+from pipelines.report.histogram import MAX_BARS, binned, quantile
 from tests.pipelines.report.test_report_page import HOSTILE
 
 
@@ -34,7 +34,7 @@ def caption_report() -> CaptionReport:
         health=[
             HealthLine("truncated", "cut", 117, 0.02),
             HealthLine("empty", "no word", 5, 0.01),
-            HealthLine("duplicates", "said before", 211),
+            HealthLine("duplicates", "repeated", 211),
         ],
         words={3: 4000, 40: 321},
         tokens={4: 4000, 300: 321},
@@ -45,15 +45,15 @@ def caption_report() -> CaptionReport:
     )
 
 
-def test_what_is_known_is_shown(caption_report, parse):
+def test_page_shows_the_report(caption_report, parse):
     document = parse(render(caption_report))
-    for told in ("4,321", "117", "2.7", "211", "at most 2", "not passed", "212", "A wall.", "21"):
-        assert told in document.text, told
+    for text in ("4,321", "117", "2.7", "211", "at most 2", "not passed", "212", "A wall.", "21"):
+        assert text in document.text, text
     assert len(document.all("img")) == 2
     assert len(document.all("svg")) == 2
 
 
-def test_one_script_runs_and_it_is_ours(caption_report, parse):
+def test_page_runs_only_its_own_script(caption_report, parse):
     page = render(caption_report)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -80,10 +80,10 @@ def test_a_table_without_a_caption_has_a_page(caption_report, parse):
 
 
 @given(st.dictionaries(st.integers(0, 100_000), st.integers(1, 1000), min_size=1))
-def test_bins_hold_all_and_are_few(counts):
+def test_histogram_bins_are_few_and_complete(counts):
     bars, width = binned(counts)
     assert sum(bars.values()) == sum(counts.values())
-    assert len(bars) <= MOST_BARS
+    assert len(bars) <= MAX_BARS
     assert min(bars) <= min(counts)
     assert max(counts) < max(bars) + width
     assert quantile(counts, 1) == max(counts)
@@ -96,6 +96,6 @@ def test_the_search_finds_words(
     typed = render(caption_report).replace('type="search"', f'type="search" value="{words}"')
     (tmp_path / "page.html").write_text(typed)
     page = browse(tmp_path / "page.html", "--dump-dom")
-    (told,) = re.findall(r"<output[^>]*>([^<]*)</output>", page)
-    assert told == f"{shown} of 2"
+    (counter,) = re.findall(r"<output[^>]*>([^<]*)</output>", page)
+    assert counter == f"{shown} of 2"
     assert page.count('<tr hidden="">') == 2 - shown

@@ -1,4 +1,4 @@
-"""Captions that never stop, made readable."""
+"""Cleaning of captions that never stop."""
 
 import pytest
 
@@ -32,14 +32,14 @@ def test_reference_cuts_and_drops(raw: str, clean: str) -> None:
     assert reference(clean) == clean
 
 
-def test_it_is_another_caption_of_another_fingerprint() -> None:
+def test_postprocess_changes_the_fingerprint() -> None:
     plain, cleaned = GenerateConfig(), GenerateConfig(postprocess="reference")
-    assert plain.finished("A dog. A d") == "A dog. A d"
-    assert plain.decides() != cleaned.decides()
-    assert plain.decides() == GenerateConfig(batch_size=3).decides()
+    assert plain.postprocessed("A dog. A d") == "A dog. A d"
+    assert plain.identity() != cleaned.identity()
+    assert plain.identity() == GenerateConfig(batch_size=3).identity()
 
 
-def test_a_truncated_caption_that_was_cleaned_counts_as_truncated(settings) -> None:
+def test_a_cleaned_caption_still_counts_as_truncated(settings) -> None:
     config = settings("generate.postprocess=reference", "generate.max_new_tokens=1", "data.limit=5")
     assert recaption(config) == {"ok": 5}
     rows = list(read_rows(parquet_files(config.data.output), ["truncated", "num_tokens"]))

@@ -1,4 +1,4 @@
-"""What lies beside a finished caption table, and whether readers that are not ours open it."""
+"""The files of a published caption table, and other libraries that read it."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from vlv_model.errors import RunError
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three files, two of one name, and one that is no image."""
+    """Three files, two with the same name, and one that is not an image."""
     folder = tmp_path / "pictures"
     for number, name in enumerate(["a.png", "one/a.png", "one/b.jpg"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_readers_that_are_not_ours(settings, pictures: Path) -> None:
+def test_other_libraries_read_the_table(settings, pictures: Path) -> None:
     import datasets
 
     config = settings(f"data.input={pictures}", "join=true", "format=json", "license=cc-by-4.0")
@@ -51,15 +51,15 @@ def test_readers_that_are_not_ours(settings, pictures: Path) -> None:
     assert by_name["broken.png"]["caption"] is None
 
     frame = pd.read_parquet(folder / "data")
-    told = duckdb.sql(f"select name, caption from '{folder}/data/*.parquet' where status = 'ok'")
+    rows = duckdb.sql(f"select name, caption from '{folder}/data/*.parquet' where status = 'ok'")
     expected = {row["name"]: row["caption"] for row in opened if row["status"] == "ok"}
-    assert dict(told.fetchall()) == expected
+    assert dict(rows.fetchall()) == expected
     assert sorted(frame["name"]) == sorted(by_name)
     content = frame.set_index("name").loc["one/b.jpg", "image"]["bytes"]
     assert content == (pictures / "one/b.jpg").read_bytes()
 
-    said = json.loads((folder / "captions.json").read_text())
-    assert said == {
+    captions = json.loads((folder / "captions.json").read_text())
+    assert captions == {
         name: by_name[name]["caption"] for name in ("a.png", "one/a.png")
     } | {"b.jpg": by_name["one/b.jpg"]["caption"]}  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_readers_that_are_not_ours(settings, pictures: Path) -> None:
     assert "license: mit" in (folder / "README.md").read_text()
 
 
-def test_names_that_several_images_have_are_told_apart(tmp_path: Path) -> None:
+def test_repeated_image_names_are_made_unique(tmp_path: Path) -> None:
     names = [["x/a.png", "y/a.png", "same"], ["http://h/p/b.jpg?q=1", "same", "a.png", "c"]]
     chunks = [["one", "two", "three"], ["four", 'fi"ve\n', "six", None]]
     table = caption_table(tmp_path / "t", chunks, names)
@@ -112,7 +112,7 @@ def test_names_that_several_images_have_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_samples_of_a_card_are_text(tmp_path: Path) -> None:
-    """Names and captions of others show no picture of theirs on the page of the hub."""
+    """Markdown in names and captions is escaped."""
     text = "![x](http://h/t.png) | <img src=x> `code`\n\n# *big*"
     table = caption_table(tmp_path / "t", [[text]], [["[a](b).png"]])
     about = {
@@ -131,7 +131,7 @@ def test_a_streamed_file_reaches_a_store(bucket: str) -> None:
     assert json.loads((table.folder / "captions.json").read_text()) == {"0.jpg": "a", "1.jpg": "b"}
 
 
-def test_what_is_taken_down_is_told_nowhere(settings, pair_table, tmp_path) -> None:
+def test_removed_captions_are_removed_from_all_files(settings, pair_table, tmp_path) -> None:
     config = settings("format=json")
     recaption(config)
     captions, images = Table(config.data.output), Table(tmp_path / "images")
@@ -163,8 +163,10 @@ def test_a_table_in_a_store_has_all_of_it(ray_local, settings, bucket: str) -> N
     assert recaption(config) == {"ok": 21}
 
 
-def test_what_a_takedown_deleted_is_made_again(settings, pair_table: Path, tmp_path: Path) -> None:
-    """Also where the takedown did not name the captions, and where the job was killed before it."""
+def test_files_deleted_by_a_takedown_are_written_again(
+    settings, pair_table: Path, tmp_path: Path
+) -> None:
+    """Also if the takedown did not list the captions, or the job was killed before it."""
     rows = pa.concat_tables(pq.read_table(file) for file in sorted(pair_table.iterdir()))
     images = Table(tmp_path / "images")
     images.create("image", {}, 2)

@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in that keeps to vLLM's documented interface, and insists on it."""
+"""The vLLM engine with a fake that checks vLLM's documented interface."""
 
 import sys
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class SamplingParams:
-    """Those fields of vllm.SamplingParams that there are, with their documented defaults and bounds."""
+    """vllm.SamplingParams: the fields in use, with their documented defaults and bounds."""
 
     n: int = 1
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class SamplingParams:
 
 
 class LLM:
-    """vllm.LLM: keywords only behind the model, prompts as vllm.inputs.EmbedsPrompt."""
+    """vllm.LLM: keyword-only after the model, prompts as vllm.inputs.EmbedsPrompt."""
 
     def __init__(
         self, model: str, *, dtype: str, enable_prompt_embeds: bool, max_model_len: int,
@@ -81,8 +81,8 @@ class LLM:
                 **drawn,
             )[0].tolist()  # fmt: skip
         reason = "stop" if ids[-1] in stops else "length"
-        said = SimpleNamespace(index=0, text="", token_ids=tuple(ids), finish_reason=reason)
-        return SimpleNamespace(outputs=[said], finished=True)
+        output = SimpleNamespace(index=0, text="", token_ids=tuple(ids), finish_reason=reason)
+        return SimpleNamespace(outputs=[output], finished=True)
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ def vllm(monkeypatch) -> None:
 
 @pytest.fixture
 def captioner(trained_captioner: Path) -> VLVCaptioner:
-    """One whose weights are not those of its base models; some captions of it end by themselves."""
+    """A captioner with changed weights, some of whose captions end by themselves."""
     captioner = VLVCaptioner.from_pretrained(checkpoint=trained_captioner)
     with evaluating(captioner):
         prefix = captioner.prefix(scenes(7, seed=0))
-        said = [f.ids for f in decode(captioner.decoder(7, 12), range(7), prefix)]
-    some = next(i for ids in said for i in ids if not all(i in others for others in said))
+        captions = [f.ids for f in decode(captioner.decoder(7, 12), range(7), prefix)]
+    some = next(i for ids in captions for i in ids if not all(i in others for others in captions))
     captioner.tokenizer.eos_token = captioner.tokenizer.convert_ids_to_tokens(some)
     return captioner
 
@@ -108,7 +108,7 @@ def greedy(**more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"engine": "vllm", "num_beams": 1, "max_new_tokens": 12, **more})
 
 
-def test_captions_are_those_of_the_other_engine(vllm, captioner):
+def test_captions_match_the_transformers_engine(vllm, captioner):
     images = scenes(7, seed=0)
     expected = captioner.generate(images, max_new_tokens=12)
     assert {caption.finish_reason for caption in expected} == {"stop", "length"}
@@ -120,7 +120,7 @@ def test_captions_are_those_of_the_other_engine(vllm, captioner):
     assert {p.device.type for p in captioner.language_model.parameters()} == {"meta"}
 
 
-def test_drawn_captions_have_a_seed_of_their_own(vllm, captioner):
+def test_each_sampled_caption_has_its_own_seed(vllm, captioner):
     images, settings = scenes(3, seed=0), greedy(temperature=1.5, top_p=0.9, seed=7)
     engine = VLLMEngine(captioner, settings, CPU)
     first = {o.position: o.caption for o in engine.captions([5, -6, 7], images)}
@@ -129,7 +129,7 @@ def test_drawn_captions_have_a_seed_of_their_own(vllm, captioner):
     assert len({params.seed for params in engine.llm.asked}) == 3
 
 
-def test_an_image_that_fails_costs_no_other_its_caption(vllm, captioner, monkeypatch):
+def test_a_failing_image_does_not_affect_other_captions(vllm, captioner, monkeypatch):
     images = scenes(4, seed=0)
     engine = VLLMEngine(captioner, greedy(), CPU)
     prefix = captioner.prefix
@@ -145,10 +145,10 @@ def test_an_image_that_fails_costs_no_other_its_caption(vllm, captioner, monkeyp
     assert found[2].error == "RuntimeError: a bad day"
 
 
-def test_what_it_cannot_do_is_said(captioner, monkeypatch):
+def test_unsupported_settings_are_refused(captioner, monkeypatch):
     with pytest.raises(ConfigError, match="num_beams=1"):
         greedy(num_beams=4)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"pip install 'vlv-ray\[vllm\]'"):
         VLLMEngine(captioner, greedy(), CPU)
-    assert greedy().decides() != GenerateConfig(num_beams=1, max_new_tokens=12).decides()
+    assert greedy().identity() != GenerateConfig(num_beams=1, max_new_tokens=12).identity()

@@ -1,4 +1,4 @@
-"""Originals and their reconstructions as image files, written once and taken down with their rows."""
+"""Side-by-side image files are written once and removed with their rows."""
 
 import io
 from pathlib import Path
@@ -33,7 +33,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Three image files, one of which is none."""
+    """Three files, one of which is not an image."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (2, 20, 16, 3), np.uint8)
@@ -45,7 +45,7 @@ def photographs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def table(photographs: Path, tmp_path: Path) -> Table:
-    """A finished table: grey reconstructions of what is an image."""
+    """A finished table with grey reconstructions."""
     given = {"input": str(photographs), "output": str(tmp_path / "made"), "rows_per_chunk": 2}
     table = open_table("reconstruction", build(Selection, given), {})
     for chunk in table.pending():
@@ -85,7 +85,7 @@ def test_each_file_has_the_square_left_and_the_picture_right(
         assert np.array_equal(pixels[:, 16:], GREY)
 
 
-def test_what_is_there_is_not_written_again_and_arrow_reads_the_table(table: Table) -> None:
+def test_existing_files_are_not_rewritten_and_arrow_reads_the_table(table: Table) -> None:
     write_files(table, SQUARE)
     first, second = sorted((table.folder / FOLDER).iterdir())
     first.unlink()
@@ -96,7 +96,7 @@ def test_what_is_there_is_not_written_again_and_arrow_reads_the_table(table: Tab
     assert pq.read_table(table.parts).num_rows == 3
 
 
-def test_an_original_that_is_gone_costs_its_file_alone(
+def test_a_missing_original_skips_only_its_file(
     table: Table, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photographs / "0.png").unlink()
@@ -106,7 +106,7 @@ def test_an_original_that_is_gone_costs_its_file_alone(
     assert f"no {FOLDER}/{key_of('0.png')}.png: " in capsys.readouterr().err
 
 
-def test_a_takedown_takes_them_away(table: Table) -> None:
+def test_a_takedown_deletes_the_files(table: Table) -> None:
     remove_files(table, {1, 2})  # of a table without files, nothing
     write_files(table, SQUARE)
     first, second = sorted((table.folder / FOLDER).iterdir())

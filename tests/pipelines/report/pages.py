@@ -1,4 +1,4 @@
-"""A strict reader of HTML, and a report as a demo would make it."""
+"""A strict HTML parser, and a demo's report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[..., str]:
-    """Opens a page in a browser without a window; takes its options, returns what it prints."""
+    """Open a page in a headless browser with some options; returns its output."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         looked_for = ", ".join(BROWSERS)
@@ -71,7 +71,7 @@ class Element:
 
 
 class StrictReader(HTMLParser):
-    """Builds the tree and fails where an element is not closed by its own end tag."""
+    """Build the tree; fails if an element is not closed by its own end tag."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -131,7 +131,7 @@ def attributes(*shares: float) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def proof() -> dict[str, Any]:
-    """Figures as the demo puts them into summary.json, each of them another."""
+    """Scores as in the demo's summary.json, all different."""
     return {
         "captions": {
             "exact_match": 0.97,

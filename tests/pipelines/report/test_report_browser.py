@@ -1,4 +1,4 @@
-"""The report in a real browser: it is drawn, styled, and has its pictures, in light and dark."""
+"""The report in a real browser, in light and dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss curves: what the axes, lines and labels of a chart say."""
+"""Loss curves: axes, lines and labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def points(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in pairs]
 
 
-def test_curves_stand_where_the_ticks_say(parse):
+def test_curves_match_the_ticks(parse):
     events = [evaluation(0, 4.0), step(50, 3.0), step(100, 2.0), evaluation(100, 1.0)]
     chart = parse(loss_chart("Stage", events))
     labels = {
@@ -43,7 +43,7 @@ def test_curves_stand_where_the_ticks_say(parse):
     assert heldout[1][0] == train[-1][0]
 
 
-def test_ends_of_the_heldout_curve_carry_their_values(parse):
+def test_ends_of_the_heldout_curve_are_labelled(parse):
     events = [evaluation(0, 1.0312), evaluation(50, 0.9), evaluation(100, 0.74)]
     chart = parse(loss_chart("Stage", events))
     assert [t.text for t in chart.all("text", of_class="value")] == ["1.031", "0.7400"]
@@ -52,7 +52,7 @@ def test_ends_of_the_heldout_curve_carry_their_values(parse):
     assert heldout_ends(events) == (1.0312, 0.74)
 
 
-def test_values_of_every_evaluation_stand_in_a_table(parse):
+def test_table_has_the_loss_of_every_evaluation(parse):
     events = [evaluation(0, 5.0), evaluation(1500, 0.0091234)]
     rows = parse(loss_chart("Stage", events)).all("tbody")[0].all("tr")
     assert [row.text for row in rows] == ["0 5.000", "1,500 0.009123"]
@@ -69,7 +69,7 @@ def test_spikes_leave_the_axis_and_are_counted(parse):
     assert circles[1] - circles[0] > 100  # the spike did not press the held-out curve flat
 
 
-def test_losses_that_are_not_finite_are_counted_and_told(parse):
+def test_non_finite_losses_are_counted(parse):
     events = [evaluation(0, 1.0), step(1, math.inf), step(2, 0.5), evaluation(2, math.nan)]
     chart = parse(loss_chart("Stage", events))
     assert "Not finite and not drawn: 2 of 4 losses." in chart.text
@@ -100,7 +100,7 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(parse):
     events += [evaluation(0, 1.6), evaluation(200_000, 0.4)]
     chart = parse(loss_chart("Stage", events))
     (train,) = (points(p.attributes["d"]) for p in chart.all("path", of_class="train"))
-    assert len(train) <= charts.MOST_POINTS
+    assert len(train) <= charts.MAX_POINTS
     heights = sorted({y for _, y in train})
     assert len(heights) == 3  # the spike, the level, the dip
     assert [x for x, _ in train] == sorted(x for x, _ in train)
@@ -111,7 +111,7 @@ losses = st.floats(allow_nan=True, allow_infinity=True)
 
 @settings(max_examples=60, deadline=None)
 @given(train=st.lists(losses, max_size=30), heldout=st.lists(losses, max_size=5))
-def test_any_losses_give_a_sound_drawing(parse, train, heldout):
+def test_any_losses_give_a_valid_chart(parse, train, heldout):
     events = [step(i + 1, loss) for i, loss in enumerate(train)]
     events += [evaluation(10 * i, loss) for i, loss in enumerate(heldout)]
     chart = parse(loss_chart("Stage", events))
@@ -127,7 +127,7 @@ def test_any_losses_give_a_sound_drawing(parse, train, heldout):
     low=st.floats(-1e6, 1e6),
     span=st.floats(1e-3, 1e6),
 )
-def test_ticks_are_round_few_and_told_apart(low, span):
+def test_ticks_are_round_few_and_distinct(low, span):
     values = ticks(low, low + span)
     assert 2 <= len(values) <= 6
     assert all(low - 1e-6 * span <= v <= low + span * (1 + 1e-6) for v in values)

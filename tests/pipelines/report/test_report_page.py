@@ -1,4 +1,4 @@
-"""The report as a document: everything is shown, nothing breaks out, nothing is fetched."""
+"""The report as a document: complete, escaped and self-contained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_figure_is_shown(report, parse):
         assert re.search(rf"(?<![\w.,]){re.escape(figure)}(?!\w)", text), f"{figure} is not shown"
 
 
-def test_statuses_stand_ok_first_and_add_up_by_kind(report, parse):
+def test_statuses_are_sorted_ok_first_and_summed_by_kind(report, parse):
     rows = parse(html.status_table(report.ingest, "Rows by status")).all("tr")
     cells = [[cell.text for cell in (*row.all("th"), *row.all("td"))] for row in rows]
     assert [line[0].split()[0] for line in cells[1:]] == [
@@ -89,7 +89,7 @@ def test_any_text_survives_as_child_and_attribute(parse, text):
     assert element.attributes["title"] == expected
 
 
-def test_nothing_is_fetched_and_nothing_runs(report, parse):
+def test_the_page_loads_and_runs_nothing(report, parse):
     document = parse(render(report))
     policy = [m for m in document.all("meta") if "http-equiv" in m.attributes]
     assert policy[0].attributes["content"].startswith("default-src 'none'")
@@ -112,7 +112,7 @@ def test_links_lead_to_sections(report, parse):
     assert {target[1:] for target in targets} <= set(ids)
 
 
-def test_an_empty_run_has_a_page_that_says_so(parse):
+def test_an_empty_run_has_a_page(parse):
     text = parse(render(DemoReport("Nothing"))).text
     for words in ("No rows.", "Nothing was trained.", "No images to show.", "No phase was timed."):
         assert words in text
@@ -131,7 +131,7 @@ def test_the_page_without_images_is_small(report):
     assert len(render(replace(report, gallery=[])).encode()) < 60_000
 
 
-def test_the_file_is_written_whole(report, tmp_path):
+def test_the_file_is_written_atomically(report, tmp_path):
     write_report(tmp_path / "report.html", report)
     assert (tmp_path / "report.html").read_text("utf-8") == render(report)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -140,7 +140,7 @@ def test_the_file_is_written_whole(report, tmp_path):
 # -------------------------------------------------------------------------------------- gallery
 
 
-def test_gallery_embeds_the_very_bytes_of_the_table(report, parse):
+def test_gallery_embeds_the_bytes_of_the_table(report, parse):
     document = parse(gallery(report.gallery))
     images = document.all("img")
     assert len(images) == 9  # the last item has no reconstruction
@@ -189,7 +189,7 @@ def test_gallery_shows_the_picture_of_the_true_caption_beside_the_others(report,
     assert base64.b64decode(data) == report.gallery[1].original
     assert len(second.all("figure")) == 2  # what is not there leaves no gap
     assert "ceiling" not in parse(render(report)).text
-    assert "as the ceiling" in parse(render(replace(report, gallery=[with_ceiling]))).text
+    assert "is the ceiling" in parse(render(replace(report, gallery=[with_ceiling]))).text
 
 
 def test_gallery_tags_held_out_combinations(report, parse):
@@ -205,14 +205,14 @@ def test_gallery_shows_at_most_the_limit(report, parse):
     assert "2 of 5 images." in document.text
 
 
-def test_bytes_that_are_no_picture_leave_a_note(parse):
+def test_undecodable_bytes_show_a_note(parse):
     for content in (b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(90)):
         document = parse(gallery([GalleryItem(1, content, None, None, None, "decode:corrupt")]))
         assert not document.all("img")
         assert "decode:corrupt" in document.text
 
 
-def test_a_damaged_further_frame_is_no_end_of_the_page(parse):
+def test_a_damaged_later_frame_does_not_fail_the_page(parse):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
     moving = io.BytesIO()
     frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
@@ -252,7 +252,7 @@ def test_animated_and_turned_pictures_become_still_and_upright(parse):
         assert image.getpixel((10, 10))[0] > 200
 
 
-def test_colours_can_be_read_in_light_and_in_dark():
+def test_colours_have_contrast_in_light_and_dark():
     style = resources.files("pipelines.report").joinpath("report.css").read_text("utf-8")
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("@media")[:2]
@@ -290,7 +290,7 @@ def contrast(one: str, other: str) -> float:
         (3599.7, "1 h 00 min"),
     ],
 )
-def test_durations_round_without_a_sixtieth_second(seconds, words):
+def test_durations_never_show_sixty_seconds(seconds, words):
     assert html.duration(seconds).replace("\u00a0", " ") == words
 
 

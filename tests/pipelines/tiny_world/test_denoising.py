@@ -39,7 +39,7 @@ def test_the_loss_is_the_mean_over_evenly_spread_timesteps(decoder) -> None:
     assert losses["x"] == pytest.approx(sum(expected) / 8, rel=1e-5)
 
 
-def test_gap_closed_is_one_where_the_encoder_tells_as_much_as_the_caption() -> None:
+def test_gap_closed_is_one_if_the_encoder_matches_the_caption() -> None:
     losses = {"no_caption": 0.3, "true_caption": 0.1}
     assert gap_closed({**losses, "encoder": 0.1}) == pytest.approx(1)
     assert gap_closed({**losses, "encoder": 0.3}) == pytest.approx(0)

@@ -1,4 +1,4 @@
-"""The judge reads what `scenes.draw` drew, and keeps its head over pictures that it did not draw."""
+"""The judge reads drawn scenes, and handles any other image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def painted(
     return pixels(picture.reduce(4).filter(ImageFilter.GaussianBlur(1.0)))
 
 
-def test_every_object_is_read_right_in_both_places_of_both_relations_on_every_background() -> None:
+def test_every_object_is_read_in_all_positions_and_backgrounds() -> None:
     others = np.random.default_rng(0).permutation(len(OBJECTS))
     frames = itertools.cycle(itertools.product(RELATIONS, BACKGROUNDS))
     for i, (thing, other) in enumerate(zip(OBJECTS, others, strict=True)):
@@ -98,7 +98,7 @@ def test_damaged_pictures_are_read_right(damage) -> None:
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_an_empty_picture_has_a_background_alone(background: str) -> None:
+def test_an_empty_image_has_only_a_background(background: str) -> None:
     assert read(painted(background)) == Reading(NOTHING, NOTHING, NOTHING, None, background)
 
 
@@ -113,7 +113,7 @@ def test_one_object_alone_is_first_or_second_by_its_place() -> None:
     )
 
 
-def test_specks_and_faint_halos_are_no_objects() -> None:
+def test_specks_and_faint_halos_are_ignored() -> None:
     faint = (148, 110, 110)  # a fifth of red on gray
     one = ("small", None), ("blue", None), ("circle", None)
     for disturbance in ((COLOURS["red"], 48, 32, 2.0), (faint, 48, 32, 8)):
@@ -121,7 +121,7 @@ def test_specks_and_faint_halos_are_no_objects() -> None:
         assert read(picture) == Reading(*one, None, "gray")
 
 
-def test_of_three_objects_the_two_that_weigh_most_are_read() -> None:
+def test_of_three_objects_the_two_strongest_are_read() -> None:
     large = [(COLOURS["blue"], 17, 32, 12), (COLOURS["red"], 47, 34, 12)]
     reading = read(painted("black", *large, (COLOURS["red"], 32, 56, 5)))
     assert reading.colour == ("blue", "red")
@@ -129,8 +129,8 @@ def test_of_three_objects_the_two_that_weigh_most_are_read() -> None:
 
 
 @pytest.mark.parametrize("colour", ["red", "cyan"])
-def test_objects_that_touch_are_told_apart(colour: str) -> None:
-    """A large template between two small objects would explain more of the picture than one."""
+def test_touching_objects_are_separated(colour: str) -> None:
+    """A large template between two small objects would explain more than either of them."""
     picture = painted("gray", (COLOURS["red"], 22, 32, 10), (COLOURS[colour], 42, 32, 10))
     assert read(picture) == Reading(
         ("small", "small"), ("red", colour), ("circle", "circle"), "left of", "gray"
@@ -159,5 +159,5 @@ def test_any_picture_is_read(picture: np.ndarray) -> None:
     [np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64, 3))],
 )
 def test_other_arrays_are_refused(picture: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="a picture is uint8"):
+    with pytest.raises(ValueError, match="expected uint8"):
         read(picture)

@@ -1,4 +1,4 @@
-"""The weights that are shipped: what they are, and that the method works upon them."""
+"""The shipped weights, and the method on them."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_all_weights_are_small_and_safe() -> None:
         assert {t.dtype for t in load_file(file).values()} == {torch.float16}, file
 
 
-def test_the_record_is_of_the_training_split_and_of_the_script() -> None:
+def test_the_record_has_all_parts_and_no_absolute_path() -> None:
     record = json.loads((MODELS / "pretraining.json").read_text())
     parts = ["vae", "text_encoder", "text_to_image", "vision", "florence", "language_model"]
     assert sorted(record["parts"]) == sorted(parts)
@@ -38,7 +38,7 @@ def test_the_record_is_of_the_training_split_and_of_the_script() -> None:
         assert not Path(model[part]).is_absolute()
 
 
-def test_the_stage1_weights_fit_the_models_wherever_they_lie() -> None:
+def test_stage1_weights_fit_the_models() -> None:
     assert stages_of(STAGE1) == ["stage1"]
     VLVAutoEncoder.from_pretrained(STAGE1)  # fingerprints of all base models are checked
 
@@ -48,7 +48,7 @@ def test_pictures() -> Pictures:
     return Pictures("test", 11, 64)
 
 
-def test_the_encoder_tells_more_than_no_caption_on_unseen_scenes(test_pictures: Pictures) -> None:
+def test_the_encoder_beats_no_caption_on_unseen_scenes(test_pictures: Pictures) -> None:
     autoencoder = VLVAutoEncoder.from_pretrained(STAGE1)
     losses = denoising(autoencoder, test_pictures.squares, test_pictures.scenes)
     assert losses["true_caption"] < losses["no_caption"] < losses["wrong_caption"]
@@ -57,7 +57,7 @@ def test_the_encoder_tells_more_than_no_caption_on_unseen_scenes(test_pictures: 
 
 @pytest.mark.faults
 def test_a_few_dozen_steps_beat_no_caption(test_pictures: Pictures) -> None:
-    """From the pretrained parts alone, on pictures of training scenes, without one caption."""
+    """From the pretrained parts, on images of training scenes, without captions."""
     torch.manual_seed(0)
     autoencoder = VLVAutoEncoder.from_pretrained(MODELS).train()
     pictures = Pictures("train", 5, 256)

@@ -1,4 +1,4 @@
-"""The pretraining script, for a handful of steps, and the rules that its data keeps."""
+"""The pretraining script for a few steps, and the rules of its data."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_what_is_written_is_float16_and_opens_as_any_model(models: Path) -> None:
+def test_models_are_written_in_float16_and_load(models: Path) -> None:
     files = list(models.rglob("*.safetensors"))
     assert len(files) == 5  # florence, VAE, text encoder, UNet, language model
     for file in files:
@@ -52,7 +52,7 @@ def test_what_is_written_is_float16_and_opens_as_any_model(models: Path) -> None
     assert all(p.dtype == torch.float32 for p in autoencoder.parameters())
 
 
-def test_the_record_tells_how_each_part_went(models: Path) -> None:
+def test_the_record_has_the_metrics_of_each_part(models: Path) -> None:
     record = json.loads((models / "pretraining.json").read_text())
     assert list(record["parts"]) == PARTS
     for part in record["parts"].values():
@@ -75,13 +75,13 @@ def test_other_settings_are_refused(models: Path) -> None:
         pretrain(config(models, vae_steps=3))
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("…")
     with pytest.raises(RunError, match="is not empty"):
         pretrain(config(tmp_path))
 
 
-def test_pictures_are_of_their_split_alone() -> None:
+def test_pictures_are_only_of_their_split() -> None:
     for seed in (0, 7):
         train, validation = Pictures("train", seed, 9_000), Pictures("validation", seed, 256)
         assert {scenes.split_of(scene) for scene in train.scenes} == {"train"}
@@ -89,7 +89,7 @@ def test_pictures_are_of_their_split_alone() -> None:
         assert not any(scenes.is_held_out(scene) for scene in train.scenes + validation.scenes)
 
 
-def test_annotations_are_no_captions() -> None:
+def test_annotations_are_not_captions() -> None:
     pictures = Pictures("train", 0, 40)
     for i, scene in enumerate(pictures.scenes):
         targets = [annotation(pictures, i, task) for task in PROMPTS]

@@ -1,4 +1,4 @@
-"""The tiny world's captions are exact, its splits apart, its pictures unambiguous."""
+"""The tiny world has exact captions, disjoint splits and unambiguous images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_changed_word_changes_the_scene_or_is_refused(scene: Scene, i: int, wo
 
 @settings(deadline=None)
 @given(st.text())
-def test_other_texts_are_no_captions(text: str) -> None:
+def test_other_texts_are_not_captions(text: str) -> None:
     assert parse(text) is None
 
 
@@ -56,7 +56,7 @@ def test_splits_share_no_scene_and_cover_all() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_held_out_pairs_are_in_the_test_split_alone(split: scenes.Split) -> None:
+def test_held_out_pairs_are_only_in_the_test_split(split: scenes.Split) -> None:
     drawn = sample(3, 2000, split)
     shown = {(o.colour, o.shape) for scene in drawn for o in (scene.first, scene.second)}
     assert not shown & scenes.HELD_OUT
@@ -80,7 +80,7 @@ def test_sample_depends_on_seed_alone_and_repeats_late() -> None:
 
 
 def _extent(pixels: np.ndarray, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest (y, x) of the pixels of exactly this colour."""
+    """Bounding box, (y, x) minimum and maximum, of the pixels of exactly this colour."""
     where = np.argwhere((pixels == np.array(colour)).all(-1))
     return where.min(0), where.max(0)
 

@@ -1,4 +1,4 @@
-"""Captions and pictures are scored attribute by attribute, as a reader would count them."""
+"""Captions and images are scored by attribute."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ NOTHING = Reading((None, None), (None, None), (None, None), None, None)
         (None, dict.fromkeys(ATTRIBUTES, 0)),
     ],
 )
-def test_a_caption_is_right_where_it_says_the_scene(text: str | None, less: dict) -> None:
+def test_captions_are_scored_by_attribute(text: str | None, less: dict) -> None:
     exact = float(text == caption(SCENE))
     scores = score_captions([SCENE], [text])
     assert scores == {"exact_match": exact, "attributes": {**ALL, **less}}
 
 
-def test_captions_count_alike() -> None:
+def test_captions_have_equal_weight() -> None:
     scores = score_captions([SCENE] * 4, [caption(SCENE)] * 2 + [None, "a large red circle"])
     assert scores["exact_match"] == 0.5
     assert scores["attributes"] == {
@@ -94,7 +94,7 @@ def test_captions_count_alike() -> None:
 
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from(caption(SCENE).split())).map(" ".join))
-def test_any_text_is_scored_and_the_exact_alone_is_exact(text: str) -> None:
+def test_any_text_is_scored_and_only_the_caption_is_exact(text: str) -> None:
     scores = score_captions([SCENE], [text])
     assert scores["exact_match"] == (text == caption(SCENE))
     assert tuple(scores["attributes"]) == ATTRIBUTES
@@ -149,12 +149,12 @@ def test_pictures_are_scored_by_what_is_read_of_them() -> None:
     assert score_pictures(drawn, pictures[1:] + pictures[:1])["attributes"] < 0.8
 
 
-def test_nothing_to_score_is_said() -> None:
-    with pytest.raises(DataError, match="no scene to score"):
+def test_scoring_nothing_raises() -> None:
+    with pytest.raises(DataError, match="no scenes to score"):
         score_captions([], [])
-    with pytest.raises(DataError, match="no scene to score"):
+    with pytest.raises(DataError, match="no scenes to score"):
         score_readings([], [])
-    with pytest.raises(DataError, match="no scene to score"):
+    with pytest.raises(DataError, match="no scenes to score"):
         score_pictures([], [])
 
 

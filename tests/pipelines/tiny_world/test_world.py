@@ -1,4 +1,4 @@
-"""The tiny world as files and as a web: what ingest and stage 2 are given."""
+"""The tiny world's files and web server, the input of ingest and stage 2."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_worlds_in_subfolders_share_a_server(tmp_path: Path) -> None:
         assert all(u.startswith(f"{web.base_url}/hostile/") for u in broken)
 
 
-def test_the_port_is_remembered_and_given_up_when_taken(tmp_path: Path) -> None:
+def test_the_port_is_reused_unless_taken(tmp_path: Path) -> None:
     with serve(tmp_path) as first:
         with serve(tmp_path) as other:  # taken: another one
             assert other.base_url != first.base_url
@@ -67,7 +67,7 @@ def test_the_port_is_remembered_and_given_up_when_taken(tmp_path: Path) -> None:
         assert again.base_url == last
 
 
-def test_a_port_that_is_to_be_kept_is_kept_or_refused(tmp_path: Path) -> None:
+def test_keep_port_reuses_the_port_or_raises(tmp_path: Path) -> None:
     with serve(tmp_path) as first:
         port = first.base_url.rpartition(":")[2]
         with pytest.raises(RunError, match=f"port {port} of the earlier attempt is in use"):
@@ -78,10 +78,10 @@ def test_a_port_that_is_to_be_kept_is_kept_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", [None, "", "no port", "99999", "-1"])
-def test_without_a_remembered_port_none_is_kept(tmp_path: Path, memory: str | None) -> None:
+def test_keep_port_without_a_saved_port_raises(tmp_path: Path, memory: str | None) -> None:
     if memory is not None:
         (tmp_path / PORT_FILE).write_text(memory)
-    with pytest.raises(RunError, match="does not tell the earlier port"):
+    with pytest.raises(RunError, match="has no valid port"):
         serve(tmp_path, keep_port=True).__enter__()
     with serve(tmp_path) as web:  # any free one
         assert web.base_url
@@ -129,7 +129,7 @@ def photograph(file: Path, colour: str = "red") -> Path:
     return file
 
 
-def test_photographs_of_one_name_are_all_kept(tmp_path: Path) -> None:
+def test_photographs_with_the_same_name_are_kept(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for name, colour in (("a.png", "red"), ("images/a.png", "lime"), ("b/a.png", "blue")):
         photograph(photos / name, colour)
@@ -140,7 +140,7 @@ def test_photographs_of_one_name_are_all_kept(tmp_path: Path) -> None:
     assert shown == {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
 
 
-def test_what_is_no_photograph_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_are_skipped(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     good = photograph(photos / "good.png")
     (photos / "folder.jpg").mkdir()
@@ -193,7 +193,7 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
         "[" * 100_000,
     ],
 )
-def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path, line: str) -> None:
+def test_a_bad_index_line_gives_a_one_line_error(tmp_path: Path, line: str) -> None:
     photograph(tmp_path / "photos/a.png")
     (tmp_path / "photos/index.jsonl").write_text('{"file": "x", "captions": []}\n\n' + line)
     with pytest.raises(DataError, match=r"index\.jsonl line 3 is not \{") as raised:
@@ -201,7 +201,7 @@ def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path, line: str) -> 
     assert len(str(raised.value)) < 400
 
 
-def test_an_index_that_is_no_text_file_is_one_line(tmp_path: Path) -> None:
+def test_an_index_that_is_not_text_gives_a_one_line_error(tmp_path: Path) -> None:
     index = photograph(tmp_path / "photos/a.png").with_name("index.jsonl")
     index.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"index\.jsonl cannot be read"):
@@ -221,7 +221,7 @@ def test_an_index_may_have_a_mark_and_line_separators_in_captions(tmp_path: Path
 
 
 def made_photographs(folder: Path) -> Path:
-    """Three drawn pictures, with an index of several captions each and more that is not read."""
+    """Three drawings, and an index with several captions each and fields that are ignored."""
     entries: list[dict[str, object]] = []
     for number, scene in enumerate(scenes.sample(seed=5, n=3)):
         file = folder / f"images/{number:012d}.jpg"

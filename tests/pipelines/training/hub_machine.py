@@ -1,10 +1,10 @@
-"""A machine that opens a training on ids of the hub, loads its models, and opens it again.
+"""Simulates a machine that opens a training run whose models are hub ids.
 
     python -m tests.pipelines.training.hub_machine WORD … SETTING …
 
-Words are done in their order: `open` looks at the run and claims its folder, `load` loads its models,
-too, `save` writes its first checkpoint, `other=FLORENCE` opens it with that one, and `push=FOLDER` makes a commit of the hub its repository's
-newest. A line is printed for each: what florence is, or the error.
+Runs the words in order: `open` opens the run and claims its folder, `load` also loads its models, `save`
+also writes its first checkpoint, `other=FLORENCE` opens it with another model, `push=FOLDER` makes a
+commit the newest of its hub repository. Prints a line for each: the florence model, or the error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A stage-1 training over two machines of a local cluster, one of which is called back and goes.
+"""A stage-1 training on two nodes of a local cluster, one of which is preempted and lost.
 
     python -m tests.pipelines.training.lost_node SETTING=VALUE …
 
-A process of its own, since the cluster needs another Ray than the other tests'. Prints the number of
-the step whose checkpoint answered the notice.
+Runs in its own process, since it needs its own Ray cluster. Prints the step of the checkpoint saved
+after the preemption notice.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import psutil
 
 os.environ |= {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # how long the lost machine is waited for
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",  # wait for the lost node
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 
-NOTICED = b"PreemptionWatcher: preemption detected"  # by Ray Train, which then tells the ranks
+NOTICED = b"PreemptionWatcher: preemption detected"  # Ray Train's log line
 
 
 def main() -> None:
@@ -42,39 +42,39 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
     node = cluster.add_node(num_cpus=1, object_store_memory=10**8)
     config = load(Stage1Config, None, [*sys.argv[1:], f"ray.address={cluster.address}"])
-    answered: list[int] = []
+    saved: list[int] = []
     loss = threading.Thread(
-        target=lose, args=(cluster, node, Path(config.run_dir), config.train.steps, answered)
+        target=lose, args=(cluster, node, Path(config.run_dir), config.train.steps, saved)
     )
     loss.start()
     train(config)
     loss.join()
     ray.shutdown()
     cluster.shutdown()
-    print(answered[0])
+    print(saved[0])
 
 
-def lose(cluster: Any, node: Any, run_dir: Path, steps: int, answered: list[int]) -> None:
-    """Give notice of the machine, wait for the checkpoint that answers it, and take it away."""
-    until(lambda: told(run_dir, "step"))
+def lose(cluster: Any, node: Any, run_dir: Path, steps: int, saved: list[int]) -> None:
+    """Send a preemption notice for the node, wait for the checkpoint, then kill the node."""
+    until(lambda: steps_of(run_dir, "step"))
     ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in line(p)]
-    for rank in ranks:  # so that the notice comes before the few steps are done
+    for rank in ranks:  # so that the notice arrives before training ends
         rank.suspend()
-    call_back(cluster.address, node.node_id)
+    preempt(cluster.address, node.node_id)
     logs = Path(cluster.head_node.get_logs_dir_path())
     until(lambda: any(NOTICED in file.read_bytes() for file in logs.rglob("worker-*.err")))
     for rank in ranks:
         rank.resume()
-    until(lambda: told(run_dir, "checkpoint"))
-    answered += told(run_dir, "checkpoint")
+    until(lambda: steps_of(run_dir, "checkpoint"))
+    saved += steps_of(run_dir, "checkpoint")
     raylet = node.all_processes["raylet"][0].process.pid
-    for process in psutil.Process(raylet).children(recursive=True):  # they go with their machine
+    for process in psutil.Process(raylet).children(recursive=True):
         process.send_signal(signal.SIGKILL)
     cluster.remove_node(node, allow_graceful=False)
 
 
-def call_back(address: str, node_id: str) -> None:
-    """What an autoscaler tells Ray when the cloud takes a spot machine back in two minutes."""
+def preempt(address: str, node_id: str) -> None:
+    """Drain the node as an autoscaler does on a spot notice of two minutes."""
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -85,7 +85,7 @@ def call_back(address: str, node_id: str) -> None:
         raise RuntimeError(why)
 
 
-def told(run_dir: Path, event: str) -> list[int]:
+def steps_of(run_dir: Path, event: str) -> list[int]:
     from pipelines.training.metrics import read_metrics
 
     return [e["step"] for e in read_metrics(run_dir) if e["event"] == event]
@@ -99,7 +99,7 @@ def line(process: psutil.Process) -> str:
 
 
 def until(true: Any) -> None:
-    deadline = time.monotonic() + 300  # a start takes long where other jobs run beside it
+    deadline = time.monotonic() + 300  # starting is slow while other jobs run
     while not true():
         if time.monotonic() > deadline:
             raise TimeoutError

@@ -1,4 +1,4 @@
-"""Checkpoints are there whole or not at all, and are written beside the training."""
+"""Checkpoints are complete or absent, and are written while training goes on."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from pipelines.execution.checkpoints import FOLDER, checkpoint_name, latest_checkpoint
 from pipelines.training.checkpointing import (
-    drop_unwritten,
     prune,
+    remove_unfinished,
     save,
 )
 from pipelines.training.saver import Saver
@@ -40,7 +40,7 @@ class Net(torch.nn.Module):
 
 
 def write(run_dir: Path, step: int, size: int = 8, keep: int = 2) -> Path:
-    """A checkpoint all of whose numbers are its step's."""
+    """Write a checkpoint whose values all equal its step."""
     model = ModelConfig()
     about = CheckpointMetadata(stage="stage1", step=step, rows_seen=step, config={}, model=model)
     numbers = torch.full((size,), float(step))
@@ -48,13 +48,13 @@ def write(run_dir: Path, step: int, size: int = 8, keep: int = 2) -> Path:
     return save(run_dir, Net(size), about, {"weight": numbers}, moments, keep)
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
     assert sorted(os.listdir(tmp_path / FOLDER)) == [checkpoint_name(2), checkpoint_name(3)]
 
 
-def test_one_that_lacks_a_file_is_passed_over_and_written_again(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped_and_rewritten(tmp_path: Path) -> None:
     for step in (1, 2):
         write(tmp_path, step)
     (tmp_path / FOLDER / checkpoint_name(2) / "optimizer.safetensors").unlink()
@@ -63,7 +63,7 @@ def test_one_that_lacks_a_file_is_passed_over_and_written_again(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.03])
-def test_killed_in_the_middle_of_writing_the_one_before_is_used(
+def test_after_a_kill_during_writing_the_previous_checkpoint_is_used(
     tmp_path: Path, moment: float
 ) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
@@ -84,11 +84,11 @@ def test_killed_in_the_middle_of_writing_the_one_before_is_used(
     prune(tmp_path, keep=1)
     # What is being written may be another's: it goes when the next training starts.
     assert set(os.listdir(folder)) - {newest.name} == {half.name for half in folder.glob(".step-*")}
-    drop_unwritten(tmp_path)
+    remove_unfinished(tmp_path)
     assert os.listdir(folder) == [newest.name]
 
 
-def test_a_saver_writes_in_order_and_beside(tmp_path: Path) -> None:
+def test_saver_writes_in_order_in_a_thread(tmp_path: Path) -> None:
     saver, go, written = Saver(), threading.Event(), []
     saver.submit(lambda: (go.wait(60), written.append(1))[1])
     assert written == []  # the training goes on
@@ -98,10 +98,10 @@ def test_a_saver_writes_in_order_and_beside(tmp_path: Path) -> None:
     assert written == [1, 2]
 
 
-def test_what_went_wrong_in_the_thread_is_raised_by_the_next_save(tmp_path: Path) -> None:
+def test_an_error_in_the_thread_is_raised_by_the_next_save(tmp_path: Path) -> None:
     saver = Saver()
     (tmp_path / FOLDER).write_text("no folder")
     saver.submit(lambda: write(tmp_path, 1))
     with pytest.raises(OSError, match="checkpoints"):
         saver.submit(lambda: None)
-    saver.wait()  # told once
+    saver.wait()  # raised only once

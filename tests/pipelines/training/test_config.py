@@ -18,7 +18,7 @@ def test_batches_must_divide() -> None:
     assert [config.accumulation(workers) for workers in (1, 2, 3, 4, 8)] == [8, 4, 3, 2, 1]
 
 
-def test_workers_are_one_number_or_two() -> None:
+def test_num_workers_is_a_number_or_a_range() -> None:
     config = TrainConfig(global_batch_size=64, num_workers=(2, 8))
     assert (config.least_workers, config.most_workers, config.rows_at_once) == (2, 8, 8)
     for wrong in (0, "two", [3, 2], [0, 2], [1, 2, 3], [1.5, 2]):
@@ -36,39 +36,42 @@ def test_workers_are_one_number_or_two() -> None:
 def test_offload_needs_zero() -> None:
     with pytest.raises(ValueError, match="offload_optimizer needs"):
         TrainConfig(zero_stage=0, offload_optimizer=True)
-    told = deepspeed_config(TrainConfig(zero_stage=3, offload_optimizer=True), world_size=1)
-    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    settings = deepspeed_config(TrainConfig(zero_stage=3, offload_optimizer=True), world_size=1)
+    assert settings["zero_optimization"]["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": True,
+    }
 
 
-def test_a_batch_that_does_not_divide_is_one_line() -> None:
+def test_an_indivisible_batch_size_gives_a_one_line_error() -> None:
     settings = ["run_dir=/r", "data.input=/i", "train.num_workers=3"]
     with pytest.raises(ConfigError, match=r"^train: train.global_batch_size=64 must be a multiple"):
         load(Stage2Config, None, settings)
 
 
-def test_deepspeed_is_told_what_the_settings_say() -> None:
+def test_deepspeed_config_follows_the_settings() -> None:
     train = TrainConfig(
         global_batch_size=64, num_workers=4, micro_batch_size=4, precision="bfloat16", zero_stage=1
     )
-    told = deepspeed_config(train, world_size=4)
-    assert told["train_batch_size"] == 64
-    assert told["train_micro_batch_size_per_gpu"] == 4
-    assert told["gradient_accumulation_steps"] == 4
-    assert told["bf16"] == {"enabled": True}
-    assert told["communication_data_type"] == "fp32"
-    assert "data_types" not in told  # which it has for stages 2 and 3
-    assert told["zero_optimization"]["stage"] == 1
-    assert told["zero_optimization"]["overlap_comm"] is True
+    settings = deepspeed_config(train, world_size=4)
+    assert settings["train_batch_size"] == 64
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["bf16"] == {"enabled": True}
+    assert settings["communication_data_type"] == "fp32"
+    assert "data_types" not in settings  # which it has for stages 2 and 3
+    assert settings["zero_optimization"]["stage"] == 1
+    assert settings["zero_optimization"]["overlap_comm"] is True
     whole = train.model_copy(update={"zero_stage": 2, "use_gpu": False})
-    told = deepspeed_config(whole, world_size=4)
-    assert told["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert told["zero_optimization"]["overlap_comm"] is False
-    told = deepspeed_config(train.model_copy(update={"precision": "float32"}), world_size=4)
-    assert not {"bf16", "data_types", "communication_data_type"} & told.keys()
-    assert told["gradient_clipping"] == train.max_grad_norm
+    settings = deepspeed_config(whole, world_size=4)
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["zero_optimization"]["overlap_comm"] is False
+    settings = deepspeed_config(train.model_copy(update={"precision": "float32"}), world_size=4)
+    assert not {"bf16", "data_types", "communication_data_type"} & settings.keys()
+    assert settings["gradient_clipping"] == train.max_grad_norm
 
 
-def test_without_zero_the_loop_clips_and_not_deepspeed() -> None:
+def test_without_zero_the_loop_clips_gradients() -> None:
     assert deepspeed_config(TrainConfig(zero_stage=0), world_size=1)["gradient_clipping"] == 0
 
 
@@ -88,6 +91,6 @@ def test_constant_schedule() -> None:
     assert [learning_rate(train, step) for step in range(5)] == [0.5] * 5
 
 
-def test_cosine_is_half_way_down_in_the_middle() -> None:
+def test_cosine_schedule_is_half_the_peak_in_the_middle() -> None:
     train = TrainConfig(steps=100, schedule="cosine", learning_rate=2.0)
     assert learning_rate(train, 50) == pytest.approx(1.0)

@@ -17,7 +17,7 @@ from pipelines.images.random_access import RowIndex, RowReader, in_holdout
 from pipelines.images.rows import PAIR_ROW
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
-from pipelines.training.reading import Actors, Threads
+from pipelines.training.reading import ReaderActors, ReaderThreads
 from vlv_model.errors import DataError
 from vlv_model.squares import Square
 
@@ -25,14 +25,14 @@ SIZE = 8
 
 
 def picture(key: int) -> bytes:
-    """An image whose every pixel tells the key."""
+    """An image all of whose pixels have the value of the key."""
     buffer = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE), (key % 256, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_table(folder: Path, keys: list[int], files: int = 3, group: int = 4) -> list[Path]:
-    """Keys dealt out over files; every tenth key's row has failed."""
+    """Keys spread over files; every tenth row has failed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(files):
@@ -70,7 +70,7 @@ def test_each_position_reads_its_own_row(files: list[Path]) -> None:
 
 
 def cut_footer(file: Path) -> None:
-    """Nobody can open the file any more; its row groups stay where they are."""
+    """Overwrite the footer, so that the file cannot be opened; row groups stay in place."""
     with open(file, "r+b") as stream:
         stream.seek(-8, io.SEEK_END)
         stream.write(b"\0" * 8)
@@ -87,7 +87,7 @@ def test_a_footer_is_read_once(tmp_path: Path) -> None:
         RowReader(index).row(8)
 
 
-def test_footers_that_were_used_long_ago_are_given_up(tmp_path: Path) -> None:
+def test_least_recently_used_footers_are_evicted(tmp_path: Path) -> None:
     paths = write_table(tmp_path, [1, 2, 3, 4], files=2)  # 1 and 3, 2 and 4
     reader = RowReader(RowIndex.open(paths), cache_bytes=1, footer_bytes=1)
     for position in (0, 1):
@@ -99,7 +99,7 @@ def test_footers_that_were_used_long_ago_are_given_up(tmp_path: Path) -> None:
         reader.row(2)
 
 
-def test_a_file_that_was_written_anew_after_its_footer_was_read_is_noticed(tmp_path: Path) -> None:
+def test_a_file_rewritten_after_its_footer_was_read_is_detected(tmp_path: Path) -> None:
     write_table(tmp_path, list(range(1, 30)), files=1)
     reader = RowReader(RowIndex.open([tmp_path / "part-0.parquet"]))
     reader.row(0)
@@ -108,7 +108,7 @@ def test_a_file_that_was_written_anew_after_its_footer_was_read_is_noticed(tmp_p
         reader.row(9)
 
 
-def test_threads_read_beside_each_other(files: list[Path]) -> None:
+def test_threads_read_concurrently(files: list[Path]) -> None:
     index = RowIndex.open(files)
     # So that all of it is in motion.
     reader = RowReader(index, cache_bytes=2000, footer_bytes=2000)
@@ -151,7 +151,7 @@ def test_keys_have_to_be_integers(tmp_path: Path, column: pa.Array, line: str) -
         RowIndex.open([tmp_path / "t.parquet"])
 
 
-def test_rows_without_a_text_are_left_out(tmp_path: Path) -> None:
+def test_rows_without_text_are_skipped(tmp_path: Path) -> None:
     texts = ["a cat", "", None, "  ", "a dog"]
     table = pa.table({"key": range(5), "image": [b""] * 5, "caption": texts})
     pq.write_table(table, tmp_path / "t.parquet")
@@ -161,7 +161,7 @@ def test_rows_without_a_text_are_left_out(tmp_path: Path) -> None:
         RowIndex.open([tmp_path / "t.parquet"], ["n"])
 
 
-def test_a_table_that_changes_under_a_reader_is_noticed(tmp_path: Path) -> None:
+def test_a_table_that_changes_while_being_read_is_detected(tmp_path: Path) -> None:
     paths = write_table(tmp_path, [1, 2, 3, 4], files=1)
     index = RowIndex.open(paths)
     layout = lay_out(paths, np.isfinite).layout
@@ -172,7 +172,7 @@ def test_a_table_that_changes_under_a_reader_is_noticed(tmp_path: Path) -> None:
         RowReader(index).row(0)
 
 
-def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
+def test_error_names_the_key_of_a_damaged_image(tmp_path: Path) -> None:
     rows = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
     pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_ROW), tmp_path / "p.parquet")
     reader = RowReader(RowIndex.open([tmp_path / "p.parquet"], []))
@@ -180,8 +180,8 @@ def test_a_damaged_image_is_named_by_its_key(tmp_path: Path) -> None:
         reader.square(0, Square(SIZE))
 
 
-def test_files_kept_as_they_came_are_read_as_they_are_meant(tmp_path: Path) -> None:
-    """Of `image.reencode=never`: turned, transparent and deep ones, and animations."""
+def test_original_files_are_decoded_correctly(tmp_path: Path) -> None:
+    """Images of `image.reencode=never`: rotated, transparent, 16-bit and animated ones."""
     exif = Image.Exif()
     exif[0x0112] = 3
     left_red = Image.new("RGB", (40, 40), "blue")
@@ -207,7 +207,7 @@ def test_files_kept_as_they_came_are_read_as_they_are_meant(tmp_path: Path) -> N
 
 @settings(max_examples=50)
 @given(rows=st.integers(1, 50), batch=st.integers(1, 70), seed=st.integers(0, 2**40))
-def test_every_row_is_used_once_an_epoch(rows: int, batch: int, seed: int) -> None:
+def test_every_row_is_used_once_per_epoch(rows: int, batch: int, seed: int) -> None:
     order = GlobalOrder(rows, seed)
     steps = [order.take(step * batch, batch) for step in range(3 * rows // batch + 2)]
     walked = [row for step in steps for row in step]
@@ -218,7 +218,7 @@ def test_every_row_is_used_once_an_epoch(rows: int, batch: int, seed: int) -> No
         assert {e for e, _ in used} == {epoch}
 
 
-def test_any_step_is_read_without_the_ones_before() -> None:
+def test_any_step_can_be_read_without_earlier_steps() -> None:
     one, other = GlobalOrder(37, 5), GlobalOrder(37, 5)
     walked = [one.take(step * 8, 8) for step in range(40)]
     assert other.take(33 * 8, 8) == walked[33]
@@ -227,12 +227,14 @@ def test_any_step_is_read_without_the_ones_before() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: int) -> None:
+def test_micro_batches_do_not_depend_on_the_number_of_workers(
+    files: list[Path], workers: int
+) -> None:
     index = RowIndex.open(files, [])
     order = GlobalOrder(len(index), 0)
     train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2, prefetch=3)
 
-    reading = Threads(RowReader(index), Square(SIZE), threads=3)
+    reading = ReaderThreads(RowReader(index), Square(SIZE), threads=3)
 
     def begin(rows: list[tuple[int, int]]) -> Callable[[], list[int]]:
         finish = reading.begin(rows)
@@ -249,7 +251,7 @@ def test_workers_share_a_step_whatever_their_number(files: list[Path], workers: 
         assert all(len(s[number][1]) <= train.accumulation(workers) for s in ranks)
 
 
-def test_a_failure_to_read_reaches_the_loop() -> None:
+def test_a_read_error_reaches_the_loop() -> None:
     def begin(rows: object) -> Callable[[], None]:
         def finish() -> None:
             raise DataError("disk gone")
@@ -261,7 +263,7 @@ def test_a_failure_to_read_reaches_the_loop() -> None:
         list(StepReader(GlobalOrder(5, 0), begin, train, 0, 1).steps(0))
 
 
-def test_the_next_steps_are_read_while_one_is_used() -> None:
+def test_the_next_steps_are_prefetched() -> None:
     begun: list[int] = []
 
     def begin(rows: list[tuple[int, int]]) -> Callable[[], None]:
@@ -274,15 +276,15 @@ def test_the_next_steps_are_read_while_one_is_used() -> None:
 
 
 @pytest.mark.end_to_end
-def test_actors_read_what_threads_read_and_say_what_is_wrong(
+def test_actors_give_the_batches_and_errors_of_threads(
     ray_local: None, files: list[Path], tmp_path: Path
 ) -> None:
     index = RowIndex.open(files, ["caption"])
     rows = [(0, 5), (1, 3), (1, 40), (2, 0), (2, 7)]
     expected = Batch.read(RowReader(index, ["caption"]), rows, Square(SIZE))
     for reading in (
-        Threads(RowReader(index, ["caption"]), Square(SIZE), threads=2),
-        Actors(index, ["caption"], Square(SIZE), actors=2),
+        ReaderThreads(RowReader(index, ["caption"]), Square(SIZE), threads=2),
+        ReaderActors(index, ["caption"], Square(SIZE), actors=2),
     ):
         one, other = reading.begin(rows), reading.begin(rows[1:2])
         assert other().keys == expected.keys[1:2]
@@ -293,7 +295,7 @@ def test_actors_read_what_threads_read_and_say_what_is_wrong(
         reading.close()
     damaged = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
     pq.write_table(pa.Table.from_pylist(damaged, schema=PAIR_ROW), tmp_path / "p.parquet")
-    reading = Actors(RowIndex.open([tmp_path / "p.parquet"]), [], Square(SIZE), actors=1)
+    reading = ReaderActors(RowIndex.open([tmp_path / "p.parquet"]), [], Square(SIZE), actors=1)
     with pytest.raises(DataError, match=r"^the image of key 5 cannot be decoded"):
         reading.begin([(0, 0)])()
     reading.close()
@@ -309,12 +311,12 @@ def test_holdout_is_a_stable_share() -> None:
     assert (in_holdout(keys[shuffled], 0.1) == small[shuffled]).all()
 
 
-def test_seeds_of_draws_differ() -> None:
+def test_mixed_seeds_differ() -> None:
     assert len({mix(s, e, k) for s in range(5) for e in range(-1, 5) for k in range(-5, 5)}) == 300
 
 
 @given(keys=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20), data=st.data())
-def test_a_digest_tells_which_keys_and_not_their_order(
+def test_keys_digest_depends_on_the_keys_and_not_their_order(
     keys: list[int], data: st.DataObject
 ) -> None:
     whole = keys_digest(keys)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.pipelines.training.sums import SUM
 
 
-def test_gradients_of_bfloat16_are_summed_in_float32(forked_python: Path) -> None:
+def test_bfloat16_gradients_are_accumulated_in_float32(forked_python: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,7 @@ from pipelines.training.flops import count_flops, matrix_rate
 
 
 class Chain(nn.Module):
-    """A frozen layer without a gradient, a trained one, a frozen one that passes a gradient on."""
+    """A frozen layer without a gradient, a trained one, and a frozen one that passes it through."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Chain(nn.Module):
         return self.after(self.trained(self.before(pixel_values))).mean()
 
 
-def test_frozen_parts_count_without_the_gradient_of_their_weights() -> None:
+def test_frozen_parts_count_without_weight_gradients() -> None:
     model = Chain().train()
     product = 2 * 8 * 8
     found = count_flops(model, {"pixel_values": torch.randn(4, 8)})
@@ -31,7 +31,7 @@ def test_frozen_parts_count_without_the_gradient_of_their_weights() -> None:
     assert model.trained.weight.grad is None
 
 
-def test_gradients_of_weights_are_never_there_together() -> None:
+def test_each_weight_gradient_is_freed_at_once() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     together: list[int] = []
 
@@ -54,7 +54,7 @@ def test_gradients_of_weights_are_never_there_together() -> None:
 
 
 class Reader(nn.Module):
-    """An image part and a part for each token."""
+    """A part per image and a part per token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,5 +94,5 @@ def test_the_rate_of_matrix_products_is_measured() -> None:
 
 
 @pytest.mark.gpu
-def test_the_rate_of_a_gpu_is_of_bfloat16() -> None:
+def test_gpu_rate_is_measured_in_bfloat16() -> None:
     assert matrix_rate(torch.device("cuda")) > 1e12

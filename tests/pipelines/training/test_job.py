@@ -1,4 +1,4 @@
-"""What a worker of a training refuses, and what is tried again."""
+"""Which errors of a training worker are permanent, and which are retried."""
 
 import queue
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.job import train_or_refuse
+from pipelines.training.job import run_unless_failed
 from vlv_model.errors import DataError, RunError, VLVError
 
 SWITCHES = {"activation_checkpointing": True, "offload_optimizer": False}
@@ -14,7 +14,7 @@ SWITCHES = {"activation_checkpointing": True, "offload_optimizer": False}
 
 def loop() -> dict[str, Any]:
     return {
-        "refusals": queue.SimpleQueue(),
+        "fatal_errors": queue.SimpleQueue(),
         "config": {"train": {"micro_batch_size": 16} | SWITCHES},
     }
 
@@ -28,13 +28,13 @@ def loop() -> dict[str, Any]:
                 "CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has 24 GiB"
             ),
             RunError,
-            "a GPU's memory is full (CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 24 GiB): "
-            "set train.offload_optimizer=true (also in a run that has begun), or begin a run with "
-            "train.micro_batch_size below 16, or take larger GPUs",
+            "GPU out of memory (CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 24 GiB): "
+            "set train.offload_optimizer=true (also to continue this run), or start a new run with "
+            "train.micro_batch_size below 16, or use larger GPUs",
         ),
     ],
 )
-def test_what_another_attempt_would_meet_again_is_said_and_not_tried(
+def test_a_permanent_error_is_raised_again_without_retrying(
     error: Exception, kind: type[VLVError], line: str
 ) -> None:
     ours, attempts = loop(), []
@@ -45,19 +45,19 @@ def test_what_another_attempt_would_meet_again_is_said_and_not_tried(
 
     for _ in range(3):  # Ray Train's attempts, on whatever worker
         with pytest.raises(kind) as refused:
-            train_or_refuse(ours, work)
+            run_unless_failed(ours, work)
         assert str(refused.value) == line
     assert len(attempts) == 1
 
 
-def test_what_another_attempt_may_mend_is_tried_again() -> None:
+def test_a_transient_error_is_retried() -> None:
     ours = loop()
 
     def lost(_: dict[str, Any]) -> None:
         raise ConnectionError("a rank is gone")
 
     with pytest.raises(ConnectionError):
-        train_or_refuse(ours, lost)
+        run_unless_failed(ours, lost)
     done = []
-    train_or_refuse(ours, done.append)
+    run_unless_failed(ours, done.append)
     assert done == [ours]

@@ -24,7 +24,7 @@ from pipelines.training.job import OpenedRun, open_run, split, train
 from pipelines.training.metrics import read_metrics
 from pipelines.training.pairs import with_pairs
 from pipelines.training.run_folder import claim
-from pipelines.training.stages import Prepared
+from pipelines.training.stages import MicroBatch
 from tests.conftest import SMALLEST
 from vlv_model.errors import DataError, RunError
 
@@ -42,7 +42,7 @@ def config(run_dir: Path, table: Path, *more: str) -> Stage1Config:
 
 @pytest.fixture
 def table(pair_table: Path, tmp_path: Path) -> Path:
-    """An image table of ours with two parts."""
+    """An image table with two parts."""
     rows = pa.concat_tables(pq.read_table(file) for file in sorted(pair_table.iterdir()))
     table = Table(tmp_path / "images")
     table.create("image", {}, 2)
@@ -53,7 +53,7 @@ def table(pair_table: Path, tmp_path: Path) -> Path:
 
 
 def rows_of_steps(table: Path) -> list[list[int]]:
-    """Keys of the rows of each step."""
+    """The keys of each step's rows."""
     index, _ = split(RowIndex.open(parquet_files(str(table))), 0.2)
     order = GlobalOrder(len(index), 42)
     taken = [order.take(step * ROWS, ROWS) for step in range(STEPS)]
@@ -70,27 +70,27 @@ def take(table: Path, keys: list[int]) -> None:
 
 
 def rewrite(table: Path, chunk: int, change: Any) -> None:
-    """Write a part again as `change` makes it, as nobody should."""
+    """Rewrite a part with `change`, as nobody should."""
     found = Table(table)
     found.write(chunk, change(pq.read_table(found.part(chunk))), row_group_size=16)
 
 
 def begin(run_dir: Path, table: Path) -> OpenedRun:
-    """A run that has begun, without the training."""
+    """Begin a run without training."""
     run = open_run(config(run_dir, table))
     run_dir.mkdir(exist_ok=True)
     claim(run_dir, run.identity)
-    kept_rows.keep(run_dir, run.keys, str(table))
+    kept_rows.save_keys(run_dir, run.keys, str(table))
     return run
 
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("noted", [True, False], ids=["now", "by an earlier version"])
-def test_losses_of_steps_without_a_removed_row_stay_to_the_bit(
+def test_losses_of_steps_without_removed_rows_are_bit_identical(
     table: Path, tmp_path: Path, noted: bool
 ) -> None:
-    """All of them, where nothing is learned: else only up to the first step with such a row."""
+    """Without learning, all such steps; with learning, only those before the first removed row."""
     still = ["train.learning_rate=1e-30"]
     train(config(tmp_path / "whole", table, *still))
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
@@ -115,7 +115,7 @@ def test_losses_of_steps_without_a_removed_row_stay_to_the_bit(
     assert evals[0] == evals[1]
 
 
-def test_a_run_goes_on_with_what_is_left_and_new_rows_wait(
+def test_a_run_continues_without_removed_rows_and_ignores_new_rows(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = begin(tmp_path / "run", table)
@@ -126,8 +126,9 @@ def test_a_run_goes_on_with_what_is_left_and_new_rows_wait(
     assert run.identity == begun.identity
     assert run.keys.tolist() == begun.keys.tolist()
     assert sorted(set(begun.rows[0].keys) - set(run.rows[0].keys)) == sorted(steps[2][:2])
-    said = capsys.readouterr().err
-    assert "2 of the 120 rows that the run began with are gone and are left out; 0 that" in said
+    err = capsys.readouterr().err
+    assert "2 of the 120 rows that the run began with were removed" in err
+    assert err.endswith("ignores: 0\n")
     # Another ingest adds a row, and marks another one.
     Run(table / "_runs/0002", 2).begin({}, [0])
 
@@ -143,19 +144,19 @@ def test_a_run_goes_on_with_what_is_left_and_new_rows_wait(
     assert run.identity == begun.identity
     left = {int(key) for side in run.rows for key in side.keys}
     assert left == {int(key) for key in begun.keys} - {marked, *steps[2][:2]}
-    assert "3 of the 120 rows that the run began with are gone and are left out; 1 that" in (
-        capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    assert "3 of the 120 rows that the run began with were removed" in err
+    assert err.endswith("ignores: 1\n")
 
 
-def test_a_run_goes_on_without_any_held_out_row_and_none_begins_so(
+def test_a_run_continues_but_does_not_start_without_held_out_rows(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = begin(tmp_path / "run", table)
     gone = held_out(table)
     take(table, gone[1:])
     open_run(config(tmp_path / "run", table))
-    assert "without an evaluation" not in capsys.readouterr().err
+    assert "without evaluation" not in capsys.readouterr().err
     take(table, gone[:1])
     run = open_run(config(tmp_path / "run", table))
     assert run.identity == begun.identity
@@ -163,24 +164,26 @@ def test_a_run_goes_on_without_any_held_out_row_and_none_begins_so(
     assert len(run.rows[1]) == 0
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(
-        "warning: all rows that the run held out are gone: it goes on without an eval"
+        "warning: all held-out rows were removed: the run continues without evaluation"
     )
     with pytest.raises(DataError, match="none is a held-out row"):
         open_run(config(tmp_path / "another", table))
 
 
-def test_a_row_that_is_gone_by_accident_is_named(table: Path, tmp_path: Path) -> None:
+def test_error_names_a_row_that_is_missing_by_accident(table: Path, tmp_path: Path) -> None:
     begun = begin(tmp_path / "run", table)
     first = pq.read_table(Table(table).part(1))["key"][0].as_py()
     rewrite(table, 1, lambda rows: rows.slice(1))
     with pytest.raises(RunError, match=r"rows: \[\d+, \d+\] there, \[\d+, \d+\] here"):
         open_run(config(tmp_path / "run", table))
     take(table, [int(begun.rows[0].keys[5])])  # which does not excuse the other one
-    with pytest.raises(RunError, match=rf"begun with 1 rows .* lacks now.* key {first}\)"):
+    with pytest.raises(RunError, match=rf"began with 1 rows .* lacks now.* key {first}\)"):
         open_run(config(tmp_path / "run", table))
 
 
-def test_a_run_of_an_earlier_version_goes_on_after_a_takedown(table: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_continues_after_a_takedown(
+    table: Path, tmp_path: Path
+) -> None:
     begun = begin(tmp_path / "run", table)
     shutil.rmtree(tmp_path / "run" / kept_rows.FOLDER)
     assert open_run(config(tmp_path / "run", table)).identity == begun.identity
@@ -196,7 +199,7 @@ def test_a_run_of_an_earlier_version_goes_on_after_a_takedown(table: Path, tmp_p
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_whose_rows_are_all_gone_takes_part_without_weight(workers: int) -> None:
+def test_a_worker_without_rows_gets_a_micro_batch_without_valid_tokens(workers: int) -> None:
     settings = TrainConfig(steps=3, global_batch_size=4, micro_batch_size=2)
     whole = GlobalOrder(12, 0)
     gone = {row for _, row in whole.take(4, 4)[:2]} | {whole.take(8, 4)[3][1]}
@@ -204,7 +207,7 @@ def test_a_worker_whose_rows_are_all_gone_takes_part_without_weight(workers: int
     order = GlobalOrder(12, 0, here)
 
     def begin(rows: Any) -> Any:
-        return lambda: Prepared([row for _, row in rows], {}, len(rows))
+        return lambda: MicroBatch([row for _, row in rows], {}, len(rows))
 
     ranks = [list(StepReader(order, begin, settings, r, workers).steps(0)) for r in range(workers)]
     for step in range(3):
@@ -213,13 +216,13 @@ def test_a_worker_whose_rows_are_all_gone_takes_part_without_weight(workers: int
         for number, batch in taken.items():
             rows = expected[2 * number : 2 * number + 2]
             assert batch.keys == [row for row in rows if row not in gone]
-            assert batch.weight == len(batch.keys)
+            assert batch.valid_tokens == len(batch.keys)
         assert all(rank[step][1] for rank in ranks)
     reader = StepReader(order, begin, settings, 0, workers)
     assert [reader.rows_of(step) for step in range(3)] == [4, 2, 3]
 
 
-def test_positions_are_where_keys_lie_today() -> None:
+def test_positions_of_present_and_missing_keys() -> None:
     keys = np.array([-5, 3, 8, 9], np.int64)
     nowhere = np.zeros(2, np.int32)
     index = RowIndex([], np.array([3, 9], np.int64), nowhere, nowhere, nowhere)
@@ -228,10 +231,10 @@ def test_positions_are_where_keys_lie_today() -> None:
     assert kept_rows.positions(keys, nothing).tolist() == [-1] * 4
 
 
-def test_stage_2_goes_on_with_its_pairs(
+def test_stage_2_continues_with_its_pairs_after_a_takedown(
     table: Path, trained_captioner: Path, tmp_path: Path
 ) -> None:
-    """The takedown names the images alone; the joined captions and the pairs follow."""
+    """The takedown lists only images; captions and pairs follow."""
     rows = pa.concat_tables(pq.read_table(file) for file in parquet_files(str(table)))
     pq.write_table(rows.select(["url", "caption"]), tmp_path / "teacher.parquet")
     run_dir = tmp_path / "run"
@@ -242,7 +245,7 @@ def test_stage_2_goes_on_with_its_pairs(
     ])  # fmt: skip
     begun = open_run(with_pairs(settings))
     claim(run_dir, begun.identity)
-    kept_rows.keep(run_dir, begun.keys, str(run_dir / "pairs"))
+    kept_rows.save_keys(run_dir, begun.keys, str(run_dir / "pairs"))
     gone = [int(key) for key in begun.rows[0].keys[:2]]
     take(table, gone)
     run = open_run(with_pairs(settings))

@@ -114,7 +114,7 @@ def test_urls_are_joined_as_they_are_sent_and_keys_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_chunks_without_a_pair_are_finished_too(tmp_path: Path) -> None:
+def test_chunks_without_pairs_are_committed(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 40)
     teacher = captions_file(tmp_path, [{"url": url(7), "caption": "seven"}])
     assert pairs.write_pairs(images, teacher, str(tmp_path / "pairs"))["pairs"] == 1
@@ -151,7 +151,7 @@ def test_captions_are_found_in_many_buckets(tmp_path: Path) -> None:
         assert _captions_of(keys, plan).to_pylist() == expected
 
 
-def test_a_stopped_join_is_continued_and_a_finished_one_kept(tmp_path: Path) -> None:
+def test_an_interrupted_join_continues_and_a_finished_one_is_kept(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 24)
     teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(24)])
     output = str(tmp_path / "pairs")
@@ -184,7 +184,7 @@ def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Pat
     assert groups == [16, 16, 8]
 
 
-def test_captions_in_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_captions_in_files_of_the_same_name_are_distinguished(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 3)
     for i in (0, 1):
         (tmp_path / f"teacher/{i}").mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_captions_in_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
         write_pairs(images, str(tmp_path / "teacher"), str(tmp_path / "pairs"))
 
 
-def test_pairs_go_on_after_a_takedown_and_not_after_an_accident(tmp_path: Path) -> None:
+def test_pairs_are_kept_after_a_takedown_but_not_after_other_changes(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 12)
     teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(12)])
     output = str(tmp_path / "pairs")
@@ -215,7 +215,7 @@ def test_pairs_go_on_after_a_takedown_and_not_after_an_accident(tmp_path: Path) 
         write_pairs(images, teacher, output)
 
 
-def test_pairs_that_were_begun_before_a_takedown_are_begun_again(tmp_path: Path) -> None:
+def test_an_unfinished_join_restarts_after_a_takedown(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 600, chunk=300)
     teacher = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in range(600)])
     output = tmp_path / "pairs"
@@ -245,7 +245,7 @@ def chunked(*values: Any, kind: pa.DataType | None = None) -> pa.ChunkedArray:
         ("url", "caption", chunked(b"\xff"), "column 'caption' has values that are not UTF-8"),
     ],
 )
-def test_columns_of_another_type_are_one_line(
+def test_columns_of_another_type_give_a_one_line_error(
     tmp_path: Path, join_on: Any, column: str, values: pa.ChunkedArray, message: str
 ) -> None:
     images = image_table(tmp_path / "images", 3)
@@ -272,14 +272,14 @@ def rows_of(i: int) -> list[dict[str, Any]]:
     return [{"key": url_key(url(i)), "url": url(i), "caption": "x"}]
 
 
-def test_bytes_that_are_utf8_are_joined(tmp_path: Path) -> None:
+def test_utf8_bytes_are_joined(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 2)
     rows = [{"url": url(1).encode(), "caption": b"one"}]
     write_pairs(images, captions_file(tmp_path, rows), str(tmp_path / "pairs"))
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
-def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
+def test_damaged_tables_give_a_one_line_error(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 3)
     teacher = Path(captions_file(tmp_path, rows_of(0)))
     sound = teacher.read_bytes()
@@ -294,13 +294,13 @@ def test_damaged_tables_are_one_line(tmp_path: Path) -> None:
 
 
 def broken_pages(file: Path) -> None:
-    """Overwrite the columns of a Parquet file; the footer stays sound."""
+    """Overwrite the columns of a Parquet file; the footer stays valid."""
     group = pq.read_metadata(file).row_group(0)
     end = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
     file.write_bytes(b"PAR1" + b"\xff" * end + file.read_bytes()[4 + end :])
 
 
-def test_pictures_of_another_type_are_one_line(tmp_path: Path) -> None:
+def test_images_of_another_type_give_a_one_line_error(tmp_path: Path) -> None:
     mine = pa.table({"key": [url_key(url(0))], "url": [url(0)], "image": [b"bytes alone"]})
     pq.write_table(mine, tmp_path / "mine.parquet")
     teacher = captions_file(tmp_path, rows_of(0))
@@ -308,7 +308,7 @@ def test_pictures_of_another_type_are_one_line(tmp_path: Path) -> None:
         write_pairs(str(tmp_path / "mine.parquet"), teacher, str(tmp_path / "pairs"))
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_gives_a_one_line_error(tmp_path: Path) -> None:
     images = image_table(tmp_path / "images", 3)
     teacher = captions_file(tmp_path, [{"url": url(0), "caption": "x"}])
     output = str(tmp_path / "pairs")

@@ -74,9 +74,15 @@ class Runs:
                 rows.filter(pc.is_in(rows["key"], pa.array(kept.keys))), left / file.name
             )
         (self.folder / name).mkdir()
-        kept_rows.keep(self.folder / name, index.keys, str(self.table))
-        told = {"event": "eval", "step": 0, "heldout_loss": 0.5, "rows": 2, "columns_read": ["key"]}
-        (self.folder / name / "metrics.jsonl").write_text(json.dumps(told) + "\n")
+        kept_rows.save_keys(self.folder / name, index.keys, str(self.table))
+        event = {
+            "event": "eval",
+            "step": 0,
+            "heldout_loss": 0.5,
+            "rows": 2,
+            "columns_read": ["key"],
+        }
+        (self.folder / name / "metrics.jsonl").write_text(json.dumps(event) + "\n")
         return left
 
     def rows(self, step: int) -> list[int]:
@@ -104,7 +110,7 @@ def runs(
     forked_python: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
-    """Two workers, then one, then two; all that goes on from another training is named so below."""
+    """Runs with two workers, then one, then two; later segments continue earlier ones."""
     runs = Runs(tmp_path_factory.mktemp("worlds"), pair_table, SMALLEST)
     segment, checkpoint = runs.segment, runs.checkpoint
     begun, begun_low = checkpoint("unbroken", BEGUN), checkpoint("low", BEGUN)
@@ -135,7 +141,7 @@ def runs(
 
 @pytest.fixture(scope="module")
 def more_runs(runs: Runs, forked_python: Path) -> Runs:
-    """The other ways from one world and stage to another, which go on from those of `runs`."""
+    """More changes of world size and ZeRO stage, continuing from `runs`."""
     segment, checkpoint = runs.segment, runs.checkpoint
     low, begun_low = "train.precision=bfloat16", checkpoint("low", BEGUN)
     offload, again = "train.offload_optimizer=true", "train.activation_checkpointing=true"
@@ -151,14 +157,14 @@ def more_runs(runs: Runs, forked_python: Path) -> Runs:
     return runs
 
 
-def test_the_same_world_repeats_every_loss(runs: Runs) -> None:
+def test_the_same_world_size_repeats_every_loss(runs: Runs) -> None:
     for figure in ("loss", "grad_norm"):
-        there = runs.curve("unbroken", figure)
-        assert runs.curve("again", figure) == pytest.approx(there, rel=1e-6)
+        expected = runs.curve("unbroken", figure)
+        assert runs.curve("again", figure) == pytest.approx(expected, rel=1e-6)
     assert min(runs.curve("unbroken", "grad_norm")) > 0.05  # clipped in every step
 
 
-def test_a_training_without_any_held_out_row_left_takes_the_same_steps(
+def test_training_without_held_out_rows_takes_the_same_steps(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for figure in ("keys", "loss", "grad_norm"):
@@ -179,14 +185,14 @@ def test_a_training_without_any_held_out_row_left_takes_the_same_steps(
 
 
 @pytest.mark.parametrize("name", ["zero-0", "zero-3", "one"])
-def test_another_zero_stage_and_number_of_workers_goes_on(runs: Runs, name: str) -> None:
-    """Also its norm and clipping, which DeepSpeed leaves out without ZeRO."""
+def test_a_run_continues_at_another_zero_stage_and_world_size(runs: Runs, name: str) -> None:
+    """Norm and clipping match too, which DeepSpeed does not do without ZeRO."""
     for figure in ("loss", "grad_norm"):
-        there = runs.curve("unbroken", figure)
-        assert runs.curve(name, figure) == pytest.approx(there, rel=1e-5)
+        expected = runs.curve("unbroken", figure)
+        assert runs.curve(name, figure) == pytest.approx(expected, rel=1e-5)
 
 
-def test_adapters_go_on_at_another_world_and_alone_were_trained(runs: Runs) -> None:
+def test_lora_continues_at_another_world_size_and_trains_only_adapters(runs: Runs) -> None:
     assert runs.curve("lora-3") == pytest.approx(runs.curve("lora"), rel=1e-5)
     begun, ended = (
         load_file(runs.checkpoint("lora", s) / "model.safetensors") for s in (BEGUN, STEPS)
@@ -203,27 +209,29 @@ def test_adapters_go_on_at_another_world_and_alone_were_trained(runs: Runs) -> N
 
 @pytest.mark.faults  # twice a change; one is above
 @pytest.mark.parametrize("name", ["one-0", "one-3", "two-one-two"])
-def test_a_training_that_was_changed_twice_goes_on(more_runs: Runs, name: str) -> None:
+def test_a_run_continues_after_two_changes_of_world_size_or_stage(
+    more_runs: Runs, name: str
+) -> None:
     for figure in ("loss", "grad_norm"):
-        there = more_runs.curve("unbroken", figure, start=BETWEEN)
-        assert more_runs.curve(name, figure, start=BETWEEN) == pytest.approx(there, rel=1e-5)
+        expected = more_runs.curve("unbroken", figure, start=BETWEEN)
+        assert more_runs.curve(name, figure, start=BETWEEN) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["low-0", "low-1", "low-3"])
-def test_bfloat16_goes_on_in_another_stage(more_runs: Runs, name: str) -> None:
-    """Whose gradients are rounded, or summed, in other ways."""
+def test_bfloat16_continues_at_another_zero_stage(more_runs: Runs, name: str) -> None:
+    """The stages round and accumulate gradients differently."""
     assert more_runs.curve(name) == pytest.approx(more_runs.curve("low"), rel=2e-3)
 
 
-def test_bfloat16_goes_on_from_its_masters(runs: Runs) -> None:
+def test_bfloat16_continues_from_its_master_weights(runs: Runs) -> None:
     assert runs.curve("low-again") == runs.curve("low")
     weights = load_file(runs.checkpoint("low", BEGUN) / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values())
 
 
-def test_the_optimizer_is_saved_by_name_and_of_trained_weights_alone(runs: Runs) -> None:
+def test_optimizer_state_is_saved_by_name_for_trainable_weights_only(runs: Runs) -> None:
     for name in ("unbroken", "zero-0", "zero-3", "one"):
         folder = runs.checkpoint(name, BETWEEN)
         weights = load_file(folder / "model.safetensors")
@@ -234,48 +242,46 @@ def test_the_optimizer_is_saved_by_name_and_of_trained_weights_alone(runs: Runs)
         assert sorted(file.name for file in folder.iterdir()) == [
             "checkpoint.json", "model.safetensors", "optimizer.safetensors",
         ]  # fmt: skip
-    there = load_file(runs.checkpoint("unbroken", BETWEEN) / "optimizer.safetensors")
+    expected = load_file(runs.checkpoint("unbroken", BETWEEN) / "optimizer.safetensors")
     for name in ("zero-0", "zero-3", "one"):
         here = load_file(runs.checkpoint(name, BETWEEN) / "optimizer.safetensors")
-        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(here, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["unbroken", "one"])
-def test_every_step_tells_the_digest_of_its_rows(runs: Runs, name: str) -> None:
-    for step, told in runs.steps(name).items():
-        assert told["keys"] == f"{keys_digest(runs.rows(step)):016x}"
+def test_every_step_reports_the_digest_of_its_rows(runs: Runs, name: str) -> None:
+    for step, event in runs.steps(name).items():
+        assert event["keys"] == f"{keys_digest(runs.rows(step)):016x}"
 
 
-def test_a_loss_that_is_not_finite_names_the_rows_of_all_workers(runs: Runs) -> None:
+def test_a_non_finite_loss_names_the_rows_of_all_workers(runs: Runs) -> None:
     assert list(runs.steps("spoilt")) == [1]  # after which the weights are enormous
     for rank in (0, 1):
-        said = (runs.folder / "spoilt" / f"error-{rank}.txt").read_text()
-        assert said.startswith("the loss of step 2 is nan; it comes from the 6 rows ")
-        rows = said.removesuffix(": lower train.learning_rate or look at them")
+        message = (runs.folder / "spoilt" / f"error-{rank}.txt").read_text()
+        assert message.startswith("the loss of step 2 is nan, from 6 rows with the keys ")
+        rows = message.removesuffix(": lower train.learning_rate or check these rows")
         keys = rows.partition("the 6 rows ")[2].split(", ")
         assert sorted(map(int, keys)) == sorted(runs.rows(2))
 
 
-def test_a_damaged_checkpoint_is_refused_on_all_ranks_though_one_of_a_machine_reads_it(
+def test_a_damaged_checkpoint_is_refused_on_all_ranks(
     runs: Runs,
 ) -> None:
-    """Two ranks on one machine: the first holds all files against their digests."""
+    """Of two ranks on one machine, only the first verifies the files."""
     assert runs.steps("damaged") == {}
-    said = {(runs.folder / "damaged" / f"error-{rank}.txt").read_text() for rank in (0, 1)}
-    (line,) = said
+    messages = {(runs.folder / "damaged" / f"error-{rank}.txt").read_text() for rank in (0, 1)}
+    (line,) = messages
     assert "optimizer.safetensors' is damaged: its digest is" in line
 
 
 class Engine:
-    """Stands for DeepSpeed's engine, which must not be reached here."""
+    """A stand-in for DeepSpeed's engine, which must not be used here."""
 
     def __init__(self) -> None:
         self.module = torch.nn.Linear(2, 2)
 
 
-def test_an_optimizer_that_is_damaged_or_of_another_model_is_refused(
-    runs: Runs, tmp_path: Path
-) -> None:
+def test_a_damaged_or_mismatched_optimizer_file_is_refused(runs: Runs, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(runs.checkpoint("unbroken", BETWEEN), tmp_path / "step-00000004"))
     with pytest.raises(CheckpointError, match=r"does not fit the model: .* tensors unexpected"):
         load_optimizer(Engine(), folder)

@@ -1,4 +1,4 @@
-"""What a run folder settles before a training begins or goes on."""
+"""The checks of a run folder before training starts or continues."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.cli.config import load
 from pipelines.training.config import Stage1Config
 from pipelines.training.job import open_run
-from pipelines.training.run_folder import check_free, claim, settle
+from pipelines.training.run_folder import check_free, claim, with_micro_batch_size
 from tests.hub import hub
 from vlv_model.errors import ConfigError, RunError
 
@@ -23,20 +23,20 @@ def config(run_dir: Path, *settings: str) -> Stage1Config:
     return load(Stage1Config, None, [*given, *settings])
 
 
-def test_micro_batches_stay_as_the_run_began(tmp_path: Path) -> None:
-    """Dropout is drawn for each: a run that goes on with other workers has to keep them."""
-    begun = settle(config(tmp_path, "train.num_workers=3"), tmp_path)
+def test_a_continued_run_keeps_its_micro_batch_size(tmp_path: Path) -> None:
+    """Dropout is seeded per micro-batch, so another number of workers must not change its size."""
+    begun = with_micro_batch_size(config(tmp_path, "train.num_workers=3"), tmp_path)
     assert begun.train.micro_batch_size == 4
     note = {"train.micro_batch_size": begun.train.micro_batch_size}
     (tmp_path / "run.json").write_text(json.dumps(note))
-    assert settle(config(tmp_path), tmp_path).train.micro_batch_size == 4
+    assert with_micro_batch_size(config(tmp_path), tmp_path).train.micro_batch_size == 4
     given = config(tmp_path, "train.micro_batch_size=2")  # is compared with the run's, and refused
-    assert settle(given, tmp_path) is given
+    assert with_micro_batch_size(given, tmp_path) is given
     with pytest.raises(ConfigError, match="3 micro-batches of 4 rows for num_workers=6"):
-        settle(config(tmp_path, "train.num_workers=6"), tmp_path)
+        with_micro_batch_size(config(tmp_path, "train.num_workers=6"), tmp_path)
 
 
-def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_run_older_than_a_setting_continues_with_its_default(tmp_path: Path) -> None:
     now = {"train.steps": 3, "train.lora.rank": 0}
     (tmp_path / "run.json").write_text(json.dumps({"train.steps": 3}))
     check_free(tmp_path, now)
@@ -51,7 +51,7 @@ FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
 
 def machine(name: Path, endpoint: str, words: list[str], settings: list[str]) -> list[str]:
-    """What a machine with the hub's cache in the folder `name` says to each word (hub_machine)."""
+    """The output of hub_machine for each word, with the hub's cache in the folder `name`."""
     environment = {key: v for key, v in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_HOME": str(name), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "tests.pipelines.training.hub_machine", *words, *settings]
@@ -60,10 +60,10 @@ def machine(name: Path, endpoint: str, words: list[str], settings: list[str]) ->
     return ended.stdout.splitlines()
 
 
-def test_an_id_its_commit_and_its_digest_are_one_model(
+def test_a_hub_id_its_commit_and_a_local_copy_are_the_same_model(
     tiny_models: Path, pair_table: Path, tmp_path: Path
 ) -> None:
-    """A run on ids of the hub goes on after their download, after a push, and on another machine."""
+    """A run with hub ids continues after a download, after a push, and on another machine."""
     repositories, run_dir = tmp_path / "hub", tmp_path / "run"
     for repo in ("florence", "diffusion"):
         shutil.copytree(tiny_models / repo, repositories / "some" / repo / FIRST)
@@ -80,36 +80,37 @@ def test_an_id_its_commit_and_its_digest_are_one_model(
     with hub(repositories) as endpoint:
         # The second time there are digests where only ids were known.
         words = ["open", "load", "save", f"push={pushed}", "other=some/florence@main"]
-        said = machine(tmp_path / "one", endpoint, [*words, "other=some/florence@v9"], settings)
-    assert said[:3] == [f"open: {first}", f"load: {first}", f"save: {first}"]
-    assert said[3] == f"push={pushed}: {first}"
-    assert f"model.florence: {first} there, some/florence@{SECOND} here" in said[4]
+        lines = machine(tmp_path / "one", endpoint, [*words, "other=some/florence@v9"], settings)
+    assert lines[:3] == [f"open: {first}", f"load: {first}", f"save: {first}"]
+    assert lines[3] == f"push={pushed}: {first}"
+    assert f"model.florence: {first} there, some/florence@{SECOND} here" in lines[4]
     assert (
-        "'some/florence@v9' is not a local folder, and the model hub does not provide it" in said[5]
+        "'some/florence@v9' is not a local folder, and the model hub does not provide it"
+        in lines[5]
     )
 
     # Another machine, which has no hub, and downloaded more files than the first one before.
     here = tmp_path / "two/hub/models--some--florence/snapshots" / FIRST
     shutil.copytree(tiny_models / "florence", here)
     save_file(tensors, here / "model.fp16.safetensors")
-    told = json.loads((run_dir / "run.json").read_text())
-    assert told["model.florence digest"] == first  # its digest is the checkpoint's alone
+    recorded = json.loads((run_dir / "run.json").read_text())
+    assert recorded["model.florence digest"] == first  # its digest is the checkpoint's alone
     copy, other = tiny_models / "florence", pushed
     words = ["open", f"other={first}", f"other={copy}", f"other={other}", "other=nobody/nothing"]
-    said = machine(tmp_path / "two", "http://127.0.0.1:9", words, settings)
-    assert said[0] == f"open: {first}"
-    assert said[1].endswith(f": {first}")
-    assert said[2].endswith(f": {copy}")  # a folder of the same files
-    assert f"{first} there, {other} here" in said[3]
+    lines = machine(tmp_path / "two", "http://127.0.0.1:9", words, settings)
+    assert lines[0] == f"open: {first}"
+    assert lines[1].endswith(f": {first}")
+    assert lines[2].endswith(f": {copy}")  # a folder of the same files
+    assert f"{first} there, {other} here" in lines[3]
     assert (
-        "'nobody/nothing' is not a local folder, and the model hub does not provide it" in said[4]
+        "'nobody/nothing' is not a local folder, and the model hub does not provide it" in lines[4]
     )
 
 
-def test_a_run_of_before_on_relative_folders_goes_on(
+def test_an_older_run_with_relative_folders_continues(
     tiny_models: Path, pair_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders were recorded as they were given, and of tokenizer and scheduler nothing was."""
+    """Earlier versions recorded folders as given, and no tokenizer or scheduler."""
     shutil.copytree(tiny_models, tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "run"
@@ -117,11 +118,11 @@ def test_a_run_of_before_on_relative_folders_goes_on(
     given += ["model.diffusion=models/diffusion", "model.num_queries=16", "model.image_size=64"]
     run = open_run(config(run_dir, *given))
     claim(run_dir, run.identity)
-    told = json.loads((run_dir / "run.json").read_text())
-    told |= {f"model.{part}": f"models/{part}" for part in ("florence", "diffusion")}
+    recorded = json.loads((run_dir / "run.json").read_text())
+    recorded |= {f"model.{part}": f"models/{part}" for part in ("florence", "diffusion")}
     for part in ("tokenizer", "scheduler"):
-        del told[f"model.{part} digest"]
-    (run_dir / "run.json").write_text(json.dumps(told))
+        del recorded[f"model.{part} digest"]
+    (run_dir / "run.json").write_text(json.dumps(recorded))
     claim(run_dir, open_run(config(run_dir, *given)).identity)
     shutil.copytree(tiny_models / "diffusion", tmp_path / "elsewhere")
     elsewhere = [*given, "model.diffusion=elsewhere"]

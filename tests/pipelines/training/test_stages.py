@@ -10,7 +10,7 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionBloc
 
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
-from pipelines.training.stages import BLOCKS, Prepared, Stage, draws, stage1, stage2
+from pipelines.training.stages import BLOCKS, MicroBatch, Stage, noise_and_timesteps, stage1, stage2
 from pipelines.training.usage import Utilisation
 from tests.conftest import SMALLEST
 from vlv_model.checkpoints.sources import resolve_model
@@ -29,7 +29,7 @@ def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("name", "trainable", "fresh", "shares"),
+    ("name", "trainable", "random_init", "shares"),
     [
         ("stage1", "", {"learnable_queries", "caption_projector"}, [1.0, 0.25]),
         ("stage2", "projector+llm", {"language_projector"}, [1.0, 0.25]),
@@ -38,10 +38,10 @@ def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:
         ("stage2", "lora+encoder", {"language_projector", "lora_A", "lora_B"}, [1.0, 0.25]),
     ],
 )
-def test_what_starts_random_has_the_whole_learning_rate(
+def test_randomly_initialised_parameters_have_the_full_learning_rate(
     name: str,
     trainable: str,
-    fresh: set[str],
+    random_init: set[str],
     shares: list[float],
     tiny_models: Path,
     tmp_path: Path,
@@ -55,10 +55,10 @@ def test_what_starts_random_has_the_whole_learning_rate(
     assert sorted(together) == sorted(named.values())  # each once
     for number, names in enumerate(grouped):
         for parameter in names:
-            assert bool(fresh & set(parameter.split("."))) == (number == 0), parameter
+            assert bool(random_init & set(parameter.split("."))) == (number == 0), parameter
 
 
-def two_rows(stage: Stage) -> Prepared:
+def two_rows(stage: Stage) -> MicroBatch:
     decoder = getattr(stage.model, "diffusion_decoder", None)
     side = decoder.image_size if decoder else 64
     shape = (2, 3, side, side)
@@ -68,7 +68,7 @@ def two_rows(stage: Stage) -> Prepared:
 
 
 def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch.Tensor]]:
-    """What one micro-batch keeps for its backward pass, its loss and its gradients."""
+    """The bytes that a micro-batch saves for its backward pass, its loss and its gradients."""
     batch, kept = two_rows(stage), 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,13 +86,13 @@ def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch
     return kept, loss.item(), gradients
 
 
-def test_noise_follows_from_seed_epoch_and_key_alone() -> None:
-    """A row gets other noise in each epoch, and the same noise in whatever batch it is."""
+def test_noise_depends_only_on_seed_epoch_and_key() -> None:
+    """A row's noise differs between epochs and does not depend on its batch."""
 
     def drawn(seed: int, rows: list[tuple[int, int]]) -> dict[tuple[int, int], list[torch.Tensor]]:
         epochs, keys = ([row[i] for row in rows] for i in (0, 1))
         pixels = torch.zeros(len(rows), 3, 8, 8, dtype=torch.uint8)
-        made = draws(seed, Batch(keys, epochs, pixels, {}), (4, 2, 2), 1000)
+        made = noise_and_timesteps(seed, Batch(keys, epochs, pixels, {}), (4, 2, 2), 1000)
         return {row: [made[name][i] for name in sorted(made)] for i, row in enumerate(rows)}
 
     rows = [(epoch, key) for epoch in (0, 1, 7) for key in (-5, 3, 2**62)]
@@ -106,7 +106,7 @@ def test_noise_follows_from_seed_epoch_and_key_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_activation_checkpointing_keeps_less_and_changes_nothing(
+def test_activation_checkpointing_saves_memory_and_keeps_gradients(
     name: str, tiny_models: Path, tmp_path: Path
 ) -> None:
     stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
@@ -148,7 +148,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(
 
 
 @pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
-def test_a_machine_without_a_compiler_is_named_before_the_training(
+def test_a_missing_compiler_is_reported_before_training(
     device: str,
     variable: str,
     tiny_models: Path,
@@ -162,15 +162,15 @@ def test_a_machine_without_a_compiler_is_named_before_the_training(
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_utilisation_follows_images_tokens_time_and_devices(
+def test_mfu_follows_images_tokens_time_and_devices(
     name: str, tiny_models: Path, tmp_path: Path
 ) -> None:
     stage = stage_of(name, tiny_models, tmp_path, "projector+llm+encoder")
     measured = Utilisation.measure(stage, two_rows(stage), torch.device("cpu"))
     assert all(p.grad is None for p in stage.model.parameters())
-    share = measured.of(images=8, weight=100, seconds=2.0, devices=2)
+    share = measured.mfu(images=8, global_valid_tokens=100, seconds=2.0, devices=2)
     assert share > 0
-    assert measured.of(8, 100, seconds=4.0, devices=1) == pytest.approx(share)
-    assert measured.of(16, 200, seconds=2.0, devices=2) == pytest.approx(2 * share)
-    more_tokens = measured.of(8, 200, seconds=2.0, devices=2)  # the images alone, in stage 1
+    assert measured.mfu(8, 100, seconds=4.0, devices=1) == pytest.approx(share)
+    assert measured.mfu(16, 200, seconds=2.0, devices=2) == pytest.approx(2 * share)
+    more_tokens = measured.mfu(8, 200, seconds=2.0, devices=2)  # the images alone, in stage 1
     assert (more_tokens > share) == (name == "stage2")

@@ -54,7 +54,7 @@ def stage1_config(table: Path, models: Path, run_dir: Path, *more: str) -> Stage
 def unbroken(
     ray_local: None, pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A stage-1 run with two workers that nothing disturbed."""
+    """An uninterrupted stage-1 run with two workers."""
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
     train(stage1_config(pair_table, tiny_models, run_dir, "train.samples=3"))
     return run_dir
@@ -68,7 +68,7 @@ def losses(run_dir: Path) -> list[float]:
     return steps_of(run_dir, "loss")
 
 
-def test_heldout_loss_falls_and_every_step_is_told_once(unbroken: Path) -> None:
+def test_heldout_loss_falls_and_every_step_is_logged_once(unbroken: Path) -> None:
     result = json.loads((unbroken / "result.json").read_text())
     assert result["loss_after"] < result["loss_before"]
     assert result["rows_seen"] == STEPS * 8
@@ -84,15 +84,19 @@ def test_checkpoints_hold_trainable_weights_only_and_are_pruned(unbroken: Path) 
     frozen = ("vision_tower", "shared", "embed_tokens", "text_encoder", "unet", "vae")
     assert "encoder.learnable_queries" in names
     assert not [name for name in names if any(part in name for part in frozen)]
-    told = json.loads((kept[0] / "checkpoint.json").read_text())
-    assert (told["stage"], told["step"], told["rows_seen"]) == ("stage1", STEPS, 64)
-    assert told["config"]["train"]["steps"] == STEPS
+    description = json.loads((kept[0] / "checkpoint.json").read_text())
+    assert (description["stage"], description["step"], description["rows_seen"]) == (
+        "stage1",
+        STEPS,
+        64,
+    )
+    assert description["config"]["train"]["steps"] == STEPS
     weights_size = (kept[0] / "model.safetensors").stat().st_size
     whole = sum(file.stat().st_size for file in kept[0].iterdir())
     assert whole < 3.1 * weights_size  # two moments of each; the frozen ones are ten times as large
 
 
-def test_pretrained_weights_move_at_a_rate_of_their_own(unbroken: Path, tiny_models: Path) -> None:
+def test_pretrained_weights_have_their_own_learning_rate(unbroken: Path, tiny_models: Path) -> None:
     start = VLVAutoEncoder.from_pretrained(tiny_models).state_dict()
     end = load_file(next(iter(finished_checkpoints(unbroken))) / "model.safetensors")
     moved = {name: (weight - start[name]).abs().mean().item() for name, weight in end.items()}
@@ -125,7 +129,7 @@ def wandb_files(run_dir: Path) -> list[Path]:
 
 
 def wandb_run(file: Path) -> Any:
-    """What a .wandb file says of its run."""
+    """The run record of a .wandb file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = map(Record.FromString, wandb_records(file))
@@ -149,14 +153,12 @@ def test_wandb_wrote_the_run_offline(unbroken: Path) -> None:
 
 
 def pictures_of(page: Path) -> list[bytes]:
-    """The pictures of samples in their order."""
+    """The images of the samples in order."""
     found = re.findall(r"data:image/png;base64,([^\"]+)", page.read_text())
     return [base64.b64decode(content) for content in found]
 
 
-def test_samples_show_held_out_images_as_checkpoints_see_them(
-    unbroken: Path, stage2_run: Path, pair_table: Path
-) -> None:
+def test_samples_show_held_out_images(unbroken: Path, stage2_run: Path, pair_table: Path) -> None:
     index = RowIndex.open(sorted(pair_table.glob("*.parquet")), ["caption"])
     reader = RowReader(split(index, 0.2)[1], ["caption"])
     last = unbroken / "samples" / "step-00000008.html"
@@ -234,11 +236,11 @@ def test_a_killed_worker_changes_no_loss(
 
 
 @pytest.mark.faults
-def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
+def test_a_preempted_machine_changes_no_loss(
     unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
 ) -> None:
-    """Its notice is answered with a checkpoint, and the other machine goes on alone from there."""
-    run_dir = tmp_path / "called-back"
+    """A checkpoint is saved on notice, and the other machine continues from it alone."""
+    run_dir = tmp_path / "preempted"
     config = ["data.input", pair_table, "model.path", tiny_models, "run_dir", run_dir]
     given = [f"{name}={value}" for name, value in zip(config[::2], config[1::2], strict=True)]
     given += [*COMMON, f"train.steps={STEPS}", "train.num_workers=[1,2]", "train.eval_every=4"]
@@ -253,10 +255,10 @@ def test_a_machine_that_is_called_back_and_goes_changes_no_loss(
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
-def test_a_killed_job_continues_from_the_last_whole_checkpoint(
+def test_a_killed_job_continues_from_the_last_complete_checkpoint(
     unbroken: Path, pair_table: Path, tiny_models: Path, tmp_path: Path
 ) -> None:
-    """What a killed driver leaves: no result, a torn line, a checkpoint without one of its files."""
+    """A killed driver leaves no result, a truncated line, and an incomplete checkpoint."""
     run_dir = tmp_path / "torn"
     shutil.copytree(unbroken, run_dir)
     (run_dir / "result.json").unlink()
@@ -304,8 +306,8 @@ def test_stage2_trains_on_from_stage1(stage2_run: Path) -> None:
     assert result["loss_after"] < result["loss_before"]
     checkpoint = latest_checkpoint(stage2_run)
     assert checkpoint is not None
-    told = json.loads((checkpoint / "checkpoint.json").read_text())
-    assert told["parent"]["path"] == "../../parent"
+    description = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert description["parent"]["path"] == "../../parent"
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
     assert any(name.startswith("language_projector") for name in names)
@@ -342,7 +344,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
     assert heldout_losses(stage2_run)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_recaption_and_reconstruct_give_one_row_per_image(
+def test_recaption_and_reconstruct_write_one_row_per_image(
     stage2_run: Path, unbroken: Path, pair_table: Path, tmp_path: Path
 ) -> None:
     from pipelines.recaption.config import RecaptionConfig

@@ -1,11 +1,10 @@
-"""Trainings in process groups of this file's own, without Ray: gloo and DeepSpeed as they are.
+"""Runs trainings in gloo process groups with DeepSpeed, without Ray.
 
     python -m tests.pipelines.training.worlds GROUPS.json
 
-A group is a number of ranks and its segments, which it runs one after the other. A segment is a
-`loop` of `pipelines.training.job`; with `copy`, the checkpoint that it goes on from. A refusal lands
-in the run's `error-RANK.txt`. Ranks are forked from one process that has imported all, which takes
-longer than they do.
+A group is a world size and a list of segments, which run one after the other. A segment is the `loop` of
+`pipelines.training.job`, with `copy`, the checkpoint it continues from. A VLVError is written to the
+run's `error-RANK.txt`. Ranks are forked from one process, so that the slow imports happen once.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ def segment(
     parent: Path | None = None,
     damaged: str = "",
 ) -> dict[str, Any]:
-    """A training from the start or `after` a checkpoint; of stage 2 upon the checkpoint `parent`.
+    """A training from the start, or `after` a checkpoint; stage 2 starts from the checkpoint `parent`.
 
-    `damaged` is a file of the checkpoint that is gone on from, of which a bit is turned.
+    `damaged` names a file of the copied checkpoint in which a bit is flipped.
     """
     loop: dict[str, Any] = {"config": dump(config), "parent": str(parent) if parent else None}
     loop["stage"] = "stage2" if isinstance(config, Stage2Config) else "stage1"
@@ -48,7 +47,7 @@ def segment(
 
 
 def run_worlds(groups: list[Group], folder: Path, python: Path) -> None:
-    """Run the groups, one after the other, by `python`; what they print is the error's text."""
+    """Run the groups, one after the other, with `python`; a failure shows their output."""
     (folder / "groups.json").write_text(json.dumps(groups))
     command = [python, "-m", "tests.pipelines.training.worlds", folder / "groups.json"]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -107,9 +106,9 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
                 if segment["damaged"]:
                     turn_a_bit(begun / segment["damaged"])
         torch.distributed.barrier()
-        worker = Worker(rank, world_size, torch.device("cpu"), is_first_of_machine=rank == 0)
+        worker = Worker(rank, world_size, torch.device("cpu"), is_first_on_machine=rank == 0)
         try:
-            run_worker(segment["loop"], worker, emit=lambda event: None, called_back=set)
+            run_worker(segment["loop"], worker, emit=lambda event: None, preempted=set)
         except VLVError as error:
             (run_dir / f"error-{rank}.txt").write_text(str(error))
 
