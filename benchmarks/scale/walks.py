@@ -104,8 +104,8 @@ def training(folder: Path) -> Walk:
     from pipelines.cli.config import dump, load
     from pipelines.storage.tables import parquet_files
     from pipelines.training.config import Stage1Config
-    from pipelines.training.job import run_worker
     from pipelines.training.loop import Worker
+    from pipelines.training.worker import run_worker
     from vlv_model.checkpoints.sources import resolve_model
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.images.random_access import RowReader
+from pipelines.images.random_access import RowReader, in_holdout
 from pipelines.training.config import TrainConfig
+from vlv_model.errors import DataError
 from vlv_model.squares import Square
 
 
@@ -185,3 +186,22 @@ class StepReader:
             finally:
                 for future in ahead:
                     future.cancel()
+
+
+def split(
+    index: RowIndex, holdout: float, initial_keys: np.ndarray | None = None
+) -> tuple[RowIndex, RowIndex]:
+    """Split rows into (training rows, held-out rows).
+
+    Raises DataError when either is empty. With `initial_keys`, int64 `[n]`, the keys that the run began
+    with, all held-out rows may have been removed since.
+    """
+    mask = in_holdout(index.keys, holdout)
+    initial_mask = mask if initial_keys is None else in_holdout(initial_keys, holdout)
+    if mask.all() or not initial_mask.any():
+        side = "training" if mask.all() else "held-out"
+        raise DataError(
+            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: add rows or "
+            "choose another share; if all rows of a run were taken down, choose a new run_dir"
+        )
+    return index.select(~mask), index.select(mask)

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.cli.config import build, dump
+from pipelines.cli.config import dump
 from pipelines.execution import checkpoints
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import check_resources, ray_session
 from pipelines.images.latents import LatentReader
-from pipelines.images.random_access import RowIndex, in_holdout
-from pipelines.storage.files import as_path
+from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import exclusive
 from pipelines.storage.tables import parquet_files, read_json_object
-from pipelines.training import checkpointing, kept_rows, run_folder, samples
+from pipelines.training import kept_rows, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.data import split
 from pipelines.training.metrics import MetricsSink
+from pipelines.training.worker import run_on_worker
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, DataError, RunError, VLVError, one_line
-from vlv_model.squares import Square
+from vlv_model.errors import RunError
 
 if TYPE_CHECKING:
-    from pipelines.training.loop import Worker
+    pass
 
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
@@ -117,25 +116,6 @@ def _format_loss(loss: float | None) -> str:
     return "none (all held-out rows were removed)" if loss is None else f"{loss:.4f}"
 
 
-def split(
-    index: RowIndex, holdout: float, initial_keys: np.ndarray | None = None
-) -> tuple[RowIndex, RowIndex]:
-    """Split rows into (training rows, held-out rows).
-
-    Raises DataError when either is empty. With `initial_keys`, int64 `[n]`, the keys that the run began
-    with, all held-out rows may have been removed since.
-    """
-    mask = in_holdout(index.keys, holdout)
-    initial_mask = mask if initial_keys is None else in_holdout(initial_keys, holdout)
-    if mask.all() or not initial_mask.any():
-        side = "training" if mask.all() else "held-out"
-        raise DataError(
-            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: add rows or "
-            "choose another share; if all rows of a run were taken down, choose a new run_dir"
-        )
-    return index.select(~mask), index.select(mask)
-
-
 def _fit(
     cluster: Cluster,
     config: Stage1Config | Stage2Config,
@@ -171,7 +151,7 @@ def _fit(
     options |= {"max_task_retries": -1}
     events, fatal_errors = Queue(actor_options=options), Queue(actor_options=options)
     trainer = TorchTrainer(
-        _worker,
+        run_on_worker,
         train_loop_config={
             "stage": stage,
             "config": dump(config),
@@ -229,183 +209,3 @@ def _sampler(
         isolated=bool(validation),
     )
     return samples.Sampler(task, train.steps, train.use_gpu, config.ray.pinned())
-
-
-def _worker(loop: dict[str, Any]) -> None:
-    """The function that each Ray Train worker runs.
-
-    Retrying helps after a lost machine, not after a bad row, a bad setting or a full GPU. Ray Train
-    restarts the workers after any error, so the second attempt raises the first one's error at once.
-    """
-    run_unless_failed(loop, _train_on_worker)
-
-
-def run_unless_failed(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
-    """Run `work`, or raise the error that an earlier attempt put into `loop["fatal_errors"]`.
-
-    That is a queue shared by all workers.
-    """
-    import torch
-
-    fatal_errors = loop["fatal_errors"]
-    if not fatal_errors.empty():
-        fatal = fatal_errors.get()
-        fatal_errors.put(fatal)  # for the other workers
-        raise fatal
-    try:
-        work(loop)
-    except VLVError as error:
-        fatal_errors.put(type(error)(str(error)))
-        raise
-    except torch.OutOfMemoryError as error:
-        fatal = RunError(f"GPU out of memory ({one_line(error)}): {_memory_advice(loop)}")
-        fatal_errors.put(fatal)
-        raise fatal from error
-
-
-def _memory_advice(loop: dict[str, Any]) -> str:
-    """The settings that would save GPU memory and are not set yet."""
-    train = loop["config"]["train"]
-    switches = ("activation_checkpointing", "offload_optimizer")
-    advice = [
-        f"set train.{name}=true (also to continue this run)" for name in switches if not train[name]
-    ]
-    if (size := train["micro_batch_size"]) > 1:
-        advice.append(f"start a new run with train.micro_batch_size below {size}")
-    return ", or ".join([*advice, "use larger GPUs"])
-
-
-def _train_on_worker(loop: dict[str, Any]) -> None:
-    # Only workers need these imports.
-    use_gpu = loop["config"]["train"]["use_gpu"]
-    if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from pipelines.training.loop import Worker
-
-    # torch's default uses TF32 for convolutions but not for matrix products.
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = loop["config"]["train"]["tf32"]
-    if not use_gpu:
-        # An optional CPU kernel that takes half a minute to compile on first use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    context = ray.train.get_context()
-    worker = Worker(
-        context.get_world_rank(),
-        context.get_world_size(),
-        ray.train.torch.get_device(),
-        is_first_on_machine=context.get_local_rank() == 0,
-    )
-    deepspeed.init_distributed(
-        dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-    )
-    run_worker(loop, worker, loop["events"].put, _preempted_nodes)
-
-
-def _preempted_nodes() -> set[str]:
-    """Ids of this run's nodes with a preemption notice (spot); the same set on all ranks."""
-    import ray.train
-
-    notice = ray.train.get_preemption_info()
-    return set(notice.preempted_node_ids) if notice else set()
-
-
-def run_worker(
-    loop: Mapping[str, Any],
-    worker: Worker,
-    emit: Callable[[dict[str, Any]], None],
-    preempted: Callable[[], set[str]],
-) -> None:
-    """Train in one process of an initialised process group.
-
-    `emit` and `preempted` are those of Trainer.
-    """
-    from pipelines.training.loop import Trainer
-    from pipelines.training.stages import stage1, stage2
-    from vlv_model.checkpoints.weights import CheckpointMetadata
-
-    model = ModelConfig(**loop["model"])
-    run_dir = Path(loop["config"]["run_dir"])
-    if worker.world_rank == 0:
-        checkpointing.remove_unfinished(run_dir)
-    latest = _latest_checkpoint(run_dir, worker)
-    parent = Path(loop["parent"]) if loop["parent"] else None
-    if (start := latest or parent) is not None:
-        _verify(start, worker)
-    config: Stage1Config | Stage2Config
-    if loop["stage"] == "stage1":
-        config = build(Stage1Config, loop["config"])
-        stage = stage1(config, model, start)
-    else:
-        config = build(Stage2Config, loop["config"])
-        stage = stage2(config, model, start)
-    index = RowIndex.open([as_path(file) for file in loop["files"]], stage.columns)
-    if (initial_keys := kept_rows.load_keys(run_dir)) is None:
-        initial_keys = index.keys
-    index = index.select(np.isin(index.keys, initial_keys))  # rows added since need a new run
-    rows, holdout = split(index, config.data.holdout, initial_keys)
-    held_out = in_holdout(initial_keys, config.data.holdout)
-
-    def metadata(step: int) -> CheckpointMetadata:
-        return CheckpointMetadata(
-            stage=stage.name,
-            step=step,
-            rows_seen=step * config.train.global_batch_size,
-            config=loop["config"],
-            model=model,
-            parent=loop["parent"],
-        )
-
-    trainer = Trainer(
-        stage,
-        config.train,
-        Square.of(model),
-        rows,
-        holdout,
-        (initial_keys[~held_out], initial_keys[held_out]),
-        worker,
-        emit=emit,
-        preempted=preempted,
-        metadata=metadata,
-        run_dir=run_dir,
-    )
-    trainer.setup(latest)
-    trainer.train()
-
-
-def _verify(checkpoint: Path, worker: Worker) -> None:
-    """Verify the files' digests, once per machine, since they may be 40 GB.
-
-    Raises CheckpointError on all ranks.
-    """
-    import torch.distributed as dist
-
-    from vlv_model.checkpoints.files import verify_checkpoint
-
-    errors: list[str | None] = [None] * worker.world_size
-    own_error = None
-    if worker.is_first_on_machine:
-        try:
-            verify_checkpoint(checkpoint)
-        except (CheckpointError, OSError) as error:  # raised below: the other ranks wait for it
-            own_error = str(error)
-    if worker.world_size > 1:
-        dist.all_gather_object(errors, own_error)
-    else:
-        errors = [own_error]
-    if messages := [message for message in errors if message]:
-        raise CheckpointError(messages[0])
-
-
-def _latest_checkpoint(run_dir: Path, worker: Worker) -> Path | None:
-    """The newest finished checkpoint as rank 0 sees it: on a shared disk, others may lag behind."""
-    import torch.distributed as dist
-
-    latest = [checkpoints.latest_checkpoint(run_dir)]
-    if worker.world_size > 1:
-        dist.broadcast_object_list(latest, src=0, device=worker.device)
-    return latest[0]

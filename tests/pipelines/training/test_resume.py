@@ -18,8 +18,8 @@ from pipelines.images.random_access import RowIndex
 from pipelines.training import kept_rows
 from pipelines.training.checkpointing import load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import GlobalOrder, keys_digest
-from pipelines.training.job import show, split
+from pipelines.training.data import GlobalOrder, keys_digest, split
+from pipelines.training.job import show
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.run_folder import write_result
 from tests.conftest import SMALLEST

@@ -90,8 +90,8 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
     import deepspeed
     import torch
 
-    from pipelines.training.job import run_worker
     from pipelines.training.loop import Worker
+    from pipelines.training.worker import run_worker
     from vlv_model.errors import VLVError
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

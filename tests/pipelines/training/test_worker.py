@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.job import run_unless_failed
+from pipelines.training.worker import run_unless_failed
 from vlv_model.errors import DataError, RunError, VLVError
 
 SWITCHES = {"activation_checkpointing": True, "offload_optimizer": False}
