@@ -35,7 +35,7 @@ from pipelines.execution.image_job import ActorConfig, ImageJob
 from pipelines.images.plans import planned, read_plan
 from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT
 from pipelines.images.selection import Selection
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 from vlv_model.squares import Square
 
@@ -75,7 +75,7 @@ def opened(selection: Selection) -> Table:
     )  # fmt: skip
     table = Table(selection.output)
     job.check(table)
-    with exclusive(table.folder, "data.output"):
+    with lock_folder(table.folder, "data.output"):
         job.plan(table)
     return table
 

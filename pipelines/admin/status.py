@@ -64,7 +64,7 @@ def _table_text(path: str, table: Table) -> str:
             if done and left and run is runs[-1]:
                 state += f", about {spent / done * left / 60:,.0f} min to go if it is still going"
         lines.append(f"{work}; began {_when(told['started'])}, {state}")
-    if not pending and (lacking := table.lacks()):
+    if not pending and (lacking := table.incomplete_reason()):
         lines.append(f"it {lacking}: the job that writes it says which")
     if pending and not runs:
         lines.append(f"{len(pending):,} chunks are missing: the job that writes it continues it")

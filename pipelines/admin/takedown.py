@@ -23,7 +23,7 @@ from pipelines.images.rows import url_key
 from pipelines.images.urls import address_of, canonical_url
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.recaption.report import forget
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -104,13 +104,13 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
     names, blocked = _Names.of(config), Blocked()
     removed: dict[str, int] = {}
     for images in tables:
-        with exclusive(images.folder, "table"):
+        with lock_folder(images.folder, "table"):
             noted = _note(images, names)
             remove_report(images)  # which shows pictures
             removed[str(images.folder)] = remove_rows(images, noted, names.look)
         blocked |= noted
     for table in derived:
-        with exclusive(table.folder, "derived"):
+        with lock_folder(table.folder, "derived"):
             before = Blocked.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
             removed[str(table.folder)] = remove_rows(table, blocked, names.look)
@@ -119,7 +119,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
             write_card(table)  # also of rows that a killed takedown removed
             remove_files(table, blocked.keys)
     for images in tables:
-        with exclusive(images.folder, "table"):
+        with lock_folder(images.folder, "table"):
             write_report(images, hides=blocked.is_domain)
             write_card(images)
     if missing := names.missing():

@@ -26,7 +26,7 @@ from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.plans import LAYOUT, lay_out
 from pipelines.images.selection import Selection
-from pipelines.storage.folders import remove_folder, stamp_of
+from pipelines.storage.folders import files_fingerprint, remove_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -79,7 +79,7 @@ class ImageJob(TableJob):
     notes: Mapping[str, Any] = field(default_factory=dict)  # of a new table
 
     def check(self, table: Table) -> None:
-        table.check_free(self.kind, None)
+        table.check_same_run(self.kind, None)
 
     def plan(self, table: Table) -> None:
         """Make the plan anew, or go on with the one that an earlier attempt made.
@@ -92,14 +92,14 @@ class ImageJob(TableJob):
         there = table.describe() if table.exists else {}
         changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
         images, listed = data.images(again=changed)
-        stamp = stamp_of(images)
+        stamp = files_fingerprint(images)
         if there:
             # Settings first: of other ones there may be no files to look at.
             noted = there["identity"]
             same = self._known(listed, noted.get("rows"), noted.get("layout"))
             if changed and listed:  # rows of a table of ours
                 same["files"] = noted.get("files")
-            table.check_free(self.kind, same, self.columns)
+            table.check_same_run(self.kind, same, self.columns)
             if there.get("stamp") == stamp:
                 return  # nothing was written since it was planned: no key has to be looked at again
         # Of a table that is there the rows are only compared.
@@ -117,7 +117,7 @@ class ImageJob(TableJob):
                 table, data.input, images, chosen(), whole, data.rows_per_chunk, data.limit,
                 bool(listed), files=files, stamp=stamp,
             )  # fmt: skip
-        elif not table.check_free(self.kind, whole):
+        elif not table.check_same_run(self.kind, whole):
             chunks = -(-laid.rows // data.rows_per_chunk)
             notes = {"planned_rows": laid.rows, "files": files, "stamp": stamp, **self.notes}
             notes |= {"changes": changes_of(data.input), "isolated": not data.is_ours}

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.images.rows import IMAGE_STRUCT, OK, key_of
 from pipelines.storage.files import as_path, read_bytes
 from pipelines.storage.folders import is_folder
-from pipelines.storage.parquet import open_parquet, readable
+from pipelines.storage.parquet import open_parquet, parquet_errors
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
@@ -121,7 +121,7 @@ class ExternalImages:
         if self._at != (path, group) or row < self._start:
             self._at, self._start, self._batch = (path, group), 0, pa.nulls(0)
             self._rows = _column(as_path(path), group, self.column or "image", self.whole)
-        with readable(as_path(path)):
+        with parquet_errors(as_path(path)):
             while row >= self._start + len(self._batch):
                 self._start += len(self._batch)
                 following = next(self._rows, None)

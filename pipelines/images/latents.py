@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.images.random_access import RowIndex, RowReader
-from pipelines.storage.tables import NEWER, Table, parquet_files
+from pipelines.storage.tables import ADDED_SETTINGS, Table, parquet_files
 from vlv_model.config import ModelConfig
 from vlv_model.errors import DataError
 
@@ -83,7 +83,7 @@ class LatentReader:
 
     def check(self, model: ModelConfig, keys: np.ndarray) -> None:
         """Raise DataError unless these are the latents of `model`'s VAE, for all of `keys`."""
-        there = NEWER | self.identity
+        there = ADDED_SETTINGS | self.identity
         here = made_of(model, there)
         if differing := [name for name in here if here[name] != there[name]]:
             shown = ", ".join(f"{n}: {there[n]} there, {here[n]} here" for n in differing)

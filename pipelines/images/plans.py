@@ -30,7 +30,7 @@ from pipelines.images.random_access import (
 )
 from pipelines.storage.files import is_file, remove_file, write_atomically
 from pipelines.storage.parquet import open_parquet, write_parquet
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from pipelines.storage.tables import PLAN, plan_file
 
 _CHUNKS = 1024  # of a file
@@ -131,7 +131,7 @@ def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
 
 def _check_keys(files: Sequence[Path], rows: int) -> None:
     """Raise DataError where a key occurs twice; keys in no order are sorted on disk."""
-    keys = Buckets(pa.schema([("key", pa.int64())]), rows * 8)
+    keys = ExternalSort(pa.schema([("key", pa.int64())]), rows * 8)
     try:
         for some in usable_rows(files):
             # Keys of others may lie close together: multiplied they are spread over the buckets.

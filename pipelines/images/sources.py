@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipelines.storage.files import as_path, is_file
-from pipelines.storage.folders import entries, is_folder, is_hidden, matching
+from pipelines.storage.folders import is_folder, is_hidden, list_remote, matching_files
 from pipelines.storage.parquet import read_schema
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import TABLE_FILE, Table, parquet_files
@@ -59,7 +59,7 @@ def find_source(
         return _parquet(where, parquet_files(path, setting), image_column, key_column)
     elif is_folder(where):
         found = _look(where)
-    elif has_magic(path) and (named := matching(path)):
+    elif has_magic(path) and (named := matching_files(path)):
         found = _Found()
         for file in named:
             found.add(file)
@@ -143,7 +143,7 @@ def _look(folder: Path) -> _Found:
 def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
     """Each folder below with its files' names and, in an object store, sizes; one at a time.
 
-    A name may begin with a slash there: see `pipelines.storage.files.entries`.
+    A name may begin with a slash there: see `pipelines.storage.folders.list_remote`.
 
     Of a table of ours below there is `_table.json` alone: what lies in it is the work of a job, as
     captions with their images beside those they were made of. Raises DataError for a folder that
@@ -153,7 +153,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
         waiting = [folder]
         while waiting:  # fsspec's own walk passes over a folder that the store does not answer for
             inside = waiting.pop()
-            found = entries(inside)
+            found = list_remote(inside)
             folders = [n for n, one in found.items() if one["type"] == "directory"]
             if TABLE_FILE in found and inside != folder:
                 yield inside, [(TABLE_FILE, None)]

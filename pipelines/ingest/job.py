@@ -73,7 +73,7 @@ class Ingest(TableJob):
         self.config = config
 
     def check(self, table: Table) -> None:
-        table.check_free(KIND, self.config.identity(), IMAGE_ROW.names)
+        table.check_same_run(KIND, self.config.identity(), IMAGE_ROW.names)
 
     def plan(self, table: Table) -> None:
         """Open the run that is to be worked on: the last one, or a new one with its plan."""
@@ -153,7 +153,7 @@ def plan_only(config: IngestConfig) -> Plan:
     """What a run would do to the table, which stays as it is."""
     table, plan = Table(config.data.output), Plan()
     if is_folder(table.folder):
-        table.check_free(KIND, config.identity(), IMAGE_ROW.names)
+        table.check_same_run(KIND, config.identity(), IMAGE_ROW.names)
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
         _plan_into(Path(folder), input_files(config.data.input), config, table, plan)
     return plan

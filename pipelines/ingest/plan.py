@@ -36,7 +36,7 @@ from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
 from pipelines.lists.metadata import OddValues, read_batches
 from pipelines.storage.parquet import read_parquet_file, write_parquet
-from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import PLAN, Table, plan_file
 from vlv_model.errors import DataError
 
@@ -74,7 +74,7 @@ def read_list(
     columns: Mapping[str, str | None],
     plan: Plan,
     blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
-    sorting: Sorting = Buckets,
+    sorting: SortFactory = ExternalSort,
     known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
     """The METADATA_ROW rows of the metadata `files` that pass the filters, by key, every key once.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.lists.readers import SUFFIXES, format_of
 from pipelines.storage.files import as_path, is_file
-from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching
+from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching_files
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
@@ -26,7 +26,7 @@ def input_files(path: str) -> list[Path]:
     if is_file(where):
         return [where]
     folder = is_folder(where)
-    files = _lists_below(where) if folder else matching(path)
+    files = _lists_below(where) if folder else matching_files(path)
     if not files:
         what = "holds no metadata" if folder else "does not exist"
         shown = path if len(path) <= 200 else f"{path[:200]}…"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.recaption.health import words
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 
 HASHES, BANDS = 16, 4
 AGREEING = 13  # hashes of two similar captions
@@ -48,7 +48,7 @@ class SimilarCaptions:
 
     def __init__(self, captions: int) -> None:
         """`captions`, about how many there will be, sets what is sorted at a time."""
-        self._buckets = Buckets(_ROW, captions * BANDS * _ROW_BYTES)
+        self._buckets = ExternalSort(_ROW, captions * BANDS * _ROW_BYTES)
 
     def add(self, rows: np.ndarray, signatures: np.ndarray) -> None:
         """Take in captions by their numbers int64 `[n]` and signatures uint32 `[n 16]`."""

@@ -46,7 +46,7 @@ from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file
 from pipelines.storage.folders import names_in, remove_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema, write_parquet
-from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import (
     IMAGE_ROW_GROUP,
     PLAN,
@@ -137,7 +137,7 @@ class Pairs(TableJob):
 
     def check(self, table: Table) -> None:
         if not (table.exists and self._changed_on_purpose(table)):
-            table.check_free(KIND, self.identity())
+            table.check_same_run(KIND, self.identity())
 
     def plan(self, table: Table) -> None:
         if table.exists and self._changed_on_purpose(table):
@@ -264,7 +264,7 @@ def _sort_captions(
     files: list[Path],
     caption_column: str,
     join_on: JoinOn,
-    sorting: Sorting = Buckets,
+    sorting: SortFactory = ExternalSort,
 ) -> dict[str, int]:
     """Write the captions as buckets sorted by key, every key once."""
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)

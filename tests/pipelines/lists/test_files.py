@@ -137,7 +137,7 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
 def test_a_list_that_is_not_there_is_not_passed_over(tmp_path: Path, path: str) -> None:
     write(tmp_path / "list/a.csv")
     (tmp_path / "list/b.csv").symlink_to(tmp_path / "unmounted/b.csv")
-    with pytest.raises(DataError, match=r"b\.csv is no file: it may be a link to what is not"):
+    with pytest.raises(DataError, match=r"b\.csv is not a file: it may be a broken link"):
         input_files(str(tmp_path / path))
 
 

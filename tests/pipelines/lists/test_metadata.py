@@ -33,7 +33,7 @@ from pipelines.lists.files import input_files
 from pipelines.lists.filters import FilterConfig
 from pipelines.lists.metadata import COLUMN_NAMES, our_columns, read_batches
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from tests.pipelines.ingest import releases
 from vlv_model.errors import ConfigError, DataError
 
@@ -401,7 +401,7 @@ def test_many_buckets_give_the_plan_of_one(tmp_path: Path) -> None:
     rows = [{"url": f"http://h.org/{i % 700}"} for i in range(1000)]
     whole = make_plan(tmp_path, rows, chunk=64)
     in_one = planned(tmp_path, whole)
-    again, small = Plan(), partial(Buckets, bucket_bytes=512, waiting_rows=100)
+    again, small = Plan(), partial(ExternalSort, bucket_bytes=512, buffer_rows=100)
     listed = read_list([tmp_path / "list.jsonl"], FilterConfig(), {}, again, sorting=small)
     first_plan(listed, tmp_path / "table/plan", lambda listed: 64, again)
     assert again == whole

@@ -1,4 +1,4 @@
-"""Sorting on disk: what a full one says. What is sorted is tested with the plans of ingest."""
+"""External sort on a full disk. The order of rows is tested with the plans of ingest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from vlv_model.errors import RunError
 
 
-def test_a_full_disk_is_named_with_the_switch_that_chooses_another() -> None:
+def test_full_disk_error_names_the_folder_and_tmpdir() -> None:
     rows = pa.table({"key": [1, 2]})
-    buckets = Buckets(rows.schema, 0, waiting_rows=1)
+    sort = ExternalSort(rows.schema, 0, buffer_rows=1)
 
     class Full:
         def write_table(self, rows: pa.Table) -> Any:
@@ -22,9 +22,9 @@ def test_a_full_disk_is_named_with_the_switch_that_chooses_another() -> None:
 
         def close(self) -> None: ...
 
-    buckets._streams = [Full()]
+    sort._streams = [Full()]
     with pytest.raises(
-        RunError, match=r"vlv-sort-\w+ \(temporary files, where TMPDIR says\) cannot"
+        RunError, match=r"vlv-sort-\w+ \(temporary files; TMPDIR chooses the disk\) cannot"
     ):
-        buckets.add(rows)
-    buckets.remove()
+        sort.add(rows)
+    sort.remove()
