@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipelines.cli.config import InputPlace
+from pipelines.cli.config import InputPathOrUrl
 from pipelines.execution.checkpoints import latest_checkpoint, step_of
 from pipelines.execution.progress import counts_table
 from pipelines.images.runs import runs_of
@@ -25,7 +25,7 @@ _STEPS = 50  # of whose time the speed is a mean
 class StatusConfig(Config):
     """Everything that `jobs/status.py` needs to know."""
 
-    table: InputPlace = Field(
+    table: InputPathOrUrl = Field(
         description="folder of a table or of a training run that one of our jobs writes or wrote"
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.cli.config import OutputPlace
+from pipelines.cli.config import OutputPathOrUrl
 from pipelines.images.blocklist import Blocked, ascii_host, domains_of
 from pipelines.images.card import write_card
 from pipelines.images.removal import blocked_rows, remove_files, remove_rows
@@ -34,13 +34,13 @@ _LISTED = 10  # names in an error message
 class TakedownConfig(Config):
     """Everything that `jobs/takedown.py` needs to know."""
 
-    table: tuple[OutputPlace, ...] = Field(min_length=1, description="image tables")
+    table: tuple[OutputPathOrUrl, ...] = Field(min_length=1, description="image tables")
     keys: tuple[int, ...] = Field((), description="keys of rows")
     urls: tuple[str, ...] = Field(
         (), description="URLs of rows, in any spelling, such as the one that a browser shows"
     )
     domains: tuple[str, ...] = Field((), description="domains, with all of their subdomains")
-    derived: tuple[OutputPlace, ...] = Field(
+    derived: tuple[OutputPathOrUrl, ...] = Field(
         (), description="tables that were made of the image tables: captions, pairs, pictures"
     )
 

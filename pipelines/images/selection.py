@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from pipelines.cli.config import InputPlace, OutputPlace
+from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import in_holdout, usable_rows
 from pipelines.storage.files import as_path
@@ -23,7 +23,7 @@ _WAITING = 1_000_000  # keys in memory among which the smallest are sought
 class Selection(Config):
     """Which images of a table a job works on, and where its own table goes."""
 
-    input: InputPlace = Field(
+    input: InputPathOrUrl = Field(
         description="the images: a table that ingest wrote; Parquet with an image column (bytes, or "
         "Hugging Face's struct); .tar shards (WebDataset, img2dataset); a folder of image files"
     )
@@ -40,7 +40,7 @@ class Selection(Config):
         description="take only rows for which this SQL condition on columns of the input holds, as "
         "in \"aesthetic >= 6 and alt_text like '%dog%'\"",
     )
-    output: OutputPlace = Field(description="folder of the table that is written")
+    output: OutputPathOrUrl = Field(description="folder of the table that is written")
     split: Literal["all", "train", "holdout"] = Field(
         "all", description="all images, or those that training used, or those held out from it"
     )

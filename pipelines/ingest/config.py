@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from pipelines.cli.config import InputPlace, OutputPlace, dump
+from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl, dump
 from pipelines.execution.connection import RayConfig
 from pipelines.images.rows import DECODE, DOWNLOAD, status
 from pipelines.ingest.duplicates import DuplicateConfig
@@ -30,10 +30,10 @@ _RETRIED = {
 class IngestData(Config):
     """What is read, and where the table goes."""
 
-    input: InputPlace = Field(
+    input: InputPathOrUrl = Field(
         description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob"
     )
-    output: OutputPlace = Field(description="folder of the image table")
+    output: OutputPathOrUrl = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(
         {},
         description="spellings of columns that are not known: {their name: our name}; "

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.cli.config import InputPlace, OutputPath, OutputPlace
+from pipelines.cli.config import InputPathOrUrl, OutputPath, OutputPathOrUrl
 from pipelines.execution.connection import PoolSize, RayConfig, bounds
 from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config, Lora, Precision, Trainable
@@ -15,7 +15,7 @@ from vlv_model.config import Config, Lora, Precision, Trainable
 class ImageData(Config):
     """The images of a training."""
 
-    input: InputPlace = Field(
+    input: InputPathOrUrl = Field(
         description="image table: what ingest wrote, or Parquet of its layout"
     )
     holdout: float = Field(
@@ -25,7 +25,7 @@ class ImageData(Config):
         description="share of the images that is never trained on but evaluated; chosen by a hash "
         "of `key`, so it stays the same in every job and rerun",
     )
-    validation: InputPlace | None = Field(
+    validation: InputPathOrUrl | None = Field(
         None,
         description="images to make samples of, in any layout that recaption reads (a folder of "
         "files); default: held-out ones of data.input",
@@ -35,7 +35,7 @@ class ImageData(Config):
 class Stage1Data(ImageData):
     """The images of stage 1."""
 
-    latents: InputPlace | None = Field(
+    latents: InputPathOrUrl | None = Field(
         None,
         description="table of latents that jobs/precompute.py made of data.input: the VAE is then "
         "not loaded; default: the VAE runs in every step",
@@ -45,7 +45,7 @@ class Stage1Data(ImageData):
 class PairData(ImageData):
     """The image + caption pairs of stage 2."""
 
-    captions: InputPlace | None = Field(
+    captions: InputPathOrUrl | None = Field(
         None,
         description="table of captions to join to data.input; default: data.input has them itself",
     )
@@ -53,7 +53,7 @@ class PairData(ImageData):
     join_on: Literal["key", "url"] = Field(
         "key", description="how data.captions names its images: by our `key`, or by URL"
     )
-    output: OutputPlace | None = Field(
+    output: OutputPathOrUrl | None = Field(
         None, description="where the joined pair table is written; default: <run_dir>/pairs"
     )
 
