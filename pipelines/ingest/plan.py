@@ -34,7 +34,7 @@ from pipelines.ingest.known_rows import (
 )
 from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
-from pipelines.lists.metadata import OddValues, read_batches
+from pipelines.lists.metadata import InvalidValues, read_batches
 from pipelines.storage.parquet import read_parquet_file, write_parquet
 from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import PLAN, Table, plan_file
@@ -126,7 +126,7 @@ def passing(
     """
     # Row groups that no row of passes are read too where the table may have some of the rows.
     every = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
-    odd: OddValues = {}
+    odd: InvalidValues = {}
     for file in files:
         for batch in read_batches(file, columns, every, odd):
             if known:

@@ -41,7 +41,7 @@ from pipelines.images.rows import (
 )
 from pipelines.images.urls import address_of
 from pipelines.lists.files import fingerprint, input_bytes
-from pipelines.lists.metadata import as_text, our_columns
+from pipelines.lists.metadata import as_text, match_columns
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file
 from pipelines.storage.folders import names_in, remove_folder
@@ -271,7 +271,7 @@ def _sort_captions(
     buckets = sorting(_CAPTIONS, input_bytes(files))
     for file in files:
         schema = read_schema(file)
-        names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
+        names = match_columns(schema, {}, str(file)) if join_on == "url" else {}
         join_column = names.get(join_on, join_on)
         require_columns(schema, [join_column, caption_column], str(file))
         for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):
