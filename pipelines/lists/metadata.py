@@ -65,10 +65,12 @@ def match_columns(schema: pa.Schema, extra: Mapping[str, str | None], where: str
     """Find our columns in a file: {our name: the file's name}.
 
     `extra` (`data.columns`: {the file's name: our name, or none to leave the column out}) takes
-    precedence over COLUMN_NAMES. Raises ConfigError for an unknown name of ours, and DataError for a
-    column that the file lacks or for two columns that differ only in case.
+    precedence over COLUMN_NAMES. Raises ConfigError for a name that is not in COLUMN_NAMES, and
+    DataError for a column that the file lacks or for two columns that differ only in case.
     """
-    named = {theirs: ours for theirs, ours in extra.items() if ours not in LEFT_OUT}
+    named = {
+        source_name: our_name for source_name, our_name in extra.items() if our_name not in LEFT_OUT
+    }
     if unknown := sorted(set(named.values()) - {*COLUMN_NAMES, None}, key=str):
         raise ConfigError(
             f"data.columns: unknown column '{unknown[0]}': expected one of {', '.join(COLUMN_NAMES)}, or "
@@ -79,14 +81,14 @@ def match_columns(schema: pa.Schema, extra: Mapping[str, str | None], where: str
     for name in schema.names:
         if name not in extra or name in named:
             by_lower.setdefault(name.strip().lower(), []).append(name)
-    found = {ours: theirs for theirs, ours in named.items() if ours}
-    for ours, spellings in COLUMN_NAMES.items():
-        theirs = next((by_lower[name] for name in spellings if name in by_lower), [])
-        if ours not in found and len(theirs) > 1:
-            several = " and ".join(map(repr, theirs))
-            raise DataError(f"{where} has {several}: choose the one for {ours} in data.columns")
-        if theirs:
-            found.setdefault(ours, theirs[0])
+    found = {our_name: source_name for source_name, our_name in named.items() if our_name}
+    for our_name, spellings in COLUMN_NAMES.items():
+        candidates = next((by_lower[name] for name in spellings if name in by_lower), [])
+        if our_name not in found and len(candidates) > 1:
+            several = " and ".join(map(repr, candidates))
+            raise DataError(f"{where} has {several}: choose the one for {our_name} in data.columns")
+        if candidates:
+            found.setdefault(our_name, candidates[0])
     return found
 
 
@@ -115,13 +117,21 @@ def read_batches(
     for batch in tables or read_tables(file):
         if tables is None:  # later JSON lines may have new columns
             found = _match_checked(batch.schema, extra, filters, file) | found
-        known = {ours: theirs for ours, theirs in found.items() if theirs in batch.column_names}
+        present = {
+            our_name: source_name
+            for our_name, source_name in found.items()
+            if source_name in batch.column_names
+        }
         yield pa.table(
             {
-                ours: _cast(
-                    batch[theirs], ours, theirs, file, None if ours in filtered else invalid
+                our_name: _cast(
+                    batch[source_name],
+                    our_name,
+                    source_name,
+                    file,
+                    None if our_name in filtered else invalid,
                 )
-                for ours, theirs in known.items()
+                for our_name, source_name in present.items()
             }
         )
 
@@ -157,18 +167,20 @@ def _columns_to_read(
     )
     minimum: dict[str, pa.ChunkedArray] = {}
     maximum: dict[str, pa.ChunkedArray] = {}
-    for ours in needed:
-        theirs = found[ours]
-        kind, stats = schema.field(theirs).type, statistics.get(theirs)
+    for our_name in needed:
+        source_name = found[our_name]
+        kind, stats = schema.field(source_name).type, statistics.get(source_name)
         # Not float16, whose bounds Arrow returns as bytes.
         is_number = pa.types.is_integer(kind) or kind in (pa.float32(), pa.float64())
         # Some writers store NaN as a bound, which bounds nothing.
         if is_number and stats and stats.has_min_max and stats.min <= stats.max:
             for bound, value in ((minimum, stats.min), (maximum, stats.max)):
-                bound[ours] = _cast(pa.chunked_array([[value]], kind), ours, theirs, file)
+                bound[our_name] = _cast(
+                    pa.chunked_array([[value]], kind), our_name, source_name, file
+                )
     every_url = _none_is_blank(statistics.get(found["url"]))
     if every_url and minimum and none_passes(filters, pa.table(minimum), pa.table(maximum)):
-        return [found[ours] for ours in needed]
+        return [found[our_name] for our_name in needed]
     return list(found.values())
 
 
@@ -183,16 +195,16 @@ def _none_is_blank(urls: pq.Statistics | None) -> bool:
 
 def _cast(
     column: pa.ChunkedArray,
-    ours: str,
-    theirs: str,
+    our_name: str,
+    source_name: str,
     file: Path,
     invalid: InvalidValues | None = None,
 ) -> pa.ChunkedArray:
     """A column cast to our type. With `invalid`, values that cannot be cast become null."""
-    where = f"{file}: column '{theirs}'"
+    where = f"{file}: column '{source_name}'"
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if ours in PROVENANCE.names and not _is_text(column.type):
+    if our_name in PROVENANCE.names and not _is_text(column.type):
         # Lists give these as numbers or lists too: any value is kept, as JSON.
         values = column.to_pylist()
         texts = [
@@ -200,27 +212,27 @@ def _cast(
             for value in values
         ]
         return pa.chunked_array([pa.array(texts, pa.string())])
-    kind = _TYPES[ours]
+    kind = _TYPES[our_name]
     try:
         if pa.types.is_string(kind):
             return as_text(column, where)
         return _numbers(column, kind, where)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, DataError) as error:
-        if invalid is not None and _is_text(column.type) and ours not in ("url", "alt_text"):
-            return _cast_each(column, kind, theirs, where, invalid)
-        if invalid is not None and ours in ("width", "height"):  # only filters read them
+        if invalid is not None and _is_text(column.type) and our_name not in ("url", "alt_text"):
+            return _cast_each(column, kind, source_name, where, invalid)
+        if invalid is not None and our_name in ("width", "height"):  # only filters read them
             return pa.chunked_array([pa.nulls(len(column), kind)])
         if isinstance(error, DataError):
             raise
         raise DataError(
             f"{where} is {column.type} and cannot be read as {kind} "
             f"({str(error)[:120]}); rename it, map another column in data.columns, or leave it out: "
-            f"data.columns='{{{theirs}: none}}'"
+            f"data.columns='{{{source_name}: none}}'"
         ) from None
 
 
 def _cast_each(
-    column: pa.ChunkedArray, kind: pa.DataType, theirs: str, where: str, invalid: InvalidValues
+    column: pa.ChunkedArray, kind: pa.DataType, source_name: str, where: str, invalid: InvalidValues
 ) -> pa.ChunkedArray:
     """Cast texts to `kind` one by one; those that fail become null and are counted in `invalid`."""
     values: list[Any] = []
@@ -234,8 +246,8 @@ def _cast_each(
             values.append(None)
             shown = value.decode("utf-8", "replace")[:40]
             first = f"{shown!r} in {where.rpartition(': column ')[0]}"
-            count, first = invalid.get(theirs, (0, first))
-            invalid[theirs] = (count + 1, first)
+            count, first = invalid.get(source_name, (0, first))
+            invalid[source_name] = (count + 1, first)
     return pa.chunked_array([pa.array(values, kind)])
 
 
