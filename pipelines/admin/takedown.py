@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.cli.config import OutputPathOrUrl
-from pipelines.images.blocklist import Blocked, ascii_host, domains_of
+from pipelines.images.blocklist import Blocklist, ascii_host, domains_of
 from pipelines.images.card import write_card
 from pipelines.images.removal import blocked_rows, remove_files, remove_rows
 from pipelines.images.rows import url_key
@@ -101,7 +101,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
     for images in tables:
         if images.describe()["kind"] != "image":
             raise DataError(f"{images.folder} is no image table: give it as `derived`")
-    names, blocked = _Names.of(config), Blocked()
+    names, blocked = _Names.of(config), Blocklist()
     removed: dict[str, int] = {}
     for images in tables:
         with lock_folder(images.folder, "table"):
@@ -111,7 +111,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
         blocked |= noted
     for table in derived:
         with lock_folder(table.folder, "derived"):
-            before = Blocked.read(table)
+            before = Blocklist.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
             removed[str(table.folder)] = remove_rows(table, blocked, names.look)
             if removed[str(table.folder)]:
@@ -167,7 +167,7 @@ class _Names:
         named = [*self.keys.values(), *self.addresses.values(), *self.domains.values()]
         return [name for name in named if name not in self.found]
 
-    def found_before(self, before: Blocked) -> None:
+    def found_before(self, before: Blocklist) -> None:
         """Count what an earlier takedown noted of a table for found, unless it found nothing."""
         noted = {name for key, name in self.keys.items() if key in before.keys}
         noted |= {name for end, name in self.domains.items() if end in before.domains}
@@ -194,13 +194,13 @@ def _value(name: str) -> str:
     return name.partition("=")[2]
 
 
-def _note(images: Table, names: _Names) -> Blocked:
+def _note(images: Table, names: _Names) -> Blocklist:
     """Write down what must be gone: what is named, and all spellings of the rows that are there."""
-    before = Blocked.read(images)
+    before = Blocklist.read(images)
     names.found_before(before)
     # The keys of URLs, too: earlier versions know nothing of addresses.
     keys = {*names.keys, *(url_key(_value(name)) for name in names.addresses.values())}
-    blocked = before | Blocked(
+    blocked = before | Blocklist(
         frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
     )
     for _ in range(2):  # the second time for other spellings of the rows that have a key or domain
@@ -210,7 +210,7 @@ def _note(images: Table, names: _Names) -> Blocked:
             names.look(named, address[mask])
             keys.update(named["key"].to_pylist())
             addresses.update(address[mask].tolist())
-        blocked |= Blocked(frozenset(keys), addresses=frozenset(addresses))
+        blocked |= Blocklist(frozenset(keys), addresses=frozenset(addresses))
     unmatched = (blocked.unmatched | set(names.missing())) - names.found
     blocked = replace(blocked, unmatched=frozenset(unmatched))
     blocked.write(images)

@@ -24,7 +24,7 @@ from pipelines.execution.read_images import ReadImages
 from pipelines.execution.replan import plan_again, take_out
 from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
-from pipelines.images.plans import LAYOUT, lay_out
+from pipelines.images.plans import LAYOUT, make_plan
 from pipelines.images.selection import Selection
 from pipelines.storage.folders import files_fingerprint, remove_folder
 from pipelines.storage.tables import Table
@@ -105,7 +105,7 @@ class ImageJob(TableJob):
         # Of a table that is there the rows are only compared.
         write = None if there else (table.folder, data.rows_per_chunk)
         chosen = partial(data.chosen, images, self.among and self.among())
-        laid = lay_out(images, chosen(), write)
+        laid = make_plan(images, chosen(), write)
         if not laid.rows and changed:
             take_out(table, data.input)  # the rows of images that were taken down go all the same
         if not laid.rows:
@@ -120,7 +120,7 @@ class ImageJob(TableJob):
         elif not table.check_same_run(self.kind, whole):
             chunks = -(-laid.rows // data.rows_per_chunk)
             notes = {"planned_rows": laid.rows, "files": files, "stamp": stamp, **self.notes}
-            notes |= {"changes": changes_of(data.input), "isolated": not data.is_ours}
+            notes |= {"changes": changes_of(data.input), "isolated": not data.is_own_table}
             table.create(self.kind, whole, chunks, **notes)
 
     def _known(

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from pipelines.execution.quarantine import FOLDER as DEATHS
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.card import write_card
-from pipelines.images.changes import changes_of, unexplained
+from pipelines.images.changes import changes_of, unexplained_keys
 from pipelines.images.plans import planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
@@ -47,7 +47,7 @@ def plan_again(
     """Lay the plan of `table` out again over the `images` of the table at `path`, as they are today.
 
     `chosen` tells of keys int64 `[n]` which are selected (bool `[n]`); at most `limit` rows in all.
-    `conditional` is that of `unexplained`.
+    `conditional` is that of `unexplained_keys`.
     `identity` is the table's from now on, and `notes` replace those in its `_table.json`. One that is
     killed is repeated. Raises RunError for planned rows that are gone and were not taken down.
     """
@@ -58,7 +58,7 @@ def plan_again(
     keys = np.concatenate([np.zeros(0, np.int64), *planned])
     there = np.ascontiguousarray(today["key"])
     missing = keys[~np.isin(keys, there)]
-    if len(accidents := unexplained(path, missing, conditional)):
+    if len(accidents := unexplained_keys(path, missing, conditional)):
         raise RunError(
             f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
             f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "
@@ -89,8 +89,8 @@ def plan_again(
 
 def take_out(table: Table, path: str) -> None:
     """Remove from `table` the rows that were taken down of the table at `path`, which it was made of."""
-    blocked = Blocked.read(Table(path))
-    (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
+    blocked = Blocklist.read(Table(path))
+    (Blocklist.read(table) | replace(blocked, unmatched=frozenset())).write(table)
     if remove_rows(table, blocked) and is_file(card := table.folder / CARD_FILE):
         remove_file(card)  # that of captions has samples, and is written when their job is through
         write_card(table)

@@ -23,7 +23,7 @@ from typing import Any
 from pipelines.execution.chunks import run_chunks
 from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.table_job import TableJob, run_table_job
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.account import Throughput, write_link_rot
@@ -164,7 +164,7 @@ def _plan_into(
 ) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
     known = KnownKeys(table) if table.exists else None
-    blocked = Blocked.read(table)
+    blocked = Blocklist.read(table)
     rows = read_list(files, config.filter, config.data.columns, plan, blocked, known=known)
 
     def size(listed: int) -> int:

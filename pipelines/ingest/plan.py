@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
 from pipelines.ingest.known_rows import (
     PLAN_ROW,
@@ -73,7 +73,7 @@ def read_list(
     filters: FilterConfig,
     columns: Mapping[str, str | None],
     plan: Plan,
-    blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
+    blocked: Blocklist = Blocklist(),  # noqa: B008 (it is frozen)
     sorting: SortFactory = ExternalSort,
     known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:

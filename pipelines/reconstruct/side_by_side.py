@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from pipelines.images.external import UndecodableImage
-from pipelines.images.plans import planned, read_plan
+from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader
-from pipelines.images.removal import SIDE_BY_SIDE, file_of
+from pipelines.images.removal import SIDE_BY_SIDE, file_name
 from pipelines.images.rows import OK
 from pipelines.storage.files import as_path, write_atomically
 from pipelines.storage.folders import names_in
@@ -39,20 +39,20 @@ def write_files(table: Table, square: Square) -> None:
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)
         keys = plan["key"].to_pylist()
-        if sum(file_of(key) in there for key in keys) == commit.statuses.get(OK, 0):
+        if sum(file_name(key) in there for key in keys) == commit.statuses.get(OK, 0):
             continue
         rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
         made = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
-        reader = RowReader(planned(files, plan), decode=decode)
+        reader = RowReader(plan_index(files, plan), decode=decode)
         for position, key in enumerate(keys):
-            if key not in made or file_of(key) in there:
+            if key not in made or file_name(key) in there:
                 continue
             try:
                 original = reader.square(position, square).transpose(1, 2, 0)
             except UndecodableImage as error:  # gone since
-                print(f"no {SIDE_BY_SIDE}/{file_of(key)}: {error}", file=sys.stderr)
+                print(f"no {SIDE_BY_SIDE}/{file_name(key)}: {error}", file=sys.stderr)
                 continue
-            write_atomically(folder / file_of(key), _joined(original, made[key]))
+            write_atomically(folder / file_name(key), _joined(original, made[key]))
 
 
 def _joined(original: np.ndarray, picture: bytes) -> bytes:

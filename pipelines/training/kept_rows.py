@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.images.blocklist import Blocked
-from pipelines.images.changes import changed_on_purpose, changes_of, unexplained
+from pipelines.images.blocklist import Blocklist
+from pipelines.images.changes import changed_on_purpose, changes_of, unexplained_keys
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import write_atomically
 from pipelines.storage.tables import Table, read_json_object
@@ -85,7 +85,7 @@ def go_on(
     if keys is None and (keys := _guessed(there, table, holdout, index)) is None:
         return Left(index, index.keys)
     missing = keys[~np.isin(keys, index.keys)]
-    if len(accidents := unexplained(table, missing)):
+    if len(accidents := unexplained_keys(table, missing)):
         raise RunError(
             f"{run_dir} was begun with {len(accidents):,} rows that {table} lacks now, and no takedown "
             f"or ingest has removed them (the first is key {accidents[0]}): bring them back, or choose "
@@ -125,7 +125,7 @@ def _guessed(
     """The keys of a run of an earlier version, which noted their digests alone: those of today and
     all that were taken down, where that has these digests.
     """
-    gone = np.array(sorted(Blocked.read(Table(table)).keys), np.int64)
+    gone = np.array(sorted(Blocklist.read(Table(table)).keys), np.int64)
     keys = np.union1d(index.keys, gone)
     held = in_holdout(keys, holdout)
     nowhere = np.zeros(len(keys), np.int32)

@@ -27,7 +27,7 @@ from pipelines.execution.chunks import run_chunks
 from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.removal import remove_rows
@@ -184,9 +184,9 @@ class Pairs(TableJob):
                 remove_file(table.folder / name)
             return
 
-        blocked = Blocked.read(table)
+        blocked = Blocklist.read(table)
         for path in self.sources.values():
-            blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
+            blocked |= replace(Blocklist.read(Table(path)), unmatched=frozenset())
         blocked.write(table)
         removed = remove_rows(table, blocked)
         print(
