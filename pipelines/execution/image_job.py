@@ -26,7 +26,8 @@ from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.plans import LAYOUT, make_plan
 from pipelines.images.selection import Selection
-from pipelines.storage.folders import files_fingerprint, remove_folder
+from pipelines.storage.fingerprints import mtime_fingerprint
+from pipelines.storage.folders import remove_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -92,7 +93,7 @@ class ImageJob(TableJob):
         there = table.describe() if table.exists else {}
         changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
         images, listed = data.images(again=changed)
-        stamp = files_fingerprint(images)
+        stamp = mtime_fingerprint(images)
         if there:
             # Settings first: of other ones there may be no files to look at.
             noted = there["identity"]

@@ -12,7 +12,6 @@ key. The listing is written file by file and contains no image bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -39,6 +38,7 @@ from pipelines.images.sources import (
     walk,
 )
 from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.fingerprints import size_fingerprint
 from pipelines.storage.folders import files_below, remove_folder
 from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
 from pipelines.storage.protocols import is_url
@@ -107,13 +107,12 @@ def _listing_files(output: Path) -> list[Path]:
 
 
 def _files_fingerprint(source: Source) -> str | None:
-    """A hash of the files' relative paths and sizes; None if they are image files."""
+    """The fingerprint of Parquet files or shards; None for image files, which may be millions."""
     if source.layout == "folder":
         return None
-    digest = hashlib.sha256()
-    for file in source.files:
-        digest.update(f"{_relative(file, source.root)} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16] if source.files else None
+    if not source.files:
+        return None
+    return size_fingerprint({_relative(file, source.root): file for file in source.files})
 
 
 def _write(

@@ -13,10 +13,10 @@ from pipelines.images.rows import DECODE, DOWNLOAD, status
 from pipelines.ingest.duplicates import DuplicateConfig
 from pipelines.ingest.web.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.web.config import DownloadConfig
-from pipelines.lists.files import fingerprint
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
+from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
 
 # What may be retried, by the name that a user gives, and the statuses that it stands for.
@@ -83,7 +83,7 @@ class IngestConfig(Config):
         no part of them."""
         values = dump(self)
         return {
-            "data.input": fingerprint(files),
+            "data.input": content_fingerprint(files),
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},

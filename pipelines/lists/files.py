@@ -1,11 +1,10 @@
-"""Finds the files of a list of URLs, and identifies the list by a fingerprint."""
+"""Finds the files of a list of URLs."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.lists.readers import SUFFIXES, format_of
@@ -37,32 +36,6 @@ def input_files(path: str) -> list[Path]:
 def input_bytes(files: Iterable[Path]) -> int:
     """Total size of the files on disk, in bytes."""
     return sum(file.stat().st_size for file in files)
-
-
-def fingerprint(files: Sequence[Path]) -> dict[str, str]:
-    """Per file its size and a digest of its first and last 64 KiB.
-
-    The keys are paths below the files' common folder, so a list that was moved stays the same. Raises
-    DataError for a file that cannot be opened.
-    """
-    folders = [str(file).split("/")[:-1] for file in files]
-    # In sorted order, the first and the last path differ where any two paths do.
-    pairs = list(zip(min(folders), max(folders), strict=False))
-    common = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    prints = {}
-    for file in files:
-        end = 1 << 16
-        try:
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(0)
-                head = stream.read(end)
-                stream.seek(max(0, size - end))
-                digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from None
-        prints["/".join(str(file).split("/")[common:])] = f"{size} bytes, {digest}"
-    return prints
 
 
 def _lists_below(folder: Path) -> list[Path]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +89,6 @@ def list_remote(folder: Path) -> dict[str, dict[str, Any]]:
         inner = {path[prefix:]: info for path, info in below.items()}
         named |= {name: info for name, info in inner.items() if name[:1] == "/" != name[-1:]}
     return {name: named[name] for name in sorted(named) if name}
-
-
-def files_fingerprint(files: Sequence[Path]) -> str:
-    """A hash of the files' paths, sizes and modification times (ETags in a store), 16 hex digits."""
-    digest = hashlib.sha256()
-    for folder, group in groupby(files, key=lambda file: file.parent):
-        remote = list_remote(folder) if is_url(folder) else {}
-        for file in group:
-            if is_url(file):
-                # pathlib's `parent` and `name` skip folders with an empty name.
-                below = str(file)[len(str(folder).rstrip("/")) + 1 :]
-                info = remote.get(below, {})
-                modified = info.get("ETag") or info.get("LastModified") or info.get("mtime")
-                state = f"{info.get('size')} {modified}"
-            else:
-                status = file.stat()
-                state = f"{status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{file} {state}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
 
 
 def names_in(folder: Path) -> list[str]:

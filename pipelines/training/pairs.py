@@ -40,10 +40,11 @@ from pipelines.images.rows import (
     with_image_feature,
 )
 from pipelines.images.urls import address_of
-from pipelines.lists.files import fingerprint, input_bytes
+from pipelines.lists.files import input_bytes
 from pipelines.lists.metadata import as_text, match_columns
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file
+from pipelines.storage.fingerprints import content_fingerprint
 from pipelines.storage.folders import names_in, remove_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema, write_parquet
 from pipelines.storage.sorting import ExternalSort, SortFactory
@@ -201,7 +202,7 @@ class Pairs(TableJob):
 
 def _digest(files: list[Path]) -> str:
     """A table's files in a few words, so that a changed one is told from this one."""
-    prints = str(sorted(fingerprint(files).items())).encode()
+    prints = str(sorted(content_fingerprint(files).items())).encode()
     digest = hashlib.blake2b(prints, digest_size=8).hexdigest()
     return f"{len(files)} files, {input_bytes(files)} bytes, {digest}"
 
