@@ -30,15 +30,12 @@ from pipelines.images.random_access import (
 )
 from pipelines.storage.files import is_file, remove_file, write_atomically
 from pipelines.storage.parquet import open_parquet, write_parquet
-from pipelines.storage.sorting import ExternalSort
+from pipelines.storage.sorting import ExternalSort, original_key, spread_keys
 from pipelines.storage.tables import PLAN, plan_file
 
 _CHUNKS = 1024  # per file
 LAYOUT = f"files of {_CHUNKS} chunks, in the order of the table"
 """Recorded in a table, so that a plan of another layout is refused."""
-
-# Odd, so that the product of keys has an inverse modulo 2**64.
-_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -135,14 +132,12 @@ def _check_unique_keys(files: Sequence[Path], count: int) -> None:
     keys = ExternalSort(pa.schema([("key", pa.int64())]), count * 8)
     try:
         for rows in usable_rows(files):
-            # Foreign keys may lie close together: the product spreads them over the buckets.
-            spread = rows["key"].astype(np.uint64) * _ODD
-            keys.add(pa.table({"key": spread.view(np.int64)}))
+            # Foreign keys may lie close together.
+            keys.add(pa.table({"key": spread_keys(rows["key"])}))
         for bucket in keys.sorted():
             ordered = bucket["key"].to_numpy()
             if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-                key = repeated[:1].view(np.uint64) * np.uint64(pow(int(_ODD), -1, 2**64))
-                raise repeated_key(files, int(key.view(np.int64)[0]))
+                raise repeated_key(files, original_key(int(repeated[0])))
     finally:
         keys.remove()
 

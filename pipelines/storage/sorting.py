@@ -1,7 +1,7 @@
 """External sort: sorts more rows by key than memory holds.
 
-Keys are hashes and therefore evenly spread. Their range is split into buckets of a few ten thousand
-rows. The buckets lie on disk and are sorted in memory one at a time.
+Keys must be evenly spread, as hashes are; `spread_keys` spreads others. Their range is split into buckets
+of a few ten thousand rows. The buckets lie on disk and are sorted in memory one at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _BUCKET_BYTES = 16 << 20  # input bytes per bucket
 _MAX_BUCKETS = 512  # each is an open file while rows are added
 _BUFFER_ROWS = 100_000  # rows held in memory before they are written to their buckets
 _MIN_KEY, _NUM_KEYS = -(2**63), 2**64
+_FACTOR = 0x9E3779B97F4A7C15  # odd, and therefore invertible modulo 2**64
 
 
 class ExternalSort:
@@ -92,3 +93,13 @@ def _sort(rows: pa.Table) -> pa.Table:
 
 SortFactory = Callable[[pa.Schema, int], ExternalSort]
 """Makes an ExternalSort from a schema and `input_bytes`."""
+
+
+def spread_keys(keys: np.ndarray) -> np.ndarray:
+    """Map 64-bit keys `[n]`, one to one, to keys int64 `[n]` that are evenly spread."""
+    return (keys.astype(np.uint64) * np.uint64(_FACTOR)).view(np.int64)
+
+
+def original_key(key: int) -> int:
+    """The int64 that `spread_keys` mapped to `key`."""
+    return (key * pow(_FACTOR, -1, 2**64) + 2**63) % 2**64 - 2**63
