@@ -99,7 +99,7 @@ def write_card(output: Table, counts: Mapping[str, int] | None = None) -> None:
         write_atomically(file, text)
 
 
-def table_card(output: Table, counts: Mapping[str, int], about: Card) -> str:
+def table_card(output: Table, counts: Mapping[str, int], content: Card) -> str:
     """The text of a table's card."""
     name, rows = output.folder.name, sum(counts.values())
     path, features = path_of(output), _features(output)
@@ -110,7 +110,7 @@ def table_card(output: Table, counts: Mapping[str, int], about: Card) -> str:
         "tags": None,
         "size_categories": [next((size for end, size in _SIZES if rows < end), "n>1T")],
         "base_model": None,
-        **about.header,
+        **content.header,
         "dataset_info": {"features": features},
         # Nothing else in the folder is data.
         "configs": [
@@ -120,10 +120,10 @@ def table_card(output: Table, counts: Mapping[str, int], about: Card) -> str:
             }
         ],
     }
-    besides = " and ".join(f"`{file}`" for file in about.public)
+    besides = " and ".join(f"`{file}`" for file in content.public)
     blocks = [
         f"# {name}",
-        about.what,
+        content.what,
         f"""```python
 from datasets import load_dataset
 
@@ -136,17 +136,17 @@ pandas.read_parquet("{path}/data")
 polars.scan_parquet("{path}/data/*.parquet")
 ray.data.read_parquet("{path}/data")  # Spark: spark.read.parquet("{path}/data")
 ```""",
-        *(about.reading or [_sql(path)]),
+        *(content.reading or [_sql(path)]),
         "Only `data/` contains rows. Names with an underscore belong to the job, and `_table.json` contains "
         "the paths of its input: do not publish them"
         + (f", except {besides}." if besides else "."),
         "## Rows by status",
         table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
-        *about.sections,
+        *content.sections,
         "## Columns",
         table(
             ("column", "type", "meaning"),
-            [(f"`{f['name']}`", f["dtype"], about.columns.get(f["name"], "")) for f in features],
+            [(f"`{f['name']}`", f["dtype"], content.columns.get(f["name"], "")) for f in features],
         ),
     ]
     return card(header, blocks)

@@ -81,7 +81,7 @@ def find_source(
         )
     root = where if is_folder(where) else where.parent
     if found.tars:  # img2dataset also writes Parquet files of metadata
-        if other := found.images or found.packed:  # these would be ignored
+        if other := found.image or found.compressed:  # these would be ignored
             raise DataError(
                 f"{setting}={path} contains .tar shards and other images ({other.name}): give one kind, "
                 f"e.g. {setting}='{path}/**/*.tar'"
@@ -89,14 +89,14 @@ def find_source(
         return Source("tar", root, tuple(sorted(found.tars, key=str)))
     parquets = sorted(found.parquets, key=str)
     # Parquet beside image files may be just a list of them.
-    are_images = not found.images or image_column is not None
+    are_images = not found.image or image_column is not None
     if parquets and (are_images or image_columns(read_schema(parquets[0]))):
         return _parquet(root, parquets, image_column, key_column)
-    if found.images:
+    if found.image:
         return Source("folder", where, tuple(f for f in matched if is_image(f.name)))
-    if packed := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
+    if archives := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
         raise DataError(
-            f"{setting}={path} contains {packed[0]} files: decompress them; .tar files can stay"
+            f"{setting}={path} contains {archives[0]} files: decompress them; .tar files can stay"
         )
     if found.tables:
         raise DataError(
@@ -121,8 +121,8 @@ class _Found:
         self.tars: list[Path] = []
         self.parquets: list[Path] = []
         self.tables: list[Path] = []  # folders of tables, which are skipped
-        self.images: Path | None = None  # one of them
-        self.packed: Path | None = None  # one compressed shard
+        self.image: Path | None = None  # any one of them
+        self.compressed: Path | None = None  # one compressed shard
         self.others: Counter[str] = Counter()
 
     def add(self, file: Path) -> None:
@@ -133,13 +133,13 @@ class _Found:
             if not file.name.startswith("_"):  # like Spark's summary files
                 self.parquets.append(file)
         elif suffix in IMAGES:
-            self.images = file
+            self.image = file
         elif file.name == TABLE_FILE:
             self.tables.append(file.parent)
         else:
             self.others[suffix] += 1
             if _COMPRESSED_TAR.search(file.name):
-                self.packed = file
+                self.compressed = file
 
 
 def _scan(folder: Path) -> _Found:
@@ -147,7 +147,7 @@ def _scan(folder: Path) -> _Found:
     for parent, names in walk(folder):
         for name, _ in names:
             # One image of many is enough.
-            if not (found.images and is_image(name)):
+            if not (found.image and is_image(name)):
                 found.add(parent / name)
     return found
 

@@ -159,7 +159,7 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
     counts = duckdb.sql(f"SELECT status, count(*) FROM '{files}' GROUP BY status").fetchall()
     assert dict(counts) == Table(tmp_path / "out").counts()
     card = (tmp_path / "out/README.md").read_text()
-    assert "9 images that are to be used, of 10 URLs" in card
+    assert "9 usable images, of 10 URLs" in card
     assert str(tmp_path) not in card
 
 
