@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, too
 from benchmarks.scale.driver import alone, declare_written
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig, ImageJob
-from pipelines.images.plans import planned, read_plan
+from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.rows import CAPTION_ROW, IMAGE_STRUCT
 from pipelines.images.selection import Selection
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 from vlv_model.squares import Square
 
@@ -75,7 +75,7 @@ def opened(selection: Selection) -> Table:
     )  # fmt: skip
     table = Table(selection.output)
     job.check(table)
-    with exclusive(table.folder, "data.output"):
+    with lock_folder(table.folder, "data.output"):
         job.plan(table)
     return table
 
@@ -93,7 +93,7 @@ def resume(selection: Selection) -> None:
 def task(selection: Selection) -> None:
     table = Table(selection.output)
     files = [Path(file) for file in table.describe()["files"]]
-    planned(files, read_plan(table.folder, 1))
+    plan_index(files, read_plan(table.folder, 1))
 
 
 def timed(work: Callable[[Selection], None], selection: Selection) -> dict[str, float]:

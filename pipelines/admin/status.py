@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipelines.cli.config import InputPlace
+from pipelines.cli.config import InputPathOrUrl
 from pipelines.execution.checkpoints import latest_checkpoint, step_of
 from pipelines.execution.progress import counts_table
 from pipelines.images.runs import runs_of
@@ -25,7 +25,7 @@ _STEPS = 50  # last steps, over which the speed is averaged
 class StatusConfig(Config):
     """All settings of `jobs/status.py`."""
 
-    table: InputPlace = Field(description="folder of a table or a training run")
+    table: InputPathOrUrl = Field(description="folder of a table or a training run")
 
 
 def status_text(config: StatusConfig) -> str:
@@ -62,7 +62,7 @@ def _table_text(path: str, table: Table) -> str:
             if done and left and run is runs[-1]:
                 state += f", about {spent / done * left / 60:,.0f} min left if it is running"
         lines.append(f"{work}; began {_format_time(info['started'])}, {state}")
-    if not pending and (lacking := table.lacks()):
+    if not pending and (lacking := table.incomplete_reason()):
         lines.append(f"it {lacking}: the job that writes it shows which")
     if pending and not runs:
         lines.append(f"{len(pending):,} chunks are missing: run the job again to write them")

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.cli.config import OutputPlace
-from pipelines.images.blocklist import Blocked, ascii_host, domains_of
+from pipelines.cli.config import OutputPathOrUrl
+from pipelines.images.blocklist import Blocklist, ascii_host, domains_of
 from pipelines.images.card import write_card
 from pipelines.images.removal import blocked_rows, remove_files, remove_rows
 from pipelines.images.rows import url_key
 from pipelines.images.urls import address_of, canonical_url
 from pipelines.ingest.report import remove_report, write_report
 from pipelines.recaption.report import remove_derived_files
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -34,13 +34,13 @@ _LISTED = 10  # names in an error message
 class TakedownConfig(Config):
     """All settings of `jobs/takedown.py`."""
 
-    table: tuple[OutputPlace, ...] = Field(min_length=1, description="image tables")
+    table: tuple[OutputPathOrUrl, ...] = Field(min_length=1, description="image tables")
     keys: tuple[int, ...] = Field((), description="keys of rows")
     urls: tuple[str, ...] = Field(
         (), description="URLs of rows, in any spelling, for example as a browser shows them"
     )
     domains: tuple[str, ...] = Field((), description="domains, with all their subdomains")
-    derived: tuple[OutputPlace, ...] = Field(
+    derived: tuple[OutputPathOrUrl, ...] = Field(
         (), description="tables derived from the image tables: captions, pairs, reconstructions"
     )
 
@@ -103,17 +103,17 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
     for images in tables:
         if images.describe()["kind"] != "image":
             raise DataError(f"{images.folder} is not an image table: give it as `derived`")
-    names, blocked = _Names.of(config), Blocked()
+    names, blocked = _Names.of(config), Blocklist()
     removed: dict[str, int] = {}
     for images in tables:
-        with exclusive(images.folder, "table"):
+        with lock_folder(images.folder, "table"):
             recorded = _record(images, names)
             remove_report(images)  # it shows images
             removed[str(images.folder)] = remove_rows(images, recorded, names.mark_found)
         blocked |= recorded
     for table in derived:
-        with exclusive(table.folder, "derived"):
-            before = Blocked.read(table)
+        with lock_folder(table.folder, "derived"):
+            before = Blocklist.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
             removed[str(table.folder)] = remove_rows(table, blocked, names.mark_found)
             if removed[str(table.folder)]:
@@ -121,7 +121,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
             write_card(table)  # even if a killed takedown has removed the rows before
             remove_files(table, blocked.keys)
     for images in tables:
-        with exclusive(images.folder, "table"):
+        with lock_folder(images.folder, "table"):
             write_report(images, hides=blocked.is_domain)
             write_card(images)
     if missing := names.missing():
@@ -169,7 +169,7 @@ class _Names:
         names = [*self.keys.values(), *self.addresses.values(), *self.domains.values()]
         return [name for name in names if name not in self.found]
 
-    def mark_found_before(self, before: Blocked) -> None:
+    def mark_found_before(self, before: Blocklist) -> None:
         """Mark names that an earlier takedown of a table recorded and matched."""
         recorded = {name for key, name in self.keys.items() if key in before.keys}
         recorded |= {name for domain, name in self.domains.items() if domain in before.domains}
@@ -196,13 +196,13 @@ def _value(name: str) -> str:
     return name.partition("=")[2]
 
 
-def _record(images: Table, names: _Names) -> Blocked:
+def _record(images: Table, names: _Names) -> Blocklist:
     """Record what to remove: the given names and all spellings of the rows that they match."""
-    before = Blocked.read(images)
+    before = Blocklist.read(images)
     names.mark_found_before(before)
     # Also the keys of URLs, since earlier versions do not know addresses.
     keys = {*names.keys, *(url_key(_value(name)) for name in names.addresses.values())}
-    blocked = before | Blocked(
+    blocked = before | Blocklist(
         frozenset(keys), frozenset(names.domains), frozenset(names.addresses)
     )
     for _ in range(2):  # the second pass finds other spellings of the rows found by key or domain
@@ -212,7 +212,7 @@ def _record(images: Table, names: _Names) -> Blocked:
             names.mark_found(matching, address[mask])
             keys.update(matching["key"].to_pylist())
             addresses.update(address[mask].tolist())
-        blocked |= Blocked(frozenset(keys), addresses=frozenset(addresses))
+        blocked |= Blocklist(frozenset(keys), addresses=frozenset(addresses))
     unmatched = (blocked.unmatched | set(names.missing())) - names.found
     blocked = replace(blocked, unmatched=frozenset(unmatched))
     blocked.write(images)

@@ -1,1 +1,1 @@
-"""The command line: settings, help, the frame that turns an error into one line, signals."""
+"""The command line: settings, help, one-line errors, signals."""

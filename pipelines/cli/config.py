@@ -1,10 +1,8 @@
-"""How every job gets its settings: defaults < YAML file (`--config`) < `key=value` on the command line.
+"""The settings of a job: defaults < YAML file (`--config`) < `key=value` on the command line.
 
-What texts mean, in the file and on the command line, is in `pipelines.cli.settings_file`.
-
-A job's settings are one frozen pydantic class, nested by section. This module turns a command
-line into an instance of it, prints `--help` and `--print-config` from the same class, and turns
-whatever is wrong into one line that names the setting.
+A job's settings are one frozen pydantic class, nested by section. This module builds an instance of it
+from a command line, prints `--help` and `--print-config` from the class, and turns every error into one
+line that names the setting. `pipelines.cli.settings_file` parses the values.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ C = TypeVar("C", bound=Config)
 
 
 def in_submitted_copy(folder: Path) -> bool:
-    """True inside the copy of `--working-dir` that Ray unpacks for a submitted job and deletes."""
+    """Whether a folder is in the temporary copy of `--working-dir` that Ray makes for a submitted job."""
     return "working_dir_files" in folder.parts
 
 
@@ -47,7 +45,7 @@ def _local(path: str) -> Path:
     if is_url(path):
         raise ValueError(f"'{path}' is a URL: give a path on a disk that all machines share")
     if path != path.encode("utf-8", "replace").decode():
-        raise ValueError(f"{path!a} is not UTF-8, which a table could not hold: rename it")
+        raise ValueError(f"{path!a} is not UTF-8 and could not be stored in a table: rename it")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -68,7 +66,7 @@ def _input(path: str) -> str:
     return os.path.abspath(_local(path))
 
 
-def _place(path: str, local: Callable[[str], str]) -> str:
+def _path_or_url(path: str, local: Callable[[str], str]) -> str:
     if not is_url(path):
         return local(path)
     protocol = path.partition("://")[0]
@@ -79,101 +77,101 @@ def _place(path: str, local: Callable[[str], str]) -> str:
 
 
 OutputPath = Annotated[str, AfterValidator(_output)]
-"""A place that a job writes to. Relative paths are the submitter's, or are refused."""
+"""A local path that a job writes to. A relative path is refused in a job submitted to Ray."""
 
 InputPath = Annotated[str, AfterValidator(_input)]
-"""A place that a job reads from; made absolute, since workers run in folders of their own."""
+"""A local path that a job reads; made absolute because workers run in other folders."""
 
-OutputPlace = Annotated[str, AfterValidator(partial(_place, local=_output))]
-"""Where a table is written: an OutputPath, or a URL of an object store."""
+OutputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_output))]
+"""Where a table is written: an OutputPath or a URL of an object store."""
 
-InputPlace = Annotated[str, AfterValidator(partial(_place, local=_input))]
-"""Where a table or a list is read: an InputPath, or a URL of an object store."""
+InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_input))]
+"""Where a table or a list is read: an InputPath or a URL of an object store."""
 
 
 # ------------------------------------------------------------------------------------- building
 
 
 def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
-    """Build `cls` from its defaults, a YAML file and `key=value` overrides, in rising order.
+    """Build `cls` from its defaults, a YAML file and `key=value` overrides; the later ones win.
 
-    Raises ConfigError, one line, for an unreadable file, an unknown key (with the nearest right
-    one), a value of the wrong type or out of range, and a required setting that is missing.
+    Raises ConfigError, one line, for an unreadable file, an unknown setting (with the nearest known
+    one), a value of the wrong type or out of range, and a missing required setting.
     """
     values: dict[str, Any] = {}
-    given = read_file(cls, config_file) if config_file else {}
-    lines = {key: f" (--config {config_file} line {one.line})" for key, one in given.items()}
-    for key, one in given.items():
-        _insert(values, key, one.value, lines[key])
-    before = ""
+    file_settings = read_file(cls, config_file) if config_file else {}
+    origins = {k: f" (--config {config_file} line {s.line})" for k, s in file_settings.items()}
+    for key, setting in file_settings.items():
+        _insert(values, key, setting.value, origins[key])
+    previous = ""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            belongs = f"; if it belongs to what is before it: '{before} {override}'"
+            hint = f"; if it belongs to the word before it: '{previous} {override}'"
             raise ConfigError(
-                f"cannot read '{override}': settings are given as key=value{belongs if before else ''}"
+                f"cannot read '{override}': settings are given as key=value{hint if previous else ''}"
             )
         _insert(values, key, parse_value(cls, key, text))
-        lines.pop(key, None)
-        before = override
-    return build(cls, values, lines)
+        origins.pop(key, None)
+        previous = override
+    return build(cls, values, origins)
 
 
 def build(
     cls: type[C],
     values: Mapping[str, Any],
-    lines: Mapping[str, str] = types.MappingProxyType({}),
+    origins: Mapping[str, str] = types.MappingProxyType({}),
 ) -> C:
-    """Validate a nested mapping as `cls`; ConfigError in one line where it is refused.
+    """Validate a nested mapping as `cls`; ConfigError, one line, if it is invalid.
 
-    `lines` says of a setting, by its dotted key, where it was given.
+    `origins` maps dotted keys to where they were given, as text that is appended to the error.
     """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(cls, error, lines)) from None
+        raise ConfigError(_one_line(cls, error, origins)) from None
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved settings as plain values: what run folders and checkpoints store."""
+    """The resolved settings as JSON values, as run folders and checkpoints store them."""
     return config.model_dump(mode="json")
 
 
-def _insert(values: dict[str, Any], dotted: str, value: Any, where: str = "") -> None:
+def _insert(values: dict[str, Any], dotted: str, value: Any, origin: str = "") -> None:
     *sections, name = dotted.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section{where}")
+            raise ConfigError(f"{dotted}: '{section}' is a single value, not a section{origin}")
         values = inner
     values[name] = value
 
 
-def _one_line(cls: type[Config], error: ValidationError, lines: Mapping[str, str]) -> str:
+def _one_line(cls: type[Config], error: ValidationError, origins: Mapping[str, str]) -> str:
     details = error.errors()
-    # A misspelt required key is both unknown and missing: the unknown one is what helps.
+    # A misspelt required setting is both unknown and missing: report the unknown one.
     details = [d for d in details if d["type"] == "extra_forbidden"] or details
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     key = ".".join(map(str, details[0]["loc"]))
     found: Iterator[str] = (
-        where for name, where in lines.items() if f"{key}.".startswith(f"{name}.")
+        origin for name, origin in origins.items() if f"{key}.".startswith(f"{name}.")
     )
-    if details[0]["type"] == "extra_forbidden":  # perhaps a section, of which a setting was given
-        found = chain(found, (w for name, w in lines.items() if name.startswith(f"{key}.")))
-    where = next(found, "")
-    return _describe(cls, details[0]) + where + more
+    if details[0]["type"] == "extra_forbidden":  # perhaps a section: look for its settings
+        found = chain(found, (o for name, o in origins.items() if name.startswith(f"{key}.")))
+    origin = next(found, "")
+    return _describe(cls, details[0]) + origin + more
 
 
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         value = detail["input"]
-        while isinstance(value, dict) and value:  # a section that does not exist: name its setting
+        while isinstance(value, dict) and value:  # an unknown section: name its setting
             name, value = next(iter(value.items()))
             key += f".{name}"
         known = [setting.key for setting in settings(cls)]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        if not near:  # the right name in the wrong section
+        if not near:  # perhaps the right name in the wrong section
             last = key.rsplit(".", 1)[-1]
             near = [k for k in known if difflib.get_close_matches(last, [k.rsplit(".")[-1]])][:1]
         hint = f"did you mean '{near[0]}'?" if near else "--help lists all settings"
@@ -190,7 +188,7 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
 
 
 class Setting:
-    """One leaf of a settings class: dotted key, type in words, default, meaning."""
+    """One setting of a settings class: dotted key, type in words, default, meaning."""
 
     def __init__(self, key: str, field: FieldInfo) -> None:
         self.key = key
@@ -212,7 +210,7 @@ def _default_words(default: Any) -> str:
 
 
 def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
-    """All leaves of a settings class, depth first, in the order of declaration."""
+    """All settings of a class, depth first, in the order of declaration."""
     for name, field in cls.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
@@ -231,16 +229,16 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def help_text(cls: type[Config], usage: str, description: str) -> str:
-    """The whole `--help`: usage, what the job does, every setting with type, default, meaning."""
+    """The text of `--help`: usage, what the job does, and every setting."""
     lines = [
         f"usage: {usage} [--config FILE] [--print-config] [key=value ...]",
         "",
         description.strip(),
         "",
-        "  --config FILE    YAML file of settings; settings on the command line win over it",
-        "  --print-config   print the settings as they resolve, as YAML, and stop",
+        "  --config FILE    YAML file of settings; the command line overrides it",
+        "  --print-config   print the resolved settings as YAML and exit",
         *(f"  --{name.replace('_', '-'):<15}  {name}=true" for name in _flags(cls)),
-        "  --help           this text",
+        "  --help           print this text and exit",
         "",
         "settings: key (type, default): meaning",
     ]
@@ -261,7 +259,7 @@ def help_text(cls: type[Config], usage: str, description: str) -> str:
 
 
 def _flags(cls: type[Config]) -> list[str]:
-    """Settings that are on or off for the job as a whole: `dry_run` may be said as --dry-run."""
+    """Top-level boolean settings, which are options too: `--dry-run` sets `dry_run=true`."""
     return [name for name, field in cls.model_fields.items() if field.annotation is bool]
 
 
@@ -277,10 +275,10 @@ def parse(
     description: str,
     aliases: Mapping[str, str] = types.MappingProxyType({}),
 ) -> C:
-    """Read a job's command line; `--help` and `--print-config` print and leave with status 0.
+    """Parse a job's command line; `--help` and `--print-config` print and exit with status 0.
 
-    `aliases` maps an option to the setting that it stands for (`{"--model": "model.path"}`); the
-    empty name stands for bare words (`{"": "image"}` in `jobs/caption.py IMAGE`).
+    `aliases` maps options to settings (`{"--model": "model.path"}`). The empty name is the positional
+    argument (`{"": "image"}` in `jobs/caption.py IMAGE`).
     """
     config_file: str | None = None
     show = False
@@ -301,8 +299,7 @@ def parse(
             if option == "--config":
                 if config_file is not None:
                     raise ConfigError(
-                        f"--config is given twice ({config_file}, {value}): put the settings of both in "
-                        "one file"
+                        f"--config is given twice ({config_file}, {value}): put both in one file"
                     )
                 config_file = value
             else:
@@ -310,11 +307,11 @@ def parse(
         elif word.startswith("-"):
             raise ConfigError(f"unknown option '{option}': settings are given as key=value")
         elif "" in aliases and not separator:
-            taken = next((o for o in overrides if o.startswith(f"{aliases['']}=")), None)
-            if taken is not None:
+            earlier = next((o for o in overrides if o.startswith(f"{aliases['']}=")), None)
+            if earlier is not None:
                 raise ConfigError(
-                    f"cannot read '{word}': {aliases['']} is given already ('{taken}'), and settings are "
-                    f"given as key=value; if it belongs to what is before it: '{overrides[-1]} {word}'"
+                    f"cannot read '{word}': {aliases['']} is already given ('{earlier}'), and settings are "
+                    f"given as key=value; if it belongs to the word before it: '{overrides[-1]} {word}'"
                 )
             overrides.append(f"{aliases['']}={word}")
         else:

@@ -1,9 +1,9 @@
-"""What texts mean as values of settings: in a YAML file (`--config`), and on the command line.
+"""Parses the values of settings, in a YAML file (`--config`) and on the command line.
 
-YAML 1.1 reads `no` as false and `none` as a text. A setting says what may be meant: words where it
-is a choice of words, `none` where it may be absent. Nothing in a file is passed over: a key that
-stands twice is refused with its lines, an empty section has its defaults, and a dotted key
-(`train.steps: 3`) is the setting of that name.
+YAML 1.1 reads `no` as false and `none` as a string. The type of the setting decides instead: a choice
+of words accepts the word, an optional setting accepts `none`. Nothing in a file is ignored: a duplicate
+key is an error, an empty section keeps its defaults, and a dotted key (`train.steps: 3`) is the setting
+of that name.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import yaml
 from vlv_model.config import Config
 from vlv_model.errors import ConfigError
 
-# PyYAML lets errors of the constructors that its tags name through.
+# PyYAML does not catch errors of the constructors that a tag calls.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
-NONE = ("none", "null")  # as --help shows what is not set, and as YAML says it
+NONE = ("none", "null")  # as --help shows an unset value, and as YAML writes it
 
 
 # ------------------------------------------------------------------------------ types of settings
 
 
 def section_of(annotation: Any) -> type[Config] | None:
-    """The class of a section of settings, or None of a single setting."""
+    """The class of a section of settings; None for a single setting."""
     is_class = isinstance(annotation, type)
     return annotation if is_class and issubclass(annotation, Config) else None
 
 
 def annotation_of(cls: type[Config], dotted: str) -> Any:
-    """The type of a setting, or None where there is no such setting."""
+    """The type of a setting; None if there is no such setting."""
     annotation: Any = cls
     for name in dotted.split("."):
         section = section_of(annotation)
@@ -70,8 +70,8 @@ def _alternatives(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _is_word_of(annotation: Any, text: str) -> bool:
-    """Whether a text is one of the words that a setting is a choice of."""
+def _is_choice(annotation: Any, text: str) -> bool:
+    """Whether a text is one of the literal choices of a setting."""
     choices = (get_args(a) for a in _alternatives(annotation) if get_origin(a) is Literal)
     return any(text in words for words in choices)
 
@@ -84,13 +84,13 @@ def _is_none(annotation: Any, text: str) -> bool:
 
 
 def parse_value(cls: type[Config], key: str, text: str) -> Any:
-    """The value that a text on the command line stands for; ConfigError where it is none."""
+    """The value of a text on the command line; ConfigError if it cannot be parsed."""
     annotation = annotation_of(cls, key)
-    if _is_word_of(annotation, text):
+    if _is_choice(annotation, text):
         return text
     if _is_none(annotation, text):
         return None
-    if type_words(annotation) == "text":  # to the letter: a path may look like YAML
+    if type_words(annotation) == "text":  # unparsed: a path may look like YAML
         return text
     try:
         value = yaml.safe_load(text)
@@ -106,18 +106,18 @@ def parse_value(cls: type[Config], key: str, text: str) -> Any:
 # -------------------------------------------------------------------------------------- the file
 
 
-class Given(NamedTuple):
-    """The value that a file gives a setting, and its line."""
+class FileSetting(NamedTuple):
+    """The value of a setting in a file, and its line."""
 
     value: Any
     line: int
 
 
-def read_file(cls: type[Config], file: str) -> dict[str, Given]:
-    """The settings of a YAML file by their dotted keys.
+def read_file(cls: type[Config], file: str) -> dict[str, FileSetting]:
+    """The settings of a YAML file, by dotted key.
 
-    Raises ConfigError, one line, for a file that cannot be read or is not YAML, and for a key that
-    stands twice.
+    Raises ConfigError, one line, for a file that cannot be read or is not YAML, and for a duplicate
+    key.
     """
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
@@ -133,15 +133,15 @@ def read_file(cls: type[Config], file: str) -> dict[str, Given]:
 
 
 class _Reader:
-    """Reads one file: its YAML nodes are values by the types of the settings that they are of."""
+    """Reads one file; each YAML node is parsed according to the type of its setting."""
 
     def __init__(self, cls: type[Config], file: str, text: str) -> None:
         self.cls, self.file = cls, file
         self.loader = yaml.SafeLoader(text)
-        self.found: dict[str, Given] = {}
-        self._merged: set[int] = set()  # mappings whose `<<` is resolved already
+        self.found: dict[str, FileSetting] = {}
+        self._merged: set[int] = set()  # ids of mappings whose `<<` is already resolved
 
-    def read(self) -> dict[str, Given]:
+    def read(self) -> dict[str, FileSetting]:
         root = self.loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
             self._section(root, "")
@@ -157,14 +157,14 @@ class _Reader:
                 if isinstance(inner, yaml.MappingNode):
                     self._section(inner, f"{key}.")
                     continue
-                if _is_empty(inner):  # all of it is commented out
+                if _is_empty(inner):  # everything in it is commented out
                     continue
-            if key in self.found:  # once dotted, once in its section
+            if key in self.found:  # given with a dotted key and in its section
                 self._refuse(key, self.found[key].line, name)
-            self.found[key] = Given(self._value(inner, annotation, key), _line(name))
+            self.found[key] = FileSetting(self._value(inner, annotation, key), _line(name))
 
     def _entries(self, node: yaml.MappingNode, prefix: str) -> list[tuple[yaml.Node, yaml.Node]]:
-        """Keys and values of a mapping, each key once; what `<<` merges gives way to its own."""
+        """Keys and values of a mapping. Its own keys override those merged by `<<`; no duplicates."""
         if id(node) not in self._merged:
             self._merged.add(id(node))
             lines: dict[Any, int] = {}
@@ -178,13 +178,13 @@ class _Reader:
 
     def _refuse(self, key: str, line: int, again: yaml.Node) -> NoReturn:
         raise ConfigError(
-            f"--config {self.file}: '{key}' stands twice (lines {line} and {_line(again)}): put "
-            "together what belongs to it"
+            f"--config {self.file}: '{key}' is given twice (lines {line} and {_line(again)}): "
+            "give it once"
         )
 
     def _value(self, node: yaml.Node, annotation: Any, key: str) -> Any:
         if isinstance(node, yaml.ScalarNode) and node.style is None:  # without quotes
-            if _is_word_of(annotation, node.value):
+            if _is_choice(annotation, node.value):
                 return node.value
             if _is_none(annotation, node.value):
                 return None

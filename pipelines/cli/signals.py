@@ -1,8 +1,7 @@
-"""How a job ends that a signal tells to: as by Ctrl-C, with the status that a shell gives the signal.
+"""SIGTERM and SIGHUP end a job as Ctrl-C does, with the exit status that a shell gives the signal.
 
-SIGTERM comes from `kill`, schedulers and machines that are called back, SIGHUP from a terminal that
-is closed. The handler raises KeyboardInterrupt, which Ray's core can carry through its C++: of a
-SystemExit that is raised while it waits it makes an abort.
+SIGTERM comes from `kill`, schedulers and preempted machines, SIGHUP from a closed terminal. The handler
+raises KeyboardInterrupt because Ray's C++ core handles it; a SystemExit during a wait makes it abort.
 """
 
 from __future__ import annotations
@@ -16,60 +15,61 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 STATUSES = {128 + number for number in SIGNALS}
-_DURING_RAYS_START = int(signal.SIGTERM)  # Ray's own handler, until it is connected
+_RAY_START_STATUS = int(signal.SIGTERM)  # of Ray's own handler, until Ray is connected
 
 
-class Asked:
-    """Whether a signal asked this process to end, and which."""
+class ReceivedSignal:
+    """The signal that asked this process to end, if any."""
 
     number: int | None = None
 
     @property
     def status(self) -> int | None:
-        """The exit status of the signal, None where there was none."""
+        """The signal's exit status; None if there was no signal."""
         return None if self.number is None else 128 + self.number
 
 
 @contextmanager
-def interrupted_by_signals(raises: Callable[[], bool] = lambda: True) -> Iterator[Asked]:
-    """Have SIGNALS raise KeyboardInterrupt in the main thread, once; further ones are ignored.
+def interrupt_on_signals(raises: Callable[[], bool] = lambda: True) -> Iterator[ReceivedSignal]:
+    """Make SIGNALS raise KeyboardInterrupt in the main thread, once; later signals are ignored.
 
-    `raises` may say that nothing is to be raised, as an error is unwinding already. What is ignored
-    already, as SIGHUP under `nohup`, stays so. Other threads than the main one may not listen.
+    If `raises` returns False, nothing is raised: another error is already ending the job. A signal that
+    is already ignored, as SIGHUP is under `nohup`, stays ignored. Does nothing in other threads, which
+    cannot handle signals.
     """
-    asked = Asked()
+    received = ReceivedSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        asked.number = number
-        for one in others:
-            signal.signal(one, signal.SIG_IGN)
+        received.number = number
+        for handled in previous:
+            signal.signal(handled, signal.SIG_IGN)
         if raises():
             raise KeyboardInterrupt
 
-    others = {one: signal.getsignal(one) for one in SIGNALS}
-    others = {one: handler for one, handler in others.items() if handler != signal.SIG_IGN}
-    for one in others:
-        signal.signal(one, end)
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {n: handler for n, handler in previous.items() if handler != signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, end)
     try:
-        yield asked
+        yield received
     finally:
-        if asked.number is None:
-            for one, handler in others.items():
-                signal.signal(one, handler)
+        if received.number is None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
-def status_of(ended: SystemExit) -> int | None:
-    """The status of an exit that a signal brought about; None of any other one."""
-    if ended.code == _DURING_RAYS_START:
+def signal_status(exit: SystemExit) -> int | None:
+    """The exit status if a signal caused the exit; else None."""
+    if exit.code == _RAY_START_STATUS:
         return 128 + signal.SIGTERM
-    return ended.code if isinstance(ended.code, int) and ended.code in STATUSES else None
+    return exit.code if isinstance(exit.code, int) and exit.code in STATUSES else None
 
 
-def say_interrupted() -> None:
-    """One line on standard error, unless the terminal is gone."""
+def print_interrupted() -> None:
+    """Print one line to standard error, unless the terminal is closed."""
     with suppress(OSError, ValueError):
         print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         sys.stderr.flush()

@@ -30,8 +30,8 @@ from pipelines.cli.config import dump, load
 from pipelines.demo.config import FULL, DemoConfig
 from pipelines.execution.connection import ray_session
 from pipelines.storage.files import write_atomically
-from pipelines.storage.locks import exclusive
-from pipelines.storage.tables import Table, read_json_object, refuse_strangers
+from pipelines.storage.locks import lock_folder
+from pipelines.storage.tables import Table, check_unused, read_json_object
 from pipelines.tiny_world.dataset import find_photos
 from pipelines.tiny_world.pretrained import MODELS, STAGE1
 from vlv_model.config import Config
@@ -56,7 +56,7 @@ def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
 
     demo = Demo(config, configs)
     demo.claim()
-    with exclusive(demo.folder, "run_dir"), ray_session(config.ray):
+    with lock_folder(demo.folder, "run_dir"), ray_session(config.ray):
         ingested = demo.ingest()
         stage1 = demo.stage1()
         stage2 = demo.stage2("stage2", demo.folder / "stage1")
@@ -119,7 +119,7 @@ class Demo:
             self.folder.rename(aside)
             print(f"{self.folder} held a demo with other settings: renamed to {aside}")
         else:
-            refuse_strangers(self.folder, (), "demo", "run_dir")
+            check_unused(self.folder, (), "demo", "run_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save_state()
 

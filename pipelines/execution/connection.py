@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from pipelines.cli.signals import interrupted_by_signals
+from pipelines.cli.signals import interrupt_on_signals
 from pipelines.execution.cluster import Cluster, InProcess, RayCluster
 from vlv_model.config import Config
 from vlv_model.errors import RunError, one_line
@@ -241,7 +241,7 @@ def _end_by_signals() -> Iterator[Callable[[], bool]]:
         return not isinstance(error, RayError) or isinstance(error, GetTimeoutError | RayTaskError)
 
     ours, signals = socket.socketpair()
-    with ours, signals, interrupted_by_signals(raises) as asked:
+    with ours, signals, interrupt_on_signals(raises) as asked:
         signals.setblocking(False)
         before = signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
         try:

@@ -24,9 +24,10 @@ from pipelines.execution.read_images import ReadImages
 from pipelines.execution.replan import plan_again, take_out
 from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
-from pipelines.images.plans import LAYOUT, lay_out
+from pipelines.images.plans import LAYOUT, make_plan
 from pipelines.images.selection import Selection
-from pipelines.storage.folders import remove_folder, stamp_of
+from pipelines.storage.fingerprints import mtime_fingerprint
+from pipelines.storage.folders import remove_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -79,7 +80,7 @@ class ImageJob(TableJob):
     notes: Mapping[str, Any] = field(default_factory=dict)  # of a new table
 
     def check(self, table: Table) -> None:
-        table.check_free(self.kind, None)
+        table.check_same_run(self.kind, None)
 
     def plan(self, table: Table) -> None:
         """Make the plan anew, or go on with the one that an earlier attempt made.
@@ -92,20 +93,20 @@ class ImageJob(TableJob):
         there = table.describe() if table.exists else {}
         changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
         images, listed = data.images(again=changed)
-        stamp = stamp_of(images)
+        stamp = mtime_fingerprint(images)
         if there:
             # Settings first: of other ones there may be no files to look at.
             noted = there["identity"]
             same = self._known(listed, noted.get("rows"), noted.get("layout"))
             if changed and listed:  # rows of a table of ours
                 same["files"] = noted.get("files")
-            table.check_free(self.kind, same, self.columns)
+            table.check_same_run(self.kind, same, self.columns)
             if there.get("stamp") == stamp:
                 return  # nothing was written since it was planned: no key has to be looked at again
         # Of a table that is there the rows are only compared.
         write = None if there else (table.folder, data.rows_per_chunk)
         chosen = partial(data.chosen, images, self.among and self.among())
-        laid = lay_out(images, chosen(), write)
+        laid = make_plan(images, chosen(), write)
         if not laid.rows and changed:
             take_out(table, data.input)  # the rows of images that were taken down go all the same
         if not laid.rows:
@@ -117,10 +118,10 @@ class ImageJob(TableJob):
                 table, data.input, images, chosen(), whole, data.rows_per_chunk, data.limit,
                 bool(listed), files=files, stamp=stamp,
             )  # fmt: skip
-        elif not table.check_free(self.kind, whole):
+        elif not table.check_same_run(self.kind, whole):
             chunks = -(-laid.rows // data.rows_per_chunk)
             notes = {"planned_rows": laid.rows, "files": files, "stamp": stamp, **self.notes}
-            notes |= {"changes": changes_of(data.input), "isolated": not data.is_ours}
+            notes |= {"changes": changes_of(data.input), "isolated": not data.is_own_table}
             table.create(self.kind, whole, chunks, **notes)
 
     def _known(

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipelines.execution.quarantine import FOLDER as ATTEMPTS
 from pipelines.execution.quarantine import Attempts
-from pipelines.images.plans import planned, read_plan
+from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader, UndecodableImage
 from pipelines.images.rows import OK, status
 from pipelines.storage.files import as_path
@@ -51,7 +51,7 @@ class ReadImages:
         decode = None
         if self.isolated:
             decode = self.decode or isolated_squares(self.square)
-        reader = RowReader(planned(self.files, plan), named=True, decode=decode)
+        reader = RowReader(plan_index(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}
         attempts = Attempts(self.folder / ATTEMPTS / f"read-{chunk:06d}.json")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from pipelines.execution.quarantine import FOLDER as ATTEMPTS
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.card import write_card
-from pipelines.images.changes import changes_of, unexplained
+from pipelines.images.changes import changes_of, unexplained_keys
 from pipelines.images.plans import planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
@@ -61,7 +61,7 @@ def plan_again(
     keys = np.concatenate([np.zeros(0, np.int64), *planned])
     present = np.ascontiguousarray(today["key"])
     missing = keys[~np.isin(keys, present)]
-    if len(accidents := unexplained(path, missing, conditional)):
+    if len(accidents := unexplained_keys(path, missing, conditional)):
         raise RunError(
             f"{table.folder} was begun with {len(accidents):,} images that {path} lacks now, and "
             f"no takedown or ingest has removed them (the first is key {accidents[0]}): bring them "
@@ -93,8 +93,8 @@ def plan_again(
 
 def take_out(table: Table, path: str) -> None:
     """Remove from `table` the rows that were taken down of its input, the table at `path`."""
-    blocked = Blocked.read(Table(path))
-    (Blocked.read(table) | replace(blocked, unmatched=frozenset())).write(table)
+    blocked = Blocklist.read(Table(path))
+    (Blocklist.read(table) | replace(blocked, unmatched=frozenset())).write(table)
     if remove_rows(table, blocked) and is_file(card := table.folder / CARD_FILE):
         remove_file(card)  # a caption table's card has samples: its job writes it at the end
         write_card(table)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import RayConfig, ray_session
 from pipelines.images.card import write_card
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table
 
 
@@ -44,7 +44,7 @@ def run_table_job(job: TableJob, output: str, ray: RayConfig) -> dict[str, int]:
     """
     table = Table(output)
     job.check(table)
-    with exclusive(table.folder, "data.output"):
+    with lock_folder(table.folder, "data.output"):
         job.plan(table)
         if not job.is_done(table):
             with ray_session(ray) as cluster:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.execution.connection import quiet_libraries
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
-from pipelines.storage.tables import NEWER, read_json_object
+from pipelines.storage.tables import ADDED_SETTINGS, read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
 from vlv_model.checkpoints.files import read_chain, read_checkpoint
@@ -171,7 +171,7 @@ def _is_finished(output: str, made_of: Mapping[str, Any]) -> bool:
     except CheckpointError:
         origin = {}
     recorded = origin.get("made_of")
-    recorded = {**NEWER, **recorded} if recorded else None
+    recorded = {**ADDED_SETTINGS, **recorded} if recorded else None
     if recorded == made_of:
         return True
     names = [k for k in made_of if recorded and recorded.get(k) != made_of[k]]

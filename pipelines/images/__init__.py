@@ -1,1 +1,1 @@
-"""Rows and their keys; images wherever they lie; which rows a job takes."""
+"""Image rows and their keys, images in any storage, and the choice of rows for a job."""

@@ -1,8 +1,8 @@
-"""What changed a table on purpose: takedowns and further runs of ingest, which the table records.
+"""Intended changes of a table: takedowns and further ingest runs, which the table records.
 
-A job notes how its input stands when it begins. When it goes on and finds other rows there, this tells
-whether a takedown or an ingest has changed them since, and whether that explains each row that is gone.
-What is not explained is an accident, and is refused by the job.
+A job records the state of its input when it starts. If it continues later and finds other rows, this
+module tells whether a takedown or an ingest changed them, and whether that explains each missing row.
+The job refuses to continue with rows that are missing for another reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.images.blocklist import FILE, Blocked
+from pipelines.images.blocklist import FILE, Blocklist
 from pipelines.images.rows import OK
 from pipelines.images.runs import last_run
 from pipelines.storage.files import is_file
@@ -21,24 +21,24 @@ from pipelines.storage.tables import Table
 
 
 def changes_of(path: str) -> dict[str, Any]:
-    """What a table records of its changes: how many runs of ingest it has, a digest of its takedown
-    note, and how the table that it was made of stood when it was last planned.
+    """The state of a table: its number of ingest runs, a digest of its blocklist, and the state of
+    its own input table when it was last planned.
 
-    Empty for other people's files, which record nothing.
+    Empty for files that are not a table of this pipeline, which record nothing.
     """
     table = Table(path)
     if not table.exists:
         return {}
-    note, run = table.folder / FILE, last_run(table)
-    taken_down = hashlib.sha256(note.read_bytes()).hexdigest()[:16] if is_file(note) else None
-    made_of = table.describe().get("changes")
-    return {"runs": run.number if run else 0, "taken_down": taken_down, "made_of": made_of}
+    blocklist, run = table.folder / FILE, last_run(table)
+    digest = hashlib.sha256(blocklist.read_bytes()).hexdigest()[:16] if is_file(blocklist) else None
+    input_state = table.describe().get("changes")
+    return {"runs": run.number if run else 0, "taken_down": digest, "made_of": input_state}
 
 
 def changed_on_purpose(path: str, before: Mapping[str, Any] | None) -> bool:
-    """Whether a takedown or an ingest has changed the table since `changes_of` it was `before`.
+    """Whether a takedown or an ingest changed the table since `changes_of` returned `before`.
 
-    None is what an earlier version noted: it may have begun before any of them.
+    None, recorded by an earlier version, counts as the state before any change.
     """
     now = changes_of(path)
     if before is None:
@@ -46,19 +46,19 @@ def changed_on_purpose(path: str, before: Mapping[str, Any] | None) -> bool:
     return bool(now) and now != before
 
 
-def unexplained(path: str, missing: np.ndarray, conditional: bool = False) -> np.ndarray:
-    """Which of the keys int64 `[n]`, no usable rows any more, were not taken down of the table at
-    `path`, nor have another status there now: int64 `[m]`.
+def unexplained_keys(path: str, missing: np.ndarray, conditional: bool = False) -> np.ndarray:
+    """Which `missing` keys (int64 `[n]`) neither a takedown nor a changed status explains: int64 `[m]`.
 
-    `conditional` where a condition on other columns decides, too, which an ingest may have changed.
+    `path` is the table; `missing` were its usable rows. With `conditional`, a condition on other columns
+    also selects rows: any row still in the table is then explained, as an ingest may change its columns.
     """
     table = Table(path)
-    missing = missing[~np.isin(missing, np.array(sorted(Blocked.read(table).keys), np.int64))]
+    missing = missing[~np.isin(missing, np.array(sorted(Blocklist.read(table).keys), np.int64))]
     if not len(missing):
         return missing
     chunks = [commit.chunk for commit in table.commits()]
     for rows in table.columns(chunks, ["key", "status"]):
         states = rows["status"].to_pylist()
-        judged = np.array([conditional or status != OK for status in states], bool)
-        missing = missing[~np.isin(missing, rows["key"].to_numpy()[judged])]
+        explained = np.array([conditional or status != OK for status in states], bool)
+        missing = missing[~np.isin(missing, rows["key"].to_numpy()[explained])]
     return missing

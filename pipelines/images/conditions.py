@@ -1,4 +1,4 @@
-"""Which rows of a table a job takes: `where`, the condition of an SQL query, evaluated by DuckDB."""
+"""Conditions on rows: the setting `where`, an SQL condition evaluated by DuckDB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def small_columns(schema: pa.Schema) -> list[str]:
-    """The columns that a condition may name: all but nested ones and bytes."""
+    """The columns that a condition may use: all except nested ones and bytes."""
     return [
         field.name
         for field in schema
@@ -30,7 +30,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 class Where:
-    """A condition such as `aesthetic >= 6 and alt_text like '%dog%'`."""
+    """An SQL condition such as `aesthetic >= 6 and alt_text like '%dog%'`."""
 
     def __init__(self, condition: str, setting: str = "data.where") -> None:
         self.condition, self.setting = condition, setting
@@ -40,39 +40,39 @@ class Where:
         return {**self.__dict__, "_connection": None}
 
     def mask(self, rows: pa.Table) -> np.ndarray:
-        """Which rows it holds for, booleans `[n]`; null counts as no.
+        """Which rows satisfy the condition, bool `[n]`; null counts as false.
 
-        Raises ConfigError, one line, where DuckDB cannot read it or a column is not there.
+        Raises ConfigError, one line, if DuckDB rejects the condition or a column is missing.
         """
         import duckdb
 
         if self._connection is None:
-            # A condition has no business with files, and threads are the callers' matter.
+            # A condition may not read files. Parallelism is up to the caller.
             options: dict[str, Any] = {"enable_external_access": "false", "threads": "1"}
-            # Nor with the rows as a whole, of which some alone are here: it sees no table.
+            # It may not query Python variables such as the rows: only some of the rows are here.
             options["python_enable_replacements"] = "false"
             self._connection = duckdb.connect(":memory:", config=options)
-        known = _told_apart(rows.column_names)
-        number = "_row" + "_" * max(map(len, known), default=0)  # a name that no column has
+        columns = _unambiguous(rows.column_names)
+        number = "_row" + "_" * max(map(len, columns), default=0)  # a name that no column has
         numbers = pa.array(np.arange(rows.num_rows), pa.int64())
-        numbered = rows.select(known).append_column(number, numbers)
+        numbered = rows.select(columns).append_column(number, numbers)
         try:
-            # As one expression, not as text in a query, which could end the condition and go on.
+            # As an expression. As text in a query, a condition could end early and add other SQL.
             condition = duckdb.SQLExpression(self.condition)
             relation = self._connection.from_arrow(numbered).filter(condition)
-            found = relation.select(duckdb.ColumnExpression(number)).fetchnumpy()[number]
+            selected = relation.select(duckdb.ColumnExpression(number)).fetchnumpy()[number]
         except duckdb.Error as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(
-                f"{self.setting}={self.condition!r} is no condition on these rows ({reason}); "
-                f"columns: {', '.join(known)}"
+                f"{self.setting}={self.condition!r} is not a valid condition on these rows ({reason}); "
+                f"columns: {', '.join(columns)}"
             ) from None
         mask = np.zeros(rows.num_rows, bool)
-        mask[np.asarray(found, np.int64)] = True
+        mask[np.asarray(selected, np.int64)] = True
         return mask
 
 
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """Those that SQL tells apart: to it `url` and `URL` are one, and it would take either."""
-    spelt = Counter(name.lower() for name in names)
-    return [name for name in names if spelt[name.lower()] == 1]
+def _unambiguous(names: Sequence[str]) -> list[str]:
+    """The names that are unique regardless of case: SQL treats `url` and `URL` as the same column."""
+    counts = Counter(name.lower() for name in names)
+    return [name for name in names if counts[name.lower()] == 1]

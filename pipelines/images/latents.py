@@ -1,8 +1,8 @@
-"""Tables of latents: what the VAE says of each image, stored beside the images.
+"""Tables of latents: the VAE's latent distribution of each image.
 
-Written by jobs/precompute.py, read by stage 1 in place of the VAE. A row holds the mean and the
-deviation of its image's latents as bfloat16, little-endian, in the order `[c h w]` that the
-table's manifest (`_table.json`) names together with the VAE's fingerprint.
+jobs/precompute.py writes them; stage 1 reads them instead of running the VAE. A row has the mean and
+the standard deviation of its image's latents as little-endian bfloat16 `[c h w]`. The shape and the
+VAE's fingerprint are in `_table.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.images.random_access import RowIndex, RowReader
-from pipelines.storage.tables import NEWER, Table, parquet_files
+from pipelines.storage.tables import ADDED_SETTINGS, Table, parquet_files
 from vlv_model.config import ModelConfig
 from vlv_model.errors import DataError
 
@@ -25,20 +25,22 @@ SETTING = "data.latents"
 COLUMNS = ("mean", "deviation")
 
 
-def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """All of a model that decides the latents of an image, as the manifest keeps it.
+def latents_identity(
+    model: ModelConfig, recorded: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything in a model that decides the latents of an image, as `_table.json` stores it.
 
-    `there` is what a manifest says already: the same VAE is called what it is called there.
+    `recorded` is the identity of an existing table: the same VAE keeps the fingerprint recorded there.
     """
     from vlv_model.checkpoints.fingerprint import fingerprint_like, matches_fingerprint
     from vlv_model.checkpoints.loading import read_latent_format
     from vlv_model.checkpoints.sources import part_source
 
     latents, vae = read_latent_format(model), part_source(model, "vae")
-    recorded = (there or {}).get("vae") or ""
-    same = recorded and matches_fingerprint(recorded, vae)
+    known = (recorded or {}).get("vae") or ""
+    same = known and matches_fingerprint(known, vae)
     return {
-        "vae": recorded if same else fingerprint_like(recorded, vae),
+        "vae": known if same else fingerprint_like(known, vae),
         "scaling_factor": latents.scaling_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,
@@ -46,16 +48,16 @@ def made_of(model: ModelConfig, there: Mapping[str, Any] | None = None) -> dict[
     }
 
 
-def packed(latents: Tensor) -> list[bytes]:
-    """Float `[n c h w]` -> the bytes of each row, as bfloat16."""
+def pack_latents(latents: Tensor) -> list[bytes]:
+    """Float `[n c h w]` -> the bytes of each row as bfloat16."""
     import torch
 
     words = latents.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
     return [row.astype("<i2").tobytes() for row in words]
 
 
-def unpacked(rows: list[bytes], shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `packed`: float32 `[n c h w]`."""
+def unpack_latents(rows: list[bytes], shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pack_latents`: float32 `[n c h w]`."""
     import torch
 
     words = np.frombuffer(b"".join(rows), "<i2").astype(np.int16)
@@ -66,30 +68,30 @@ class LatentReader:
     """Reads the latents of images by key."""
 
     def __init__(self, path: str) -> None:
-        """Raises DataError where `path` is no finished table of latents."""
+        """Raises DataError if `path` is not a finished table of latents."""
         self.path = path
         files = parquet_files(path, SETTING)
         table = Table(path)
-        about: dict[str, Any] = table.describe() if table.exists else {"kind": "foreign"}
-        if about["kind"] != KIND:
+        description: dict[str, Any] = table.describe() if table.exists else {"kind": "foreign"}
+        if description["kind"] != KIND:
             raise DataError(
-                f"{SETTING}={path} is a {about['kind']} table, expected one that "
+                f"{SETTING}={path} is a {description['kind']} table, expected one that "
                 "jobs/precompute.py wrote"
             )
-        self.identity: dict[str, Any] = about["identity"]
+        self.identity: dict[str, Any] = description["identity"]
         self.shape = tuple(self.identity["latent_shape"])
         self.index = RowIndex.open(files, needed=COLUMNS)
         self._rows = RowReader(self.index, COLUMNS, image=False)
 
     def check(self, model: ModelConfig, keys: np.ndarray) -> None:
-        """Raise DataError unless these are the latents of `model`'s VAE, for all of `keys`."""
-        there = NEWER | self.identity
-        here = made_of(model, there)
-        if differing := [name for name in here if here[name] != there[name]]:
-            shown = ", ".join(f"{n}: {there[n]} there, {here[n]} here" for n in differing)
+        """Raise DataError unless the table has the latents of `model`'s VAE for all `keys`."""
+        recorded = ADDED_SETTINGS | self.identity
+        current = latents_identity(model, recorded)
+        if differing := [name for name in current if current[name] != recorded[name]]:
+            shown = ", ".join(f"{n}: {recorded[n]} there, {current[n]} here" for n in differing)
             raise DataError(
-                f"{SETTING}={self.path} was not made with this run's VAE and squares ({shown}): "
-                "precompute it with this run's model.*, or leave it out"
+                f"{SETTING}={self.path} was made with another VAE or another preprocessing than this "
+                f"run's ({shown}): precompute it with this run's model.*, or leave it out"
             )
         missing = keys[~np.isin(keys, self.index.keys)]
         if len(missing):
@@ -100,8 +102,11 @@ class LatentReader:
             )
 
     def read(self, keys: list[int]) -> tuple[Tensor, Tensor]:
-        """Mean and deviation `[n c h w]`, float32, unscaled, of images that `check` has seen."""
+        """Mean and standard deviation of the images' latents, float32 `[n c h w]`, unscaled.
+
+        All `keys` must have passed `check`.
+        """
         positions = np.searchsorted(self.index.keys, np.array(keys, np.int64))
         rows = [self._rows.row(int(position)) for position in positions]
         mean, deviation = ([row[name] for row in rows] for name in COLUMNS)
-        return unpacked(mean, self.shape), unpacked(deviation, self.shape)
+        return unpack_latents(mean, self.shape), unpack_latents(deviation, self.shape)

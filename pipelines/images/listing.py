@@ -1,18 +1,17 @@
-"""Images as others keep them, listed once as a table of our layout (pipelines.images.external).
+"""Lists images in foreign formats once, as a table of our layout (pipelines.images.external).
 
-    layout     what is there                         key: the hash of                    name
-    parquet    an image column, bytes or a struct    `key`, `data.key_column`, or        the struct's path, a file
-               of bytes and path                     the file's path and the row         name or URL, or both
-    tar        WebDataset shards, img2dataset's      shard's path/member                 the same
-    folder     image files, in folders too           path in the folder                  the same
+    layout     input                                 key                                 name
+    parquet    an image column: bytes, or a struct   `key`, `data.key_column`, or        the struct's path, a file
+               of bytes and path                     hash of the file's path and row     name or URL column, or both
+    tar        shards of WebDataset or img2dataset   hash of the name                    shard's path/member
+    folder     image files, at any depth             hash of the name                    path in the folder
 
-Paths are those below `data.input`, so keys stay when it is moved, and no two images share one. A
-listing is written while the input is read, file by file, and holds what a plan needs: no bytes.
+Paths are relative to `data.input`, so keys do not change when it is moved, and no two images share a
+key. The listing is written file by file and contains no image bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -26,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.images.conditions import Where, small_columns
-from pipelines.images.external import COLUMN, LISTED_ROW, UNNAMED, as_utf8, listed_row
+from pipelines.images.external import COLUMN, INVALID_NAME, LISTED_ROW, as_utf8, listed_row
 from pipelines.images.rows import OK, check_status, key_of, url_key
-from pipelines.images.shards import members
+from pipelines.images.shards import list_shard
 from pipelines.images.sources import (
     Source,
     find_source,
@@ -39,17 +38,18 @@ from pipelines.images.sources import (
     walk,
 )
 from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.fingerprints import size_fingerprint
 from pipelines.storage.folders import files_below, remove_folder
 from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import PLAN, Table, read_json_object
 from vlv_model.errors import DataError
 
-FOLDER, MADE_OF = "_plan/listing", "_plan/listing.json"
-_NAMES = ("file_name", "filename", "url", "URL")  # columns that name an image, the likeliest first
-_ROWS = 1 << 18  # of a file of the listing
+FOLDER, DESCRIPTION = "_plan/listing", "_plan/listing.json"
+_NAME_COLUMNS = ("file_name", "filename", "url", "URL")  # columns that name an image, by preference
+_FILE_ROWS = 1 << 18  # rows per file of the listing
 _ROW_GROUP = 1024
-_SHARDS = 8  # that are listed at a time
+_THREADS = 8  # shards listed concurrently
 
 
 def list_images(
@@ -61,65 +61,64 @@ def list_images(
     setting: str = "data.input",
     again: bool = False,
 ) -> tuple[list[Path], dict[str, Any]]:
-    """The files of a table of our layout with the images at `path`, and what they are known by.
+    """The Parquet files of a table with the images at `path`, and the settings that identify it.
 
-    A table of ours is such a table, unless only rows of it are wanted; of anything else a listing
-    is written into `output`, once: a job that is continued goes on with the one that is there, unless
-    the same images are to be listed `again`.
-    Whoever calls holds `output`. Raises DataError where there are no images, ConfigError for a condition
-    that cannot be read.
+    A table of this pipeline is returned as it is, unless `where` selects rows of it. Anything else is
+    listed in `output`, once: a continued job uses the existing listing, unless `again` asks to list the
+    same images again. The caller must hold the lock on `output`. Raises DataError if there are no images,
+    and ConfigError for an invalid condition.
     """
-    asked = {"input": path, "image": image_column, "key": key_column, "where": where}
-    made_of = output / MADE_OF
-    there = read_json_object(made_of) if is_file(made_of) else None
-    if there is not None and there["asked"] == asked and there["layout"] == "folder":
-        # To look whether millions of files are still the same costs as much as listing them.
-        return _listed(output), {"layout": "folder"}
+    request = {"input": path, "image": image_column, "key": key_column, "where": where}
+    description = output / DESCRIPTION
+    recorded = read_json_object(description) if is_file(description) else None
+    same_request = recorded is not None and recorded["asked"] == request
+    if recorded is not None and same_request and recorded["layout"] == "folder":
+        # Checking whether millions of files have changed costs as much as listing them.
+        return _listing_files(output), {"layout": "folder"}
     source = find_source(path, image_column, key_column, setting)
     if source.layout == "table" and where is None:
         return list(source.files), {}
-    about = {"layout": source.layout, "files": _digest(source)}
-    if there is None or there["asked"] != asked or there["files"] != about["files"]:
-        relist = again and there is not None and there["asked"] == asked
-        if Table(output).exists and not relist:
-            return _listed(output), about  # refused by whoever compares what they are of
+    identity = {"layout": source.layout, "files": _files_fingerprint(source)}
+    if recorded is None or not same_request or recorded["files"] != identity["files"]:
+        if Table(output).exists and not (again and same_request):
+            return _listing_files(output), identity  # the caller compares the identity and refuses
         others: Counter[str] = Counter()
         if not _write(output, source, key_column, where, others):
             what = f"no row for which {where}" if where is not None else "no image"
-            beside = f" (and {_suffixes(others)})" if others else ""
-            raise DataError(f"{setting}={path} has {what}{beside}")
+            skipped = f" (and {_suffixes(others)})" if others else ""
+            raise DataError(f"{setting}={path} has {what}{skipped}")
         if others:
             print(
-                f"warning: {setting}={path}: {others.total():,} files in its shards are no images by "
-                f"their names and were passed over: {_suffixes(others)}",
+                f"warning: {setting}={path}: {others.total():,} files in its shards were skipped, because "
+                f"their names are not those of images: {_suffixes(others)}",
                 file=sys.stderr,
             )
-        write_atomically(made_of, json.dumps({"asked": asked, **about}))
-    return _listed(output), about if source.layout != "folder" else {"layout": "folder"}
+        write_atomically(description, json.dumps({"asked": request, **identity}))
+    return _listing_files(output), identity if source.layout != "folder" else {"layout": "folder"}
 
 
 def _suffixes(counts: Counter[str]) -> str:
     return ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in counts.most_common(5))
 
 
-def _listed(output: Path) -> list[Path]:
+def _listing_files(output: Path) -> list[Path]:
     # Earlier versions wrote `.parquet`.
     return [file for file in files_below(output / FOLDER) if file.suffix in (PLAN, ".parquet")]
 
 
-def _digest(source: Source) -> str | None:
+def _files_fingerprint(source: Source) -> str | None:
+    """The fingerprint of Parquet files or shards; None for image files, which may be millions."""
     if source.layout == "folder":
         return None
-    digest = hashlib.sha256()
-    for file in source.files:
-        digest.update(f"{_below(file, source.root)} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16] if source.files else None
+    if not source.files:
+        return None
+    return size_fingerprint({_relative(file, source.root): file for file in source.files})
 
 
 def _write(
     output: Path, source: Source, key_column: str | None, where: str | None, others: Counter[str]
 ) -> int:
-    """Write a listing anew; how many rows it has. `others` counts what is no image in shards."""
+    """Replace the listing; returns its number of rows. `others` counts skipped files in shards."""
     remove_folder(output / FOLDER)
     if not is_url(output):
         (output / FOLDER).mkdir(parents=True)
@@ -127,22 +126,22 @@ def _write(
     if source.layout in ("table", "parquet"):
         schema = LISTED_ROW.with_metadata({COLUMN: (source.column or "").encode()})
     condition = Where(where) if where is not None else None
-    waiting: list[pa.Table] = []
+    buffer: list[pa.Table] = []
     written, rows = 0, 0
 
     def flush() -> None:
         nonlocal written
         file = output / FOLDER / f"{written:06d}{PLAN}"
-        write_parquet(file, pa.concat_tables(waiting).cast(schema), row_group_size=_ROW_GROUP)
-        waiting.clear()
+        write_parquet(file, pa.concat_tables(buffer).cast(schema), row_group_size=_ROW_GROUP)
+        buffer.clear()
         written += 1
 
     for table in _rows(source, key_column, condition, others):
-        waiting.append(table)
+        buffer.append(table)
         rows += table.num_rows
-        if sum(t.num_rows for t in waiting) >= _ROWS:
+        if sum(t.num_rows for t in buffer) >= _FILE_ROWS:
             flush()
-    if waiting:
+    if buffer:
         flush()
     return rows
 
@@ -155,24 +154,24 @@ def _rows(
             yield from _parquet_rows(source, file, key_column, where)
         return
     if source.layout == "tar":
-        with ThreadPoolExecutor(_SHARDS) as readers:
+        with ThreadPoolExecutor(_THREADS) as readers:
 
-            def listed(shard: Path) -> tuple[pa.Table, Counter[str]]:
-                counted: Counter[str] = Counter()  # of one thread
-                return _table(members(shard, _below(shard, source.root), counted)), counted
+            def list_one(shard: Path) -> tuple[pa.Table, Counter[str]]:
+                counted: Counter[str] = Counter()  # per thread
+                return _table(list_shard(shard, _relative(shard, source.root), counted)), counted
 
-            for first in range(0, len(source.files), _SHARDS):
-                shards = readers.map(listed, source.files[first : first + _SHARDS])
+            for first in range(0, len(source.files), _THREADS):
+                shards = readers.map(list_one, source.files[first : first + _THREADS])
                 for table, counted in shards:
                     others.update(counted)
-                    yield _kept(table, where)
+                    yield _select(table, where)
         return
     files = _image_files(source)
     while batch := list(islice(files, 16_384)):
-        yield _kept(_table(batch), where)
+        yield _select(_table(batch), where)
 
 
-def _kept(table: pa.Table, where: Where | None) -> pa.Table:
+def _select(table: pa.Table, where: Where | None) -> pa.Table:
     if where is None:
         return table
     mask = where.mask(table.select(["key", "name", "size"]))
@@ -182,7 +181,7 @@ def _kept(table: pa.Table, where: Where | None) -> pa.Table:
 def _parquet_rows(
     source: Source, file: Path, key_column: str | None, where: Where | None
 ) -> Iterator[pa.Table]:
-    schema, path, below = read_schema(file), str(file), _below(file, source.root)
+    schema, path, relative = read_schema(file), str(file), _relative(file, source.root)
     column = source.column or "image"
     if column not in image_columns(schema):
         image_column_of(schema, column, path)
@@ -192,7 +191,7 @@ def _parquet_rows(
     if source.layout == "table":
         check_status(schema, path)
     status = "status" if source.layout == "table" and "status" in schema.names else None
-    title = next((name for name in _NAMES if name in schema.names), None)
+    title = next((name for name in _NAME_COLUMNS if name in schema.names), None)
     is_struct = pa.types.is_struct(schema.field(column).type)
     has_path = is_struct and any(field.name == "path" for field in schema.field(column).type)
     wanted = {name for name in (key, status, title) if name}
@@ -205,18 +204,18 @@ def _parquet_rows(
             rows = parquet.read_row_group(group, columns=columns) if columns else None
             values = {name: rows[name].to_pylist() for name in wanted} if rows else {}
             paths = rows[column].to_pylist() if rows and has_path else []
-            addresses = [f"{below}#{first + row}" for row in range(count)]
+            addresses = [f"{relative}#{first + row}" for row in range(count)]
             first += count
             names = (values[title] if title else None) or [None] * count
             if has_path:
                 inner = [value and value["path"] for value in paths]
                 names = [a or b for a, b in zip(inner, names, strict=True)]
-            found = values[key] if key else [None] * count
+            keys = values[key] if key else [None] * count
             table = pa.table(
                 {
                     "key": [
                         key_of(address) if value is None else _key(value, key)
-                        for value, address in zip(found, addresses, strict=True)
+                        for value, address in zip(keys, addresses, strict=True)
                     ],
                     "name": [str(n) if n else a for n, a in zip(names, addresses, strict=True)],
                     "image": [{"bytes": None, "path": path}] * count,
@@ -235,38 +234,38 @@ def _parquet_rows(
 
 def _key(value: Any, column: str | None) -> int:
     if isinstance(value, int):
-        return int(np.int64(np.uint64(value % 2**64)))  # uint64 keeps its bits
+        return int(np.int64(np.uint64(value % 2**64)))  # a uint64 keeps its bits
     return url_key(value) if column in ("url", "URL") else key_of(str(value))
 
 
 def _image_files(source: Source) -> Iterator[dict[str, Any]]:
     root = source.root
     if source.files:
-        yield from (_file_row(root, _below(file, root), None, root) for file in source.files)
+        yield from (_file_row(root, _relative(file, root), None, root) for file in source.files)
     elif is_file(root):
         yield listed_row(root.name, str(root), None, None)
     else:
-        for inside, names in walk(root):
+        for parent, names in walk(root):
             for name, size in names:
                 if is_image(name):
-                    yield _file_row(inside, name, size, root)
+                    yield _file_row(parent, name, size, root)
 
 
-def _file_row(inside: Path, name: str, size: int | None, root: Path) -> dict[str, Any]:
-    below = _below(inside, root)
-    address = f"{below}/{name}" if below else name
-    text = as_utf8(address)
-    if text != address:  # no string of Arrow holds it, and so no row could find it
-        size = UNNAMED
-    return listed_row(text, as_utf8(str(inside / name)), None, size, key_of(address))
+def _file_row(parent: Path, name: str, size: int | None, root: Path) -> dict[str, Any]:
+    folder = _relative(parent, root)
+    relative = f"{folder}/{name}" if folder else name
+    text = as_utf8(relative)
+    if text != relative:  # Arrow strings are UTF-8, so the listing cannot store the path
+        size = INVALID_NAME
+    return listed_row(text, as_utf8(str(parent / name)), None, size, key_of(relative))
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, LISTED_ROW)
 
 
-def _below(path: Path, root: Path) -> str:
+def _relative(path: Path, root: Path) -> str:
     """The path below `root`, with slashes; empty for the root itself."""
-    if is_url(path):  # whose parts leave out folders without a name: two paths would be one
+    if is_url(path):  # `parts` would skip folders with an empty name
         return str(path)[len(str(root).rstrip("/")) + 1 :]
     return "/".join(path.parts[len(root.parts) :])

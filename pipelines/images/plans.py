@@ -1,10 +1,10 @@
-"""The plan of a job over the images of a table: which rows each chunk has, and where they lie.
+"""The plan of a job over the images of a table: the rows of each chunk, and where they lie.
 
     _plan/rows-0000.plan    Parquet, a row group for each of the first 1,024 chunks: key, file, group, row
     _plan/rows-0001.plan    …
 
-Written once, while the table's keys pass by: no machine holds them all. A task opens the file that has its chunk, so what it reads does not grow with the
-table: one file for all of them would have a footer as long as the table.
+The plan is written in one pass over the table's keys, which need not fit into memory. A task opens only
+the file with its chunk: a single file would have a footer that grows with the table.
 """
 
 from __future__ import annotations
@@ -30,57 +30,55 @@ from pipelines.images.random_access import (
 )
 from pipelines.storage.files import is_file, remove_file, write_atomically
 from pipelines.storage.parquet import open_parquet, write_parquet
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort, original_key, spread_keys
 from pipelines.storage.tables import PLAN, plan_file
 
-_CHUNKS = 1024  # of a file
+_CHUNKS = 1024  # per file
 LAYOUT = f"files of {_CHUNKS} chunks, in the order of the table"
-"""What a table says of its plan, so that one of another layout is refused."""
-
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Recorded in a table, so that a plan of another layout is refused."""
 
 
 @dataclass(frozen=True)
-class Laid:
-    """What a plan came to, or would: its rows, and a name for them and for where they lie."""
+class PlanSummary:
+    """Result of `make_plan`."""
 
-    usable: int  # rows of the table, of which `rows` are chosen
-    rows: int
-    layout: str
+    usable: int  # rows of the table with status `ok`
+    rows: int  # of these, the selected ones
+    layout: str  # digest of the selected rows and where they lie
 
 
-def lay_out(
+def make_plan(
     files: Sequence[Path],
     chosen: Callable[[np.ndarray], np.ndarray],
     write: tuple[Path, int] | None = None,
-) -> Laid:
-    """Pass over a table's rows once, in memory that does not grow with them.
+) -> PlanSummary:
+    """Make a plan in one pass over a table's rows, in constant memory.
 
-    `chosen` tells of keys int64 `[n]` which are taken (bool `[n]`); these are laid into a plan where
-    `write` names a folder and the rows of a chunk. Raises DataError as `RowIndex.open` does.
+    `chosen` maps keys int64 `[n]` to a mask bool `[n]`. `write` is a folder and the rows per chunk; if
+    None, the plan is not written. Raises DataError like `RowIndex.open`.
     """
-    passed = _Passed()
-    batches = passed.batches(files, chosen)
+    scan = _Scan()
+    batches = scan.batches(files, chosen)
     if write is not None:
         _write(write[0], batches, write[1])
     for _ in batches:
         pass
-    if not passed.usable:
+    if not scan.usable:
         raise no_usable_row(files)
-    if not passed.ascending:
-        _check_keys(files, passed.usable)
+    if not scan.ascending:
+        _check_unique_keys(files, scan.usable)
     sizes = "".join(f"{file.name} {file.stat().st_size}\n" for file in files)
-    passed.digest.update(sizes.encode())
-    return Laid(passed.usable, passed.rows, passed.digest.hexdigest()[:16])
+    scan.digest.update(sizes.encode())
+    return PlanSummary(scan.usable, scan.rows, scan.digest.hexdigest()[:16])
 
 
-class _Passed:
-    """What is known of the rows that a pass has seen."""
+class _Scan:
+    """A pass over rows that counts and hashes them."""
 
     def __init__(self) -> None:
         self.usable = self.rows = 0
         self.digest = hashlib.sha256()
-        self.ascending = True  # the keys, so that none occurs twice
+        self.ascending = True  # strictly ascending keys are unique
         self._last: int | None = None
 
     def batches(
@@ -90,33 +88,33 @@ class _Passed:
             keys = rows["key"]
             if not len(keys):
                 continue
-            below = self._last is None or self._last < keys[0]
-            self.ascending = self.ascending and below and bool((keys[1:] > keys[:-1]).all())
+            continues = self._last is None or self._last < keys[0]
+            self.ascending = self.ascending and continues and bool((keys[1:] > keys[:-1]).all())
             self._last = keys[-1]
-            taken = rows[chosen(keys)]
+            selected = rows[chosen(keys)]
             self.usable += len(rows)
-            self.rows += len(taken)
-            self.digest.update(taken.tobytes())
-            yield taken
+            self.rows += len(selected)
+            self.digest.update(selected.tobytes())
+            yield selected
 
 
 def _write(folder: Path, batches: Iterable[np.ndarray], rows_per_chunk: int) -> None:
-    """Lay rows into chunks, in the order in which they lie: what is read together comes together."""
+    """Divide rows into chunks in the order of the table, so that a chunk reads neighbouring rows."""
     (folder / "_plan").mkdir(parents=True, exist_ok=True)
     step = _CHUNKS * rows_per_chunk
-    waiting, number = np.zeros(0, ROW), 0
+    buffer, number = np.zeros(0, ROW), 0
     for rows in itertools.chain(batches, [None]):
         if rows is not None:
-            waiting = np.concatenate([waiting, rows])
-        while len(waiting) >= step or (rows is None and len(waiting)):
-            some, waiting = waiting[:step], waiting[step:]
-            table = pa.table({name: np.ascontiguousarray(some[name]) for name in COLUMNS})
+            buffer = np.concatenate([buffer, rows])
+        while len(buffer) >= step or (rows is None and len(buffer)):
+            planned, buffer = buffer[:step], buffer[step:]
+            table = pa.table({name: np.ascontiguousarray(planned[name]) for name in COLUMNS})
             write_parquet(_file(folder, number), table, row_group_size=rows_per_chunk)
             number += 1
 
 
 def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
-    """Write a plan of these chunks, ROW `[n]` each, in the place of the one that is there."""
+    """Replace the plan by one of these chunks, ROW `[n]` each."""
     for number, start in enumerate(range(0, len(chunks), _CHUNKS)):
         content = io.BytesIO()
         schema = pa.schema([(n, pa.from_numpy_dtype(ROW[n])) for n in COLUMNS])
@@ -129,45 +127,43 @@ def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
         remove_file(file.with_suffix(".parquet"))  # of an earlier version
 
 
-def _check_keys(files: Sequence[Path], rows: int) -> None:
-    """Raise DataError where a key occurs twice; keys in no order are sorted on disk."""
-    keys = Buckets(pa.schema([("key", pa.int64())]), rows * 8)
+def _check_unique_keys(files: Sequence[Path], count: int) -> None:
+    """Raise DataError if a key occurs twice, by an external sort."""
+    keys = ExternalSort(pa.schema([("key", pa.int64())]), count * 8)
     try:
-        for some in usable_rows(files):
-            # Keys of others may lie close together: multiplied they are spread over the buckets.
-            spread = some["key"].astype(np.uint64) * _ODD
-            keys.add(pa.table({"key": spread.view(np.int64)}))
+        for rows in usable_rows(files):
+            # Foreign keys may lie close together.
+            keys.add(pa.table({"key": spread_keys(rows["key"])}))
         for bucket in keys.sorted():
-            found = bucket["key"].to_numpy()
-            if (repeated := found[1:][found[1:] == found[:-1]]).size:
-                key = repeated[:1].view(np.uint64) * np.uint64(pow(int(_ODD), -1, 2**64))
-                raise repeated_key(files, int(key.view(np.int64)[0]))
+            ordered = bucket["key"].to_numpy()
+            if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+                raise repeated_key(files, original_key(int(repeated[0])))
     finally:
         keys.remove()
 
 
 def has_plan(folder: Path) -> bool:
-    """Whether there is one that `read_plan` reads."""
+    """Whether `folder` contains a plan."""
     return is_file(plan_file(_file(folder, 0)))
 
 
 def read_plan(folder: Path, chunk: int) -> pa.Table:
-    """The rows of a chunk: `key file group row`."""
+    """The rows of a chunk: columns `key`, `file`, `group`, `row`."""
     with open_parquet(plan_file(_file(folder, chunk // _CHUNKS))) as parquet:
         return parquet.read_row_group(chunk % _CHUNKS)
 
 
 def planned_keys(folder: Path, chunks: int) -> Iterator[np.ndarray]:
-    """The keys int64 `[n]` of the rows of each of so many chunks."""
+    """The keys int64 `[n]` of each of the first `chunks` chunks."""
     for number, start in enumerate(range(0, chunks, _CHUNKS)):
         with open_parquet(plan_file(_file(folder, number))) as parquet:
-            # Fewer where a plan was laid out again and its table not told of it yet.
+            # Fewer row groups if a job was killed after a new plan and before it updated its table.
             for group in range(min(_CHUNKS, chunks - start, parquet.num_row_groups)):
                 yield parquet.read_row_group(group, columns=["key"])["key"].to_numpy()
 
 
-def planned(files: list[Path], rows: pa.Table) -> RowIndex:
-    """Rows of a plan as an index of the `files` that it was made of."""
+def plan_index(files: list[Path], rows: pa.Table) -> RowIndex:
+    """The rows of a plan as an index of the `files` from which it was made."""
     return RowIndex(files, *(rows[name].to_numpy() for name in COLUMNS))
 
 

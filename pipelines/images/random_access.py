@@ -1,4 +1,4 @@
-"""Random access to the images of a table: where each row lies, and its bytes and pixels."""
+"""Random access to the images of a table: an index of its rows, and a reader of bytes and pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.images.external import COLUMN, PLACE, ExternalImages, UndecodableImage, image_bytes
+from pipelines.images.external import (
+    COLUMN,
+    LOCATION_COLUMNS,
+    ExternalImages,
+    UndecodableImage,
+    image_bytes,
+)
 from pipelines.images.rows import OK, check_status, has_text, require_columns
 from pipelines.storage.parquet import open_parquet, read_schema
 from vlv_model.errors import DataError
@@ -24,24 +30,24 @@ from vlv_model.squares import Square
 K = TypeVar("K")
 V = TypeVar("V")
 
-# Decompressed row groups that one reader keeps, in bytes: neighbours of a row are often next.
+# Decompressed row groups cached per reader: neighbouring rows are often read next.
 _CACHE_BYTES = 512 * 2**20
-# Memory of the footers that one reader keeps: without its file's, a row costs the reading of one.
+# Footers cached per reader: without a cached footer, reading a row also reads the footer.
 _FOOTER_BYTES = 512 * 2**20
-_CHUNK_BYTES = 900  # of one column of one row group in a footer, as measured (docs/experiments.md)
+_CHUNK_BYTES = 900  # per column and row group of a footer in memory, measured (docs/experiments.md)
 
-_BATCH_ROWS = 1 << 16  # of small columns that are looked at together
+_BATCH_ROWS = 1 << 16  # rows of small columns read at a time
 
-NAMES = ("name", "url")  # columns that say what an image is called
+NAMES = ("name", "url")  # columns that name an image, by preference
 
 
 COLUMNS = ("key", "file", "group", "row")
 ROW = np.dtype(list(zip(COLUMNS, ("<i8", "<i4", "<i4", "<i4"), strict=True)))
-"""Where a row lies: position of its file in a list, row group in it, row in that."""
+"""Where a row lies: index of its file in a list, row group in the file, row in the group."""
 
 
 def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the held-out rows: keys (already hashes) mixed once more and compared to `share`."""
+    """Mask bool `[n]` of the held-out rows: keys int64 `[n]`, hashed again, below `share`."""
     mixed = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(32)
     mixed *= np.uint64(0xD6E8FEB86659FD93)
@@ -50,7 +56,7 @@ def in_holdout(keys: np.ndarray, share: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Where each usable row lies: parallel arrays sorted by key."""
+    """Where each usable row lies: parallel arrays, sorted by key."""
 
     files: list[Path]
     keys: np.ndarray  # int64 [n]
@@ -62,12 +68,13 @@ class RowIndex:
         return len(self.keys)
 
     def select(self, mask: np.ndarray) -> RowIndex:
+        """The rows of a mask bool `[n]`."""
         return RowIndex(
             self.files, self.keys[mask], self.file[mask], self.group[mask], self.row[mask]
         )
 
     def digest(self) -> str:
-        """A name for this set of keys, whatever their order."""
+        """A hash of the set of keys, independent of their order."""
         return hashlib.sha256(np.sort(self.keys).tobytes()).hexdigest()[:16]
 
     @classmethod
@@ -77,13 +84,13 @@ class RowIndex:
         texts: Sequence[str] = (),
         needed: Sequence[str] = ("image",),
     ) -> RowIndex:
-        """Index the rows of status `ok` that have a text in each of the columns `texts`.
+        """Index the rows of status `ok` that have text in every column of `texts`.
 
-        Raises DataError for missing columns (beside `key` and `texts` those `needed`), columns of another type, an unreadable file, a table
-        without a usable row, and a key that occurs twice.
+        Raises DataError for a missing column (`key`, those of `texts` and `needed`), a column of the wrong
+        type, an unreadable file, a table without usable rows, and a key that occurs twice.
         """
-        found = list(usable_rows(files, texts, needed))
-        rows = np.concatenate(found) if found else np.zeros(0, ROW)
+        batches = list(usable_rows(files, texts, needed))
+        rows = np.concatenate(batches) if batches else np.zeros(0, ROW)
         keys = rows["key"]
         if not len(keys):
             raise no_usable_row(files, texts)
@@ -96,39 +103,41 @@ class RowIndex:
 def usable_rows(
     files: Sequence[Path], texts: Sequence[str] = (), needed: Sequence[str] = ("image",)
 ) -> Iterator[np.ndarray]:
-    """The rows that `RowIndex.open` indexes, file by file as they lie, some 65,000 at a time: ROW `[n]`.
+    """The rows that `RowIndex.open` indexes, in the order of the files: arrays ROW `[n]`, n <= 65,536.
 
-    Raises what it raises but for keys that occur twice and a table without a usable row.
+    Raises the same errors, but does not check for repeated keys or a table without usable rows.
     """
     for number, path in enumerate(files):
         schema = read_schema(path)
         _check_columns(path, schema, texts, needed)
         names = ["key", *(["status"] if "status" in schema.names else []), *texts]
         with open_parquet(path) as parquet:
-            about = parquet.metadata
-            sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+            metadata = parquet.metadata
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             starts = np.cumsum([0, *sizes])
             first = 0
-            # Not group by group: tables of images have small ones, and each call costs its own.
+            # Not one call per row group: image tables have many small ones.
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=names):
                 table = pa.Table.from_batches([batch])
                 if table["key"].null_count:
                     raise DataError(f"{path}: {table['key'].null_count} rows have no key")
-                at = np.flatnonzero(_usable(table, texts))
-                group = np.searchsorted(starts, at + first, "right") - 1
-                rows = np.empty(len(at), ROW)
-                rows["key"], rows["file"] = table["key"].to_numpy()[at], number
-                rows["group"], rows["row"] = group, at + first - starts[group]
+                positions = np.flatnonzero(_usable(table, texts))
+                group = np.searchsorted(starts, positions + first, "right") - 1
+                rows = np.empty(len(positions), ROW)
+                rows["key"], rows["file"] = table["key"].to_numpy()[positions], number
+                rows["group"], rows["row"] = group, positions + first - starts[group]
                 yield rows
                 first += table.num_rows
 
 
 def no_usable_row(files: Sequence[Path], texts: Sequence[str] = ()) -> DataError:
+    """The error for a table without a usable row."""
     with_texts = "".join(f" with a {name}" for name in texts)
     return DataError(f"{files[0].parent} holds no row of status 'ok'{with_texts}")
 
 
 def repeated_key(files: Sequence[Path], key: int) -> DataError:
+    """The error for a key that occurs twice."""
     return DataError(
         f"{files[0].parent}: key {key} occurs more than once; each image must be one row"
     )
@@ -140,7 +149,7 @@ def _check_columns(
     require_columns(schema, ["key", *needed, *texts], str(path))
     if not pa.types.is_integer(schema.field("key").type):
         found = schema.field("key").type
-        raise DataError(f"{path}: column 'key' is {found}, expected int64 as ingest writes it")
+        raise DataError(f"{path}: column 'key' is {found}, expected int64")
     check_status(schema, str(path))
     for name in texts:
         kind = schema.field(name).type
@@ -149,7 +158,7 @@ def _check_columns(
 
 
 def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
-    """Mask of the rows of status `ok` whose texts are not blank."""
+    """Mask bool `[n]` of the rows with status `ok` and text in every column of `texts`."""
     usable = np.ones(table.num_rows, bool)
     if "status" in table.column_names:
         usable &= pc.fill_null(pc.equal(table["status"], OK), False).to_numpy()
@@ -159,15 +168,12 @@ def _usable(table: pa.Table, texts: Sequence[str]) -> np.ndarray:
 
 
 def _signed(key: int) -> int:
-    """The int64 with the bits of a key, which others may store as uint64."""
+    """The int64 with the bits of a key, which foreign tables may store as uint64."""
     return (key + 2**63) % 2**64 - 2**63
 
 
 class RowReader:
-    """Reads rows of an index by position, keeping the row groups and footers that it read last.
-
-    Several threads may read at the same time.
-    """
+    """Reads rows of an index by position, with a cache of row groups and footers. Thread-safe."""
 
     def __init__(
         self,
@@ -180,22 +186,23 @@ class RowReader:
         cache_bytes: int = _CACHE_BYTES,
         footer_bytes: int = _FOOTER_BYTES,
     ) -> None:
-        """`columns` beside the image, which can be left out; `named` where `names` will be asked;
-        `decode` in place of `square_of` (pipelines.pictures.squares). At most so many bytes of row
-        groups (`cache_bytes`) and of footers are kept, though always one of each.
+        """`columns` are read in addition to the image; `image=False` leaves the image out.
+
+        `named` is required to call `names`. `decode` replaces `square_of` (pipelines.pictures.squares).
+        `cache_bytes` of row groups and `footer_bytes` of footers are cached, but at least one of each.
         """
         self.index, self.named, self.decode = index, named, decode
         self.columns = list(columns)
-        # And nothing else of the table.
         self.columns_read = ["key", *(["image"] if image else []), *columns]
         self._groups: _Cache[tuple[int, int], pa.Table] = _Cache(cache_bytes)
         self._footers: _Cache[int, pq.FileMetaData] = _Cache(footer_bytes)
-        self._external: dict[int, ExternalImages] = {}  # by file, of those that are listings
+        self._external: dict[int, ExternalImages] = {}  # by file, for files of a listing
 
     def row(self, position: int) -> dict[str, Any]:
-        """`image` (its bytes, None where it has none), unless left out, and the columns asked for.
+        """The requested columns of a row; `image` is its bytes, or None if it has none.
 
-        Raises UndecodableImage where the row only names an image that cannot be read.
+        Raises UndecodableImage if the row names an image in another file that cannot be read, and
+        DataError if the file has changed since it was indexed.
         """
         file = int(self.index.file[position])
         group = self._group(file, int(self.index.group[position]))
@@ -203,8 +210,7 @@ class RowReader:
         key = int(self.index.keys[position])
         if not rows or _signed(rows[0].pop("key")) != key:
             raise DataError(
-                f"{self.index.files[file]} was changed while it was in use: the row of key {key} is "
-                "no longer in its place"
+                f"{self.index.files[file]} was changed while it was in use: the row of key {key} has moved"
             )
         values = rows[0]
         if file in self._external and "image" in self.columns_read:
@@ -215,18 +221,18 @@ class RowReader:
         return values
 
     def names(self) -> list[str]:
-        """What the images of all rows are called: the name of a file, a URL, else the key."""
-        found: list[str] = []
+        """The names of the images of all rows: a file name, a URL, or else the key."""
+        names: list[str] = []
         for position in range(len(self.index)):
             group = self._group(int(self.index.file[position]), int(self.index.group[position]))
             column = next((name for name in NAMES if name in group.column_names), "key")
-            found.append(str(group[column][int(self.index.row[position])].as_py()))
-        return found
+            names.append(str(group[column][int(self.index.row[position])].as_py()))
+        return names
 
     def square(self, position: int, square: Square, content: bytes | None = None) -> np.ndarray:
-        """The square of the row's image, uint8 `[3 s s]`.
+        """The row's image, decoded and cropped to a square: uint8 `[3 s s]`.
 
-        `content` are its bytes, where they were read already. Raises UndecodableImage if it is none.
+        `content` are its bytes, if already read. Raises UndecodableImage if it cannot be decoded.
         """
         from pipelines.pictures.decode import DecodeError
         from pipelines.pictures.squares import square_of
@@ -242,45 +248,49 @@ class RowReader:
             raise UndecodableImage(reason, error.kind) from None
 
     def _group(self, file: int, group: int) -> pa.Table:
-        where = (file, group)
-        if (kept := self._groups.get(where)) is not None:
-            return kept
+        location = (file, group)
+        if (cached := self._groups.get(location)) is not None:
+            return cached
         footer = self._footers.get(file)
         try:
             table, schema = self._read(file, group, footer)
         except DataError:
             if footer is None:
                 raise
-            # A file that was written anew meanwhile: `row` says so by the key that is there now.
+            # The file was rewritten, so the footer is out of date; `row` notices a moved row by its key.
             self._footers.drop(file)
             table, schema = self._read(file, group, None)
-        if set(PLACE) <= set(schema.names):
+        if set(LOCATION_COLUMNS) <= set(schema.names):
             column = (schema.metadata or {}).get(COLUMN)
             images = ExternalImages(column.decode() if column else None)
-            self._external.setdefault(file, images)  # the first thread's, if there are several
-        self._groups.put(where, table, table.nbytes)
+            self._external.setdefault(file, images)  # keeps the one of the first thread
+        self._groups.put(location, table, table.nbytes)
         return table
 
     def _read(
         self, file: int, group: int, footer: pq.FileMetaData | None
     ) -> tuple[pa.Table, pa.Schema]:
-        # Without a lock: other threads read other groups meanwhile.
+        # Without a lock, so that threads can read different groups concurrently.
         with open_parquet(self.index.files[file], footer=footer) as parquet:
-            about = parquet.metadata
-            self._footers.put(file, about, about.num_row_groups * about.num_columns * _CHUNK_BYTES)
+            metadata = parquet.metadata
+            size = metadata.num_row_groups * metadata.num_columns * _CHUNK_BYTES
+            self._footers.put(file, metadata, size)
             schema = parquet.schema_arrow
-            columns = [*self.columns_read, *(PLACE if set(PLACE) <= set(schema.names) else ())]
+            columns = [
+                *self.columns_read,
+                *(LOCATION_COLUMNS if set(LOCATION_COLUMNS) <= set(schema.names) else ()),
+            ]
             if self.named:
-                known = [name for name in NAMES if name in schema.names]
-                columns += [name for name in known[:1] if name not in columns]
+                present = [name for name in NAMES if name in schema.names]
+                columns += [name for name in present[:1] if name not in columns]
             return parquet.read_row_group(group, columns=columns), schema
 
 
 class _Cache(Generic[K, V]):
-    """What was used last, of at most so many bytes, though always one; safe for several threads."""
+    """A thread-safe LRU cache of at most `limit` bytes, but of at least one value."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
+        self._limit, self._size = limit, 0
         self._values: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -294,13 +304,13 @@ class _Cache(Generic[K, V]):
     def drop(self, key: K) -> None:
         with self._lock:
             if key in self._values:
-                self._held -= self._values.pop(key)[1]
+                self._size -= self._values.pop(key)[1]
 
     def put(self, key: K, value: V, size: int) -> None:
         with self._lock:
             if key in self._values:
                 return
             self._values[key] = (value, size)
-            self._held += size
-            while self._held > self._limit and len(self._values) > 1:
-                self._held -= self._values.popitem(last=False)[1][1]
+            self._size += size
+            while self._size > self._limit and len(self._values) > 1:
+                self._size -= self._values.popitem(last=False)[1][1]

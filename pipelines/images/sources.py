@@ -1,4 +1,4 @@
-"""What kind of images lie at `data.input`, told from the names of files and one Parquet schema."""
+"""Detects the kind of input at `data.input`, from file names and one Parquet schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipelines.storage.files import as_path, is_file
-from pipelines.storage.folders import entries, is_folder, is_hidden, matching
+from pipelines.storage.folders import is_folder, is_hidden, list_remote, matching_files
 from pipelines.storage.parquet import read_schema
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import TABLE_FILE, Table, parquet_files
@@ -27,18 +27,28 @@ IMAGES = frozenset([
     ".tiff", ".avif", ".heic", ".heif", ".heics", ".jp2", ".j2k", ".jpx", ".jxl",
     ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".ico", ".qoi",
 ])  # fmt: skip
-_PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
-_LIKELY = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes")
+_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+_PREFERRED_COLUMNS = (
+    "image",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "img",
+    "picture",
+    "photo",
+    "image_bytes",
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What lies at `data.input`."""
+    """The input at `data.input`."""
 
     layout: Layout
-    root: Path  # that names and keys are below of
-    files: tuple[Path, ...] = ()  # Parquet files or shards; image files where a pattern names them
-    column: str | None = None  # with the images, of Parquet
+    root: Path  # names and keys are relative to it
+    files: tuple[Path, ...] = ()  # Parquet files, shards, or the image files that a pattern matches
+    column: str | None = None  # image column of Parquet
 
 
 def find_source(
@@ -47,21 +57,21 @@ def find_source(
     key_column: str | None = None,
     setting: str = "data.input",
 ) -> Source:
-    """Tell what lies at a path, or at those that a glob pattern names.
+    """Detect what lies at a path, or what a glob pattern matches.
 
-    Raises DataError, one line that says what was found there.
+    Raises DataError, one line that says what was found, if there are no images.
     """
-    where, named = as_path(path), []
+    where, matched = as_path(path), []
     if is_file(where):
         found = _Found()
         found.add(where)
     elif Table(where).exists:
         return _parquet(where, parquet_files(path, setting), image_column, key_column)
     elif is_folder(where):
-        found = _look(where)
-    elif has_magic(path) and (named := matching(path)):
+        found = _scan(where)
+    elif has_magic(path) and (matched := matching_files(path)):
         found = _Found()
-        for file in named:
+        for file in matched:
             found.add(file)
         while has_magic(str(where)):
             where = where.parent
@@ -70,47 +80,49 @@ def find_source(
             f"{setting}={path} does not exist: expected a table, Parquet, .tar shards or images"
         )
     root = where if is_folder(where) else where.parent
-    if found.tars:  # img2dataset writes Parquet beside them, of the metadata alone
-        if other := found.images or found.packed:  # which would be passed over
+    if found.tars:  # img2dataset also writes Parquet files of metadata
+        if other := found.image or found.compressed:  # these would be ignored
             raise DataError(
-                f"{setting}={path} holds .tar shards and other images ({other.name}): name one kind, "
-                f"as in {setting}='{path}/**/*.tar'"
+                f"{setting}={path} contains .tar shards and other images ({other.name}): give one kind, "
+                f"e.g. {setting}='{path}/**/*.tar'"
             )
         return Source("tar", root, tuple(sorted(found.tars, key=str)))
     parquets = sorted(found.parquets, key=str)
-    # Beside image files Parquet may be a list of them, without images of its own.
-    are_images = not found.images or image_column is not None
+    # Parquet beside image files may be just a list of them.
+    are_images = not found.image or image_column is not None
     if parquets and (are_images or image_columns(read_schema(parquets[0]))):
         return _parquet(root, parquets, image_column, key_column)
-    if found.images:
-        return Source("folder", where, tuple(f for f in named if is_image(f.name)))
-    if packed := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
-        raise DataError(f"{setting}={path} holds {packed[0]} files: unpack them, to .tar at most")
+    if found.image:
+        return Source("folder", where, tuple(f for f in matched if is_image(f.name)))
+    if archives := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
+        raise DataError(
+            f"{setting}={path} contains {archives[0]} files: decompress them; .tar files can stay"
+        )
     if found.tables:
         raise DataError(
-            f"{setting}={path} holds tables of ours ({found.tables[0].name}, …): name one of them"
+            f"{setting}={path} contains tables ({found.tables[0].name}, …): give the path of one of them"
         )
-    there = ", ".join(f"{n} {s or 'without suffix'}" for s, n in found.others.most_common(5))
+    others = ", ".join(f"{n} {s or 'without suffix'}" for s, n in found.others.most_common(5))
     raise DataError(
-        f"{setting}={path} holds no Parquet files, .tar shards or images; "
-        f"it has {there or 'no files'}"
+        f"{setting}={path} contains no Parquet files, .tar shards or images; "
+        f"it has {others or 'no files'}"
     )
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """Whether the suffix of a file name is that of an image."""
     return os.path.splitext(name)[1].lower() in IMAGES
 
 
 class _Found:
-    """The kinds of files that lie in a folder."""
+    """The files found in a folder, by kind."""
 
     def __init__(self) -> None:
         self.tars: list[Path] = []
         self.parquets: list[Path] = []
-        self.tables: list[Path] = []  # of ours, which are passed over
-        self.images: Path | None = None  # one of them
-        self.packed: Path | None = None  # one shard that is compressed
+        self.tables: list[Path] = []  # folders of tables, which are skipped
+        self.image: Path | None = None  # any one of them
+        self.compressed: Path | None = None  # one compressed shard
         self.others: Counter[str] = Counter()
 
     def add(self, file: Path) -> None:
@@ -118,57 +130,53 @@ class _Found:
         if suffix == ".tar":
             self.tars.append(file)
         elif suffix == ".parquet":
-            if not file.name.startswith("_"):  # as Spark's summaries
+            if not file.name.startswith("_"):  # like Spark's summary files
                 self.parquets.append(file)
         elif suffix in IMAGES:
-            self.images = file
+            self.image = file
         elif file.name == TABLE_FILE:
             self.tables.append(file.parent)
         else:
             self.others[suffix] += 1
-            if _PACKED.search(file.name):
-                self.packed = file
+            if _COMPRESSED_TAR.search(file.name):
+                self.compressed = file
 
 
-def _look(folder: Path) -> _Found:
+def _scan(folder: Path) -> _Found:
     found = _Found()
-    for inside, names in walk(folder):
+    for parent, names in walk(folder):
         for name, _ in names:
-            # Of many images one is enough to know.
-            if not (found.images and is_image(name)):
-                found.add(inside / name)
+            # One image of many is enough.
+            if not (found.image and is_image(name)):
+                found.add(parent / name)
     return found
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
-    """Each folder below with its files' names and, in an object store, sizes; one at a time.
+    """Each folder at any depth, with its files' names and, in an object store, their sizes.
 
-    A name may begin with a slash there: see `pipelines.storage.files.entries`.
-
-    Of a table of ours below there is `_table.json` alone: what lies in it is the work of a job, as
-    captions with their images beside those they were made of. Raises DataError for a folder that
-    cannot be read, and for a link to one outside, whose images would be missing.
+    In a store a name may begin with a slash: see `pipelines.storage.folders.list_remote`. From a table
+    inside the folder only `_table.json` is returned: its files are a job's output, not input. Raises
+    DataError for a folder that cannot be read and for a link to a folder outside.
     """
     if is_url(folder):
-        waiting = [folder]
-        while waiting:  # fsspec's own walk passes over a folder that the store does not answer for
-            inside = waiting.pop()
-            found = entries(inside)
-            folders = [n for n, one in found.items() if one["type"] == "directory"]
-            if TABLE_FILE in found and inside != folder:
-                yield inside, [(TABLE_FILE, None)]
+        stack = [folder]
+        while stack:  # fsspec's own walk skips a folder if the store fails
+            parent = stack.pop()
+            entries = list_remote(parent)
+            folders = [n for n, info in entries.items() if info["type"] == "directory"]
+            if TABLE_FILE in entries and parent != folder:
+                yield parent, [(TABLE_FILE, None)]
                 continue
-            yield (
-                inside,
-                [(n, o["size"]) for n, o in found.items() if o["type"] == "file" and _is_shown(n)],
-            )
-            waiting += [inside / name for name in reversed(folders) if not is_hidden(name)]
+            files = {n: info["size"] for n, info in entries.items() if info["type"] == "file"}
+            yield parent, [(name, size) for name, size in files.items() if _is_visible(name)]
+            stack += [parent / name for name in reversed(folders) if not is_hidden(name)]
         return
-    for path, folders, names in os.walk(folder, onerror=_refuse):
+    for path, folders, names in os.walk(folder, onerror=_raise_data_error):
         if TABLE_FILE in names and path != str(folder):
             folders.clear()
             names = [TABLE_FILE]
-        # Files of ours and of other tools: plans, commits, .git.
+        # Folders of this pipeline and of other tools: plans, commits, .git.
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for link in (os.path.join(path, name) for name in folders):
             if os.path.islink(link):
@@ -176,23 +184,23 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
         yield Path(path), [(name, None) for name in sorted(names) if name[0] != "."]
 
 
-def _is_shown(name: str) -> bool:
-    """Whether a file is one that is meant, by its name and those of the folders in it."""
+def _is_visible(name: str) -> bool:
+    """Whether neither the file nor a folder in its name is hidden."""
     *folders, last = name.split("/")
     return not last.startswith(".") and not any(map(is_hidden, folders))
 
 
-def _refuse(error: OSError) -> None:
+def _raise_data_error(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _check_inside(link: str, folder: Path) -> None:
-    """A link to a folder that is walked through anyway, or back to one, leads to nothing more."""
+    """Raise DataError for a link to outside `folder`; a link inside it adds nothing new."""
     target = os.path.realpath(link)
     if not Path(target).is_relative_to(os.path.realpath(folder)):
         raise DataError(
-            f"{link} is a link to {target}, and links to folders are not followed: put that folder in "
-            "its place, or caption it by itself"
+            f"{link} is a link to {target}, and links to folders are not followed: replace the link by "
+            "the folder, or process that folder separately"
         )
 
 
@@ -216,38 +224,40 @@ def _parquet(
 
 
 def image_column_of(schema: pa.Schema, named: str | None, where: str) -> str:
-    """The column that has the images: the one that is named, or the only one that can.
+    """The image column: the given one, or the only possible one.
 
-    Raises DataError with the columns that there are.
+    Raises DataError, with the file's columns, if there is none or more than one.
     """
-    there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"
+    present = ", ".join(f"{field.name} ({field.type})" for field in schema) or "no columns"
     found = image_columns(schema)
     if named is not None:
         if named not in found:
             raise DataError(
                 f"data.image_column={named}: expected bytes or a struct of bytes and path; "
-                f"{where} has {there}"
+                f"{where} has {present}"
             )
         return named
-    likely = [name for name in _LIKELY if name in found]
-    if len(found) == 1 or likely[:1] == ["image"]:
-        return likely[0] if likely else found[0]
+    preferred = [name for name in _PREFERRED_COLUMNS if name in found]
+    if len(found) == 1 or preferred[:1] == ["image"]:
+        return preferred[0] if preferred else found[0]
     if not found:
         raise DataError(
-            f"{where} has no image column (bytes, or a struct of bytes and path); it has {there}"
+            f"{where} has no image column (bytes, or a struct of bytes and path); it has {present}"
         )
     raise DataError(
         f"{where} has several columns that may be images ({', '.join(found)}): "
-        "name one as data.image_column"
+        "choose one with data.image_column"
     )
 
 
 def is_integer(schema: pa.Schema, name: str) -> bool:
-    """Whether there is such a column, of integers."""
+    """Whether the schema has an integer column of this name."""
     return name in schema.names and bool(pa.types.is_integer(schema.field(name).type))
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns that may contain images: bytes, or structs with `bytes`."""
+
     def is_bytes(kind: pa.DataType) -> bool:
         types = pa.types
         return bool(

@@ -7,16 +7,16 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from pipelines.cli.config import InputPlace, OutputPlace, dump
+from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl, dump
 from pipelines.execution.connection import RayConfig
 from pipelines.images.rows import DECODE, DOWNLOAD, status
 from pipelines.ingest.duplicates import DuplicateConfig
 from pipelines.ingest.web.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.web.config import DownloadConfig
-from pipelines.lists.files import fingerprint
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
+from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
 
 # What may be retried, by the name that a user gives, and the statuses that it stands for.
@@ -30,10 +30,10 @@ _RETRIED = {
 class IngestData(Config):
     """What is read, and where the table goes."""
 
-    input: InputPlace = Field(
+    input: InputPathOrUrl = Field(
         description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob"
     )
-    output: OutputPlace = Field(description="folder of the image table")
+    output: OutputPathOrUrl = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(
         {},
         description="spellings of columns that are not known: {their name: our name}; "
@@ -83,7 +83,7 @@ class IngestConfig(Config):
         no part of them."""
         values = dump(self)
         return {
-            "data.input": fingerprint(files),
+            "data.input": content_fingerprint(files),
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},

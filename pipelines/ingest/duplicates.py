@@ -32,7 +32,7 @@ from pipelines.execution.cluster import Cluster
 from pipelines.images.rows import DUPLICATE, OK
 from pipelines.images.urls import addresses_of
 from pipelines.storage.parquet import open_parquet, read_parquet_file, write_parquet
-from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import IMAGE_ROW_GROUP, PLAN, Table
 from vlv_model.config import Config
 
@@ -65,7 +65,7 @@ def mark_duplicates(
     config: DuplicateConfig,
     run: int,
     folder: Path,
-    sorting: Sorting = Buckets,
+    sorting: SortFactory = ExternalSort,
 ) -> int:
     """Give all copies but one the status `duplicate`, and `ok` to those that are none any more.
 
@@ -117,7 +117,7 @@ def _later_copies(
     chunks: list[int],
     rows: int,
     config: DuplicateConfig,
-    sorting: Sorting,
+    sorting: SortFactory,
 ) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
     bands = config.distance + 1 if config.by == "near" else 0

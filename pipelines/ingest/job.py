@@ -23,7 +23,7 @@ from typing import Any
 from pipelines.execution.chunks import run_chunks
 from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.table_job import TableJob, run_table_job
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.account import Throughput, write_link_rot
@@ -73,7 +73,7 @@ class Ingest(TableJob):
         self.config = config
 
     def check(self, table: Table) -> None:
-        table.check_free(KIND, self.config.identity(), IMAGE_ROW.names)
+        table.check_same_run(KIND, self.config.identity(), IMAGE_ROW.names)
 
     def plan(self, table: Table) -> None:
         """Open the run that is to be worked on: the last one, or a new one with its plan."""
@@ -153,7 +153,7 @@ def plan_only(config: IngestConfig) -> Plan:
     """What a run would do to the table, which stays as it is."""
     table, plan = Table(config.data.output), Plan()
     if is_folder(table.folder):
-        table.check_free(KIND, config.identity(), IMAGE_ROW.names)
+        table.check_same_run(KIND, config.identity(), IMAGE_ROW.names)
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
         _plan_into(Path(folder), input_files(config.data.input), config, table, plan)
     return plan
@@ -164,7 +164,7 @@ def _plan_into(
 ) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
     known = KnownKeys(table) if table.exists else None
-    blocked = Blocked.read(table)
+    blocked = Blocklist.read(table)
     rows = read_list(files, config.filter, config.data.columns, plan, blocked, known=known)
 
     def size(listed: int) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import FILTERED, METADATA_ROW, has_text, key_of, normalise_url
 from pipelines.ingest.known_rows import (
     PLAN_ROW,
@@ -34,9 +34,9 @@ from pipelines.ingest.known_rows import (
 )
 from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
-from pipelines.lists.metadata import OddValues, read_batches
+from pipelines.lists.metadata import InvalidValues, read_batches
 from pipelines.storage.parquet import read_parquet_file, write_parquet
-from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import PLAN, Table, plan_file
 from vlv_model.errors import DataError
 
@@ -73,8 +73,8 @@ def read_list(
     filters: FilterConfig,
     columns: Mapping[str, str | None],
     plan: Plan,
-    blocked: Blocked = Blocked(),  # noqa: B008 (it is frozen)
-    sorting: Sorting = Buckets,
+    blocked: Blocklist = Blocklist(),  # noqa: B008 (it is frozen)
+    sorting: SortFactory = ExternalSort,
     known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
     """The METADATA_ROW rows of the metadata `files` that pass the filters, by key, every key once.
@@ -126,7 +126,7 @@ def passing(
     """
     # Row groups that no row of passes are read too where the table may have some of the rows.
     every = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
-    odd: OddValues = {}
+    odd: InvalidValues = {}
     for file in files:
         for batch in read_batches(file, columns, every, odd):
             if known:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution.cluster import Step
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
 from pipelines.ingest.fetch import ImageFetcher
@@ -95,7 +95,7 @@ class ReadPlan:
         (chunk,) = chunks["chunk"].to_pylist()
         plan = read_chunk(self.run.plan_folder, chunk)
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
-        blocked = Blocked.read(self.merge.table)  # since the run was planned, perhaps
+        blocked = Blocklist.read(self.merge.table)  # since the run was planned, perhaps
         rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
         if not rows.num_rows:  # Ray Data passes on no empty block
             self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())

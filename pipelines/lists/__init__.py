@@ -1,1 +1,1 @@
-"""Lists of URLs, captions and scores as they are published."""
+"""Published lists of URLs with their captions and scores."""

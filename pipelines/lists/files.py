@@ -1,32 +1,31 @@
-"""The files that a list of URLs is made of: which they are, and what tells one list from another."""
+"""Finds the files of a list of URLs."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.lists.readers import SUFFIXES, format_of
 from pipelines.storage.files import as_path, is_file
-from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching
+from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching_files
 from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
-_PACKED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # not read
+_UNSUPPORTED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # compressions
 
 
 def input_files(path: str) -> list[Path]:
-    """The metadata files behind `data.input`: a file, a folder's, or those that a glob matches.
+    """The metadata files of `data.input`: one file, those of a folder, or the matches of a glob.
 
-    Raises DataError where there are none, and for one that is not there or is not read.
+    Raises DataError if there are none, for a broken link, and for an unsupported compression.
     """
     where = as_path(path)
     if is_file(where):
         return [where]
     folder = is_folder(where)
-    files = _lists_below(where) if folder else matching(path)
+    files = _lists_below(where) if folder else matching_files(path)
     if not files:
         what = "holds no metadata" if folder else "does not exist"
         shown = path if len(path) <= 200 else f"{path[:200]}…"
@@ -35,78 +34,56 @@ def input_files(path: str) -> list[Path]:
 
 
 def input_bytes(files: Iterable[Path]) -> int:
-    """Size of the files together, compressed or not."""
+    """Total size of the files on disk, in bytes."""
     return sum(file.stat().st_size for file in files)
 
 
-def fingerprint(files: Sequence[Path]) -> dict[str, str]:
-    """What tells one list from another: per file its size and a digest of its two ends.
-
-    Files go by their path in the folder that they have in common, so a moved list is the same.
-    Raises DataError for a file that cannot be opened.
-    """
-    folders = [str(file).split("/")[:-1] for file in files]
-    ends = list(zip(min(folders), max(folders), strict=False))
-    common = next((i for i, (a, b) in enumerate(ends) if a != b), len(ends))
-    prints = {}
-    for file in files:
-        end = 1 << 16
-        try:
-            with file.open("rb") as stream:
-                size = stream.seek(0, os.SEEK_END)
-                stream.seek(0)
-                head = stream.read(end)
-                stream.seek(max(0, size - end))
-                digest = hashlib.blake2b(head + stream.read(), digest_size=8).hexdigest()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from None
-        prints["/".join(str(file).split("/")[common:])] = f"{size} bytes, {digest}"
-    return prints
-
-
 def _lists_below(folder: Path) -> list[Path]:
-    """The lists in a folder; DataError for one that is not there, or packed as we do not read it."""
+    """The lists in a folder; DataError for a broken link or an unsupported compression."""
     files = _visible_below(folder)
     for file in files:
-        if file.suffix.lower() in _PACKED and format_of(file.with_suffix("")) in SUFFIXES:
-            raise DataError(f"{file}: lists are read plain or compressed by gzip: unpack it")
+        if file.suffix.lower() in _UNSUPPORTED and format_of(file.with_suffix("")) in SUFFIXES:
+            raise DataError(
+                f"{file}: lists are read uncompressed or gzip-compressed: decompress it"
+            )
     lists = [file for file in files if format_of(file) in SUFFIXES]
     if others := [file for file in lists if format_of(file) != ".json"]:
-        _say_notes([file for file in lists if file not in set(others)])
+        _warn_of_notes([file for file in lists if file not in set(others)])
         lists = others
     check_files(lists)
     return lists
 
 
-def _say_notes(files: list[Path]) -> None:
-    """Say that .json files beside lists of other formats are notes on them: img2dataset and the hub
-    leave some.
+def _warn_of_notes(files: list[Path]) -> None:
+    """Warn that .json files beside lists of other formats are ignored.
+
+    img2dataset and the Hugging Face hub leave such notes.
     """
     if files:
         print(
-            f"warning: {len(files):,} .json files beside lists of other formats are taken for notes, not "
-            f"for lists (the first: {files[0]}): name them by a glob to read them",
+            f"warning: {len(files):,} .json files beside lists of other formats are taken for notes and "
+            f"ignored (the first: {files[0]}): give a glob that matches them to read them",
             file=sys.stderr,
         )
 
 
 def _visible_below(folder: Path) -> list[Path]:
-    """All files in a folder, links to folders followed, sorted.
+    """All files in a folder, sorted, following links to folders; broken links are included.
 
-    Not those whose name, or whose folder's, begins with a dot or an underscore: they are notes,
-    halves and logs of the tools that wrote the folder. A link that leads nowhere is among them.
-    Raises OSError for a folder that may not be read.
+    Files and folders whose name begins with a dot or an underscore are left out: they are notes,
+    temporary files and logs of the tools that wrote the folder. Raises OSError for a folder that cannot
+    be read.
     """
     if is_url(folder):
-        inside = len(str(folder))
+        prefix = len(str(folder))
         files = files_below(folder)
-        return [f for f in files if not any(map(is_hidden, str(f)[inside:].split("/")))]
+        return [f for f in files if not any(map(is_hidden, str(f)[prefix:].split("/")))]
     found = []
     seen = {os.path.realpath(folder)}
-    for at, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        found += [Path(at, name) for name in names if not is_hidden(name)]
-        for name in sorted(folders):  # a link may lead back to where it lies
-            real = os.path.realpath(os.path.join(at, name))
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        found += [Path(parent, name) for name in names if not is_hidden(name)]
+        for name in sorted(folders):  # links may form a cycle
+            real = os.path.realpath(os.path.join(parent, name))
             if is_hidden(name) or real in seen:
                 folders.remove(name)
             seen.add(real)

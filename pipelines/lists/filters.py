@@ -1,4 +1,4 @@
-"""Which images are wanted: rules on the metadata before any fetch, and on the image afterwards.
+"""Rules that filter images: by the metadata before the download, by the image afterwards.
 
     rule            setting                               read from
     aesthetic       min_aesthetic                         the metadata
@@ -7,7 +7,7 @@
     short_side      min_short_side                        WIDTH, HEIGHT; then the image itself
     aspect_ratio    min_aspect_ratio, max_aspect_ratio    WIDTH, HEIGHT; then the image itself
 
-A value that the metadata leave empty (null, NaN) does not pass, unless the rule is optional.
+A missing value (null, NaN) does not pass, unless the rule is optional.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RULE_COLUMNS: dict[str, list[str]] = {
 }
 
 
-_BETTER_LOW = ("pwatermark", "punsafe")
+_LOW_IS_BETTER = ("pwatermark", "punsafe")
 
 
 class FilterConfig(Config):
-    """Rules of an ingest; a rule that is not set drops nothing."""
+    """The filter rules of an ingest; a rule that is not set drops nothing."""
 
-    min_aesthetic: float | None = Field(None, description="least aesthetic score (LAION: 5 or 6)")
+    min_aesthetic: float | None = Field(None, description="minimum aesthetic score (LAION: 5 or 6)")
     max_pwatermark: float | None = Field(
         None, description="watermark probability must be below this (LAION: 0.5 or 0.8)"
     )
@@ -46,16 +46,18 @@ class FilterConfig(Config):
         None, description="unsafe probability must be below this (LAION: 0.5)"
     )
     min_short_side: int | None = Field(
-        None, ge=1, description="least shorter side, in pixels, by metadata and on the image"
+        None,
+        ge=1,
+        description="minimum length of the shorter side in pixels, by metadata and by image",
     )
     min_aspect_ratio: float | None = Field(
-        None, gt=0, description="least width / height, by metadata and on the image"
+        None, gt=0, description="minimum width / height, by metadata and by image"
     )
     max_aspect_ratio: float | None = Field(
-        None, gt=0, description="greatest width / height, by metadata and on the image"
+        None, gt=0, description="maximum width / height, by metadata and by image"
     )
     optional: tuple[Rule, ...] = Field(
-        (), description="rules that pass where the metadata lack their column or value"
+        (), description="rules that pass if the metadata lack their column or value"
     )
 
     @model_validator(mode="after")
@@ -64,12 +66,12 @@ class FilterConfig(Config):
         if low is not None and high is not None and low > high:
             raise ValueError(
                 f"min_aspect_ratio={low:g} is above max_aspect_ratio={high:g}: "
-                "no image could pass, give the smaller one as the minimum"
+                "no image could pass; swap them"
             )
         return self
 
     def rules(self) -> list[str]:
-        """Names of the rules that are set, in the order in which they are counted."""
+        """Names of the rules that are set, in the order in which failures are counted."""
         limits = {
             "aesthetic": (self.min_aesthetic,),
             "pwatermark": (self.max_pwatermark,),
@@ -81,9 +83,9 @@ class FilterConfig(Config):
 
 
 def check_columns(config: FilterConfig, found: pa.Schema, columns: set[str], where: str) -> None:
-    """Raise DataError for a rule whose column is absent; the line lists what the file has.
+    """Raise DataError for a rule whose column is missing; the message lists the file's columns.
 
-    `columns` are our names of what `found`, the file's own schema, has.
+    `found` is the file's own schema, `columns` are our names for its columns.
     """
     for rule in config.rules():
         missing = [name for name in RULE_COLUMNS[rule] if name not in columns]
@@ -92,27 +94,27 @@ def check_columns(config: FilterConfig, found: pa.Schema, columns: set[str], whe
 
 
 def metadata_failures(config: FilterConfig, rows: pa.Table) -> dict[str, pa.Array]:
-    """For each rule that is set and has its columns: which of `rows` fail it, booleans [n].
+    """For each rule that is set and has its columns: which of `rows` fail it, bool `[n]`.
 
-    `rows` has our names; sizes are float64. Scores are judged as float32, as tables store them, and
-    so are their limits: a score that a list gives as 0.45 is equal to a limit of 0.45.
+    `rows` has our column names; sizes are float64. Scores and limits are compared as float32, as tables
+    store them, so that a score of 0.45 equals a limit of 0.45.
     """
     passes = {}
     for rule in config.rules():
         if not set(RULE_COLUMNS[rule]) <= set(rows.column_names):
-            continue  # an optional rule: `check_columns` has refused the others
-        verdict = _passes(config, rule, [rows[name] for name in RULE_COLUMNS[rule]])
-        passes[rule] = pc.fill_null(verdict, rule in config.optional)
-    return {rule: pc.invert(verdict) for rule, verdict in passes.items()}
+            continue  # an optional rule: `check_columns` raises for the others
+        mask = _passes(config, rule, [rows[name] for name in RULE_COLUMNS[rule]])
+        passes[rule] = pc.fill_null(mask, rule in config.optional)
+    return {rule: pc.invert(mask) for rule, mask in passes.items()}
 
 
-def none_passes(config: FilterConfig, least: pa.Table, greatest: pa.Table) -> bool:
-    """Whether some rule fails every row whose values lie between `least` and `greatest`.
+def none_passes(config: FilterConfig, minimum: pa.Table, maximum: pa.Table) -> bool:
+    """Whether some rule fails every row whose values lie between `minimum` and `maximum`.
 
-    Each of the two has one row and our names. False where it cannot be told: an optional rule
-    passes rows without a value, and the ratio of sides has no such bounds.
+    Both have one row and our column names. False if unknown: an optional rule passes rows without a
+    value, and these bounds do not bound the aspect ratio.
     """
-    best = {name: (least if name in _BETTER_LOW else greatest)[name] for name in least.column_names}
+    best = {n: (minimum if n in _LOW_IS_BETTER else maximum)[n] for n in minimum.column_names}
     failures = metadata_failures(config, pa.table(best))
     uncertain = {"aspect_ratio", *config.optional}
     return any(failed[0].as_py() for rule, failed in failures.items() if rule not in uncertain)
@@ -127,7 +129,7 @@ def _passes(config: FilterConfig, rule: str, columns: list[pa.ChunkedArray]) -> 
     }
     if rule in limits:
         limit, score = pa.scalar(limits[rule], pa.float32()), columns[0].cast(pa.float32())
-        return pc.less(score, limit) if rule in _BETTER_LOW else pc.greater_equal(score, limit)
+        return pc.less(score, limit) if rule in _LOW_IS_BETTER else pc.greater_equal(score, limit)
     width, height = columns
     if rule == "short_side":
         short = pc.min_element_wise(width, height, skip_nulls=False)
@@ -139,7 +141,7 @@ def _passes(config: FilterConfig, rule: str, columns: list[pa.ChunkedArray]) -> 
 
 
 def image_failure(config: FilterConfig, width: int, height: int) -> str | None:
-    """The first rule that an image of this size (upright, in pixels) fails, or None."""
+    """The first rule that an image of this size (pixels, upright) fails; None if it passes."""
     if config.min_short_side is not None and min(width, height) < config.min_short_side:
         return "short_side"
     low, high = config.min_aspect_ratio, config.max_aspect_ratio

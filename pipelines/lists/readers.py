@@ -1,11 +1,13 @@
-"""The files that lists of URLs come in, a batch of rows at a time: Parquet, CSV, JSONL and JSON.
+"""Reads the files of URL lists in batches of rows: Parquet, CSV, TSV, JSONL and JSON.
 
-CSV, JSONL and JSON (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings;
-blank lines are passed over. In CSV a text may stand in quotes; a TSV has no quoting: a quote is a
-character as any other (but WIT's, which are told by their columns). A list of two columns without a
-line of names, as CC3M and CC12M are published, is read as addresses and captions. A file that is
-damaged, or is not what its name says, ends as one DataError that names it: so does a line of CSV
-that could be read in several ways.
+Text files (UTF-8, with or without a byte order mark, plain or .gz) give columns of strings; blank lines
+are skipped.
+
+- CSV fields may be quoted. TSV has no quoting: a quote is an ordinary character. Only WIT's TSV, which
+  is recognised by its columns, is quoted.
+- A list of two columns without a header, as CC3M and CC12M are published, is read as URLs and captions.
+- A damaged file, a file of another format, and an ambiguous CSV line raise one DataError that names the
+  file.
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 _BATCH_ROWS = 16_384
 _MAX_FIELD = 1 << 24  # characters of one CSV field
-_OF_WIT = "caption_reference_description"  # a column by which WIT is told
-_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)  # what no name of a column begins with
-# What opening, decompressing and decoding a text file can raise.
-_UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
+_WIT_COLUMN = "caption_reference_description"  # identifies a WIT list
+_URL = re.compile(r"\s*https?://", re.IGNORECASE)  # no column name begins like this
+# Errors of opening, decompressing and decoding a text file.
+_READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 def format_of(file: Path) -> str:
-    """The suffix that tells a file's format, in lower case, without `.gz`."""
-    name = file.with_suffix("") if _is_packed(file) else file
+    """The suffix that names a file's format, in lower case and without `.gz`."""
+    name = file.with_suffix("") if _is_gzip(file) else file
     return name.suffix.lower()
 
 
-def _is_packed(file: Path) -> bool:
+def _is_gzip(file: Path) -> bool:
     return file.suffix.lower() == ".gz"
 
 
 def read_tables(file: Path) -> Iterator[pa.Table]:
-    """The rows of a Parquet, CSV, TSV, JSONL or JSON file; of an empty one a table without rows.
+    """The rows of a metadata file in batches; a file without rows may give one empty table.
 
-    Raises DataError for a file of another format, a damaged one, and a repeated column name.
+    Raises DataError for an unknown format, a damaged file and a duplicate column name.
     """
     reader = _READERS.get(format_of(file))
     if reader is None:
@@ -66,28 +68,29 @@ def read_parquet(
     columns: list[str] | Callable[[pq.RowGroupMetaData], list[str]] | None = None,
     rows: int = _BATCH_ROWS,
 ) -> Iterator[pa.Table]:
-    """Some columns, or all, of a Parquet file, at most `rows` rows at a time.
+    """Some columns (default: all) of a Parquet file, at most `rows` rows at a time.
 
-    `columns` may be a function that chooses them for each row group, by its statistics.
+    `columns` may be a function that chooses the columns of each row group by its statistics.
     """
     with open_parquet(file, in_pieces=True) as parquet:
-        schema, about = schema_of(parquet, file), parquet.metadata
-        if not about.num_rows:
-            yield schema.empty_table()  # its columns are checked all the same
-        groups = map(about.row_group, range(about.num_row_groups))
+        schema, metadata = schema_of(parquet, file), parquet.metadata
+        if not metadata.num_rows:
+            yield schema.empty_table()  # the caller still checks its columns
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
         chosen = [columns(group) if callable(columns) else columns for group in groups]
-        for _, alike in groupby(range(len(chosen)), chosen.__getitem__):
-            some = list(alike)
-            for batch in parquet.iter_batches(rows, row_groups=some, columns=chosen[some[0]]):
+        # Neighbouring row groups with the same columns are read together.
+        for _, run in groupby(range(len(chosen)), chosen.__getitem__):
+            ids = list(run)
+            for batch in parquet.iter_batches(rows, row_groups=ids, columns=chosen[ids[0]]):
                 yield pa.Table.from_batches([batch])
 
 
 def _text(file: Path) -> IO[str]:
     if not is_url(file):
-        opener: Callable[..., Any] = gzip.open if _is_packed(file) else open
+        opener: Callable[..., Any] = gzip.open if _is_gzip(file) else open
         return opener(file, "rt", encoding="utf-8-sig", newline="")
     binary: Any = file.open("rb")
-    if _is_packed(file):
+    if _is_gzip(file):
         binary = gzip.GzipFile(fileobj=binary)
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
@@ -95,22 +98,24 @@ def _text(file: Path) -> IO[str]:
 def _csv(file: Path) -> Iterator[pa.Table]:
     csv.field_size_limit(_MAX_FIELD)
     is_tsv = format_of(file) == ".tsv"
-    before = 0  # lines that another reader has read
+    lines_before = 0  # read by a previous reader
     try:
         with _text(file) as lines:
-            # Not strict, a quote that nothing closes takes all lines behind it for one text.
+            # Strict: otherwise an unclosed quote would turn all following lines into one text.
             reader = csv.reader(lines, strict=True)
             if is_tsv:
                 reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             names, rows = _names((row for row in reader if row), file)
-            _refuse_repeats(names, file)
-            if is_tsv and _OF_WIT in names:  # its texts go over several lines
-                is_tsv, before = False, reader.line_num
+            _check_unique(names, file)
+            if is_tsv and _WIT_COLUMN in names:  # its texts span several lines
+                is_tsv, lines_before = False, reader.line_num
                 reader = csv.reader(lines, delimiter="\t", strict=True)
                 rows = (row for row in reader if row)
             yield pa.table({name: pa.array([], pa.string()) for name in names})
-            wide = _of_width(_of_one_line(rows, len(names)) if is_tsv else rows, len(names))
-            while batch := list(islice(wide, _BATCH_ROWS)):
+            checked = _check_width(
+                _check_one_line(rows, len(names)) if is_tsv else rows, len(names)
+            )
+            while batch := list(islice(checked, _BATCH_ROWS)):
                 columns = {
                     name: pa.array([row[i] if i < len(row) else None for row in batch], pa.string())
                     for i, name in enumerate(names)
@@ -118,64 +123,64 @@ def _csv(file: Path) -> Iterator[pa.Table]:
                 yield pa.table(columns)
     except csv.Error as error:
         advice = (
-            "a TSV has one row a line, without quoting: write texts with tabs or line breaks as CSV "
-            "or Parquet"
+            "a TSV has one row per line and no quoting: use CSV or Parquet for texts with tabs or line "
+            "breaks"
             if is_tsv
-            else "texts with a delimiter or a quote in them have to be quoted, and the quotes within "
-            "doubled"
+            else "quote texts that contain a delimiter or a quote, and double the quotes in them"
         )
         kind = "TSV" if format_of(file) == ".tsv" else "CSV"
         raise DataError(
-            f"{file} line {before + reader.line_num} cannot be read as {kind}: {error}: {advice}"
+            f"{file} line {lines_before + reader.line_num} cannot be read as {kind}: {error}: {advice}"
         ) from None
-    except _UNREADABLE as error:
-        raise DataError(f"{file} cannot be read as CSV: {_why(error)}") from None
+    except _READ_ERRORS as error:
+        raise DataError(f"{file} cannot be read as CSV: {_reason(error)}") from None
 
 
 def _names(rows: Iterator[list[str]], file: Path) -> tuple[list[str], Iterator[list[str]]]:
-    """The names of a file's columns, and its rows. DataError where names are needed and missing."""
+    """Column names and rows of a file. DataError if it needs a header and has none."""
     first = next(rows, [])
-    addresses = [i for i, value in enumerate(first) if _ADDRESS.match(value)]
-    if not addresses:
+    urls = [i for i, value in enumerate(first) if _URL.match(value)]
+    if not urls:
         return first, rows
-    if len(first) > 2 or len(addresses) > 1:
+    if len(first) > 2 or len(urls) > 1:
         raise DataError(
-            f"{file} has no line with the names of its columns (its first line has "
-            f"'{first[addresses[0]][:60]}'): put one before it, with url for the addresses"
+            f"{file} has no header line with column names (its first line has "
+            f"'{first[urls[0]][:60]}'): add one, with url for the column of URLs"
         )
     names = ["caption"] * len(first)
-    names[addresses[0]] = "url"
+    names[urls[0]] = "url"
     return names, chain([first], rows)
 
 
-def _of_width(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
-    """The rows, of which none has a value beyond the header; short ones are filled up later."""
+def _check_width(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
+    """The rows. Raises csv.Error for a value beyond the header; short rows are padded later."""
     for row in rows:
-        if len(row) > width and any(row[width:]):  # a text with a comma, cut into two
+        if len(row) > width and any(row[width:]):  # probably an unquoted text with a comma
             raise csv.Error(f"{len(row)} values under a header of {width} names")
         yield row
 
 
-def _of_one_line(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
-    """The rows of a TSV, of which none is the rest of a quoted text that goes over two lines."""
-    before: list[str] = []
+def _check_one_line(rows: Iterable[list[str]], width: int) -> Iterator[list[str]]:
+    """The rows of a TSV. Raises csv.Error if a quoted text seems to span two lines."""
+    previous: list[str] = []
     for row in rows:
-        opened = bool(before) and before[-1].startswith('"') and before[-1].count('"') % 2 == 1
-        if opened and len(row) < width and row[0].count('"') % 2 == 1:
-            raise csv.Error("it seems to be the rest of a text in quotes of the line before")
-        before = row
+        last = previous[-1] if previous else ""
+        is_open = last.startswith('"') and last.count('"') % 2 == 1
+        if is_open and len(row) < width and row[0].count('"') % 2 == 1:
+            raise csv.Error("it seems to continue a quoted text of the line before")
+        previous = row
         yield row
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.object[error.start]:#04x} is not UTF-8: write it anew as UTF-8"
+        return f"byte {error.object[error.start]:#04x} is not UTF-8: convert it to UTF-8"
     return str(error)
 
 
-def _refuse_repeats(names: list[str], file: Path) -> None:
+def _check_unique(names: list[str], file: Path) -> None:
     repeated = [name for name, n in Counter(names).items() if n > 1 and name]
-    if repeated:  # columns without a name may be many: nobody can mean one of them
+    if repeated:  # several columns without a name are harmless: nobody can refer to them
         raise DataError(f"{file} has several columns named {repeated[0]!r}: rename all but one")
 
 
@@ -184,21 +189,21 @@ def _jsonl(file: Path) -> Iterator[pa.Table]:
         with _text(file) as lines:
             numbered = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
             yield from _tables(_row_of_line(line, f"{file} line {i}") for i, line in numbered)
-    except _UNREADABLE as error:
-        raise DataError(f"{file} cannot be read as JSONL: {_why(error)}") from None
+    except _READ_ERRORS as error:
+        raise DataError(f"{file} cannot be read as JSONL: {_reason(error)}") from None
 
 
 def _json(file: Path) -> Iterator[pa.Table]:
     try:
         with _text(file) as text:
             objects = enumerate(read_objects(text), start=1)
-            yield from _tables(_texts(row, f"{file} row {i}") for i, row in objects)
-    except (*_UNREADABLE, ValueError) as error:
-        raise DataError(f"{file} cannot be read as JSON: {_why(error)}") from None
+            yield from _tables(_as_texts(row, f"{file} row {i}") for i, row in objects)
+    except (*_READ_ERRORS, ValueError) as error:
+        raise DataError(f"{file} cannot be read as JSON: {_reason(error)}") from None
 
 
 def _tables(rows: Iterator[dict[str, str | None]]) -> Iterator[pa.Table]:
-    """The rows in tables; a column is there from the first row on that has it."""
+    """The rows in batches; a column appears from the first batch that has it."""
     names: dict[str, None] = {}
     while batch := list(islice(rows, _BATCH_ROWS)):
         for row in batch:
@@ -210,13 +215,13 @@ def _tables(rows: Iterator[dict[str, str | None]]) -> Iterator[pa.Table]:
 
 def _row_of_line(line: str, where: str) -> dict[str, str | None]:
     try:
-        return _texts(json.loads(line), where)
+        return _as_texts(json.loads(line), where)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object: {str(error)[:120]}") from None
 
 
-def _texts(row: Any, where: str) -> dict[str, str | None]:
-    """An object with its values as text; null and NaN are null."""
+def _as_texts(row: Any, where: str) -> dict[str, str | None]:
+    """A JSON object with its values as text; null and NaN become None."""
     try:
         if not isinstance(row, dict):
             raise ValueError(f"it is a {type(row).__name__}")
@@ -225,7 +230,7 @@ def _texts(row: Any, where: str) -> dict[str, str | None]:
             for name, value in row.items()
             if value is not None and value == value
         }
-        "".join([*row, *texts.values()]).encode()  # raises for a lone surrogate, which is no text
+        "".join([*row, *texts.values()]).encode()  # raises for a lone surrogate
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object: {str(error)[:120]}") from None
     return {name: texts.get(name) for name in row}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.execution.image_job import ImageJob
 from pipelines.execution.table_job import run_table_job
-from pipelines.images.latents import KIND, made_of
+from pipelines.images.latents import KIND, latents_identity
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 from vlv_model.squares import Square
@@ -26,7 +26,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     job = ImageJob(
         kind=KIND,
         data=config.data,
-        identity={**made_of(model, recorded), "precision": config.encode.precision},
+        identity={**latents_identity(model, recorded), "precision": config.encode.precision},
         square=Square.of(model),
         step=EncodeImages,
         arguments=(model, config.encode, config.actors.use_gpu),

@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.execution.read_images import squares
-from pipelines.images.latents import packed
+from pipelines.images.latents import pack_latents
 from pipelines.images.rows import LATENT_ROW, OK, status
 from pipelines.precompute.config import EncodeConfig
 from vlv_model.checkpoints.loading import load_vae
@@ -46,5 +46,5 @@ class EncodeImages:
         rows: list[tuple[bytes, bytes]] = []
         for batch in images.split(self.batch_size):
             mean, deviation = posterior(self.vae, batch.to(self.device))
-            rows += zip(packed(mean), packed(deviation), strict=True)
+            rows += zip(pack_latents(mean), pack_latents(deviation), strict=True)
         return rows

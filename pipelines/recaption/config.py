@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipelines.cli.config import InputPath, InputPlace
+from pipelines.cli.config import InputPath, InputPathOrUrl
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
@@ -110,7 +110,7 @@ class GenerateConfig(Config):
 class EarlierConfig(Config):
     """An earlier caption table, some of whose images are captioned again."""
 
-    captions: InputPlace | None = Field(
+    captions: InputPathOrUrl | None = Field(
         None,
         description="caption table with the keys of data.input; may have failed its gates",
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.images.card import FILE as CARD_FILE
-from pipelines.images.plans import has_plan, planned, read_plan
+from pipelines.images.plans import has_plan, plan_index, read_plan
 from pipelines.images.random_access import RowReader
 from pipelines.images.rows import OK
 from pipelines.recaption.card import settings_shown, write_card
@@ -128,7 +128,7 @@ def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
     for chunk, keys in by_chunk.items():
         plan = read_plan(output.folder, chunk)
         plan = plan.filter(np.isin(plan["key"].to_numpy(), keys))
-        reader = RowReader(planned(files, plan))
+        reader = RowReader(plan_index(files, plan))
         for position, key in enumerate(plan["key"].to_pylist()):
             try:
                 content = reader.row(position)["image"]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.recaption.health import words
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 
 HASHES, BANDS = 16, 4
 AGREEING = 13  # equal hashes of two similar captions, at least
@@ -47,7 +47,7 @@ class SimilarCaptions:
 
     def __init__(self, captions: int) -> None:
         """`captions`, their approximate number, sets the number of buckets."""
-        self._buckets = Buckets(_ROW, captions * BANDS * _ROW_BYTES)
+        self._buckets = ExternalSort(_ROW, captions * BANDS * _ROW_BYTES)
 
     def add(self, rows: np.ndarray, signatures: np.ndarray) -> None:
         """Add captions with numbers `rows`, int64 `[n]`, and signatures uint32 `[n 16]`."""

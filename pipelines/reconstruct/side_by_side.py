@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from pipelines.images.external import UndecodableImage
-from pipelines.images.plans import planned, read_plan
+from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader
-from pipelines.images.removal import SIDE_BY_SIDE, file_of
+from pipelines.images.removal import SIDE_BY_SIDE, file_name
 from pipelines.images.rows import OK
 from pipelines.storage.files import as_path, write_atomically
 from pipelines.storage.folders import names_in
@@ -37,20 +37,20 @@ def write_files(table: Table, square: Square) -> None:
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)
         keys = plan["key"].to_pylist()
-        if sum(file_of(key) in existing for key in keys) == commit.statuses.get(OK, 0):
+        if sum(file_name(key) in existing for key in keys) == commit.statuses.get(OK, 0):
             continue
         rows = read_parquet_file(table.part(commit.chunk)).to_pylist()
         reconstructions = {row["key"]: row["image"]["bytes"] for row in rows if row["image"]}
-        reader = RowReader(planned(files, plan), decode=decode)
+        reader = RowReader(plan_index(files, plan), decode=decode)
         for position, key in enumerate(keys):
-            if key not in reconstructions or file_of(key) in existing:
+            if key not in reconstructions or file_name(key) in existing:
                 continue
             try:
                 original = reader.square(position, square).transpose(1, 2, 0)
             except UndecodableImage as error:  # for example deleted since
-                print(f"no {SIDE_BY_SIDE}/{file_of(key)}: {error}", file=sys.stderr)
+                print(f"no {SIDE_BY_SIDE}/{file_name(key)}: {error}", file=sys.stderr)
                 continue
-            write_atomically(folder / file_of(key), _side_by_side(original, reconstructions[key]))
+            write_atomically(folder / file_name(key), _side_by_side(original, reconstructions[key]))
 
 
 def _side_by_side(original: np.ndarray, reconstruction: bytes) -> bytes:

@@ -1,1 +1,1 @@
-"""Files on disks and in object stores, tables that are committed part by part, locks, sorting."""
+"""Files on disks and in object stores, tables committed part by part, locks, external sorting."""

@@ -1,22 +1,20 @@
-"""Folders on disks and in object stores: made, listed, matched by patterns, removed."""
+"""Folders on disks and in object stores: create, list, match patterns, remove."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fsspec.utils import glob_translate
 
-from pipelines.storage.files import as_path, kind_of
+from pipelines.storage.files import as_path, remote_type
 from pipelines.storage.protocols import is_url
 from pipelines.storage.retries import with_retries
 from vlv_model.errors import DataError, RunError
@@ -26,14 +24,14 @@ _WILDCARD = re.compile(r"[*?[]")
 
 
 def is_folder(path: Path) -> bool:
-    """An object store has no folders: there it is what something lies under."""
-    return kind_of(path) == "directory" if is_url(path) else os.path.isdir(path)
+    """Whether a folder exists. In an object store: whether any object lies below the path."""
+    return remote_type(path) == "directory" if is_url(path) else os.path.isdir(path)
 
 
 def make_folder(folder: Path, setting: str) -> None:
-    """Make an output folder; RunError in one line where the file system or the store refuses."""
+    """Create an output folder. Raises RunError, naming `setting`, if it cannot be created."""
     try:
-        if is_url(folder):  # needs no folders, but a bucket that we may see
+        if is_url(folder):  # a store needs no folder, only a bucket that exists
             remote: Any = folder
             with_retries(lambda: remote.fs.info(remote.drive), folder)
         else:
@@ -42,24 +40,28 @@ def make_folder(folder: Path, setting: str) -> None:
     except RunError:
         raise
     except FileNotFoundError:
-        raise RunError(f"{setting}={folder}: there is no such bucket: make it first") from None
-    except Exception as problem:  # stores raise errors of their own, without a common base
-        reason = getattr(problem, "strerror", None) or problem
-        raise RunError(f"{setting}={folder} cannot be made a folder: {reason}") from None
+        raise RunError(f"{setting}={folder}: there is no such bucket: create it first") from None
+    except Exception as error:  # store clients have no common base class of errors
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{setting}={folder} cannot be created: {reason}") from None
 
 
 def _check_writable(folder: Path, setting: str) -> None:
-    """Say whose the folder is, or the one that it would be made in: a new shared disk is root's."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+    """Raise RunError if this user may not write to the folder or its nearest existing parent.
+
+    A new shared disk belongs to root.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
         raise RunError(
-            f"{setting}={folder} cannot be written: {there} belongs to user {there.stat().st_uid}, and "
-            f"this job runs as user {os.geteuid()}: give it that user once (chown), or name another"
+            f"{setting}={folder} cannot be written: {existing} belongs to user "
+            f"{existing.stat().st_uid}, and this job runs as user {os.geteuid()}: change its owner "
+            "(chown), or name another folder"
         )
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder with all that is in it, if it is there."""
+    """Delete a folder with its content if it exists."""
     if not is_url(folder):
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -68,69 +70,51 @@ def remove_folder(folder: Path) -> None:
             with_retries(lambda: remote.fs.rm(remote.path, recursive=True), folder)
 
 
-def entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the store tells of all that lies at a URL, by name, sorted; none where nothing does.
+def list_remote(folder: Path) -> dict[str, dict[str, Any]]:
+    """fsspec's info about each entry at a URL, sorted by name; empty if nothing lies there.
 
-    In a store a folder may have an empty name, as in `s3://bucket/a//b.jpg`. It is not listed; all
-    files below it are, by names that begin with a slash (`/b.jpg`), as `folder / name` takes them.
+    Object stores allow folders with an empty name, as in `s3://bucket/a//b.jpg`. Such a folder is not
+    listed itself. All files below it are, with names that begin with a slash (`/b.jpg`), so that
+    `folder / name` leads to them.
     """
     remote: Any = folder
     try:
-        found = with_retries(lambda: remote.fs.ls(remote.path, detail=True), folder)
+        listing = with_retries(lambda: remote.fs.ls(remote.path, detail=True), folder)
     except FileNotFoundError:
         return {}
-    inside = len(remote.path.rstrip("/")) + 1
-    named = {one["name"][inside:].rstrip("/"): one for one in found}
+    prefix = len(remote.path.rstrip("/")) + 1
+    named = {info["name"][prefix:].rstrip("/"): info for info in listing}
     if "" in named:
         below = with_retries(lambda: remote.fs.find(remote.path, detail=True), folder)
-        inner = {path[inside:]: one for path, one in below.items()}
-        named |= {name: one for name, one in inner.items() if name[:1] == "/" != name[-1:]}
+        inner = {path[prefix:]: info for path, info in below.items()}
+        named |= {name: info for name, info in inner.items() if name[:1] == "/" != name[-1:]}
     return {name: named[name] for name in sorted(named) if name}
 
 
-def stamp_of(files: Sequence[Path]) -> str:
-    """A name for files as they are: another one when any of them was written anew."""
-    digest = hashlib.sha256()
-    for folder, some in groupby(files, key=lambda file: file.parent):
-        remote = entries(folder) if is_url(folder) else {}
-        for file in some:
-            if is_url(file):
-                # pathlib's parent and name leave out a folder whose name is empty.
-                below = str(file)[len(str(folder).rstrip("/")) + 1 :]
-                about = remote.get(below, {})
-                written = about.get("ETag") or about.get("LastModified") or about.get("mtime")
-                told = f"{about.get('size')} {written}"
-            else:
-                status = file.stat()
-                told = f"{status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{file} {told}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where it is not there."""
+    """The names in a folder, sorted; empty if it does not exist."""
     if is_url(folder):
-        return list(entries(folder))
+        return list(list_remote(folder))
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder, at any depth, sorted; none where it is not there."""
+    """All files in a folder, at any depth, sorted; empty if it does not exist."""
     if not is_url(folder):
-        found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-        return sorted(Path(file) for file in found if os.path.isfile(file))
+        paths = (os.path.join(parent, n) for parent, _, names in os.walk(folder) for n in names)
+        return sorted(Path(path) for path in paths if os.path.isfile(path))
     remote: Any = folder
     names = with_retries(lambda: remote.fs.find(remote.path), folder)
-    inside = len(remote.path.rstrip("/")) + 1
-    return sorted((folder / name[inside:] for name in names if name[inside:]), key=str)
+    prefix = len(remote.path.rstrip("/")) + 1
+    return sorted((folder / name[prefix:] for name in names if name[prefix:]), key=str)
 
 
-def matching(pattern: str) -> list[Path]:
-    """The files that a glob pattern names, sorted.
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a glob pattern matches, sorted.
 
-    A wildcard matches no folder whose name begins with an underscore or a dot: plans, commits and
-    runs of a table of ours are no data, though they are Parquet, too. Raises DataError where a link
-    leads nowhere: it would be passed over without a word.
+    A wildcard matches no folder whose name begins with an underscore or a dot: the plans, commits and
+    runs of a table are Parquet files too, but not data. Raises DataError for a broken link, which
+    would otherwise be skipped silently.
     """
     found: Iterable[Path]
     if not is_url(pattern):
@@ -138,26 +122,26 @@ def matching(pattern: str) -> list[Path]:
     else:
         root = as_path(_WILDCARD.split(pattern)[0].rpartition("/")[0])
         below = pattern[len(str(root).rstrip("/")) + 1 :]
-        found = _matching(root, below.split("/"))
-    files = sorted((file for file in found if _is_meant(file, pattern)), key=str)
+        found = _match_remote(root, below.split("/"))
+    files = sorted((file for file in found if _is_wanted(file, pattern)), key=str)
     check_files(files)
     return files
 
 
 def check_files(files: Iterable[Path]) -> None:
-    """Raise DataError where one of the files of a folder or of a pattern is none."""
+    """Raise DataError if one of the listed local files is not a file."""
     for file in files:
         if not is_url(file) and not os.path.isfile(file):
-            raise DataError(f"{file} is no file: it may be a link to what is not there")
+            raise DataError(f"{file} is not a file: it may be a broken link")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no data by its name: plans, commits and logs, ours or others'."""
+    """Whether a file or folder is not data by its name (leading dot or underscore)."""
     return name.startswith((".", "_"))
 
 
-def _is_meant(file: Path, pattern: str) -> bool:
-    """Whether a pattern matched a file by no wildcard for what is hidden."""
+def _is_wanted(file: Path, pattern: str) -> bool:
+    """Whether every hidden name in the path is spelt out in the pattern."""
     *named, last = pattern.split("/")
     *folders, name = str(file).split("/")
     if name.startswith(".") and not last.startswith("."):
@@ -165,23 +149,23 @@ def _is_meant(file: Path, pattern: str) -> bool:
     return {*named, last}.issuperset(folder for folder in folders if is_hidden(folder))
 
 
-def _matching(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """fsspec's own glob passes over what a store does not answer for, and may return a part."""
+def _match_remote(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Glob in a store. fsspec's own glob ignores errors of the store and may return a part."""
     if "**" in names or "" in names:
         whole = re.compile(glob_translate("/".join(names)))
-        inside = len(str(folder).rstrip("/")) + 1
+        prefix = len(str(folder).rstrip("/")) + 1
         for file in files_below(folder):
-            below = str(file)[inside:]
-            # `**` stands for folders without a name, too.
+            below = str(file)[prefix:]
+            # `**` also matches folders with an empty name.
             if whole.match(below) or (
                 "" not in names and whole.match(_SLASHES.sub("/", below).lstrip("/"))
             ):
                 yield file
         return
     wanted = re.compile(fnmatch.translate(names[0]))
-    for name, one in entries(folder).items():
+    for name, info in list_remote(folder).items():
         if wanted.match(name):
-            if one["type"] == "directory":
-                yield from _matching(folder / name, names[1:]) if names[1:] else ()
+            if info["type"] == "directory":
+                yield from _match_remote(folder / name, names[1:]) if names[1:] else ()
             elif len(names) == 1:
                 yield folder / name

@@ -1,4 +1,4 @@
-"""Folders that one process holds at a time: on a disk by a lock, in an object store by a lease."""
+"""Locks on folders: a file lock on a disk, a lease in an object store."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.files import remove_halves
+from pipelines.storage.files import remove_temporary_files
 from pipelines.storage.folders import make_folder
 from pipelines.storage.protocols import is_url
 from pipelines.storage.retries import with_retries
 from vlv_model.errors import RunError
 
 LOCK_FILE = ".lock"
-_LEASE = 120.0  # seconds after which a lock in an object store counts as abandoned
-_RENEW = 30.0
+_LEASE_SECONDS = 120.0  # a lease that was not renewed for this long is abandoned
+_RENEW_SECONDS = 30.0
 
 
 @contextmanager
-def exclusive(folder: Path, setting: str, renew_every: float = _RENEW) -> Iterator[None]:
-    """Hold a folder for this process; RunError while another one holds it.
+def lock_folder(folder: Path, setting: str, renew_every: float = _RENEW_SECONDS) -> Iterator[None]:
+    """Lock a folder for this process; RunError while another process holds the lock.
 
-    On a local disk the lock goes with the process, however it ends, and holds on one machine; what
-    killed writers left half-written in the folder is removed: at the start that of an earlier job,
-    at the end that of workers which this one has outlived. In an object store it is a file that
-    is renewed (after `renew_every` seconds), and is taken over where nobody has for two minutes.
+    On a disk the lock ends with the process and holds on one machine only. Temporary files of killed
+    writers are removed when the lock is taken (an earlier job's) and released (those of workers that
+    this process outlived). In an object store the lock is a lease file, renewed every `renew_every`
+    seconds; a lease that was not renewed for two minutes is taken over.
     """
     make_folder(folder, setting)
-    held = _lease(folder, setting, renew_every) if is_url(folder) else _file_lock(folder, setting)
-    with held:
+    lock = _lease(folder, setting, renew_every) if is_url(folder) else _file_lock(folder, setting)
+    with lock:
         yield
 
 
 def _in_use(folder: Path, setting: str) -> RunError:
-    return RunError(f"{setting}={folder} is in use by a job that is still going: wait for its end")
+    return RunError(
+        f"{setting}={folder} is in use by a job that is still going: wait until it ends"
+    )
 
 
 @contextmanager
@@ -51,11 +53,11 @@ def _file_lock(folder: Path, setting: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise _in_use(folder, setting) from None
-        remove_halves(folder)
+        remove_temporary_files(folder)
         try:
             yield
         finally:
-            remove_halves(folder)
+            remove_temporary_files(folder)
 
 
 @contextmanager
@@ -63,44 +65,47 @@ def _lease(folder: Path, setting: str, renew_every: float) -> Iterator[None]:
     lock, me = folder / LOCK_FILE, f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
     remote: Any = lock
 
-    def renew() -> None:
-        with_retries(lambda: lock.write_text(json.dumps({"owner": me, "time": time.time()})), lock)
+    def content() -> str:
+        return json.dumps({"owner": me, "time": time.time()})
 
-    def holder() -> dict[str, Any]:
-        # In one request: an opened file that its owner renews meanwhile fails when it is read.
-        held: dict[str, Any] = json.loads(
+    def renew() -> None:
+        with_retries(lambda: lock.write_text(content()), lock)
+
+    def read_lease() -> dict[str, Any]:
+        # In one request: reading an open file fails if its owner renews it meanwhile.
+        lease: dict[str, Any] = json.loads(
             with_retries(lambda: remote.fs.cat_file(remote.path), lock)
         )
-        return held
+        return lease
 
-    first = json.dumps({"owner": me, "time": time.time()}).encode()
+    first = content().encode()
     try:
-        # If-None-Match: one of us wins
+        # `create` sends If-None-Match: of several processes one succeeds.
         with_retries(lambda: remote.fs.pipe_file(remote.path, first, mode="create"), lock)
     except FileExistsError:
         try:
-            held = holder()
-        except FileNotFoundError:  # given back since
-            held = {"time": time.time()}
-        # Ours where the answer to the first attempt was lost on its way.
-        if held.get("owner") != me and time.time() - held["time"] < _LEASE:
+            lease = read_lease()
+        except FileNotFoundError:  # released since
+            lease = {"time": time.time()}
+        # The lease is ours if the response to the first attempt was lost.
+        if lease.get("owner") != me and time.time() - lease["time"] < _LEASE_SECONDS:
             raise _in_use(folder, setting) from None
         renew()
     stop = threading.Event()
 
-    def keep() -> None:
+    def keep_renewing() -> None:
         while not stop.wait(renew_every):
-            with suppress(RunError):  # the job's own writes say it
+            with suppress(RunError):  # the job's own writes report a store that fails
                 renew()
 
-    keeper = threading.Thread(target=keep, daemon=True, name="lease")
-    keeper.start()
+    renewer = threading.Thread(target=keep_renewing, daemon=True, name="lease")
+    renewer.start()
     try:
         yield
     finally:
         stop.set()
-        keeper.join()
-        # Where the store has not answered since, the lease runs out by itself.
+        renewer.join()
+        # If the store has stopped answering, the lease expires by itself.
         with suppress(FileNotFoundError, RunError):
-            if holder().get("owner") == me:
+            if read_lease().get("owner") == me:
                 with_retries(lock.unlink, lock)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 PROTOCOLS = ("s3", "gs", "hf")
-"""Of the URLs that tables and lists may lie at; gs needs gcsfs to be installed."""
+"""URL schemes at which tables and lists may lie; `gs` needs gcsfs."""
 
 
 def is_url(path: str | Path) -> bool:
-    """True for `s3://…` and the like."""
+    """Whether a path is a URL (`s3://…`)."""
     return "://" in str(path)

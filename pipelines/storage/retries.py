@@ -1,4 +1,4 @@
-"""Requests to an object store, which are tried again while it fails."""
+"""Requests to an object store, retried while the store fails."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from vlv_model.errors import RunError, VLVError, one_line
 T = TypeVar("T")
 
 PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)
-"""Seconds between the attempts."""
-ANSWERS = (
+"""Seconds between attempts."""
+FINAL_ERRORS = (
     FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
     VLVError, ValueError, TypeError, AttributeError, LookupError,
 )  # fmt: skip
-"""What a store answers, and our own faults: no reason to try again."""
+"""Errors that are never retried: the store's definite answers, and bugs in this program."""
 
 
 def with_retries(action: Callable[[], T], path: Path, pauses: Sequence[float] | None = None) -> T:
-    """Run an action on a path; on a remote one again after a pause while its store fails.
+    """Run an action on a path. On a URL, retry it while the store fails.
 
-    A store's answer (no such file, no permission) is raised as it is. Raises RunError, one line, where
-    the store still fails after the `pauses` (seconds; PAUSES by default, about a minute in all).
+    `pauses` are the seconds between attempts (PAUSES by default, about a minute in all). Raises
+    FINAL_ERRORS unchanged, and RunError when the last attempt fails too.
     """
     if not is_url(path):
         return action()
     for pause in (*(PAUSES if pauses is None else pauses), None):
         try:
             return action()
-        except ANSWERS:
+        except FINAL_ERRORS:
             raise
-        except Exception as problem:  # clients raise errors of their own, without a common base
+        except Exception as error:  # store clients have no common base class of errors
             if pause is None:
-                raise unavailable(path, problem) from problem
+                raise store_unavailable(path, error) from error
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
-def unavailable(path: Path, problem: Exception) -> RunError:
-    """The error for a store that does not answer."""
+def store_unavailable(path: Path, error: Exception) -> RunError:
+    """The RunError for a store that keeps failing."""
     return RunError(
-        f"{path}: the store does not answer ({one_line(problem)}): when it does, the same command goes on "
-        "where this one stopped"
+        f"{path}: the store does not answer ({one_line(error)}): once it does, the same command "
+        "continues where this one stopped"
     )

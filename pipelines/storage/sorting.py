@@ -1,7 +1,7 @@
-"""Sorting more rows by key than memory holds.
+"""External sort: sorts more rows by key than memory holds.
 
-Keys are hashes and so evenly spread: their range is cut into buckets of a few ten thousand rows,
-which wait on disk and are sorted in memory one by one.
+Keys must be evenly spread, as hashes are; `spread_keys` spreads others. Their range is split into buckets
+of a few ten thousand rows. The buckets lie on disk and are sorted in memory one at a time.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.storage.files import refuse_full
+from pipelines.storage.files import raise_if_full
 
-_BUCKET_BYTES = 16 << 20  # of input behind one bucket
+_BUCKET_BYTES = 16 << 20  # input bytes per bucket
 _MAX_BUCKETS = 512  # each is an open file while rows are added
-_WAITING_ROWS = 100_000  # rows in memory before they are written to their buckets
-_LEAST, _KEYS = -(2**63), 2**64
+_BUFFER_ROWS = 100_000  # rows held in memory before they are written to their buckets
+_MIN_KEY, _NUM_KEYS = -(2**63), 2**64
+_FACTOR = 0x9E3779B97F4A7C15  # odd, and therefore invertible modulo 2**64
 
 
-class Buckets:
-    """Rows of one schema with an int64 `key`, on disk, apart by ranges of their key."""
+class ExternalSort:
+    """Sorts rows of one schema by their int64 column `key`, in buckets on disk."""
 
     def __init__(
         self,
         schema: pa.Schema,
         input_bytes: int,
         bucket_bytes: int = _BUCKET_BYTES,
-        waiting_rows: int = _WAITING_ROWS,
+        buffer_rows: int = _BUFFER_ROWS,
     ) -> None:
-        """`input_bytes`, the size of what the rows are made from, sets the number of buckets: one
-        for each `bucket_bytes`. `waiting_rows` are in memory before they are written.
+        """`input_bytes`, the size of the data behind the rows, sets the number of buckets: one for
+        each `bucket_bytes`. Up to `buffer_rows` stay in memory before they are written.
         """
-        # On this machine's disk (TMPDIR), wherever the table is.
+        # Always on this machine's disk (TMPDIR), even when the table is in an object store.
         self._folder = tempfile.TemporaryDirectory(prefix="vlv-sort-")
         count = min(_MAX_BUCKETS, 1 + input_bytes // bucket_bytes)
-        self.starts = np.array([_LEAST + _KEYS // count * i for i in range(count)], np.int64)
+        self.starts = np.array([_MIN_KEY + _NUM_KEYS // count * i for i in range(count)], np.int64)
         self._files = [pa.OSFile(str(self._file(i)), "wb") for i in range(count)]
         self._streams = [pa.ipc.new_stream(file, schema) for file in self._files]
-        self._waiting: list[pa.Table] = []
-        self._num_waiting, self._most_waiting = 0, waiting_rows
+        self._buffer: list[pa.Table] = []
+        self._num_buffered, self._buffer_rows = 0, buffer_rows
 
     def add(self, rows: pa.Table) -> None:
-        """Take rows in; those of one key come out in the order in which they were added."""
-        self._waiting.append(rows)
-        self._num_waiting += rows.num_rows
-        if self._num_waiting >= self._most_waiting:
+        """Add rows. Rows with equal keys keep the order in which they were added."""
+        self._buffer.append(rows)
+        self._num_buffered += rows.num_rows
+        if self._num_buffered >= self._buffer_rows:
             self._flush()
 
     def sorted(self) -> Iterator[pa.Table]:
-        """The buckets in the order of their ranges (`starts`), each sorted by key; ends adding."""
+        """The buckets in key order (`starts` are their lower bounds), each sorted by key.
+
+        No rows can be added afterwards.
+        """
         self._flush()
         for stream, file in zip(self._streams, self._files, strict=True):
             stream.close()
@@ -61,24 +65,24 @@ class Buckets:
                 yield _sort(pa.ipc.open_stream(source).read_all())
 
     def remove(self) -> None:
-        """Delete what lies on disk."""
+        """Delete the temporary files."""
         self._folder.cleanup()
 
     def _file(self, bucket: int) -> Path:
         return Path(self._folder.name, f"{bucket:04d}.arrow")
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
-        rows = _sort(pa.concat_tables(self._waiting))
-        self._waiting, self._num_waiting = [], 0
+        rows = _sort(pa.concat_tables(self._buffer))
+        self._buffer, self._num_buffered = [], 0
         starts = np.searchsorted(rows["key"].to_numpy(), self.starts).tolist()
         ends = [*starts[1:], rows.num_rows]
         try:
             for stream, start, end in zip(self._streams, starts, ends, strict=True):
                 stream.write_table(rows.slice(start, end - start))
         except OSError as error:
-            refuse_full(error, f"{self._folder.name} (temporary files, where TMPDIR says)")
+            raise_if_full(error, f"{self._folder.name} (temporary files; TMPDIR chooses the disk)")
             raise
 
 
@@ -87,5 +91,15 @@ def _sort(rows: pa.Table) -> pa.Table:
     return rows.take(pa.array(order)).combine_chunks()
 
 
-Sorting = Callable[[pa.Schema, int], Buckets]
-"""How buckets are made, of a schema and `input_bytes`."""
+SortFactory = Callable[[pa.Schema, int], ExternalSort]
+"""Makes an ExternalSort from a schema and `input_bytes`."""
+
+
+def spread_keys(keys: np.ndarray) -> np.ndarray:
+    """Map 64-bit keys `[n]`, one to one, to keys int64 `[n]` that are evenly spread."""
+    return (keys.astype(np.uint64) * np.uint64(_FACTOR)).view(np.int64)
+
+
+def original_key(key: int) -> int:
+    """The int64 that `spread_keys` mapped to `key`."""
+    return (key * pow(_FACTOR, -1, 2**64) + 2**63) % 2**64 - 2**63

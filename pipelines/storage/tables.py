@@ -1,21 +1,21 @@
-"""Tables on disk: Parquet parts that are committed one by one, so that a killed job continues.
+"""Tables on disk: Parquet parts committed one by one, so that a killed job can continue.
 
 A table is a folder:
 
-    data/part-000007.parquet   one part for each chunk of the plan; its name depends on nothing else
-    README.md                  what the table is, for people and for other readers (pipelines/images/card.py)
+    data/part-000007.parquet   one part per chunk of the plan, named after the chunk alone
+    README.md                  the dataset card (pipelines/images/card.py)
     _commits/000007.json       written after the part: rows, counts by status, the run that wrote it
-    _table.json                what the table is: kind, identity (the settings that made it), chunks
-    _plan/                     the input of each chunk, where a job has to remember it (`.plan`)
-    _published.json            of a table that has to pass a check: written when it has
+    _table.json                kind, identity (the settings that decide its rows), number of chunks
+    _plan/                     the input of each chunk, if the job has to record it (`.plan`)
+    _published.json            for a table that has to pass a check: written once it has passed
 
-A part without its commit is unfinished work of a killed job: the rerun writes it anew under the
-same name. So every chunk is in the table once, however often a job is killed. A later run of ingest
-replaces a part in place, whole or not at all, and then its commit.
+A part without a commit is unfinished work of a killed job; the next run overwrites it. So every chunk
+is in the table once, however often a job is killed. A later ingest run replaces a part atomically, and
+then its commit.
 
-Rows are the only Parquet files by their suffix, since readers do not agree on what is hidden: Arrow and
-Spark pass over names that begin with an underscore; DuckDB, polars and `datasets` do not. Tables of
-earlier versions have their parts beside `_table.json` and no card.
+Only rows have the suffix `.parquet`, because readers disagree on hidden files: Arrow and Spark skip
+names that begin with an underscore; DuckDB, polars and `datasets` do not. Tables of earlier versions
+have their parts beside `_table.json` and no card.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from vlv_model.errors import DataError, RunError, VLVError
 TABLE_FILE = "_table.json"
 PUBLISHED_FILE = "_published.json"
 PARTS = "data"
-PLAN = ".plan"  # suffix of a plan's files, which are Parquet
+PLAN = ".plan"  # suffix of plan files, which are Parquet
 
-_READERS = 16  # threads that read small columns of parts
+_READERS = 16  # threads that read small columns
 
-# Rows of a row group in tables of images. A reader of one image takes its whole row group, and
-# training reads single images in random order: at 256 rows it would read 256 times too much.
+# Rows per row group in tables of images. Reading one image reads its whole row group, and training
+# reads single images in random order: with 256 rows it would read 256 times too much.
 IMAGE_ROW_GROUP = 16
 
 
 def read_json_object(path: Path, error: type[VLVError] = RunError) -> dict[str, Any]:
-    """A JSON file that a job of ours wrote; `error` in one line where it is damaged or gone."""
+    """The content of a JSON file that a job wrote; raises `error` if it is damaged or missing."""
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or "it is not JSON"
+    except (OSError, ValueError) as cause:
+        reason = getattr(cause, "strerror", None) or "it is not JSON"
         raise error(f"{path} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise error(f"{path} is damaged: expected a JSON object")
@@ -66,55 +66,56 @@ def read_json_object(path: Path, error: type[VLVError] = RunError) -> dict[str, 
 
 @dataclass(frozen=True)
 class Commit:
-    """What is known of a finished chunk without opening its part."""
+    """Summary of a finished chunk, readable without opening its part."""
 
     chunk: int
     rows: int
     statuses: dict[str, int] = field(default_factory=dict)
-    run: int = 1  # number of the run that wrote it last
+    run: int = 1  # number of the run that last wrote it
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
-NEWER = {"preprocess": "default"}
-"""Settings of an identity that came after the first tables, and what those were made with."""
+ADDED_SETTINGS = {"preprocess": "default"}
+"""Identity settings that older tables do not record, and the values those tables were made with."""
 
 
 class Table:
-    """A folder of committed Parquet parts; see the module's text for its layout."""
+    """A folder of committed Parquet parts; the module's docstring shows its layout."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = as_path(folder)
 
-    # ------------------------------------------------------------------ the driver's side
+    # ------------------------------------------------------------------ driver
 
     @property
     def exists(self) -> bool:
+        """Whether the table has been created."""
         return is_file(self.folder / TABLE_FILE)
 
     def describe(self) -> dict[str, Any]:
-        """Content of `_table.json`: kind, identity, chunks, and what the planner noted."""
-        about = read_json_object(self.folder / TABLE_FILE)
-        if missing := {"kind", "identity", "chunks"} - set(about):
+        """Content of `_table.json`: kind, identity, chunks, and the planner's notes."""
+        content = read_json_object(self.folder / TABLE_FILE)
+        if missing := {"kind", "identity", "chunks"} - set(content):
             raise RunError(f"{self.folder / TABLE_FILE} is damaged: it lacks {min(missing)}")
-        return about
+        return content
 
-    def check_free(
+    def check_same_run(
         self, kind: str, identity: Mapping[str, Any] | None, columns: Collection[str] = ()
     ) -> bool:
-        """True when the table exists and is this run's; False when the folder is free.
+        """True if the table exists and this run may continue it; False if the folder is unused.
 
-        Raises RunError when the folder holds something else, naming the settings that differ, or
-        parts that lack some of `columns`, as those of an earlier version may. With `identity` None only
-        the kind is looked at.
+        Raises RunError if the folder holds something else, naming the settings that differ, or if the
+        parts lack some of `columns`, as those of an earlier version may. `identity=None` checks the
+        kind only.
         """
         if not self.exists:
-            # A job that was killed while it planned leaves these, and no table yet.
-            ours = ["_plan", "_commits", "_runs", "_chunks.npy"]
+            # A job killed while planning leaves these without a table.
+            leftovers = ["_plan", "_commits", "_runs", "_chunks.npy"]
             if not names_in(self.folder / PARTS):
-                ours.append(PARTS)
-            refuse_strangers(self.folder, ours, "table", "data.output")
+                leftovers.append(PARTS)
+            check_unused(self.folder, leftovers, "table", "data.output")
             return False
         described = self.describe()
         if described["kind"] != kind:
@@ -124,28 +125,31 @@ class Table:
             )
         if identity is None:
             return True
-        there = {k: v for k, v in NEWER.items() if k in identity} | described["identity"]
-        self._refuse_earlier("setting", [k for k, v in identity.items() if v is not None], there)
-        refuse_difference(self.folder, there, identity, "data.output")
+        recorded = {k: v for k, v in ADDED_SETTINGS.items() if k in identity}
+        recorded |= described["identity"]
+        required = [name for name, value in identity.items() if value is not None]
+        self._check_version("setting", required, recorded)
+        check_same_settings(self.folder, recorded, identity, "data.output")
         if columns and (files := self._commit_files()):
-            self._refuse_earlier(
-                "column", columns, read_schema(self.part(int(files[0].stem))).names
-            )
+            names = read_schema(self.part(int(files[0].stem))).names
+            self._check_version("column", columns, names)
         return True
 
-    def _refuse_earlier(self, what: str, now: Collection[str], there: Collection[str]) -> None:
-        if missing := [name for name in now if name not in there]:
+    def _check_version(
+        self, what: str, required: Collection[str], recorded: Collection[str]
+    ) -> None:
+        if missing := [name for name in required if name not in recorded]:
             raise RunError(
                 f"the table in {self.folder} was made by an earlier version, without the {what} "
                 f"{', '.join(missing)}: choose another data.output; other jobs can still read it"
             )
 
     def create(self, kind: str, identity: Mapping[str, Any], chunks: int, **notes: Any) -> None:
-        """Declare the table. Done last in planning, so a table that exists has its whole plan.
+        """Write `_table.json`. This is the last step of planning: a table that exists has its plan.
 
-        `parts` in `_table.json` names the folder of the parts: `data`, as on the hub, since Arrow takes
-        every file of a folder for a part whose name has no underscore. Where a table is there already
-        its parts stay where they are.
+        `parts` in `_table.json` names the folder of the parts: `data`, as on the Hugging Face hub. They
+        need their own folder because Arrow reads every file of a folder whose name has no underscore.
+        The parts of an existing table stay where they are.
         """
         notes["parts"] = self.describe().get("parts", "") if self.exists else PARTS
         self.__dict__.pop("parts", None)
@@ -155,38 +159,40 @@ class Table:
         write_atomically(self.folder / TABLE_FILE, json.dumps(content, indent=2))
 
     def pending(self) -> list[int]:
-        """Chunks that no job has finished yet, in order."""
+        """Chunks that are not committed yet, in order."""
         done = {path.stem for path in self._commit_files()}
         chunks = range(self.describe()["chunks"])
         return [chunk for chunk in chunks if f"{chunk:06d}" not in done]
 
     def commits(self) -> list[Commit]:
-        """All finished chunks, in order."""
+        """The commits of all finished chunks, in order."""
         files = self._commit_files()
         try:
             if files and is_url(files[0]):
                 return [Commit(**json.loads(text)) for text in read_texts(files)]
             return [Commit(**read_json_object(file)) for file in files]
         except (TypeError, ValueError):
-            raise RunError(f"{self.folder / '_commits'} holds a file that is no commit") from None
+            raise RunError(
+                f"{self.folder / '_commits'} holds a file that is not a commit"
+            ) from None
 
     def commit(self, chunk: int) -> Commit:
-        """What is known of one finished chunk."""
+        """The commit of a finished chunk."""
         return Commit(**read_json_object(self._commit_file(chunk)))
 
     def _commit_files(self) -> list[Path]:
-        found = files_below(self.folder / "_commits")
-        return [file for file in found if file.suffix == ".json" and file.stem.isdigit()]
+        files = files_below(self.folder / "_commits")
+        return [file for file in files if file.suffix == ".json" and file.stem.isdigit()]
 
     def counts(self) -> dict[str, int]:
-        """Rows by status over all finished chunks, `ok` first, then by name."""
+        """Rows by status in all finished chunks: `ok` first, the others by name."""
         total: Counter[str] = Counter()
         for commit in self.commits():
             total.update(commit.statuses)
         return dict(sorted(total.items(), key=lambda item: (item[0] != "ok", item[0])))
 
     def columns(self, chunks: Sequence[int], names: Sequence[str]) -> Iterator[pa.Table]:
-        """Some small columns of the parts of `chunks`, in their order; many are read at a time."""
+        """Some small columns of the parts of `chunks`, in order; many parts are read concurrently."""
 
         def read(chunk: int) -> pa.Table:
             with open_parquet(self.part(chunk)) as parquet:
@@ -196,59 +202,60 @@ class Table:
             for first in range(0, len(chunks), 4 * _READERS):
                 yield from readers.map(read, chunks[first : first + 4 * _READERS])
 
-    def lacks(self) -> str | None:
-        """What keeps it from being read by other jobs, in words; None of a finished table."""
-        about, pending = self.describe(), self.pending()
+    def incomplete_reason(self) -> str | None:
+        """Why other jobs cannot read the table yet, in words; None if they can."""
+        description, pending = self.describe(), self.pending()
         if pending:
-            return f"is not finished ({len(pending)} of {about['chunks']} chunks are missing)"
-        if about.get("checked") and not is_file(self.folder / PUBLISHED_FILE):
-            return "is not published (its rows have not passed the gates of its job)"
+            return f"is not finished ({len(pending)} of {description['chunks']} chunks are missing)"
+        if description.get("checked") and not is_file(self.folder / PUBLISHED_FILE):
+            return "is not published (its rows have not passed its job's quality gates)"
         return None
 
     def publish(self, content: Mapping[str, Any]) -> None:
-        """Declare that a table with `checked` in its notes passed; `content` says how it stands."""
+        """Record that a table with `checked` in its notes has passed its check, with the result."""
         write_atomically(self.folder / PUBLISHED_FILE, json.dumps(dict(content), indent=1))
 
-    # ------------------------------------------------------------------ the worker's side
+    # ------------------------------------------------------------------ workers
 
     def part(self, chunk: int) -> Path:
+        """The Parquet file of a chunk."""
         return self.parts / f"part-{chunk:06d}.parquet"
 
     @cached_property
     def parts(self) -> Path:
-        """The folder of the parts."""
+        """The folder that contains the parts."""
         return self.folder / (self.describe().get("parts", "") if self.exists else "")
 
     def write(self, chunk: int, rows: pa.Table, run: int = 1, **options: Any) -> Commit:
-        """Write a chunk's part and then its commit. Doing it twice gives the same table.
+        """Write a chunk's part and then its commit; writing it again gives the same table.
 
-        A part that is there is replaced: readers see the old one or the new one.
+        An existing part is replaced: readers see the old one or the new one. `options` are Arrow's.
         """
         write_parquet(self.part(chunk), rows, **options)
-        return self._committed(chunk, rows["status"], run)
+        return self._commit(chunk, rows["status"], run)
 
-    def _committed(self, chunk: int, statuses: pa.ChunkedArray, run: int) -> Commit:
+    def _commit(self, chunk: int, statuses: pa.ChunkedArray, run: int) -> Commit:
         commit = Commit(chunk, len(statuses), dict(Counter(statuses.to_pylist())), run)
         write_atomically(self._commit_file(chunk), commit.to_json())
         return commit
 
     def update(self, chunk: int, columns: pa.Table, run: int = 1, **options: Any) -> Commit:
-        """Give the rows of a committed part other values in `columns`, `status` among them.
+        """Replace some columns of a committed part; `status` must be among them.
 
-        All other bytes of the part stay as they are: of a table of images these are nearly all.
-        `options` are those of `write`, for a part that has to be written whole.
+        The other columns, nearly all bytes of a table of images, are not rewritten. `options` are those
+        of `write`, for a part that has to be rewritten after all.
         """
         if not update_columns(self.part(chunk), columns):
             with open_parquet(self.part(chunk)) as parquet:
                 rows = parquet.read()
             for name in columns.column_names:
-                at = rows.schema.get_field_index(name)
-                rows = rows.set_column(at, rows.schema.field(at), columns[name])
+                i = rows.schema.get_field_index(name)
+                rows = rows.set_column(i, rows.schema.field(i), columns[name])
             return self.write(chunk, rows, run, **options)
-        return self._committed(chunk, columns["status"], run)
+        return self._commit(chunk, columns["status"], run)
 
     def is_committed(self, chunk: int) -> bool:
-        """False while a chunk's part is not there, or is what a killed job left."""
+        """Whether a chunk is finished; a part alone may be left over from a killed job."""
         return is_file(self._commit_file(chunk))
 
     def _commit_file(self, chunk: int) -> Path:
@@ -258,40 +265,44 @@ class Table:
 def _is_table(folder: Path) -> bool:
     try:
         return Table(folder).exists
-    except OSError:  # a store may let us see our own folder alone
+    except OSError:  # credentials may be limited to our own folder of a store
         return False
 
 
-def refuse_strangers(folder: Path, ours: Collection[str], what: str, setting: str) -> None:
-    """Raise RunError when `folder` is not a folder, or holds what no job of ours left there.
+def check_unused(folder: Path, leftovers: Collection[str], what: str, setting: str) -> None:
+    """Raise RunError unless `folder` can be created or holds nothing but a job's `leftovers`.
 
-    Also when it lies in a table: readers of that one would take its rows for their own.
+    Also raises RunError for a folder inside a table, whose readers would read its files as rows.
+    `what` says in words what the folder was expected to be.
     """
-    if outer := next((one for one in folder.parents if _is_table(one)), None):
+    if outer := next((parent for parent in folder.parents if _is_table(parent)), None):
         raise RunError(
-            f"{setting}={folder} lies in the table {outer}, whose readers would take its files for rows "
-            f"of theirs: choose a folder beside it"
+            f"{setting}={folder} is inside the table {outer}, whose readers would read its files as "
+            "rows: choose a folder beside it"
         )
     make_folder(folder, setting)
     names = names_in(folder)
-    # Hidden files of 32 hex digits are temporary ones of `write_atomically`.
-    ours = {*ours, LOCK_FILE}
-    strangers = [n for n in names if n not in ours and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
-    if strangers:
+    # Hidden files that end in 32 hex digits are temporary files of `write_atomically`.
+    allowed = {*leftovers, LOCK_FILE}
+    others = [n for n in names if n not in allowed and not re.fullmatch(r"\..*[0-9a-f]{32}", n)]
+    if others:
         raise RunError(
-            f"{setting}={folder} is not empty and holds no {what} of ours ({strangers[0]}, …): "
+            f"{setting}={folder} is not empty and holds no {what} ({others[0]}, …): "
             f"choose another {setting}"
         )
 
 
-def refuse_difference(
-    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any], setting: str
+def check_same_settings(
+    folder: Path, recorded: Mapping[str, Any], current: Mapping[str, Any], setting: str
 ) -> None:
-    """Raise RunError naming the first differing settings; compares as JSON would keep them."""
-    here = json.loads(json.dumps(here))
-    keys = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+    """Raise RunError naming the first settings in which the run in `folder` and this one differ.
+
+    Values are compared as JSON stores them.
+    """
+    current = json.loads(json.dumps(current))
+    keys = [k for k in {**recorded, **current} if recorded.get(k) != current.get(k)]
     if keys:
-        shown = ", ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in keys[:3])
+        shown = ", ".join(f"{k}: {recorded.get(k)} there, {current.get(k)} here" for k in keys[:3])
         raise RunError(
             f"output folder {folder} holds another run ({shown}): "
             f"choose another {setting}, or remove the folder"
@@ -299,35 +310,31 @@ def refuse_difference(
 
 
 def parquet_files(path: str, setting: str = "data.input", published: bool = True) -> list[Path]:
-    """The Parquet files of a table of ours (committed parts only), of a folder, or the one file.
+    """The Parquet files at `path`: a table's committed parts, a folder's files, or the one file.
 
-    Raises DataError where there is nothing, and where a table of ours is not finished, or not
-    `published`.
+    Raises DataError if there are none, or if a table is not finished, or (with `published`) has not
+    been published.
     """
     where = as_path(path)
     if is_file(where):
         return [where]
     table = Table(where)
     if table.exists:
-        if (lacking := table.lacks()) and (published or table.pending()):
-            raise DataError(f"{setting}={path}: this table {lacking}: rerun the job that writes it")
+        if (reason := table.incomplete_reason()) and (published or table.pending()):
+            raise DataError(f"{setting}={path}: this table {reason}: rerun the job that writes it")
         files = [table.part(commit.chunk) for commit in table.commits()]
     else:
-        inside = len(where.parts)
+        depth = len(where.parts)
         found = (p for p in files_below(where) if p.suffix == ".parquet")
-        files = [p for p in found if _is_data(p.parts[inside:])]
+        # Arrow and Spark skip hidden files and folders too.
+        files = [p for p in found if not any(map(is_hidden, p.parts[depth:]))]
     if not files:
         what = "has no Parquet files" if is_folder(where) else "does not exist"
         raise DataError(f"{setting}={path} {what}: expected a Parquet file or a folder of them")
     return files
 
 
-def _is_data(names: Sequence[str]) -> bool:
-    """False in folders and for files that Arrow and Spark pass over too."""
-    return not any(map(is_hidden, names))
-
-
 def plan_file(file: Path) -> Path:
-    """Where the file of a plan lies that is called `file` now; earlier versions wrote `.parquet`."""
+    """The plan file `file`, or the `.parquet` that an earlier version wrote in its place."""
     earlier = file.with_suffix(".parquet")
     return earlier if not is_file(file) and is_file(earlier) else file

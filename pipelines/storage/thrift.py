@@ -1,6 +1,7 @@
-"""Structs in Thrift's compact protocol: where their fields lie, and copies with other values in some.
+"""Structs in Thrift's compact protocol: where their fields lie, and how to patch them.
 
-Nothing is decoded into objects: a footer of Parquet has a hundred thousand bytes, of which a few change.
+Nothing is decoded into objects: a Parquet footer may have a hundred thousand bytes, of which only a
+few change. Positions are byte offsets into the buffer; a span is (start, end).
 Source: `thrift-compact-protocol.md` in Thrift's documentation.
 """
 
@@ -9,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-_BOOLEANS, _NUMBER, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = (1, 2), 5, 7, 8, (9, 10), 11, 12
+_BOOLEANS, _INTEGER, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = (1, 2), 5, 7, 8, (9, 10), 11, 12
 
 Patch = tuple[int, int, bytes]
 """Start and end of some bytes in a buffer, and the bytes that replace them."""
 
 
-def patched(buffer: bytes, start: int, end: int, patches: Sequence[Patch]) -> bytes:
+def apply_patches(buffer: bytes, start: int, end: int, patches: Sequence[Patch]) -> bytes:
     """The bytes from `start` to `end` with all patches applied."""
     pieces = []
     for first, last, new in sorted(patches):
@@ -24,107 +25,108 @@ def patched(buffer: bytes, start: int, end: int, patches: Sequence[Patch]) -> by
     return b"".join([*pieces, buffer[start:end]])
 
 
-def with_added(buffer: bytes, place: tuple[int, int], more: int) -> Patch:
-    """The patch that adds `more` to the integer at `place`."""
-    value = number_at(buffer, place[0]) + more
-    return *place, varint((value << 1) ^ (value >> 63))
+def add_to_integer(buffer: bytes, span: tuple[int, int], amount: int) -> Patch:
+    """The patch that adds `amount` to the integer at `span`."""
+    value = read_integer(buffer, span[0]) + amount
+    return *span, varint((value << 1) ^ (value >> 63))
 
 
 def varint(value: int) -> bytes:
-    """An unsigned integer as a variable number of bytes."""
-    found = bytearray()
+    """An unsigned integer in variable-length encoding."""
+    encoded = bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*encoded, value])
 
 
-def read_varint(buffer: bytes, at: int) -> tuple[int, int]:
-    """The unsigned integer at a place, and where it ends."""
+def read_varint(buffer: bytes, position: int) -> tuple[int, int]:
+    """The unsigned integer at `position`, and the position after it."""
     value = shift = 0
     while True:
-        byte = buffer[at]
-        at += 1
+        byte = buffer[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, position
         shift += 7
 
 
-def number_at(buffer: bytes, at: int) -> int:
-    """The signed integer (zigzag) at a place."""
-    value, _ = read_varint(buffer, at)
+def read_integer(buffer: bytes, position: int) -> int:
+    """The signed integer (zigzag) at `position`."""
+    value, _ = read_varint(buffer, position)
     return (value >> 1) ^ -(value & 1)
 
 
-def fields(
+def struct_fields(
     buffer: bytes,
-    at: int,
+    position: int,
     until: int | None = None,
     elements: Mapping[int, list[tuple[int, int]]] = MappingProxyType({}),
 ) -> dict[int, tuple[int, int]]:
-    """Where the values of a struct's fields begin and end, by their numbers.
+    """The spans of the field values of the struct at `position`, by field number.
 
-    Field `until` is the last one that is looked at, and only where it begins. Those of `elements` are
-    lists, into which goes where each of their elements begins and ends.
+    The scan stops at field `until`, whose span is then empty. `elements` names fields that are
+    lists; the spans of their elements are appended to the given lists.
     """
     found: dict[int, tuple[int, int]] = {}
     number = 0
-    while header := buffer[at]:
-        at += 1
+    while header := buffer[position]:
+        position += 1
         if header >> 4:
             number += header >> 4
         else:
-            number, at = number_at(buffer, at), end_of(buffer, at, _NUMBER)
-        start, kind = at, header & 15
+            number, position = read_integer(buffer, position), end_of(buffer, position, _INTEGER)
+        start, kind = position, header & 15
         if number == until:
             return {**found, number: (start, start)}
         if number in elements:
-            count, kind, at = list_header(buffer, at)
+            count, kind, position = list_header(buffer, position)
             for _ in range(count):
-                first, at = at, end_of(buffer, at, kind)
-                elements[number].append((first, at))
+                first, position = position, end_of(buffer, position, kind)
+                elements[number].append((first, position))
         elif kind not in _BOOLEANS:
-            at = end_of(buffer, at, kind)
-        found[number] = (start, at)
+            position = end_of(buffer, position, kind)
+        found[number] = (start, position)
     return found
 
 
-def list_header(buffer: bytes, at: int) -> tuple[int, int, int]:
-    count, kind = buffer[at] >> 4, buffer[at] & 15
-    at += 1
+def list_header(buffer: bytes, position: int) -> tuple[int, int, int]:
+    """Length and element type of the list at `position`, and the position of its first element."""
+    count, kind = buffer[position] >> 4, buffer[position] & 15
+    position += 1
     if count == 15:
-        count, at = read_varint(buffer, at)
-    return count, kind, at
+        count, position = read_varint(buffer, position)
+    return count, kind, position
 
 
-def end_of(buffer: bytes, at: int, kind: int) -> int:
-    """Where a value that begins at `at` ends; one of BOOLEANS is an element of a list, of a byte."""
-    if _NUMBER - 1 <= kind <= _NUMBER + 1:  # whole numbers of 16, 32, 64 bits
-        while buffer[at] > 127:
-            at += 1
-        return at + 1
+def end_of(buffer: bytes, position: int, kind: int) -> int:
+    """The position after a value of type `kind`. A boolean is a list element here, of one byte."""
+    if _INTEGER - 1 <= kind <= _INTEGER + 1:  # i16, i32, i64
+        while buffer[position] > 127:
+            position += 1
+        return position + 1
     if kind == _BINARY:
-        length, at = read_varint(buffer, at)
-        return at + length
+        length, position = read_varint(buffer, position)
+        return position + length
     if kind == _STRUCT:
-        while header := buffer[at]:
-            at += 1
+        while header := buffer[position]:
+            position += 1
             if not header >> 4:
-                at = end_of(buffer, at, _NUMBER)
+                position = end_of(buffer, position, _INTEGER)
             if header & 15 not in _BOOLEANS:
-                at = end_of(buffer, at, header & 15)
-        return at + 1
+                position = end_of(buffer, position, header & 15)
+        return position + 1
     if kind in _LISTS:
-        count, inner, at = list_header(buffer, at)
+        count, inner, position = list_header(buffer, position)
         for _ in range(count):
-            at = end_of(buffer, at, inner)
-        return at
+            position = end_of(buffer, position, inner)
+        return position
     if kind == _MAP:
-        count, at = read_varint(buffer, at)
-        kinds = buffer[at] if count else 0
-        at += bool(count)
+        count, position = read_varint(buffer, position)
+        kinds = buffer[position] if count else 0
+        position += bool(count)
         for _ in range(count):
-            at = end_of(buffer, end_of(buffer, at, kinds >> 4), kinds & 15)
-        return at
-    return at + (8 if kind == _DOUBLE else 1)
+            position = end_of(buffer, end_of(buffer, position, kinds >> 4), kinds & 15)
+        return position
+    return position + (8 if kind == _DOUBLE else 1)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.cli.config import InputPlace, OutputPath, OutputPlace
+from pipelines.cli.config import InputPathOrUrl, OutputPath, OutputPathOrUrl
 from pipelines.execution.connection import PoolSize, RayConfig, bounds
 from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config, Lora, Precision, Trainable
@@ -15,7 +15,7 @@ from vlv_model.config import Config, Lora, Precision, Trainable
 class ImageData(Config):
     """The images of a training."""
 
-    input: InputPlace = Field(
+    input: InputPathOrUrl = Field(
         description="image table: what ingest wrote, or Parquet of its layout"
     )
     holdout: float = Field(
@@ -25,7 +25,7 @@ class ImageData(Config):
         description="share of the images held out for evaluation; chosen by a hash of `key`, so it "
         "is the same in every job and rerun",
     )
-    validation: InputPlace | None = Field(
+    validation: InputPathOrUrl | None = Field(
         None,
         description="images for the samples, in any layout that recaption reads (for example a "
         "folder of files); default: held-out images of data.input",
@@ -35,7 +35,7 @@ class ImageData(Config):
 class Stage1Data(ImageData):
     """The images of stage 1."""
 
-    latents: InputPlace | None = Field(
+    latents: InputPathOrUrl | None = Field(
         None,
         description="latents of data.input, written by jobs/precompute.py; the VAE is then not "
         "loaded; default: the VAE runs in every step",
@@ -45,7 +45,7 @@ class Stage1Data(ImageData):
 class PairData(ImageData):
     """The image + caption pairs of stage 2."""
 
-    captions: InputPlace | None = Field(
+    captions: InputPathOrUrl | None = Field(
         None,
         description="table of captions to join to data.input; default: data.input has the captions",
     )
@@ -53,7 +53,7 @@ class PairData(ImageData):
     join_on: Literal["key", "url"] = Field(
         "key", description="column that joins data.captions to data.input"
     )
-    output: OutputPlace | None = Field(
+    output: OutputPathOrUrl | None = Field(
         None, description="folder of the joined pair table; default: <run_dir>/pairs"
     )
 

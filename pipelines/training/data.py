@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.images.random_access import RowReader, in_holdout
+from pipelines.images.random_access import RowIndex, RowReader, in_holdout
 from pipelines.training.config import TrainConfig
 from vlv_model.errors import DataError
 from vlv_model.squares import Square

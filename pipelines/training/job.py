@@ -16,7 +16,7 @@ from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import check_resources, ray_session
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import parquet_files, read_json_object
 from pipelines.training import kept_rows, run_folder, samples
 from pipelines.training.config import Stage1Config, Stage2Config
@@ -44,7 +44,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
         )
     run = open_run(config)
     config, run_dir = run.config, Path(run.config.run_dir)
-    with exclusive(run_dir, "run_dir"):
+    with lock_folder(run_dir, "run_dir"):
         run_folder.claim(run_dir, run.identity)
         if (run_dir / run_folder.RESULT).is_file():
             print(f"{run_dir} is finished: nothing to train")

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.images.blocklist import Blocked
-from pipelines.images.changes import changed_on_purpose, changes_of, unexplained
+from pipelines.images.blocklist import Blocklist
+from pipelines.images.changes import changed_on_purpose, changes_of, unexplained_keys
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import write_atomically
 from pipelines.storage.tables import Table, read_json_object
@@ -86,7 +86,7 @@ def rows_of_run(
     if keys is None and (keys := _infer_keys(recorded, table, holdout, index)) is None:
         return RunRows(index, index.keys)
     missing = keys[~np.isin(keys, index.keys)]
-    if len(lost := unexplained(table, missing)):
+    if len(lost := unexplained_keys(table, missing)):
         raise RunError(
             f"{run_dir} began with {len(lost):,} rows that {table} lacks now, and no takedown or ingest "
             f"has removed them (the first is key {lost[0]}): restore them, or choose another run_dir"
@@ -128,7 +128,7 @@ def _infer_keys(
 
     These are the current keys and all that were taken down, provided the digests match; else None.
     """
-    removed = np.array(sorted(Blocked.read(Table(table)).keys), np.int64)
+    removed = np.array(sorted(Blocklist.read(Table(table)).keys), np.int64)
     keys = np.union1d(index.keys, removed)
     held_out = in_holdout(keys, holdout)
     unknown = np.zeros(len(keys), np.int32)

@@ -26,7 +26,7 @@ from pipelines.execution.chunks import run_chunks
 from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.removal import remove_rows
@@ -39,13 +39,14 @@ from pipelines.images.rows import (
     with_image_feature,
 )
 from pipelines.images.urls import address_of
-from pipelines.lists.files import fingerprint, input_bytes
-from pipelines.lists.metadata import as_text, our_columns
+from pipelines.lists.files import input_bytes
+from pipelines.lists.metadata import as_text, match_columns
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file
+from pipelines.storage.fingerprints import content_fingerprint
 from pipelines.storage.folders import names_in, remove_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema, write_parquet
-from pipelines.storage.sorting import Buckets, Sorting
+from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import (
     IMAGE_ROW_GROUP,
     PLAN,
@@ -135,7 +136,7 @@ class Pairs(TableJob):
 
     def check(self, table: Table) -> None:
         if not (table.exists and self._changed_on_purpose(table)):
-            table.check_free(KIND, self.identity())
+            table.check_same_run(KIND, self.identity())
 
     def plan(self, table: Table) -> None:
         if table.exists and self._changed_on_purpose(table):
@@ -185,9 +186,9 @@ class Pairs(TableJob):
                 remove_file(table.folder / name)
             return
 
-        blocked = Blocked.read(table)
+        blocked = Blocklist.read(table)
         for path in self.sources.values():
-            blocked |= replace(Blocked.read(Table(path)), unmatched=frozenset())
+            blocked |= replace(Blocklist.read(Table(path)), unmatched=frozenset())
         blocked.write(table)
         removed = remove_rows(table, blocked)
         print(
@@ -202,7 +203,7 @@ class Pairs(TableJob):
 
 def _describe_files(files: list[Path]) -> str:
     """Number, size and digest of a table's files, to compare and to show."""
-    fingerprints = str(sorted(fingerprint(files).items())).encode()
+    fingerprints = str(sorted(content_fingerprint(files).items())).encode()
     digest = hashlib.blake2b(fingerprints, digest_size=8).hexdigest()
     return f"{len(files)} files, {input_bytes(files)} bytes, {digest}"
 
@@ -265,14 +266,14 @@ def _sort_captions(
     files: list[Path],
     caption_column: str,
     join_on: JoinOn,
-    sorting: Sorting = Buckets,
+    sorting: SortFactory = ExternalSort,
 ) -> dict[str, int]:
     """Write the captions in buckets sorted by key, each key once; returns counts."""
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
     buckets = sorting(_CAPTIONS, input_bytes(files))
     for file in files:
         schema = read_schema(file)
-        names = our_columns(schema, {}, str(file)) if join_on == "url" else {}
+        names = match_columns(schema, {}, str(file)) if join_on == "url" else {}
         join_column = names.get(join_on, join_on)
         require_columns(schema, [join_column, caption_column], str(file))
         for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):

@@ -26,7 +26,7 @@ from pipelines.images.random_access import RowIndex
 from pipelines.images.sources import find_source
 from pipelines.storage.files import write_atomically
 from pipelines.storage.folders import remove_folder
-from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
+from pipelines.storage.tables import check_same_settings, check_unused, read_json_object
 from pipelines.training import checkpointing
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
@@ -201,9 +201,9 @@ def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
         )
         recorded_identity = {name: value for name, value in defaults if name in identity}
         recorded_identity |= recorded(run_dir)
-        refuse_difference(run_dir, recorded_identity, identity, "run_dir")
+        check_same_settings(run_dir, recorded_identity, identity, "run_dir")
     else:
-        refuse_strangers(run_dir, ("pairs",), "run", "run_dir")
+        check_unused(run_dir, ("pairs",), "run", "run_dir")
 
 
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:

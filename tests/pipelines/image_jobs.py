@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig, ImageJob
 from pipelines.images.selection import Selection
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table
 from vlv_model.squares import Square
 
@@ -37,6 +37,6 @@ def open_table(kind: str, data: Selection, identity: Mapping[str, Any], **more: 
     """The table of an image job, as it is planned; nothing is run."""
     job, table = image_job(kind, data, identity, **more), Table(data.output)
     job.check(table)
-    with exclusive(table.folder, "data.output"):
+    with lock_folder(table.folder, "data.output"):
         job.plan(table)
     return table

@@ -33,7 +33,7 @@ from transformers import (
 
 from pipelines.cli.config import dump
 from pipelines.storage.files import write_atomically
-from pipelines.storage.tables import read_json_object, refuse_difference, refuse_strangers
+from pipelines.storage.tables import check_same_settings, check_unused, read_json_object
 from pipelines.tiny_world.pretraining import figures
 from pipelines.tiny_world.pretraining.config import PretrainConfig
 from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures
@@ -88,9 +88,9 @@ class _Pretraining:
         file = self.folder / RECORD
         if file.is_file():
             record = read_json_object(file)
-            refuse_difference(self.folder, record["settings"], settings, "output")
+            check_same_settings(self.folder, record["settings"], settings, "output")
             return record
-        refuse_strangers(self.folder, (), "pretraining", "output")
+        check_unused(self.folder, (), "pretraining", "output")
         versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
         versions["python"] = platform.python_version()
         return {"settings": settings, "parts": {}, "versions": versions}

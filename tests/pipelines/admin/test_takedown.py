@@ -19,7 +19,7 @@ from jobs.takedown import run, with_tables
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build, load
 from pipelines.cli.main import BAD_INPUT, main
-from pipelines.images.blocklist import Blocked
+from pipelines.images.blocklist import Blocklist
 from pipelines.images.removal import SIDE_BY_SIDE
 from pipelines.images.rows import url_key
 from pipelines.ingest.config import IngestConfig
@@ -237,7 +237,7 @@ def test_commas_within_a_url_are_kept() -> None:
 
 
 def test_domains_are_compared_label_by_label() -> None:
-    blocked = Blocked(domains=frozenset(["example.org", "xn--bcher-kva.de", "xn--fa-hia.de"]))
+    blocked = Blocklist(domains=frozenset(["example.org", "xn--bcher-kva.de", "xn--fa-hia.de"]))
     urls = [
         "http://example.org/",
         "http://www.EXAMPLE.org./",

@@ -58,7 +58,7 @@ def test_config_is_frozen() -> None:
         ("run_dir.x=1", ["run_dir"]),
     ],
 )
-def test_bad_settings_are_one_line_that_names_them(override: str, words: list[str]) -> None:
+def test_bad_setting_is_a_one_line_error_that_names_it(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load(Outer, None, ["run_dir=/a", override])
     line = str(error.value)
@@ -72,7 +72,7 @@ def test_missing_setting_is_named() -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\0", "just words"])
-def test_unreadable_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+def test_unreadable_yaml_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -81,7 +81,7 @@ def test_unreadable_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     assert str(file) in str(error.value)
 
 
-def written(tmp_path: Path, text: str) -> Path:
+def write_config(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "c.yaml"
     file.write_text(f"run_dir: /a\n{text}")
     return file
@@ -101,9 +101,9 @@ def written(tmp_path: Path, text: str) -> Path:
         ("train:\n  steps:\n  schedule:\n", r"train.schedule=None: .*line 4\)$"),
     ],
 )
-def test_nothing_in_a_file_is_passed_over(tmp_path: Path, text: str, line: str) -> None:
+def test_nothing_in_a_file_is_ignored(tmp_path: Path, text: str, line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        load(Outer, str(written(tmp_path, text)), [])
+        load(Outer, str(write_config(tmp_path, text)), [])
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_nothing_in_a_file_is_passed_over(tmp_path: Path, text: str, line: str) 
         ),
     ],
 )
-def test_a_file_means_what_it_says(tmp_path: Path, text: str, expected: Inner) -> None:
-    assert load(Outer, str(written(tmp_path, text)), []).train == expected
+def test_values_in_a_file(tmp_path: Path, text: str, expected: Inner) -> None:
+    assert load(Outer, str(write_config(tmp_path, text)), []).train == expected
 
 
-def test_the_line_of_a_file_is_not_blamed_for_the_command_line(tmp_path: Path) -> None:
+def test_error_on_the_command_line_does_not_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.steps='many'") as raised:
-        load(Outer, str(written(tmp_path, "train: {steps: 5}\n")), ["train.steps=many"])
+        load(Outer, str(write_config(tmp_path, "train: {steps: 5}\n")), ["train.steps=many"])
     assert "--config" not in str(raised.value)
 
 
@@ -143,12 +143,14 @@ class Words(Config):
     [
         ("resize", "no"),
         ("precision", "off"),
-        ("precision", "none"),  # a word of this choice
+        ("precision", "none"),  # one of the choices
         ("limit", None),
         ("enlarge", False),
     ],
 )
-def test_words_that_yaml_takes_for_others(tmp_path: Path, setting: str, value: object) -> None:
+def test_choices_that_yaml_reads_as_other_types(
+    tmp_path: Path, setting: str, value: object
+) -> None:
     text = {None: "none", False: "no"}.get(value, value)  # type: ignore[call-overload]
     assert getattr(load(Words, None, [f"{setting}={text}"]), setting) == value
     file = tmp_path / "c.yaml"
@@ -164,23 +166,23 @@ def test_two_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["run_dir=/a", "b"], "cannot read 'b': .*key=value.*what is before it: 'run_dir=/a b'"),
+        (["run_dir=/a", "b"], "cannot read 'b': .*key=value.*the word before it: 'run_dir=/a b'"),
         (
             ["linear", "b"],
-            "cannot read 'b': train.schedule is given already .*'train.sch.*=linear b'",
+            "cannot read 'b': train.schedule is already given .*'train.sch.*=linear b'",
         ),
-        (["linear", "run_dir=/a", "b"], "cannot read 'b': .*what is before it: 'run_dir=/a b'"),
-        (["train.schedule=linear", "cosine"], "cannot read 'cosine': .* given already"),
+        (["linear", "run_dir=/a", "b"], "cannot read 'b': .*the word before it: 'run_dir=/a b'"),
+        (["train.schedule=linear", "cosine"], "cannot read 'cosine': .* already given"),
     ],
 )
-def test_a_second_word_is_one_line(words: list[str], line: str) -> None:
+def test_second_positional_argument_is_a_one_line_error(words: list[str], line: str) -> None:
     aliases = {"": "train.schedule"} if "b" not in words[1:2] or "linear" in words else {}
     with pytest.raises(ConfigError, match=line):
         parse(Outer, words, "job", "", aliases)
 
 
 @given(st.text(), st.text())
-def test_any_override_gives_a_config_or_one_line(key: str, value: str) -> None:
+def test_any_override_gives_a_config_or_a_one_line_error(key: str, value: str) -> None:
     line = "fine"
     try:
         load(Outer, None, ["run_dir=/a", f"{key}={value}"])
@@ -209,15 +211,15 @@ def test_help_shows_every_setting_with_type_default_and_meaning() -> None:
         assert words in text
 
 
-def test_options_stand_for_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_set_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
     aliases = {"": "train.schedule", "--to": "run_dir"}
     config = parse(Outer, ["linear", "--to", "/a=b", "train.steps=2"], "job", "", aliases)
     assert (config.train.schedule, config.run_dir, config.train.steps) == ("linear", "/a=b", 2)
     with pytest.raises(ConfigError, match="--too"):
         parse(Outer, ["--too", "x"], "job", "", aliases)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit:
         parse(Outer, ["run_dir=/a", "--print-config"], "job", "")
-    assert left.value.code == 0
+    assert exit.value.code == 0
     assert "learning_rate: 0.001" in capsys.readouterr().out
 
 
@@ -226,7 +228,7 @@ def test_relative_output_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert load(Outer, None, ["run_dir=runs/a"]).run_dir == str(tmp_path / "runs/a")
 
 
-def test_relative_output_in_rays_copy_is_refused(
+def test_relative_output_in_the_copy_of_ray_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0"
@@ -238,7 +240,7 @@ def test_relative_output_in_rays_copy_is_refused(
 
 
 @pytest.mark.parametrize("path", ["/a #1", "2020-01-01", "001", "no", "*.x", "a: b", "[", "null"])
-def test_paths_are_taken_to_the_letter(path: str) -> None:
+def test_paths_are_not_parsed_as_yaml(path: str) -> None:
     assert load(Outer, None, [f"run_dir={path}"]).run_dir == str(Path.cwd() / path)
     assert load(Outer, None, ["run_dir=/a", f"name={path}"]).name == (
         None if path == "null" else path
@@ -246,7 +248,7 @@ def test_paths_are_taken_to_the_letter(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["s3://b/a", "file:///a", "", " ", "~nobody-of-this-name/x"])
-def test_places_that_cannot_be_written_to_are_refused(path: str) -> None:
+def test_paths_that_cannot_be_written_to_are_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="run_dir"):
         load(Outer, None, [f"run_dir={path}"])
 
@@ -275,7 +277,7 @@ def test_lists_of_any_length_need_no_brackets(setting: str, value: tuple[object,
 
 
 @pytest.mark.parametrize("setting", ["pair=0.5", "pair=0.5,0.6", "numbers=1,x"])
-def test_other_lists_are_refused_as_before(setting: str) -> None:
+def test_wrong_lists_are_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):
         load(Lists, None, [setting])
 
@@ -300,8 +302,8 @@ def test_shipped_configs_name_settings_that_exist(
         script = str(root / f"jobs/{file.stem}.py")
         given = ["--config", str(file), "--print-config", *paths, *outputs]
         monkeypatch.setattr(sys, "argv", [script, *given])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit:
             runpy.run_path(script, run_name="__main__")
         captured = capsys.readouterr()
-        assert not left.value.code, captured.err
+        assert not exit.value.code, captured.err
         assert "input: /in" in captured.out

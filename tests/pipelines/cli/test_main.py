@@ -1,4 +1,4 @@
-"""How a job says what went wrong: in one line, however deep the cause lies."""
+"""A job reports an error in one line, however deep the cause lies."""
 
 import errno
 import signal
@@ -17,7 +17,7 @@ class Nothing(Config):
     """A job without settings."""
 
 
-def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+def exit_status(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     def run(_: Nothing) -> None:
         raise error
 
@@ -26,62 +26,64 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def wrapped(cause: BaseException) -> RuntimeError:
-    """As a step's error comes back from a worker."""
+    """Like an error of a step that comes back from a worker."""
     outer = RuntimeError("a step failed")
     outer.cause = cause  # type: ignore[attr-defined]
     return outer
 
 
 @pytest.mark.parametrize("wrap", [lambda e: e, wrapped])
-def test_a_full_disk_is_one_line(wrap, monkeypatch, capsys) -> None:
-    arrows = OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left")
-    assert ended(wrap(arrows), monkeypatch) == BAD_INPUT
+def test_full_disk_is_a_one_line_error(wrap, monkeypatch, capsys) -> None:
+    arrow_error = OSError(
+        errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left"
+    )
+    assert exit_status(wrap(arrow_error), monkeypatch) == BAD_INPUT
     assert capsys.readouterr().err == "error: No space left on device: writing\n"
 
 
-def test_rays_advice_is_no_name_of_a_file(monkeypatch, capsys) -> None:
+def test_advice_of_ray_is_not_taken_for_a_file_name(monkeypatch, capsys) -> None:
     advice = "Failed to apply UDF transform after 1/1 attempts.\nTo change retry attempts, …"
-    assert ended(wrapped(OSError(errno.ENOSPC, "full", advice)), monkeypatch) == BAD_INPUT
+    assert exit_status(wrapped(OSError(errno.ENOSPC, "full", advice)), monkeypatch) == BAD_INPUT
     assert capsys.readouterr().err == "error: No space left on device: writing\n"
 
 
-def test_the_file_is_named_where_it_is_known(monkeypatch, capsys) -> None:
+def test_error_names_the_file_if_known(monkeypatch, capsys) -> None:
     error = wrapped(OSError(errno.EACCES, "Permission denied", str(Path("/data/x"))))
-    assert ended(error, monkeypatch) == BAD_INPUT
+    assert exit_status(error, monkeypatch) == BAD_INPUT
     assert capsys.readouterr().err == "error: Permission denied: /data/x\n"
 
 
-def test_a_line_of_ours_wins_over_what_it_was_made_of(monkeypatch, capsys) -> None:
-    error = DataError("data.input=/x cannot be read: mend it")
+def test_vlv_error_takes_precedence_over_its_cause(monkeypatch, capsys) -> None:
+    error = DataError("data.input=/x cannot be read: repair it")
     error.__cause__ = OSError(errno.EACCES, "Permission denied", "/x")
-    assert ended(error, monkeypatch) == BAD_INPUT
-    assert capsys.readouterr().err == "error: data.input=/x cannot be read: mend it\n"
+    assert exit_status(error, monkeypatch) == BAD_INPUT
+    assert capsys.readouterr().err == "error: data.input=/x cannot be read: repair it\n"
 
 
-def of_a_rank(cause: Exception) -> Exception:
-    """As Ray Train hands on what became of a rank that it no longer reaches."""
+def rank_error(cause: Exception) -> Exception:
+    """Ray Train's error for a rank that it can no longer reach."""
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     return WorkerGroupError("ranks failed", {0: WorkerHealthCheckFailedError("gone", cause)})
 
 
-def of_the_controller(cause: Exception) -> Exception:
-    """As when Ray ends what leads the ranks: it takes several processes at a time."""
+def controller_error(cause: Exception) -> Exception:
+    """Ray Train's error when its controller is killed too: Ray kills several processes at a time."""
     from ray.train import ControllerError
 
     return ControllerError(cause)
 
 
-@pytest.mark.parametrize("wrap", [lambda e: e, wrapped, of_a_rank, of_the_controller])
-def test_a_machine_without_memory_is_one_line(wrap, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("wrap", [lambda e: e, wrapped, rank_error, controller_error])
+def test_full_memory_is_a_one_line_error(wrap, monkeypatch, capsys) -> None:
     from ray.exceptions import OutOfMemoryError
 
-    said = (
+    message = (
         "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: "
         "192.0.2.2, ID: 84939d3617d3) was 9.52GB used / 9.59GB limit (0.993)\nOOM kill reason: …"
     )
-    assert ended(wrap(OutOfMemoryError(said)), monkeypatch) == BAD_INPUT
+    assert exit_status(wrap(OutOfMemoryError(message)), monkeypatch) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "error: the memory of a machine is full (192.0.2.2: 9.52GB used / 9.59GB)"
@@ -89,17 +91,17 @@ def test_a_machine_without_memory_is_one_line(wrap, monkeypatch, capsys) -> None
     assert line.endswith("the same command then continues")
 
 
-def test_a_fault_while_a_refusal_was_handled_keeps_its_traceback(monkeypatch) -> None:
-    refused = OSError(errno.EACCES, "Permission denied", "/x")
-    fault = TypeError("of the program")
-    fault.__context__ = refused
-    with pytest.raises(TypeError, match="of the program"):
-        ended(fault, monkeypatch)
+def test_bug_while_a_system_error_is_handled_keeps_its_traceback(monkeypatch) -> None:
+    system_error = OSError(errno.EACCES, "Permission denied", "/x")
+    bug = TypeError("a bug")
+    bug.__context__ = system_error
+    with pytest.raises(TypeError, match="a bug"):
+        exit_status(bug, monkeypatch)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch) -> None:
+def test_bug_keeps_its_traceback(monkeypatch) -> None:
     with pytest.raises(OSError, match="odd"):
-        ended(OSError(errno.EIO, "odd"), monkeypatch)
+        exit_status(OSError(errno.EIO, "odd"), monkeypatch)
 
 
 SLEEPER = """
@@ -111,12 +113,12 @@ class Nothing(Config): pass
 
 def run(_):
     try:
-        print("at work", flush=True)
+        print("started", flush=True)
         time.sleep(0.5 if "ignored" in sys.argv[0] else 1000)
     finally:
-        print("unwound", flush=True)
+        print("cleaned up", flush=True)
 
-if "ignored" in sys.argv[0]:  # as nohup does
+if "ignored" in sys.argv[0]:  # like nohup
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.exit(main(Nothing, run, "A job."))
 """
@@ -131,7 +133,7 @@ sys.exit(main(Nothing, run, "A job."))
         ("ignored", signal.SIGHUP, 0),
     ],
 )
-def test_a_signal_ends_a_job_in_good_order(
+def test_signal_ends_a_job_after_its_cleanup(
     name: str, number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     (tmp_path / f"{name}.py").write_text(SLEEPER)
@@ -143,20 +145,20 @@ def test_a_signal_ends_a_job_in_good_order(
         text=True,
     )
     assert job.stdout is not None
-    assert job.stdout.readline() == "at work\n"
+    assert job.stdout.readline() == "started\n"
     job.send_signal(number)
-    out, said = job.communicate(timeout=60)
+    out, errors = job.communicate(timeout=60)
     line = "interrupted: the same command continues where this one stopped\n"
-    assert (job.returncode, out, said) == (status, "unwound\n", line if status else "")
+    assert (job.returncode, out, errors) == (status, "cleaned up\n", line if status else "")
 
 
 @pytest.mark.parametrize("code", [3, 0, "bye", None])
-def test_other_exits_are_left_alone(code: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit) as left:
-        ended(SystemExit(code), monkeypatch)
-    assert left.value.code == code
+def test_other_exits_are_unchanged(code: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as exit:
+        exit_status(SystemExit(code), monkeypatch)
+    assert exit.value.code == code
 
 
-def test_rays_own_exit_while_it_starts_is_the_signals(monkeypatch, capsys) -> None:
-    assert ended(SystemExit(signal.SIGTERM), monkeypatch) == 143
+def test_exit_of_ray_during_its_start_has_the_status_of_the_signal(monkeypatch, capsys) -> None:
+    assert exit_status(SystemExit(signal.SIGTERM), monkeypatch) == 143
     assert capsys.readouterr().err.startswith("interrupted: ")

@@ -19,9 +19,9 @@ from pipelines.execution.cluster import InProcess
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.read_images import ReadImages
-from pipelines.images.plans import lay_out, read_plan
+from pipelines.images.plans import make_plan, read_plan
 from pipelines.images.rows import IMAGE_ROW
-from pipelines.images.selection import Selection, _smallest
+from pipelines.images.selection import Selection, _kth_smallest
 from pipelines.storage.tables import Table
 from tests.pipelines.image_jobs import open_table
 from tests.pipelines.pictures.files import encoded, photo, png
@@ -110,10 +110,10 @@ def test_a_key_that_occurs_twice_is_found_in_any_order(
     with tempfile.TemporaryDirectory() as place:
         files = write_keys(Path(place, "t"), *keys)
         if len(set(every)) == len(every) and every:
-            assert lay_out(files, lambda keys: keys != every[0]).rows == len(every) - 1
+            assert make_plan(files, lambda keys: keys != every[0]).rows == len(every) - 1
             return
         with pytest.raises(DataError) as refused:
-            lay_out(files, lambda keys: keys == keys)
+            make_plan(files, lambda keys: keys == keys)
         if every:
             (key,) = re.findall(r"key (-?\d+) occurs more than once", str(refused.value))
             assert every.count(int(key)) > 1
@@ -125,7 +125,7 @@ def test_a_key_that_occurs_twice_is_found_in_any_order(
 def test_a_limit_is_that_of_the_sorted_keys(waiting: int) -> None:
     keys = np.random.default_rng(0).permutation(50)
     for count in (1, 7, 50, 60):
-        assert _smallest(count, np.array_split(keys, 6), waiting) == min(count, 50) - 1
+        assert _kth_smallest(count, np.array_split(keys, 6), waiting) == min(count, 50) - 1
 
 
 def test_a_rewritten_table_is_another_run(pair_table: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
     planned = open_table("caption", selection(tmp_path / "images", tmp_path / "out"), {})
     read = ReadImages(planned, Square(64))
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(DataError, match="is not there any more"):
+    with pytest.raises(DataError, match="no longer exists"):
         read(chunk(0))
 
 
@@ -215,7 +215,7 @@ def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypat
     shutil.copytree(pair_table, tmp_path / "images")
     select = selection(tmp_path / "images", tmp_path / "t", rows_per_chunk=3)
     made = open_table("caption", select, {}).describe()
-    monkeypatch.setattr(selection_module, "lay_out", lambda *_: pytest.fail("keys are read"))
+    monkeypatch.setattr(selection_module, "make_plan", lambda *_: pytest.fail("keys are read"))
     assert open_table("caption", select, {}).describe() == made
     with pytest.raises(RunError, match=r"data\.limit: None there, 5 here"):
         open_table("caption", selection(tmp_path / "images", tmp_path / "t", limit=5), {})
@@ -232,7 +232,7 @@ def test_a_task_reads_no_more_of_a_larger_plan(tmp_path: Path) -> None:
     keys = pa.array(range(0, 35_000, 7), pa.int64())
     images = pa.nulls(5000, IMAGE_ROW.field("image").type)
     pq.write_table(pa.table({"key": keys, "image": images}), tmp_path / "x", row_group_size=16)
-    assert lay_out([tmp_path / "x"], lambda keys: keys >= 0, (tmp_path, 2)).rows == 5000
+    assert make_plan([tmp_path / "x"], lambda keys: keys >= 0, (tmp_path, 2)).rows == 5000
     assert len(list((tmp_path / "_plan").iterdir())) == 3
     for number in (0, 1023, 1024, 2499):
         rows = read_plan(tmp_path, number).to_pylist()

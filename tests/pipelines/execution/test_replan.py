@@ -13,8 +13,8 @@ import pytest
 
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build
-from pipelines.images.blocklist import Blocked
-from pipelines.images.plans import planned, planned_keys, read_plan, write_chunks
+from pipelines.images.blocklist import Blocklist
+from pipelines.images.plans import plan_index, planned_keys, read_plan, write_chunks
 from pipelines.images.random_access import ROW, RowReader
 from pipelines.images.removal import SIDE_BY_SIDE
 from pipelines.images.rows import IMAGE_ROW
@@ -65,7 +65,7 @@ def work(table: Table, chunks: list[int]) -> None:
     files = [Path(file) for file in table.describe()["files"]]
     for chunk in chunks:
         plan = read_plan(table.folder, chunk)
-        reader = RowReader(planned(files, plan))
+        reader = RowReader(plan_index(files, plan))
         for position, key in enumerate(plan["key"].to_pylist()):
             assert reader.row(position)["image"] == b"%d" % key  # read where it lies today
         table.write(chunk, pa.table({"key": plan["key"], "status": ["ok"] * plan.num_rows}))
@@ -101,7 +101,7 @@ def test_a_job_goes_on_after_a_takedown(
     about = table.describe()
     assert (about["planned_rows"], about["identity"]["rows"]) == (23, 23)
     assert opened(images, tmp_path).describe() == about
-    assert Blocked.read(table).keys == {1, 9, 5, 12, 13, 14, 15}
+    assert Blocklist.read(table).keys == {1, 9, 5, 12, 13, 14, 15}
     take(images, 29, derived=[str(table.folder)])  # a finished one, and its own rows
     assert opened(images, tmp_path).pending() == []
     assert keys_of(table)[-1] == 28

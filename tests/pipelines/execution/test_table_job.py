@@ -17,7 +17,7 @@ from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.rows import status
 from pipelines.images.selection import Selection
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.parquet import read_rows
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.pairs import write_pairs
@@ -93,7 +93,7 @@ class Steps(TableJob):
 
     def note(self, step: str, table: Table) -> None:
         try:
-            with exclusive(table.folder, "data.output"):
+            with lock_folder(table.folder, "data.output"):
                 held = False
         except RunError:
             held = True

@@ -1,4 +1,4 @@
-"""A table's folder as other people's readers open it: exactly its rows, whatever lies beside them."""
+"""Other readers open a table's folder and see exactly its rows, whatever files lie beside them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pipelines.storage.tables import PARTS, Table
 from tests.pipelines.earlier import as_of_earlier_version
 
 Rows = list[dict[str, Any]]
-HOME = "/home/of/somebody"  # which no card may name
+HOME = "/home/of/somebody"  # no card may contain it
 SCHEMAS = {
     "image": with_image_feature(IMAGE_ROW),
     "pair": with_image_feature(PAIR_ROW),
@@ -50,7 +50,7 @@ MODEL = {"base_models": {}, "step": 1, "weights": "w", "fingerprint": "f", "imag
 
 
 def rows_of(kind: str) -> list[Rows]:
-    """The rows of three chunks: none; one that failed, whose columns are null; two that are `ok`."""
+    """The rows of three chunks: none; one failed row; two `ok` rows."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
     failed = {"key": 1, "status": "decode:corrupt", "error": "cut"}
@@ -70,7 +70,7 @@ def rows_of(kind: str) -> list[Rows]:
 
 
 def finished(folder: Path, kind: str) -> Table:
-    """A finished table of a kind, with all that its jobs may leave beside the rows."""
+    """A finished table of a kind, with every file that its jobs may write beside the rows."""
     table, schema = Table(folder / kind), SCHEMAS[kind]
     identity = {
         "data.input": f"{HOME}/images",
@@ -88,14 +88,16 @@ def finished(folder: Path, kind: str) -> Table:
         run = Run(table.folder / "_runs/0001", 1)
         run.begin(SETTINGS, [0], read=40, dropped={"no_url": 1}, fetched=3, marked=0)
         run.plan_folder.mkdir()
-        write_parquet(chunk_file(run.plan_folder, 0), pa.table({"key": [77]}))  # of a run under way
+        write_parquet(
+            chunk_file(run.plan_folder, 0), pa.table({"key": [77]})
+        )  # of a run in progress
         (run.folder / "link_rot.csv").write_text("host,rows\na.org,77\n")
     for name in ("_report.html", "captions.json", "_health.json", "_similar.csv"):
         (table.folder / name).write_text(json.dumps({"key": 77, "words": {}, "tokens": {}}))
     if kind == "caption":
         (table.folder / "_health.json").unlink()
-        about = {"model": MODEL, "license": "mit", "join": True, "generate": {}, "gate": {}}
-        table.publish(about)
+        content = {"model": MODEL, "license": "mit", "join": True, "generate": {}, "gate": {}}
+        table.publish(content)
         caption_card.write_card(table)
     write_card(table)
     return table
@@ -114,23 +116,23 @@ def expected(table: Table) -> Rows:
     return by_key(row for chunk in range(3) for row in pq.read_table(table.part(chunk)).to_pylist())
 
 
-def test_the_folder_is_a_data_set(table: Table, tmp_path: Path) -> None:
+def test_datasets_opens_the_folder(table: Table, tmp_path: Path) -> None:
     import datasets
 
-    there = expected(table)
-    assert [row["key"] for row in there] == [-5, 1, 2]
+    rows = expected(table)
+    assert [row["key"] for row in rows] == [-5, 1, 2]
     for streaming in (False, True):
         cache = str(tmp_path / "cache")
         opened = datasets.load_dataset(
             str(table.folder), split="train", streaming=streaming, cache_dir=cache
         )
-        if "image" in there[0]:
+        if "image" in rows[0]:
             assert isinstance(opened.features["image"], datasets.Image)
             assert [row["image"] and row["image"].size for row in by_key(opened)] == [
                 (4, 3), None, (4, 3),
             ]  # fmt: skip
             opened = opened.cast_column("image", datasets.Image(decode=False))
-        assert by_key(opened) == there
+        assert by_key(opened) == rows
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {}
@@ -171,26 +173,26 @@ def pandas_folder(folder: Path) -> Rows:
 
 
 @pytest.mark.parametrize("name", list(READERS))
-def test_readers_of_parquet_see_the_rows_alone(table: Table, name: str) -> None:
+def test_parquet_readers_see_only_the_rows(table: Table, name: str) -> None:
     assert by_key(READERS[name](table.folder)) == expected(table)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_ray_data_sees_the_rows_alone(tmp_path: Path) -> None:
+def test_ray_data_sees_only_the_rows(tmp_path: Path) -> None:
     import ray
 
     for kind in SCHEMAS:
         table = finished(tmp_path, kind)
-        there = expected(table)
+        rows = expected(table)
         read = ray.data.read_parquet(str(table.parts))
-        assert read.count() == len(there)
-        assert read.schema().names == list(there[0])
-        if kind in ("image", "latents"):  # to run a task for each kind takes seconds
+        assert read.count() == len(rows)
+        assert read.schema().names == list(rows[0])
+        if kind in ("image", "latents"):  # running a task takes seconds
             keys = [(row["key"], row["status"]) for row in by_key(read.take_all())]
-            assert keys == [(row["key"], row["status"]) for row in there]
+            assert keys == [(row["key"], row["status"]) for row in rows]
 
 
-def test_a_card_says_what_the_table_is(table: Table) -> None:
+def test_card_describes_the_table(table: Table) -> None:
     text = (table.folder / FILE).read_text()
     assert HOME not in text
     header = yaml.safe_load(text.split("---")[1])
@@ -201,7 +203,7 @@ def test_a_card_says_what_the_table_is(table: Table) -> None:
     assert "| decode:corrupt | 1 |" in text
     assert "| ok | 2 |" in text
     for line in text.partition("## Columns")[2].strip().splitlines()[2:]:
-        assert len(line.split("|")[3].strip()) > 3, line  # each has a meaning
+        assert len(line.split("|")[3].strip()) > 3, line  # each column has a meaning
     if table.describe()["kind"] != "caption":
         assert "| image.size | 32 |" in text
         assert "| base_models.vae | sha256:1 |" in text
@@ -210,7 +212,7 @@ def test_a_card_says_what_the_table_is(table: Table) -> None:
         assert "| 1 | 40 | 1 | 3 |" in text  # the run
 
 
-def test_latents_open_as_their_card_says(tmp_path: Path) -> None:
+def test_code_in_the_card_of_latents_works(tmp_path: Path) -> None:
     table = finished(tmp_path, "latents")
     code = re.findall(r"```python\n(.*?)```", (table.folder / FILE).read_text(), re.DOTALL)[-1]
     names: dict[str, Any] = {"rows": expected(table)}
@@ -218,7 +220,7 @@ def test_latents_open_as_their_card_says(tmp_path: Path) -> None:
     assert names["mean"].float().tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
 
 
-def test_a_takedown_is_counted_and_the_same_card_is_not_written_again(tmp_path: Path) -> None:
+def test_takedown_updates_the_card_and_an_unchanged_card_is_not_rewritten(tmp_path: Path) -> None:
     images, pairs = (finished(tmp_path, kind) for kind in ("image", "pair"))
     cards = [table.folder / FILE for table in (images, pairs)]
     before = [card.stat().st_mtime_ns for card in cards]
@@ -231,8 +233,8 @@ def test_a_takedown_is_counted_and_the_same_card_is_not_written_again(tmp_path: 
         assert "| ok | 1 |" in card.read_text()
 
 
-def test_no_card_where_it_would_be_taken_for_a_part(tmp_path: Path) -> None:
-    """Neither in a table of an earlier version, nor before there is a whole one."""
+def test_no_card_if_arrow_would_read_it_as_a_part(tmp_path: Path) -> None:
+    """Not in a table of an earlier version; nor is there one before the table is finished."""
     table = finished(tmp_path, "image")
     (table.folder / FILE).unlink()
     (table.folder / "_commits/000002.json").unlink()
@@ -242,5 +244,5 @@ def test_no_card_where_it_would_be_taken_for_a_part(tmp_path: Path) -> None:
     earlier = as_of_earlier_version(table)
     write_card(earlier)
     assert not (table.folder / FILE).exists()
-    earlier.create("image", {}, 3)  # as a job does that goes on with it
+    earlier.create("image", {}, 3)  # as a job does that continues it
     assert Table(table.folder).parts == table.folder

@@ -1,4 +1,4 @@
-"""Conditions on rows: one expression, on the columns of a row, and nothing else."""
+"""A condition is one expression on the columns of a row, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = pa.table(
     ("condition", "expected"),
     [
         ("text = 'O''Brien'", [False, False, True]),
-        ("text <> 'x'", [False, False, True]),  # null is neither
+        ("text <> 'x'", [False, False, True]),  # null is not true
         ("text is null or N = 1", [True, True, False]),
         ("null", [False] * 3),
         ("_row = 'b' -- a comment", [False, True, False]),
@@ -28,7 +28,7 @@ ROWS = pa.table(
         ("n in (select unnest([1, 3]))", [True, False, True]),
     ],
 )
-def test_rows_for_which_it_holds(condition: str, expected: list[bool]) -> None:
+def test_rows_that_satisfy_the_condition(condition: str, expected: list[bool]) -> None:
     where = pickle.loads(pickle.dumps(Where(condition)))
     assert where.mask(ROWS).tolist() == expected
     assert where.mask(ROWS.slice(0, 0)).tolist() == []
@@ -42,7 +42,7 @@ def test_rows_for_which_it_holds(condition: str, expected: list[bool]) -> None:
         "true) or (true",
         "true; drop table rows",
         "true limit 1",
-        "n > (select avg(n) from rows)",  # it would be asked of some of the rows at a time
+        "n > (select avg(n) from rows)",  # a condition is evaluated on some of the rows at a time
         "n > (select avg(n) from numbered)",
         "row_number() over () = 1",
         "count(*) > 0",
@@ -52,13 +52,15 @@ def test_rows_for_which_it_holds(condition: str, expected: list[bool]) -> None:
         "n in (select 1 from read_csv('/etc/passwd'))",
     ],
 )
-def test_what_is_no_condition_on_a_row_is_refused(condition: str) -> None:
-    with pytest.raises(ConfigError, match=r"no condition on these rows .*; columns: text, n, _row"):
+def test_anything_but_a_condition_on_a_row_is_refused(condition: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"not a valid condition on these rows .*; columns: text, n, _row"
+    ):
         Where(condition).mask(ROWS)
 
 
-def test_columns_that_sql_does_not_tell_apart_are_not_asked() -> None:
-    """It would take either for the other."""
+def test_columns_that_differ_only_in_case_cannot_be_used() -> None:
+    """SQL would use either of them."""
     twins = pa.table({"url": ["u"], "URL": ["U"], "n": [1]})
     assert Where("n = 1").mask(twins).tolist() == [True]
     with pytest.raises(ConfigError, match=r'"url" not found.*; columns: n$'):

@@ -1,4 +1,4 @@
-"""Images as others keep them: each is one row with a key of its own, and a broken one says so."""
+"""Foreign images: each is one row with its own key; an unreadable one has a status that says so."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "images")
 
 
-def test_a_folder_gives_a_row_for_each_image_file(folder: Path, tmp_path: Path) -> None:
+def test_folder_gives_a_row_per_image_file(folder: Path, tmp_path: Path) -> None:
     rows = read(folder, tmp_path / "out")
     assert [(row["name"], row["status"]) for row in rows] == [
         ("_DSC1.JPG", "ok"),
@@ -47,21 +47,21 @@ def test_a_folder_gives_a_row_for_each_image_file(folder: Path, tmp_path: Path) 
     assert [row["key"] for row in again] == [row["key"] for row in rows]
 
 
-def test_a_file_that_goes_meanwhile_is_a_row(folder: Path, tmp_path: Path) -> None:
+def test_file_deleted_meanwhile_is_a_failed_row(folder: Path, tmp_path: Path) -> None:
     selection = build(Selection, {"input": str(folder), "output": str(tmp_path / "out")})
     table = open_table("caption", selection, {})
     (folder / "a/photo.png").unlink()
-    os.mkfifo(folder / "a/photo.png")  # which would be waited for
+    os.mkfifo(folder / "a/photo.png")  # reading it would block
     rows = ReadImages(table, Square(8))(pa.table({"chunk": [0]})).to_pylist()
     states = {row["name"]: row["status"] for row in rows}
     assert states["a/photo.png"] == "decode:unreadable"
     assert states["b/photo.png"] == "ok"
     shutil.rmtree(folder)
-    with pytest.raises(DataError, match="cannot be read"):  # not a table full of broken images
+    with pytest.raises(DataError, match="cannot be read"):  # instead of a table of failed rows
         ReadImages(table, Square(8))(pa.table({"chunk": [0]}))
 
 
-def test_a_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
+def test_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
     first = read(folder, tmp_path / "out")
     (folder / "new.png").write_bytes(png("red"))
     assert read(folder, tmp_path / "out") == first
@@ -71,7 +71,7 @@ def test_a_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- Parquet
 
 
-def test_datasets_own_parquet_is_read(tmp_path: Path) -> None:
+def test_parquet_written_by_datasets(tmp_path: Path) -> None:
     import datasets
 
     pictures = [{"bytes": png(colour), "path": f"{colour}.png"} for colour in COLOURS]
@@ -86,19 +86,19 @@ def test_datasets_own_parquet_is_read(tmp_path: Path) -> None:
 
 
 def img2dataset(path: Path) -> Path:
-    """Parquet as img2dataset writes it: bytes in `jpg`, failures without any."""
-    found = [png(colour) for colour in COLOURS]
+    """Parquet as img2dataset writes it: bytes in `jpg`, null for failures."""
+    images = [png(colour) for colour in COLOURS]
     columns = {
         "url": [f"HTTP://h.org/{colour}" for colour in COLOURS] + ["http://h.org/dead"],
         "key": [f"00000000{i}" for i in range(5)],
         "status": ["success"] * 4 + ["failed_to_download"],
-        "jpg": pa.array([*found, None], pa.binary()),
+        "jpg": pa.array([*images, None], pa.binary()),
     }
     pq.write_table(pa.table(columns), path, row_group_size=2)
     return path
 
 
-def test_img2datasets_parquet_is_read(tmp_path: Path) -> None:
+def test_parquet_written_by_img2dataset(tmp_path: Path) -> None:
     file = img2dataset(tmp_path / "00000.parquet")
     rows = read(file, tmp_path / "out")
     assert [row["status"] for row in rows] == [*["ok"] * 4, "decode:no_image"]
@@ -110,7 +110,7 @@ def test_img2datasets_parquet_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
-def test_bytes_of_every_type_are_images(kind: pa.DataType, tmp_path: Path) -> None:
+def test_every_type_of_bytes_is_read(kind: pa.DataType, tmp_path: Path) -> None:
     fields = [("bytes", kind), ("path", pa.string())]
     values = [{"bytes": png("red"), "path": "a"}, None, {"bytes": b"", "path": "b"}]
     structs = pa.array(values, pa.struct(fields))
@@ -123,8 +123,8 @@ def test_bytes_of_every_type_are_images(kind: pa.DataType, tmp_path: Path) -> No
     assert [row["status"] for row in rows] == ["ok", "decode:no_image"]
 
 
-def test_an_image_column_without_bytes_is_refused(tmp_path: Path) -> None:
-    """Also beside a key, where the rest is as in a table of ours."""
+def test_image_column_without_bytes_is_refused(tmp_path: Path) -> None:
+    """Also beside a key, as in a table of this pipeline."""
     struct = {"bytes": png("red"), "path": "a"}
     for number, values in enumerate((["a.png"], [[struct]])):
         file = tmp_path / f"{number}.parquet"
@@ -133,7 +133,7 @@ def test_an_image_column_without_bytes_is_refused(tmp_path: Path) -> None:
             read(file, tmp_path / "out")
 
 
-def test_parquet_that_is_no_data_is_passed_over(tmp_path: Path) -> None:
+def test_hidden_parquet_files_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "in/_plan").mkdir(parents=True)
     pq.write_table(pa.table({"image": [png("red")]}), tmp_path / "in/a.parquet")
     for name in ("_metadata.parquet", "_plan/rows-0000.parquet"):
@@ -144,7 +144,7 @@ def test_parquet_that_is_no_data_is_passed_over(tmp_path: Path) -> None:
     assert again == row
 
 
-def test_a_row_group_that_is_large_is_read_in_pieces(tmp_path: Path) -> None:
+def test_large_row_group_is_read_in_batches(tmp_path: Path) -> None:
     colours = [COLOURS[i % 4] for i in range(100)]
     images = pa.array([png(colour) for colour in colours], pa.large_binary())
     pq.write_table(pa.table({"content": images}), tmp_path / "in.parquet")
@@ -154,16 +154,16 @@ def test_a_row_group_that_is_large_is_read_in_pieces(tmp_path: Path) -> None:
         colour = colours[int(row["name"].partition("#")[2])]
         assert colour_of(row) == expected.get(colour, (255, 255, 255))
     (listing,), about = build(Selection, given).images()
-    earlier = listing.rename(listing.with_suffix(".parquet"))  # as earlier versions named it
+    earlier = listing.rename(listing.with_suffix(".parquet"))  # the suffix of earlier versions
     assert build(Selection, given).images() == ([earlier], about)
     rows = pq.read_table(earlier).sort_by("row").to_pylist()
     assert len(rows) == 100
-    pieces = external.ExternalImages("content", whole=100)
+    images = external.ExternalImages("content", whole=100)
     for row in (*rows, *rows[20:30:3], rows[0]):  # forwards, then back, with gaps
-        assert pieces.read(row) == png(colours[row["row"]])
+        assert images.read(row) == png(colours[row["row"]])
 
 
-def test_columns_that_are_meant_are_asked_for(tmp_path: Path) -> None:
+def test_image_column_is_chosen_by_a_setting(tmp_path: Path) -> None:
     file = tmp_path / "in.parquet"
     struct = pa.array([{"bytes": png("red"), "path": None}])
     blob = pa.array([png("blue")], pa.binary())
@@ -179,7 +179,7 @@ def test_columns_that_are_meant_are_asked_for(tmp_path: Path) -> None:
         read(file, tmp_path / "third")
 
 
-def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+def test_foreign_table_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for path in ("secret.png", "in/own.png"):
         (tmp_path / path).write_bytes(png("red"))
@@ -188,7 +188,7 @@ def test_a_table_from_elsewhere_names_no_file_outside_of_its_folder(tmp_path: Pa
     pq.write_table(pa.table({"image": image}), tmp_path / "in/t.parquet")
     states = {row["name"]: row["status"] for row in read(tmp_path / "in", tmp_path / "out")}
     assert states == dict.fromkeys(names, "decode:outside") | {"own.png": "ok"}
-    # Where a key makes it a table of our layout, too.
+    # The same for a table of our layout, recognised by its key.
     pq.write_table(
         pa.table({"key": range(4), "name": names, "image": image}), tmp_path / "in/t.parquet"
     )
@@ -206,14 +206,14 @@ def test_unsigned_keys_keep_their_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [None, "key > 0"])
-def test_a_status_that_is_not_ours_is_one_line(tmp_path: Path, where: str | None) -> None:
+def test_status_of_another_type_is_a_one_line_error(tmp_path: Path, where: str | None) -> None:
     rows = {"key": [1, 2], "image": [png("red")] * 2, "status": [200, 404]}
     pq.write_table(pa.table(rows), tmp_path / "t.parquet")
     with pytest.raises(DataError, match=r"t\.parquet: column 'status' is int64, expected text"):
         read(tmp_path / "t.parquet", tmp_path / "out", where=where)
 
 
-def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+def test_repeated_key_is_refused(tmp_path: Path) -> None:
     images = pa.array([png("red"), png("blue")], pa.binary())
     pq.write_table(pa.table({"image": images, "id": ["a", "a"]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match="occurs more than once"):
@@ -238,7 +238,7 @@ def shards(tmp_path: Path) -> Path:
     return root
 
 
-def test_shards_give_a_row_for_each_image(shards: Path, tmp_path: Path) -> None:
+def test_shards_give_a_row_per_image(shards: Path, tmp_path: Path) -> None:
     rows = read(shards, tmp_path / "out")
     assert [row["name"] for row in rows] == [
         f"0000{number}.tar/{i:09d}.png" for number in range(2) for i in range(4)
@@ -249,17 +249,19 @@ def test_shards_give_a_row_for_each_image(shards: Path, tmp_path: Path) -> None:
     assert some == [{**row, "chunk": 0} for row in rows[4:]]
 
 
-def test_a_damaged_shard_gives_what_is_sound_and_says_so(shards: Path, tmp_path: Path) -> None:
+def test_damaged_shard_gives_its_intact_images_and_a_failed_row(
+    shards: Path, tmp_path: Path
+) -> None:
     whole = (shards / "00000.tar").read_bytes()
     (shards / "00000.tar").write_bytes(whole[:3000])  # in the header of the third file
-    (shards / "00001.tar").write_bytes(b"this is no archive")
+    (shards / "00001.tar").write_bytes(b"not an archive")
     rows = read(shards, tmp_path / "out")
     states = [row["status"] for row in rows]
     assert sorted(states) == ["decode:shard", "decode:shard", "ok"]
     assert "damaged from byte" in next(r["error"] for r in rows if r["status"] != "ok")
 
 
-def test_members_of_an_unknown_suffix_are_counted(
+def test_members_with_an_unknown_suffix_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     members = {"0.png": png("red"), "0.json": b"{}", "0.txt": b"a", "1.raw": b"1", "2.RAW": b"2"}
@@ -268,7 +270,7 @@ def test_members_of_an_unknown_suffix_are_counted(
     assert row["name"] == "0.tar/0.png"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        "3 files in its shards are no images by their names and were passed over: "
+        "3 files in its shards were skipped, because their names are not those of images: "
         "2 .raw, 1 without suffix"
     )
     shard(tmp_path / "1.tar", {"1.raw": b"1"})
@@ -276,10 +278,10 @@ def test_members_of_an_unknown_suffix_are_counted(
         read(tmp_path / "1.tar", tmp_path / "none")
 
 
-def test_a_shard_that_is_compressed_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_compressed_shard_is_refused(shards: Path, tmp_path: Path) -> None:
     packed = gzip.compress((shards / "00000.tar").read_bytes())
     (shards / "00000.tar").write_bytes(packed)
-    with pytest.raises(DataError, match=r"00000.tar is compressed \(gzip\): unpack it"):
+    with pytest.raises(DataError, match=r"00000.tar is compressed \(gzip\): decompress it"):
         read(shards, tmp_path / "out")
 
 
@@ -321,7 +323,7 @@ def test_object_stores_give_the_same_rows(
     assert [row["status"] for row in rows] == [*["ok"] * 4, "decode:no_image"]
 
 
-def test_a_condition_chooses_rows_of_a_table_of_ours(pair_table: Path, tmp_path: Path) -> None:
+def test_condition_selects_rows_of_a_table(pair_table: Path, tmp_path: Path) -> None:
     everything = read(pair_table, tmp_path / "all")
     some = read(pair_table, tmp_path / "some", where="caption like '%red%' and aesthetic is null")
     assert 0 < len(some) < len(everything)
@@ -331,5 +333,5 @@ def test_a_condition_chooses_rows_of_a_table_of_ours(pair_table: Path, tmp_path:
         read(pair_table, tmp_path / "none", where="caption = 'never'")
     with pytest.raises(ConfigError, match=r"data.where=.*colour.*columns: .*caption"):
         read(pair_table, tmp_path / "wrong", where="colour = 'red'")
-    with pytest.raises(ConfigError, match="no condition"):
+    with pytest.raises(ConfigError, match="not a valid condition"):
         read(pair_table, tmp_path / "files", where="key in (select 1 from read_csv('/etc/passwd'))")

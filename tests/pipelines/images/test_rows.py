@@ -45,15 +45,15 @@ def test_different_urls_have_different_keys(one: str, other: str) -> None:
     assert url_key(one) != url_key(other)
 
 
-def test_keys_are_stable_for_ever() -> None:
-    # Tables are joined by these numbers; a change of the hash would cut every table in two.
+def test_keys_never_change() -> None:
+    # Tables are joined by key: another hash would make all existing tables useless.
     assert url_key("http://example.com/cat.jpg") == KEY_OF_CAT
 
 
 KEY_OF_CAT = -5307140061464997514
 
 
-# Texts that hold what URLs are made of, and what is no part of them.
+# Texts with the characters of URLs, and with others.
 urlish = st.builds(
     "{}{}".format,
     st.sampled_from(["", "http://", "HTTPS://", "http://h/", "https://a.b?", "ftp://h:80"]),
@@ -62,7 +62,7 @@ urlish = st.builds(
 
 
 @given(st.text() | urlish)
-def test_any_text_has_a_key_and_normalising_is_done_once(text: str) -> None:
+def test_any_text_has_a_key_and_normalising_is_idempotent(text: str) -> None:
     assert -(2**63) <= url_key(text) < 2**63
     normal = normalise_url(text)
     assert normalise_url(normal) == normal
@@ -70,20 +70,20 @@ def test_any_text_has_a_key_and_normalising_is_done_once(text: str) -> None:
 
 
 @given(urlish)
-def test_what_is_seen_to_be_normal_would_not_have_been_changed(text: str) -> None:
-    seen = normalise_url(text)
+def test_fast_path_agrees_with_normalising(text: str) -> None:
+    fast = normalise_url(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schemas, "_NORMAL_URL", re.compile(r"(?!)"))  # matches nothing
-        assert normalise_url(text) == seen
+        assert normalise_url(text) == fast
 
 
-def test_image_column_is_marked_for_datasets() -> None:
-    note = json.loads(with_image_feature(IMAGE_ROW).metadata[b"huggingface"])
-    features = note["info"]["features"]
+def test_image_column_has_the_image_feature_of_datasets() -> None:
+    metadata = json.loads(with_image_feature(IMAGE_ROW).metadata[b"huggingface"])
+    features = metadata["info"]["features"]
     assert features["image"] == {"_type": "Image"}
     assert set(features) == set(IMAGE_ROW.names)
 
 
-def test_missing_column_lists_what_was_found() -> None:
+def test_error_for_a_missing_column_lists_the_columns() -> None:
     with pytest.raises(DataError, match=r"no column 'URL'.*it has a, b"):
         require_columns(pa.schema([("a", pa.int8()), ("b", pa.int8())]), ["URL"], "x.parquet")

@@ -1,4 +1,4 @@
-"""What kind of images an input holds: nothing of it is passed over in silence."""
+"""Detecting the kind of input: no image is ignored silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "images")
 
 
-def test_what_is_there_is_said_where_nothing_is_an_image(tmp_path: Path) -> None:
+def test_error_without_images_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "b.txt", "c.json"):
         (tmp_path / "in" / name).touch()
@@ -31,14 +31,14 @@ def test_what_is_there_is_said_where_nothing_is_an_image(tmp_path: Path) -> None
         read(tmp_path / "in", tmp_path / "out")
 
 
-def test_formats_that_are_decoded_are_found_by_their_suffixes(tmp_path: Path) -> None:
+def test_image_formats_are_found_by_suffix(tmp_path: Path) -> None:
     for suffix in ("pgm", "ico", "J2K"):
         kind = {"pgm": "PPM", "J2K": "JPEG2000"}.get(suffix, suffix.upper())
         Image.new("L", (24, 24), 9).save(tmp_path / f"a.{suffix}", kind)
     assert [row["status"] for row in read(tmp_path, tmp_path / "out")] == ["ok"] * 3
 
 
-def test_links_to_folders_lose_no_image(folder: Path, tmp_path: Path) -> None:
+def test_links_to_folders(folder: Path, tmp_path: Path) -> None:
     whole = read(folder, tmp_path / "out")
     (folder / "again").symlink_to("a")
     (folder / "a/up").symlink_to("..")
@@ -49,7 +49,7 @@ def test_links_to_folders_lose_no_image(folder: Path, tmp_path: Path) -> None:
         read(folder, tmp_path / "outside")
 
 
-def test_a_folder_that_cannot_be_read_is_no_empty_one(
+def test_unreadable_folder_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scandir = os.scandir
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(
         read(folder, tmp_path / "out")
 
 
-def test_a_glob_names_files(folder: Path, tmp_path: Path) -> None:
+def test_glob_pattern(folder: Path, tmp_path: Path) -> None:
     rows = read(f"{folder}/*/*.png", tmp_path / "out")
     assert [(row["name"], row["status"]) for row in rows] == [
         ("a/photo.png", "ok"), ("b/photo.png", "ok")
@@ -75,8 +75,8 @@ def test_a_glob_names_files(folder: Path, tmp_path: Path) -> None:
         read(f"{folder}/*.bmp", tmp_path / "none")
 
 
-def test_what_is_ours_below_is_no_data(folder: Path, tmp_path: Path) -> None:
-    """A job may write beside its images; its table has images, too, where it joins them."""
+def test_tables_inside_the_input_are_ignored(folder: Path, tmp_path: Path) -> None:
+    """A job may write into its input folder, and its table may contain images too."""
     first = read(folder, tmp_path / "out")
     images = pa.array([{"bytes": png("red"), "path": "a"}], external.IMAGE_STRUCT)
     for number in range(2):
@@ -89,25 +89,25 @@ def test_what_is_ours_below_is_no_data(folder: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder / inside)
     for file in folder.glob("*.*"):
         file.unlink()
-    with pytest.raises(DataError, match=r"holds tables of ours \(captions0, …\): name one"):
+    with pytest.raises(DataError, match=r"contains tables \(captions0, …\): give the path"):
         read(folder, tmp_path / "tables")
 
 
-def test_a_mixture_of_kinds_loses_none_in_silence(folder: Path, tmp_path: Path) -> None:
+def test_mixture_of_kinds_is_an_error(folder: Path, tmp_path: Path) -> None:
     shard(folder / "0.tar", {"a.png": png("red")})
     with pytest.raises(DataError, match=r"\.tar shards and other images .*\*\*/\*\.tar'"):
         read(folder, tmp_path / "out")
     assert len(read(f"{folder}/**/*.tar", tmp_path / "tars")) == 1
     assert len(read(f"{folder}/**/*.[pj]*g", tmp_path / "files")) == 3
-    (tmp_path / "packed").mkdir()
-    shutil.move(folder / "0.tar", tmp_path / "packed")
-    (tmp_path / "packed/1.tar.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "compressed").mkdir()
+    shutil.move(folder / "0.tar", tmp_path / "compressed")
+    (tmp_path / "compressed/1.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(DataError, match=r"1\.tar\.gz"):
-        read(tmp_path / "packed", tmp_path / "gz")
+        read(tmp_path / "compressed", tmp_path / "gz")
 
 
-def test_objects_below_two_slashes_are_images_of_their_own(bucket: str, tmp_path: Path) -> None:
-    """A store allows folders without a name; their images are neither lost nor taken for others."""
+def test_images_in_folders_with_an_empty_name_are_separate(bucket: str, tmp_path: Path) -> None:
+    """Object stores allow folders with an empty name (`a//b.png`)."""
     import s3fs
 
     store = s3fs.S3FileSystem()
@@ -126,7 +126,7 @@ def test_objects_below_two_slashes_are_images_of_their_own(bucket: str, tmp_path
     assert colour_of(one) == (0, 128, 0)
 
 
-def test_shards_below_two_slashes_are_found(bucket: str, tmp_path: Path) -> None:
+def test_shards_in_folders_with_an_empty_name_are_found(bucket: str, tmp_path: Path) -> None:
     import s3fs
 
     shard(tmp_path / "0.tar", {"0.png": png("red")})

@@ -1,4 +1,4 @@
-"""All spellings of a URL have one address, and no two URLs that are sent differently share one."""
+"""All spellings of a URL have one address, and URLs that are sent differently have different ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_urls_that_are_sent_differently_have_different_addresses(one: str, other
     assert address_of(one) != address_of(other)
 
 
-# Texts that hold what URLs are made of, and what is no part of them.
+# Texts with the characters of URLs, and with others.
 urlish = st.builds(
     "{}{}".format,
     st.sampled_from(["", "http://", "HTTPS://", "http://h/", "https://a.b?", "http://h/%", "ftp://h:80"]),
@@ -62,21 +62,21 @@ urlish = st.builds(
 
 
 @given(st.text() | urlish)
-def test_any_text_has_an_address_and_a_canonical_url_is_its_own(text: str) -> None:
+def test_any_text_has_an_address_and_canonical_url_is_idempotent(text: str) -> None:
     sent = canonical_url(text)
     assert canonical_url(sent) == sent == normalise_url(sent)
     assert address_of(text) == address_of(sent) == address_of(normalise_url(text))
 
 
 @given(urlish)
-def test_what_is_seen_to_be_plain_would_not_have_been_changed(text: str) -> None:
-    seen = canonical_url(text)
+def test_fast_path_agrees_with_parsing(text: str) -> None:
+    fast = canonical_url(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(urls, "_PLAIN", re.compile(r"(?!)"))  # matches nothing
-        assert canonical_url(text) == seen
+        assert canonical_url(text) == fast
 
 
-def test_addresses_of_a_column_are_those_of_its_urls() -> None:
+def test_addresses_of_a_column() -> None:
     texts = ["http://a.org/x.jpg", "http://a.org/y z.jpg", "not a url", None]
     column = pa.chunked_array([pa.array(texts)])
     hashed = [address_of(text) if text else 0 for text in texts]

@@ -18,7 +18,7 @@ from pipelines.execution.cluster import InProcess, RayCluster
 from pipelines.images.rows import DUPLICATE, OK
 from pipelines.ingest import duplicates
 from pipelines.ingest.duplicates import DuplicateConfig, _read_hashes, mark_duplicates
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from pipelines.storage.tables import Table
 
 Row = tuple[int, int, int, str]  # run, content, phash, status
@@ -111,7 +111,7 @@ def test_on_a_cluster_with_many_buckets(tmp_path: Path) -> None:
     table = table_of(tmp_path / "t", rows, chunk=16)
     config = build(DuplicateConfig, {"by": "near", "distance": 3})
     cluster = RayCluster(seconds_here=0)  # or none of so small a table would leave the driver
-    small = partial(Buckets, bucket_bytes=512)
+    small = partial(ExternalSort, bucket_bytes=512)
     assert mark_duplicates(cluster, table, config, 4, tmp_path / "copies", small) > 20
     assert statuses(table) == expected(rows, "near", 3)
     copies = {c.chunk for c in table.commits() if c.run == 4}

@@ -159,7 +159,7 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
     counts = duckdb.sql(f"SELECT status, count(*) FROM '{files}' GROUP BY status").fetchall()
     assert dict(counts) == Table(tmp_path / "out").counts()
     card = (tmp_path / "out/README.md").read_text()
-    assert "9 images that are to be used, of 10 URLs" in card
+    assert "9 usable images, of 10 URLs" in card
     assert str(tmp_path) not in card
 
 
@@ -261,7 +261,7 @@ def test_bad_input_is_refused_before_ray_starts(tmp_path: Path) -> None:
         ingest(config_of(tmp_path))
     # … and none of these stands in the way of a good list.
     assert not Table(tmp_path / "out").exists
-    assert not Table(tmp_path / "out").check_free("image", {})
+    assert not Table(tmp_path / "out").check_same_run("image", {})
 
 
 def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:

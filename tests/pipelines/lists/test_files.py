@@ -1,4 +1,4 @@
-"""Which files a list of URLs is made of: none is passed over, none of other tools is read."""
+"""The files of a list of URLs: none is missed, and files of other tools are not read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.lists.files import fingerprint, input_files
+from pipelines.lists.files import input_files
+from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.errors import DataError
 
 
@@ -26,10 +27,10 @@ def test_input_is_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
         input_files(str(tmp_path / "empty"))
 
 
-def test_json_beside_other_lists_is_notes_on_them(
+def test_json_beside_other_lists_is_ignored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As img2dataset's 00000_stats.json beside 00000.parquet."""
+    """Like img2dataset's 00000_stats.json beside 00000.parquet."""
     for name in ("00000.parquet", "00000_stats.json", "deep/dataset_infos.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -45,7 +46,7 @@ def test_json_beside_other_lists_is_notes_on_them(
     assert not capsys.readouterr().err
 
 
-def test_lists_below_two_slashes_are_found(bucket: str) -> None:
+def test_lists_in_folders_with_an_empty_name_are_found(bucket: str) -> None:
     import s3fs
 
     names = ["a.csv", "/b.csv", "x//c.csv"]
@@ -54,42 +55,34 @@ def test_lists_below_two_slashes_are_found(bucket: str) -> None:
     for pattern in ("", "/**/*.csv"):
         found = [str(file) for file in input_files(f"{bucket}/lists{pattern}")]
         assert sorted(found) == sorted(f"{bucket}/lists/{name}" for name in names)
-    assert len(fingerprint(input_files(f"{bucket}/lists"))) == 3
+    assert len(content_fingerprint(input_files(f"{bucket}/lists"))) == 3
 
 
-def test_fingerprint_tells_lists_of_one_size_apart(tmp_path: Path) -> None:
-    file = tmp_path / "l.csv"
-    file.write_text("url\nhttp://127.0.0.1:4000/\n")
-    before = fingerprint([file])
-    file.write_text("url\nhttp://127.0.0.1:5000/\n")
-    assert fingerprint([file]) != before
-
-
-def test_fingerprint_tells_files_of_one_name_apart(tmp_path: Path) -> None:
+def test_files_of_equal_name_have_different_fingerprints(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / "list" / folder).mkdir(parents=True)
         (tmp_path / "list" / folder / "l.csv").write_text(f"url\nhttp://{folder}/\n")
-    before = fingerprint(input_files(str(tmp_path / "list")))
+    before = content_fingerprint(input_files(str(tmp_path / "list")))
     assert list(before) == ["a/l.csv", "b/l.csv"]
     (tmp_path / "list").rename(tmp_path / "moved")
-    assert fingerprint(input_files(str(tmp_path / "moved"))) == before
+    assert content_fingerprint(input_files(str(tmp_path / "moved"))) == before
     (tmp_path / "moved/a/l.csv").write_text("url\nhttp://c/\n")
-    assert fingerprint(input_files(str(tmp_path / "moved"))) != before
+    assert content_fingerprint(input_files(str(tmp_path / "moved"))) != before
     with pytest.raises(DataError, match=r"gone\.csv cannot be read: No such file"):
-        fingerprint([tmp_path / "gone.csv"])
+        content_fingerprint([tmp_path / "gone.csv"])
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "y" * 5000])
-def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
+def test_invalid_file_name_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="does not exist") as raised:
         input_files(str(tmp_path / name))
     assert len(str(raised.value)) < 400
 
 
-def test_what_tools_leave_in_a_folder_is_no_list(folder: Path) -> None:
-    """Notes, halves of killed writers, logs of transactions, Finder's copies."""
-    theirs = ["_SUCCESS", ".a.csv", "_temporary/0/a.csv", "_delta_log/1.parquet", ".git/a.csv"]
-    for name in [*theirs, "deep/_old/a.csv", "deep/er/b.CSV.GZ", "a_b.csv"]:
+def test_leftovers_of_other_tools_are_not_read(folder: Path) -> None:
+    """Markers, temporary files, transaction logs, macOS's companion files."""
+    leftovers = ["_SUCCESS", ".a.csv", "_temporary/0/a.csv", "_delta_log/1.parquet", ".git/a.csv"]
+    for name in [*leftovers, "deep/_old/a.csv", "deep/er/b.CSV.GZ", "a_b.csv"]:
         write(folder / name)
     assert [file.name for file in input_files(str(folder))] == ["a_b.csv", "b.CSV.GZ"]
 
@@ -98,33 +91,35 @@ def test_what_tools_leave_in_a_folder_is_no_list(folder: Path) -> None:
     "name",
     ["a b.csv", "p%20q.csv", "h#1.csv", "q?x.csv", "g[1].csv", "st*r.csv", "ü.csv", "a&;+.csv"],
 )
-def test_names_are_taken_to_the_letter(folder: Path, name: str) -> None:
+def test_special_characters_in_names(folder: Path, name: str) -> None:
     write(folder / name)
     for path in (folder, folder / name):
         (file,) = input_files(str(path))
         assert file.name == name
         assert file.read_text() == "url\n"
-        assert list(fingerprint([file])) == [name]
+        assert list(content_fingerprint([file])) == [name]
 
 
 @pytest.mark.parametrize(
     "pattern", ["*/a.csv", "l?st/*.csv", "[kl]ist/a.csv", "**/a.csv", "li*/?.csv"]
 )
-def test_globs_have_all_of_their_signs(folder: Path, pattern: str) -> None:
+def test_glob_patterns(folder: Path, pattern: str) -> None:
     write(folder / "list/a.csv")
     write(folder / "other.csv")
     assert [file.name for file in input_files(f"{folder}/{pattern}")] == ["a.csv"]
 
 
-def test_a_moved_list_is_the_same(folder: Path) -> None:
+def test_moved_list_keeps_its_fingerprint(folder: Path) -> None:
     for name in ("one/list/a.csv", "two/b/list/a.csv"):
         write(folder / name)
-    prints = [fingerprint(input_files(str(folder / name))) for name in ("one/list", "two/b/list")]
+    prints = [
+        content_fingerprint(input_files(str(folder / name))) for name in ("one/list", "two/b/list")
+    ]
     assert prints[0] == prints[1]
     assert list(prints[0]) == ["a.csv"]
 
 
-def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere/b.csv")
     write(tmp_path / "list/a.csv")
     (tmp_path / "list/more").symlink_to(tmp_path / "elsewhere")
@@ -134,31 +129,31 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["list", "list/*.csv"])
-def test_a_list_that_is_not_there_is_not_passed_over(tmp_path: Path, path: str) -> None:
+def test_broken_link_is_an_error(tmp_path: Path, path: str) -> None:
     write(tmp_path / "list/a.csv")
     (tmp_path / "list/b.csv").symlink_to(tmp_path / "unmounted/b.csv")
-    with pytest.raises(DataError, match=r"b\.csv is no file: it may be a link to what is not"):
+    with pytest.raises(DataError, match=r"b\.csv is not a file: it may be a broken link"):
         input_files(str(tmp_path / path))
 
 
 @pytest.mark.parametrize("name", ["b.csv.bz2", "b.JSONL.zst", "b.parquet.zip"])
-def test_a_list_that_is_packed_otherwise_is_not_passed_over(folder: Path, name: str) -> None:
+def test_unsupported_compression_is_an_error(folder: Path, name: str) -> None:
     for other in ("a.csv", "photos.zip", "notes.txt"):
         write(folder / other)
     assert [file.name for file in input_files(str(folder))] == ["a.csv"]
     write(folder / name)
-    with pytest.raises(DataError, match="plain or compressed by gzip: unpack it"):
+    with pytest.raises(DataError, match="uncompressed or gzip-compressed: decompress it"):
         input_files(str(folder))
 
 
-def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"bad\xff.csv")
     write(tmp_path / name)
-    assert list(fingerprint(input_files(str(tmp_path)))) == [name]
+    assert list(content_fingerprint(input_files(str(tmp_path)))) == [name]
 
 
 def write(file: Path) -> None:
-    """A list at any place; a folder is made where the place knows folders."""
+    """Write a small list; on a disk, create its folder first."""
     if "://" not in str(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("url\n")

@@ -1,4 +1,4 @@
-"""Lists of URLs in all spellings and formats become a sorted plan; what is dropped is counted."""
+"""Lists of all spellings and formats become a sorted plan; dropped rows are counted."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from pipelines.ingest.plan import (
 )
 from pipelines.lists.files import input_files
 from pipelines.lists.filters import FilterConfig
-from pipelines.lists.metadata import COLUMN_NAMES, our_columns, read_batches
+from pipelines.lists.metadata import COLUMN_NAMES, match_columns, read_batches
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from tests.pipelines.ingest import releases
 from vlv_model.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """The rows as a file of the format that its suffix names."""
+    """Write the rows in the format of the file's suffix."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     full = [{name: row.get(name) for name in names} for row in rows]
     opener = gzip.open if file.suffix == ".gz" else open
@@ -54,7 +54,7 @@ def write_list(file: Path, rows: list[dict[str, Any]]) -> Path:
     elif ".csv" in file.name or ".tsv" in file.name:
         with opener(file, "wt", newline="", encoding="utf-8") as stream:
             options: dict[str, Any] = {}
-            if ".tsv" in file.name:  # which has no quoting
+            if ".tsv" in file.name:  # TSV has no quoting
                 options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
             writer = csv.DictWriter(stream, names, **options)
             writer.writeheader()
@@ -100,7 +100,7 @@ def planned(tmp_path: Path, plan: Plan) -> list[dict[str, Any]]:
 )
 def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
     text = 'two, "quoted"\nlines'
-    if name == "l.tsv":  # where a line break ends the row
+    if name == "l.tsv":  # a line break ends a row
         text = 'two, "quoted" lines'
     rows = read_all(write_list(tmp_path / name, [ROWS[0], {**ROWS[1], "TEXT": text}, ROWS[2]]))
     assert [row["url"] for row in rows] == [row["URL"] for row in ROWS]
@@ -112,7 +112,7 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture(params=["made", "shared"])
 def shared_lists(request: pytest.FixtureRequest) -> Path | None:
-    """The folder of real lists, or None where those of `releases` are to be read."""
+    """The folder of real lists; None to use those of `releases`."""
     return None if request.param == "made" else request.getfixturevalue("shared_dir") / "laion"
 
 
@@ -123,7 +123,7 @@ def test_published_spellings_are_known(shared_lists: Path | None) -> None:
     assert published
     for release, names in published.items():
         schema = pa.schema([(name, pa.string()) for name in names])
-        found = set(our_columns(schema, {}, release))
+        found = set(match_columns(schema, {}, release))
         assert found == set(COLUMN_NAMES) - set(PROVENANCE.names), release
 
 
@@ -132,11 +132,11 @@ def test_published_rows_are_read(tmp_path: Path, shared_lists: Path | None) -> N
     if shared_lists:
         lines = (shared_lists / "full_schema_rows.jsonl").read_text().splitlines()
         published = [json.loads(line)["row"] for line in lines]
-    for i, genuine in enumerate(published):
-        (row,) = read_all(write_list(tmp_path / f"{i}.jsonl", [genuine]))
-        assert row["url"] in genuine.values()
+    for i, original in enumerate(published):
+        (row,) = read_all(write_list(tmp_path / f"{i}.jsonl", [original]))
+        assert row["url"] in original.values()
         if row.get("hash") is not None:
-            assert row["hash"] == genuine["hash"]  # 64 bits, exactly
+            assert row["hash"] == original["hash"]  # all 64 bits
     if shared_lists:
         large = shared_lists / "img2dataset_test_10000.parquet"
     else:
@@ -147,7 +147,7 @@ def test_published_rows_are_read(tmp_path: Path, shared_lists: Path | None) -> N
 
 
 @pytest.mark.parametrize("release", releases.OTHERS)
-def test_lists_of_others_are_read_as_they_are_published(tmp_path: Path, release: str) -> None:
+def test_other_published_lists_are_read(tmp_path: Path, release: str) -> None:
     expected = {"url": releases._url(0), "alt_text": "A boat", **releases.OTHERS[release][2]}
     assert read_all(releases.write_release(tmp_path, release)) == [pytest.approx(expected)]
 
@@ -161,7 +161,7 @@ def test_yfcc_is_read_with_the_header_that_docs_give(tmp_path: Path) -> None:
     row |= {"licensename": "Attribution License", "license_url": "http://cc.example.org/by/2.0/"}
     file = tmp_path / "yfcc.tsv"
     file.write_text("\t".join(row.values()) + "\n")
-    with pytest.raises(DataError, match="has no line with the names of its columns"):
+    with pytest.raises(DataError, match="has no header line with column names"):
         read_all(file)
     file.write_text("\t".join(row) + "\n" + file.read_text())
     assert read_all(file, columns={"title": "alt_text"}) == [
@@ -175,18 +175,18 @@ def test_yfcc_is_read_with_the_header_that_docs_give(tmp_path: Path) -> None:
         st.sampled_from(list(COLUMN_NAMES)), st.sampled_from([str.upper, str.lower, str.title])
     )
 )
-def test_spellings_do_not_depend_on_case(spelt: dict[str, Any]) -> None:
+def test_spellings_are_case_insensitive(spelt: dict[str, Any]) -> None:
     names = {ours: case(COLUMN_NAMES[ours][-1]) for ours, case in spelt.items()}
     schema = pa.schema([(name, pa.string()) for name in names.values()])
-    assert our_columns(schema, {}, "list") == names
+    assert match_columns(schema, {}, "list") == names
 
 
-def test_columns_may_be_mapped_by_hand(tmp_path: Path) -> None:
+def test_columns_are_mapped_by_a_setting(tmp_path: Path) -> None:
     file = write_list(tmp_path / "l.csv", [{"link": "http://a/", "url": "no", "beauty": "7"}])
     (row,) = read_all(file, columns={"link": "url", "beauty": "aesthetic"})
     assert row["url"] == "http://a/"
     assert row["aesthetic"] == 7.0
-    with pytest.raises(ConfigError, match=r"'prettiness' is no column of ours; they are url, "):
+    with pytest.raises(ConfigError, match=r"unknown column 'prettiness': expected one of url, "):
         read_all(file, columns={"beauty": "prettiness"})
     with pytest.raises(DataError, match="no column 'lnk'; it has link, url, beauty"):
         read_all(file, columns={"lnk": "url"})
@@ -205,7 +205,9 @@ def test_columns_may_be_mapped_by_hand(tmp_path: Path) -> None:
         ("l.xlsx", b"", "metadata are read from .parquet, .csv"),
     ],
 )
-def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_file_is_a_one_line_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as raised:
         read_all(tmp_path / name)
@@ -225,7 +227,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
     ],
     ids=lambda column: str(column.type) if isinstance(column, pa.Array) else None,
 )
-def test_scores_of_any_type_are_numbers(
+def test_scores_of_any_type_are_read_as_numbers(
     tmp_path: Path, column: pa.Array, limit: float | None
 ) -> None:
     urls = [f"http://a/{i}" for i in range(4)]
@@ -238,7 +240,7 @@ def test_scores_of_any_type_are_numbers(
     assert found == (expected if limit is None else {urls[0]: 0.25})
 
 
-def test_a_hash_keeps_its_bits_or_is_refused(tmp_path: Path) -> None:
+def test_hash_keeps_its_bits_or_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "l.parquet"
 
     def write(values: list[Any], kind: pa.DataType) -> Path:
@@ -258,8 +260,8 @@ def test_a_hash_keeps_its_bits_or_is_refused(tmp_path: Path) -> None:
             read_all(write([*values, None, None], kind))
 
 
-def test_what_repeats_is_kept_to_the_letter(tmp_path: Path) -> None:
-    """Writers keep what repeats in a dictionary, as pandas does for categories."""
+def test_dictionary_encoded_texts_are_kept(tmp_path: Path) -> None:
+    """Writers encode repeated values in a dictionary, as pandas does for categories."""
     licence = pa.array(["CC0", None]).dictionary_encode()
     table = pa.table(
         {"url": ["http://a/", "http://b/"], "license": licence, "source": [1.0, np.nan]}
@@ -269,17 +271,19 @@ def test_what_repeats_is_kept_to_the_letter(tmp_path: Path) -> None:
     assert found == [("CC0", "1.0"), (None, None)]
 
 
-def test_columns_that_differ_by_case_alone_are_told_apart_by_hand(tmp_path: Path) -> None:
+def test_columns_that_differ_only_in_case_need_a_setting(tmp_path: Path) -> None:
     file = write_list(tmp_path / "l.csv", [{"URL": "http://a/", "url": "http://b/"}])
-    with pytest.raises(DataError, match=r"has 'URL' and 'url': say which is url in data\.columns"):
+    with pytest.raises(
+        DataError, match=r"has 'URL' and 'url': choose the one for url in data\.columns"
+    ):
         read_all(file)
     assert read_all(file, columns={"url": "url"}) == [{"url": "http://b/"}]
 
 
-# ----------------------------------------------------------------------------- as they are published
+# ----------------------------------------------------------------------------- published lists
 
 
-def test_of_two_sizes_that_of_the_original_counts(tmp_path: Path) -> None:
+def test_original_size_is_preferred(tmp_path: Path) -> None:
     """img2dataset writes the size of its stored copy as `width`."""
     sizes = {"width": 256, "height": 192, "original_width": 1024, "original_height": 768}
     rows = [{"url": "http://a/", "status": "success", **sizes}]
@@ -288,7 +292,7 @@ def test_of_two_sizes_that_of_the_original_counts(tmp_path: Path) -> None:
     assert make_plan(tmp_path, rows, min_short_side=512).fetched == 1
 
 
-def test_an_odd_value_counts_as_missing_where_no_filter_reads_it(
+def test_invalid_value_is_missing_if_no_filter_reads_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows: list[dict[str, Any]] = [
@@ -307,12 +311,12 @@ def test_an_odd_value_counts_as_missing_where_no_filter_reads_it(
         make_plan(tmp_path, rows, min_aspect_ratio=0.5, optional=["aspect_ratio"])
 
 
-def test_sizes_of_any_type_are_passed_over_where_no_filter_reads_them(tmp_path: Path) -> None:
+def test_sizes_of_a_wrong_type_are_missing_if_no_filter_reads_them(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://a/"], "width": [[1, 2]]}), tmp_path / "l.parquet")
     assert read_all(tmp_path / "l.parquet") == [{"url": "http://a/", "width": None}]
 
 
-def test_bytes_that_are_no_text_do_not_refuse_a_list_for_its_licences(tmp_path: Path) -> None:
+def test_licence_that_is_not_utf8_is_missing(tmp_path: Path) -> None:
     licences = pa.array([b"CC0", b"\xff", None])
     table = pa.table({"url": ["http://a/", "http://b/", "http://c/"], "license": licences})
     pq.write_table(table, tmp_path / "l.parquet")
@@ -320,7 +324,7 @@ def test_bytes_that_are_no_text_do_not_refuse_a_list_for_its_licences(tmp_path: 
 
 
 @pytest.mark.parametrize("nothing", [None, "none"])
-def test_a_column_may_be_left_out(tmp_path: Path, nothing: str | None) -> None:
+def test_column_is_left_out(tmp_path: Path, nothing: str | None) -> None:
     file = tmp_path / "l.parquet"
     times = pa.array([0], pa.timestamp("us"))
     pq.write_table(pa.table({"url": ["http://a/"], "hash": times, "TEXT": ["x"]}), file)
@@ -328,7 +332,7 @@ def test_a_column_may_be_left_out(tmp_path: Path, nothing: str | None) -> None:
         read_all(file)
     (row,) = read_all(file, columns={"hash": nothing})
     assert row == {"url": "http://a/", "alt_text": "x"}
-    # The next spelling takes its place.
+    # The next spelling replaces it.
     write_list(tmp_path / "l.csv", [{"url": "http://a/", "text": "x", "caption": "y"}])
     (row,) = read_all(tmp_path / "l.csv", columns={"text": nothing})
     assert row["alt_text"] == "y"
@@ -338,9 +342,7 @@ def test_a_column_may_be_left_out(tmp_path: Path, nothing: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["l.parquet", "l.csv", "l.jsonl"])
 @pytest.mark.parametrize("limit", [0.1, 0.45, 0.7, 0.9, 4.4, 6.1])
-def test_a_score_equal_to_its_limit_is_judged_as_written(
-    tmp_path: Path, name: str, limit: float
-) -> None:
+def test_score_equal_to_its_limit(tmp_path: Path, name: str, limit: float) -> None:
     below, above = round(limit - 0.01, 2), round(limit + 0.01, 2)
     rows = [{"url": f"http://a/{s}", "aesthetic": s, "punsafe": s} for s in (below, limit, above)]
     file = write_list(tmp_path / name, rows)
@@ -362,7 +364,7 @@ def rows_of_float32(rows: list[dict[str, Any]]) -> dict[str, pa.Array]:
 # ------------------------------------------------------------------------------------------ plan
 
 
-def test_plan_is_sorted_complete_and_of_our_schema(tmp_path: Path) -> None:
+def test_plan_is_sorted_and_complete(tmp_path: Path) -> None:
     rows = [{"url": f"http://h.org/{i}", "TEXT": str(i)} for i in range(11)]
     plan = make_plan(tmp_path, rows)
     assert (plan.chunks, plan.fetched, plan.read, plan.dropped) == ([0, 1, 2], 11, 11, {})
@@ -385,7 +387,7 @@ def test_licence_and_provenance_are_kept(tmp_path: Path) -> None:
     assert kept == {"http://h.org/1": ("CC-BY-4.0", '["a", "7"]'), "http://h.org/2": (None, "[]")}
 
 
-def test_files_have_a_target_size_and_a_short_list_still_many() -> None:
+def test_files_have_a_target_size_and_short_lists_have_several() -> None:
     photographs = ImageConfig(size=512)
     assert 300 < rows_per_file(6_000_000, photographs) < 1_000
     assert rows_per_file(6_000_000, ImageConfig(size=1024)) < 200
@@ -397,11 +399,11 @@ def test_files_have_a_target_size_and_a_short_list_still_many() -> None:
     assert rows_per_file(10, ImageConfig(size=60_000, enlarge=True)) == 1
 
 
-def test_many_buckets_give_the_plan_of_one(tmp_path: Path) -> None:
+def test_plan_does_not_depend_on_the_number_of_buckets(tmp_path: Path) -> None:
     rows = [{"url": f"http://h.org/{i % 700}"} for i in range(1000)]
     whole = make_plan(tmp_path, rows, chunk=64)
     in_one = planned(tmp_path, whole)
-    again, small = Plan(), partial(Buckets, bucket_bytes=512, waiting_rows=100)
+    again, small = Plan(), partial(ExternalSort, bucket_bytes=512, buffer_rows=100)
     listed = read_list([tmp_path / "list.jsonl"], FilterConfig(), {}, again, sorting=small)
     first_plan(listed, tmp_path / "table/plan", lambda listed: 64, again)
     assert again == whole
@@ -409,7 +411,7 @@ def test_many_buckets_give_the_plan_of_one(tmp_path: Path) -> None:
     assert (whole.fetched, whole.dropped) == (700, {"repeated_url": 300})
 
 
-def test_repeated_urls_count_once_and_the_first_stays(tmp_path: Path) -> None:
+def test_first_of_repeated_urls_is_kept(tmp_path: Path) -> None:
     spellings = ["HTTP://Host.org:80/x#top", "http://host.org/x", " http://host.org./x "]
     plan = make_plan(tmp_path, [{"url": url, "TEXT": str(i)} for i, url in enumerate(spellings)])
     assert plan.dropped == {"repeated_url": 2}
@@ -455,19 +457,19 @@ def test_a_filter_without_its_column_is_refused_unless_optional(tmp_path: Path) 
     ):
         make_plan(tmp_path, rows, max_punsafe=0.5)
     assert make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"]).fetched == 1
-    # An unknown value passes an optional rule, a known one is judged.
+    # A missing value passes an optional rule; a present one is compared.
     rows = [{"url": "http://a/", "punsafe": None}, {"url": "http://b/", "punsafe": 0.9}]
     plan = make_plan(tmp_path, rows, max_punsafe=0.5, optional=["punsafe"])
     assert (plan.fetched, plan.dropped) == (1, {"filtered:punsafe": 1})
 
 
-def test_ratios_that_no_image_has_are_refused() -> None:
+def test_impossible_aspect_ratios_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^min_aspect_ratio=2 is above max_aspect_ratio=0\.5"):
         build(FilterConfig, {"min_aspect_ratio": 2, "max_aspect_ratio": 0.5})
     assert build(FilterConfig, {"min_aspect_ratio": 1, "max_aspect_ratio": 1}).rules()
 
 
-def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
+def test_error_for_an_empty_list_says_why(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         make_plan(tmp_path, [])
     with pytest.raises(DataError, match=r"none of the 2 rows .*\(no_url 2\): give a list with"):
@@ -477,7 +479,7 @@ def test_empty_lists_are_refused_in_distinct_words(tmp_path: Path) -> None:
 
 
 def test_two_urls_of_one_key_are_detected() -> None:
-    """No two are known: their rows are given."""
+    """No real collision is known, so the rows are made up."""
     rows = [{"key": 9, "url": "http://a/"}, {"key": 9, "url": "http://b/"}]
     with pytest.raises(DataError, match="same key 9: http://a/ and http://b/"):
         _without_repeats(pa.Table.from_pylist(rows, schema=METADATA_ROW), Counter())

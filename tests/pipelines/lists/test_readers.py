@@ -1,4 +1,4 @@
-"""Damaged and odd files of metadata: each is read, or refused in one line that names it."""
+"""Damaged and unusual metadata files are read, or refused in one line that names the file."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_parquet_with_broken_pages(tmp_path: Path) -> None:
     assert "not a readable Parquet file" in refused(file)
 
 
-def test_repeated_names_of_columns(tmp_path: Path) -> None:
+def test_duplicate_column_names(tmp_path: Path) -> None:
     text = pa.array(["http://a/"])
     pq.write_table(pa.table([text, text], names=["url", "url"]), tmp_path / "l.parquet")
     assert "several columns named 'url'" in refused(tmp_path / "l.parquet")
     (tmp_path / "l.csv").write_text("url,TEXT,url\nhttp://a/,x,http://b/\n")
     assert "several columns named 'url'" in refused(tmp_path / "l.csv")
-    (tmp_path / "l.csv").write_text("url,,\nhttp://a/,,\n")  # spreadsheets write such
+    (tmp_path / "l.csv").write_text("url,,\nhttp://a/,,\n")  # spreadsheets write this
     assert [row["url"] for row in read_all(tmp_path / "l.csv")] == ["http://a/"]
 
 
@@ -80,7 +80,7 @@ def test_gzip_with_a_broken_body(tmp_path: Path, name: str) -> None:
         ("null", "it is a NoneType"),
     ],
 )
-def test_lines_that_are_no_json_objects(tmp_path: Path, line: str, why: str) -> None:
+def test_lines_that_are_not_json_objects(tmp_path: Path, line: str, why: str) -> None:
     (tmp_path / "l.jsonl").write_text('{"url": "http://a/"}\n' + line + "\n")
     message = refused(tmp_path / "l.jsonl")
     assert "line 2 is not a JSON object" in message
@@ -96,14 +96,14 @@ def test_lines_that_are_no_json_objects(tmp_path: Path, line: str, why: str) -> 
         ("l.jsonl", b'{"url": "http://a/"}\n'),
     ],
 )
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path, name: str, content: bytes) -> None:
+def test_byte_order_mark_is_not_part_of_a_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(BOM + content)
     assert [row["url"] for row in read_all(tmp_path / name)] == ["http://a/"]
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(BOM + content))
     assert [row["url"] for row in read_all(tmp_path / f"{name}.gz")] == ["http://a/"]
 
 
-def test_bytes_are_texts_where_they_are_utf8(tmp_path: Path) -> None:
+def test_utf8_bytes_are_read_as_text(tmp_path: Path) -> None:
     file = tmp_path / "l.parquet"
     pq.write_table(pa.table({"url": ["http://a/ü".encode()]}), file)
     assert [row["url"] for row in read_all(file)] == ["http://a/ü"]
@@ -122,7 +122,7 @@ def test_urls_of_another_type(tmp_path: Path, value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["l.csv", "l.jsonl"])
-def test_a_file_that_vanished(tmp_path: Path, name: str) -> None:
+def test_missing_file(tmp_path: Path, name: str) -> None:
     assert "cannot be read as" in refused(tmp_path / name)
 
 
@@ -134,15 +134,15 @@ def test_a_file_that_vanished(tmp_path: Path, name: str) -> None:
         ("url,TEXT\nhttp://a/1,x\n\nhttp://a/2,hello, world\n", "line 4 .*3 values under .* 2"),
     ],
 )
-def test_a_line_that_could_be_read_in_several_ways(tmp_path: Path, content: str, why: str) -> None:
-    """Some of its readings lose rows, or a part of a text."""
+def test_ambiguous_csv_line_is_an_error(tmp_path: Path, content: str, why: str) -> None:
+    """A wrong guess would lose rows or parts of a text."""
     (tmp_path / "l.csv").write_text(content)
     assert re.search(why, refused(tmp_path / "l.csv"))
 
 
 @pytest.mark.parametrize("name", ["l.tsv", "l.TSV.gz"])
-def test_quotes_in_a_tsv_are_text(tmp_path: Path, name: str) -> None:
-    """Captions of the web open quotes and do not close them; CSV keeps its quoting."""
+def test_quotes_in_a_tsv_are_ordinary_characters(tmp_path: Path, name: str) -> None:
+    """Web captions contain unclosed quotes; in CSV, quoting stays."""
     texts = ['"Untitled, oil', "a dog", '"Best" pipe', 'a TV of 24"', '"all of it"', "it's"]
     lines = ["url\tcaption", *(f"http://a/{i}\t{text}" for i, text in enumerate(texts)), ""]
     content = "\r\n".join(lines).encode()
@@ -154,26 +154,26 @@ def test_quotes_in_a_tsv_are_text(tmp_path: Path, name: str) -> None:
     ("content", "why"),
     [
         ("url\ta\tcaption\nhttp://a/1\tx\ta\tb\n", "line 2 .*as TSV: 4 values under .* 3"),
-        ('url\ta\tcaption\nhttp://a/1\tx\t"two\nlines"\n', "line 3 .*rest of a text in quotes"),
-        ("7\tx\thttp://a/1\n8\ty\thttp://a/2\n", "no line with the names .*'http://a/1'"),
+        ('url\ta\tcaption\nhttp://a/1\tx\t"two\nlines"\n', "line 3 .*continue a quoted text"),
+        ("7\tx\thttp://a/1\n8\ty\thttp://a/2\n", "no header line .*'http://a/1'"),
     ],
 )
-def test_a_tsv_that_could_be_read_in_several_ways(tmp_path: Path, content: str, why: str) -> None:
+def test_ambiguous_tsv_is_an_error(tmp_path: Path, content: str, why: str) -> None:
     (tmp_path / "l.tsv").write_text(content)
     assert re.search(why, refused(tmp_path / "l.tsv"))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_addresses_and_captions_need_no_names(tmp_path: Path, swapped: bool) -> None:
-    """CC3M and CC12M are published so, the one with the captions first."""
+def test_urls_and_captions_need_no_header(tmp_path: Path, swapped: bool) -> None:
+    """CC3M (captions first) and CC12M are published like this."""
     rows = [("https://a/1", 'a "dog'), ("http://a/2", "a cat")]
     order = -1 if swapped else 1
     (tmp_path / "l.tsv").write_text("".join("\t".join(row[::order]) + "\n" for row in rows))
     assert [(row["url"], row["alt_text"]) for row in read_all(tmp_path / "l.tsv")] == rows
 
 
-def test_texts_of_wit_are_quoted_and_go_over_lines(tmp_path: Path) -> None:
-    """Its TSV alone: see the row that follows the same texts under other names."""
+def test_wit_texts_are_quoted_and_span_lines(tmp_path: Path) -> None:
+    """Only WIT's TSV: under other column names the quotes stay, as the last assert shows."""
     names = "image_url\tcaption_reference_description\tcontext_page_description"
     texts = (
         '"a ""big"" boat"\t"one\ntwo\n\nthree, ""3"""\nhttp://a/2\t\tcut "here\nhttp://a/3\tb\t\n'
@@ -188,7 +188,7 @@ def test_texts_of_wit_are_quoted_and_go_over_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["l.csv", "l.csv.GZ"])
-def test_csv_as_people_write_it(tmp_path: Path, name: str) -> None:
+def test_untidy_csv(tmp_path: Path, name: str) -> None:
     lines = ["", " URL , TEXT, WIDTH", "http://a/1, x, 600 ,,", "", "http://a/2", ""]
     content = "\r\n".join(lines).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
@@ -199,17 +199,17 @@ def test_csv_as_people_write_it(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_text_in_another_encoding(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "l.csv").write_bytes("url,TEXT\nhttp://a/,café\n".encode(encoding))
-    assert "is not UTF-8: write it anew as UTF-8" in refused(tmp_path / "l.csv")
+    assert "is not UTF-8: convert it to UTF-8" in refused(tmp_path / "l.csv")
 
 
-def test_columns_that_only_later_lines_have(tmp_path: Path) -> None:
-    """Writers of JSONL leave out what is null."""
+def test_columns_that_appear_in_later_lines(tmp_path: Path) -> None:
+    """JSONL writers leave out null values."""
     lines: list[dict[str, Any]] = [{"url": f"http://a/{i}"} for i in range(20_000)]
     lines.append({"url": "http://a/3", "TEXT": "late", "punsafe": 0.9})
     file = tmp_path / "l.jsonl"
     file.write_text("\n\n\n" + "\n".join(map(json.dumps, lines)))
     first, *_, last = read_batches(file, {}, FilterConfig())
-    assert first.column_names == ["url"]  # of a batch that is over before they come
+    assert first.column_names == ["url"]  # the others appear in a later batch
     assert last.to_pylist()[-1] == {
         "url": "http://a/3",
         "alt_text": "late",
@@ -219,13 +219,11 @@ def test_columns_that_only_later_lines_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", ['{"info": {"x": [1, "]}"]}, "annotations": ', ""])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_of_more_than_a_piece_is_read_object_by_object(
-    tmp_path: Path, head: str, indent: int | None
-) -> None:
+def test_large_json_is_read_object_by_object(tmp_path: Path, head: str, indent: int | None) -> None:
     rows = [
         {"url": f"http://a/{i}", "caption": f'"{{[,]}} ü {"x" * (i % 300)}'} for i in range(9000)
     ]
-    rows[5000]["caption"] = "long " * 400_000  # of more than a piece
+    rows[5000]["caption"] = "long " * 400_000  # longer than one piece
     text = json.dumps(rows, indent=indent, ensure_ascii=False)
     end = ', "more": 1}\n' if head else "\n"
     (tmp_path / "l.json").write_text(head + text + end)
@@ -241,21 +239,24 @@ def test_a_json_of_more_than_a_piece_is_read_object_by_object(
         ("7", "it begins with '7': expected a list of objects"),
         (
             '{"image_urls": ["http://a/"], "captions": ["x"]}',
-            "of 'image_urls', 'captions': expected",
+            "with the keys 'image_urls', 'captions': expected",
         ),
-        ("{}", "it is an object of nothing: expected"),
-        ('{"annotations": {}}', "it is an object of 'annotations': expected"),
-        ('{"url": "http://a/"}\n{"url": "http://b/"}\n', "one object a line: rename it to .jsonl"),
+        ("{}", "it is an object with the keys nothing: expected"),
+        ('{"annotations": {}}', "it is an object with the keys 'annotations': expected"),
+        (
+            '{"url": "http://a/"}\n{"url": "http://b/"}\n',
+            "one object per line: rename it to .jsonl",
+        ),
         ('[{"url": "http://a/"}', "expected ']' at character 22, found the end"),
         ('[{"url": "http://a/"} {"url": 1}]', "expected ']' at character 23, found '{'"),
         ('[{"url": "http://a/"},]', "Expecting value at character 23"),
         ('[{"url": oops}]', "Expecting value at character 10"),
-        ('[{"url": "http://a/"}] []', "more follows behind the end of its list at character 24"),
+        ('[{"url": "http://a/"}] []', "more text after the end of its list, at character 24"),
         ('{"annotations": [], 1: 2}', 'expected a name in "" at character 22'),
         ("[" * 100_000, "nested too deeply at character 2"),
     ],
 )
-def test_a_json_of_another_kind_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+def test_unsupported_json_is_a_one_line_error(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "l.json").write_text(text)
     line = refused(tmp_path / "l.json")
     assert "cannot be read as JSON: " in line
@@ -263,9 +264,7 @@ def test_a_json_of_another_kind_is_one_line(tmp_path: Path, text: str, why: str)
 
 
 @pytest.mark.parametrize(("row", "why"), [("7", "it is a int"), ("null", "it is a NoneType")])
-def test_a_json_of_other_things_than_objects_names_the_row(
-    tmp_path: Path, row: str, why: str
-) -> None:
+def test_error_for_a_row_that_is_not_an_object_names_it(tmp_path: Path, row: str, why: str) -> None:
     (tmp_path / "l.json").write_text(f'[{{"url": "http://a/"}}, {row}]')
     assert f"row 2 is not a JSON object: {why}" in refused(tmp_path / "l.json")
 
@@ -285,10 +284,10 @@ contents |= contents.map(gzipped) | contents.map(lambda data: gzipped(data)[:-5]
 
 @settings(deadline=None, max_examples=300)
 @given(contents, st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet"]), st.booleans())
-def test_any_bytes_are_rows_or_one_line(
-    tmp_path_factory: Any, data: bytes, suffix: str, packed: bool
+def test_any_bytes_give_rows_or_a_one_line_error(
+    tmp_path_factory: Any, data: bytes, suffix: str, is_gzip: bool
 ) -> None:
-    file = tmp_path_factory.mktemp("any") / f"l{suffix}{'.gz' if packed else ''}"
+    file = tmp_path_factory.mktemp("any") / f"l{suffix}{'.gz' if is_gzip else ''}"
     file.write_bytes(data)
     try:
         urls = [row.get("url") for row in read_all(file)]

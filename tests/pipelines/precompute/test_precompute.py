@@ -14,7 +14,13 @@ from pipelines.admin.status import StatusConfig, status_text
 from pipelines.cli.config import build, load
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.read_images import ReadImages
-from pipelines.images.latents import KIND, LatentReader, made_of, packed, unpacked
+from pipelines.images.latents import (
+    KIND,
+    LatentReader,
+    latents_identity,
+    pack_latents,
+    unpack_latents,
+)
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.images.selection import Selection
 from pipelines.precompute.config import EncodeConfig, PrecomputeConfig
@@ -44,7 +50,7 @@ def latents(pair_table: Path, tiny_models: Path, tmp_path_factory: pytest.TempPa
 def encoded(images: Path, models: Path, folder: Path, limit: int | None = None) -> Path:
     model, _ = resolve_model(models)
     selection = build(Selection, {"input": str(images), "output": str(folder), "limit": limit})
-    table = open_table(KIND, selection, {**made_of(model), "precision": "float32"})
+    table = open_table(KIND, selection, {**latents_identity(model), "precision": "float32"})
     read = ReadImages(table, Square.of(model))
     encode = EncodeImages(model, EncodeConfig(), use_gpu=False)
     for chunk in table.pending():
@@ -59,10 +65,10 @@ def keys_of(images: Path) -> np.ndarray:
 
 def test_bfloat16_survives_the_bytes() -> None:
     values = torch.randn(3, 4, 2, 2).to(torch.bfloat16).float()
-    rows = packed(values)
+    rows = pack_latents(values)
     assert [len(row) for row in rows] == [2 * 16] * 3
-    assert torch.equal(unpacked(rows, (4, 2, 2)), values)
-    assert packed(torch.tensor([[1.0]])) == [b"\x80\x3f"]  # 0x3f80, little-endian
+    assert torch.equal(unpack_latents(rows, (4, 2, 2)), values)
+    assert pack_latents(torch.tensor([[1.0]])) == [b"\x80\x3f"]  # 0x3f80, little-endian
 
 
 def test_stored_latents_match_the_vae(latents: Path, pair_table: Path, tiny_models: Path) -> None:
@@ -134,7 +140,7 @@ def test_another_vae_is_refused(
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.raises(DataError, match=r"VAE and squares \(vae: opened-sha256:.* precompute it"):
+    with pytest.raises(DataError, match=r"another VAE .* \(vae: opened-sha256:.* precompute it"):
         LatentReader(str(latents)).check(resolve_model(models)[0], keys_of(pair_table))
 
 

@@ -1,4 +1,4 @@
-"""Columns that get other values, while all other bytes of a Parquet file stay as they are."""
+"""Replacing some columns of a Parquet file keeps the bytes of the others."""
 
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ VALUES = {
 }
 
 
-def pictures(rows: int, size: int = 50_000, seed: int = 0) -> pa.Array:
-    noise = np.random.default_rng(seed)
-    content = [{"bytes": noise.bytes(size), "path": None} for _ in range(rows)]
+def images(rows: int, size: int = 50_000, seed: int = 0) -> pa.Array:
+    rng = np.random.default_rng(seed)
+    content = [{"bytes": rng.bytes(size), "path": None} for _ in range(rows)]
     return pa.array(content, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
@@ -38,13 +38,13 @@ def column(draw: Any, name: str, rows: int) -> pa.Array:
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_other_readers_see_the_new_values_and_the_old_pictures(
+def test_other_readers_see_new_values_and_unchanged_images(
     data: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("update") / "part.parquet"
     rows = data.draw(st.integers(1, 40))
     table = pa.table({name: column(data.draw, name, rows) for name in NAMES})
-    table = table.add_column(data.draw(st.integers(1, 4)), "image", pictures(rows, 400_000 // rows))
+    table = table.add_column(data.draw(st.integers(1, 4)), "image", images(rows, 400_000 // rows))
     table = table.append_column("many", pa.array([[i] * (i % 3) for i in range(rows)]))
     options = {
         "row_group_size": data.draw(st.integers(1, 41)),
@@ -64,14 +64,14 @@ def test_other_readers_see_the_new_values_and_the_old_pictures(
     assert pq.read_table(path).equals(table)
     assert pq.read_metadata(path).num_row_groups == -(-rows // options["row_group_size"])
     assert pl.read_parquet(path).equals(pl.DataFrame(pl.from_arrow(table)))
-    wanted = "number, text, share, flag, image.bytes, many"
-    there = duckdb.sql(f"select {wanted} from '{path}'").fetchall()
-    assert there == duckdb.from_arrow(table).select(wanted).fetchall()
+    columns = "number, text, share, flag, image.bytes, many"
+    rows_read = duckdb.sql(f"select {columns} from '{path}'").fetchall()
+    assert rows_read == duckdb.from_arrow(table).select(columns).fetchall()
 
 
-def test_a_file_is_to_be_written_whole_before_half_of_it_is_dead(tmp_path: Path) -> None:
+def test_update_is_refused_before_half_of_the_file_is_unused(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
-    pq.write_table(pa.table({"image": pictures(2), "text": ["a", "b"]}), path)
+    pq.write_table(pa.table({"image": images(2), "text": ["a", "b"]}), path)
     sizes = [path.stat().st_size]
     texts = pa.table({"text": ["c" * 1000, "d" * 1000]})
     while update_columns(path, texts):
@@ -82,12 +82,12 @@ def test_a_file_is_to_be_written_whole_before_half_of_it_is_dead(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["part.parquet"]
 
 
-def test_values_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+def test_values_that_do_not_fit_leave_the_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
-    pq.write_table(pa.table({"image": pictures(2), "text": ["a", "b"]}), path)
+    pq.write_table(pa.table({"image": images(2), "text": ["a", "b"]}), path)
     before = path.read_bytes()
     for columns, reason in (
-        ({"text": ["c"]}, "2 rows, 1 values"),
+        ({"text": ["c"]}, "2 rows, got 1 values"),
         ({"words": ["c", "d"]}, "no flat column 'words'"),
         ({"image": ["c", "d"]}, "no flat column 'image'"),
     ):
@@ -96,7 +96,7 @@ def test_values_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_no_rows_need_no_other_values(tmp_path: Path) -> None:
+def test_update_of_no_rows_leaves_the_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     before = path.read_bytes()
@@ -104,16 +104,18 @@ def test_no_rows_need_no_other_values(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("size", [20_000, 3_000_000])  # below and above what S3 copies itself
-def test_a_store_copies_the_pictures(s3_server: str, size: int) -> None:
+@pytest.mark.parametrize(
+    "size", [20_000, 3_000_000]
+)  # below and above the size from which S3 copies itself
+def test_a_store_copies_the_old_bytes(s3_server: str, size: int) -> None:
     path: Any = as_path(f"s3://columns-{size}/data/part-000000.parquet")
     path.fs.mkdir(path.drive)
-    table = pa.table({"image": pictures(2, size), "text": ["a", "b"]})
+    table = pa.table({"image": images(2, size), "text": ["a", "b"]})
     with path.open("wb") as file:
         pq.write_table(table, file)
     for texts in (["c", "d"], ["e", None]):
         assert update_columns(path, pa.table({"text": texts}))
         assert read_parquet_file(path).equals(table.set_column(1, "text", pa.array(texts)))
-    put_together = path.fs.info(path.path)["ETag"].strip('"').endswith("-2")  # from two objects
-    assert put_together == (size > 20_000)
+    composed = path.fs.info(path.path)["ETag"].strip('"').endswith("-2")  # from two objects
+    assert composed == (size > 20_000)
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -1,4 +1,4 @@
-"""Paths and URLs by the same methods, on a disk and on a real S3 server in this process."""
+"""Paths and URLs behave the same, on a disk and on a real S3 server in this process."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from pipelines.storage.folders import (
     files_below,
     is_folder,
     make_folder,
-    matching,
+    matching_files,
     names_in,
     remove_folder,
 )
-from pipelines.storage.locks import exclusive
+from pipelines.storage.locks import lock_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_rows, write_parquet
 from pipelines.storage.retries import with_retries
 from pipelines.storage.tables import Table, parquet_files
@@ -39,7 +39,7 @@ from vlv_model.errors import DataError, RunError
 ROWS = pa.table({"key": [1, 2, 3], "status": ["ok", "ok", "download:dns"]})
 
 
-def test_files_are_written_and_read_alike(folder: Path) -> None:
+def test_files_are_written_and_read_the_same_way(folder: Path) -> None:
     make_folder(folder, "data.output")
     write_atomically(folder / "x.json", "{}")
     write_parquet(folder / "x.parquet", ROWS, row_group_size=2)
@@ -47,28 +47,28 @@ def test_files_are_written_and_read_alike(folder: Path) -> None:
     assert read_parquet_file(folder / "x.parquet").equals(ROWS)
     with open_parquet(pickle.loads(pickle.dumps(folder)) / "x.parquet") as parquet:
         assert parquet.read_row_group(1)["key"].to_pylist() == [3]
-    assert [p.name for p in matching(f"{folder}/*.parquet")] == ["x.parquet"]
-    assert [p.name for p in matching(f"{str(folder)[:-1]}*/x.*")] == ["x.json", "x.parquet"]
+    assert [p.name for p in matching_files(f"{folder}/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching_files(f"{str(folder)[:-1]}*/x.*")] == ["x.json", "x.parquet"]
     for hidden in ("_plan/rows.parquet", "c/_runs/1/y.parquet", ".git/z.parquet", "c/.w.parquet"):
         (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / hidden, b"")
-    assert [p.name for p in matching(f"{folder}/**/*.parquet")] == ["x.parquet"]
-    assert [p.name for p in matching(f"{folder}/*/*.parquet")] == []
-    assert [p.name for p in matching(f"{folder}/_plan/*.parquet")] == ["rows.parquet"]
+    assert [p.name for p in matching_files(f"{folder}/**/*.parquet")] == ["x.parquet"]
+    assert [p.name for p in matching_files(f"{folder}/*/*.parquet")] == []
+    assert [p.name for p in matching_files(f"{folder}/_plan/*.parquet")] == ["rows.parquet"]
     for hidden in ("_plan", "c", ".git"):
         remove_folder(folder / hidden)
     assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.parquet"]
     remove_folder(folder)
     assert not folder.exists()
-    remove_folder(folder)  # twice is once
+    remove_folder(folder)  # a second removal does nothing
 
 
-def test_a_bucket_that_is_not_there_is_one_line(s3_server: str) -> None:
+def test_missing_bucket_is_a_one_line_error(s3_server: str) -> None:
     with pytest.raises(RunError, match=r"data\.output=s3://no-such-bucket/t: there is no such"):
         make_folder(as_path("s3://no-such-bucket/t"), "data.output")
 
 
-def test_what_another_process_wrote_is_seen(folder: Path) -> None:
+def test_files_of_another_process_are_listed(folder: Path) -> None:
     make_folder(folder, "data.output")
     write_atomically(folder / "one", "1")
     assert len(list(folder.glob("*"))) == 1
@@ -85,13 +85,13 @@ class Keys(encryption.KmsClient):
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain footer", "encrypted footer"])
-def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path) -> None:
-    """Under a plain footer Arrow ends the process where it is asked for the statistics."""
-    how = encryption.EncryptionConfiguration(
+def test_encrypted_file_is_a_one_line_error(folder: Path, plain: bool, tmp_path: Path) -> None:
+    """With a plain-text footer Arrow terminates the process when the statistics are read."""
+    config = encryption.EncryptionConfiguration(
         footer_key="a", column_keys={"b": ["key"]}, plaintext_footer=plain
     )
     keys = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
-        encryption.KmsConnectionConfig(), how
+        encryption.KmsConnectionConfig(), config
     )
     with pq.ParquetWriter(tmp_path / "x", ROWS.schema, encryption_properties=keys) as writer:
         writer.write_table(ROWS)
@@ -102,40 +102,40 @@ def test_an_encrypted_file_is_one_line(folder: Path, plain: bool, tmp_path: Path
         parquet.metadata.row_group(0).column(0)
 
 
-def test_a_damaged_file_is_one_line_that_names_it(folder: Path) -> None:
+def test_damaged_file_is_a_one_line_error_that_names_it(folder: Path) -> None:
     make_folder(folder, "data.output")
     write_atomically(folder / "x.parquet", b"PAR1 and no more")
     with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
         read_parquet_file(folder / "x.parquet")
 
 
-def test_a_table_lives_on_either(folder: Path) -> None:
+def test_table_on_a_disk_or_in_a_store(folder: Path) -> None:
     table = Table(str(folder))
-    assert not table.check_free("image", {"a": 1})
+    assert not table.check_same_run("image", {"a": 1})
     table.create("image", {"a": 1}, 3)
     table.write(2, ROWS)
     table.write(0, ROWS)
     with pytest.raises(DataError, match="not finished"):
         parquet_files(str(folder))
     again = Table(str(folder))
-    assert again.check_free("image", {"a": 1})
+    assert again.check_same_run("image", {"a": 1})
     assert again.pending() == [1]
     again.write(1, ROWS)
-    again.write(1, ROWS)  # twice is once
+    again.write(1, ROWS)  # changes nothing
     assert again.counts() == {"ok": 6, "download:dns": 3}
     assert len(list(read_rows(parquet_files(str(folder)), ["key"]))) == 9
     with pytest.raises(RunError, match="a: 1 there, 2 here"):
-        again.check_free("image", {"a": 2})
+        again.check_same_run("image", {"a": 2})
 
 
-def test_a_strangers_folder_is_refused(folder: Path) -> None:
+def test_folder_with_other_files_is_refused(folder: Path) -> None:
     make_folder(folder, "data.output")
-    write_atomically(folder / "thesis.txt", "dear to somebody")
+    write_atomically(folder / "thesis.txt", "precious")
     with pytest.raises(RunError, match=r"not empty.*thesis"):
-        Table(str(folder)).check_free("image", {})
+        Table(str(folder)).check_same_run("image", {})
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
+def test_requests_are_retried_while_the_store_fails(bucket: str) -> None:
     path, calls = as_path(f"{bucket}/x"), []
 
     def fails_three_times() -> str:
@@ -146,11 +146,11 @@ def test_a_store_that_fails_for_a_while_is_asked_again(bucket: str) -> None:
 
     assert with_retries(fails_three_times, path, pauses=(0.01,) * 4) == "done"
     assert len(calls) == 4
-    with pytest.raises(FileNotFoundError):  # that will not mend by itself
+    with pytest.raises(FileNotFoundError):  # never retried
         with_retries(lambda: path.read_bytes(), path)
 
 
-def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
+def test_failed_write_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
@@ -171,11 +171,11 @@ def test_a_file_on_a_full_disk_leaves_no_rest(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["before"]
 
 
-def test_parquet_on_a_full_disk_names_its_path(
+def test_full_disk_error_of_parquet_names_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # as Arrow says it
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # Arrow's message
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(
@@ -184,10 +184,10 @@ def test_parquet_on_a_full_disk_names_its_path(
         write_parquet(tmp_path / "part.parquet", ROWS)
 
 
-def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
+def test_unreachable_store_is_not_taken_for_an_empty_one(
     bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table that seems not to be there would be begun again, over the one that is."""
+    """Otherwise a job would create a new table over the existing one."""
     import s3fs
 
     monkeypatch.setattr(retries, "PAUSES", (0.01,))
@@ -201,50 +201,52 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
         table = Table(folder)
         table.create("image", {"a": 1}, 1)
         table.write(0, ROWS)
-        asked: list[Callable[[], Any]] = [
+        requests: list[Callable[[], Any]] = [
             lambda: table.exists,
             table.pending,
-            lambda: table.check_free("image", {"a": 1}),
+            lambda: table.check_same_run("image", {"a": 1}),
             lambda: parquet_files(str(folder)),
             lambda: files_below(folder),
             lambda: names_in(folder),
             lambda: is_folder(folder),
-            lambda: matching(f"{folder}/part-*.parquet"),
-            lambda: matching(f"{folder}/**"),
+            lambda: matching_files(f"{folder}/part-*.parquet"),
+            lambda: matching_files(f"{folder}/**"),
             lambda: list(walk(folder)),
             lambda: read_parquet_file(table.part(0)),
             lambda: remove_folder(folder),
         ]
         line.turn("refuses")
-        for ask in asked:
+        for request in requests:
             with pytest.raises(RunError, match="the store does not answer"):
-                ask()
-        with pytest.raises(RunError, match="does not answer"), exclusive(folder, "data.output"):
-            raise AssertionError("held by nobody")
+                request()
+        with pytest.raises(RunError, match="does not answer"), lock_folder(folder, "data.output"):
+            raise AssertionError("locked without a store")
         line.turn("passes")
         assert table.pending() == []
-        for ask in asked:
-            ask()
+        for request in requests:
+            request()
         assert files_below(folder) == []
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize("name", ["mine", "mine/not/yet"])
-def test_a_folder_of_another_user_is_refused_by_the_name_of_both(name: str) -> None:
-    """A new disk that machines share belongs to root, and the image's user is another one."""
+def test_folder_of_another_user_is_refused_and_both_are_named(name: str) -> None:
+    """A new shared disk belongs to root; the container runs as another user."""
     if os.geteuid() != 0:
         pytest.skip("only root may become another user")
     program = (
-        "import os, pathlib, sys; from pipelines.storage.files import make_folder; os.setuid(4321); "
+        "import os, pathlib, sys; from pipelines.storage.folders import make_folder; os.setuid(4321); "
         "make_folder(pathlib.Path(sys.argv[1]), 'run_dir')"
     )
-    with tempfile.TemporaryDirectory() as folder:  # pytest's are hidden from others
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # pytest's own folders are hidden from other users
         Path(folder).chmod(0o755)
         Path(folder, "mine").mkdir(mode=0o755)
-        ended = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", program, f"{folder}/{name}"], capture_output=True, text=True
         )
-    last = ended.stderr.splitlines()[-1]
+    last = process.stderr.splitlines()[-1]
     assert f"RunError: run_dir={folder}/{name} cannot be written: {folder}/mine belongs" in last
     assert "belongs to user 0, and this job runs as user 4321" in last

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.images.plans import lay_out
+from pipelines.images.plans import make_plan
 from pipelines.images.random_access import RowIndex, RowReader, in_holdout
 from pipelines.images.rows import PAIR_ROW
 from pipelines.training.config import TrainConfig
@@ -164,10 +164,10 @@ def test_rows_without_text_are_skipped(tmp_path: Path) -> None:
 def test_a_table_that_changes_while_being_read_is_detected(tmp_path: Path) -> None:
     paths = write_table(tmp_path, [1, 2, 3, 4], files=1)
     index = RowIndex.open(paths)
-    layout = lay_out(paths, np.isfinite).layout
+    layout = make_plan(paths, np.isfinite).layout
     write_table(tmp_path, [4, 3, 2, 1], files=1)
     assert RowIndex.open(paths).digest() == index.digest()  # the same keys
-    assert lay_out(paths, np.isfinite).layout != layout  # elsewhere
+    assert make_plan(paths, np.isfinite).layout != layout  # elsewhere
     with pytest.raises(DataError, match="was changed while it was in use"):
         RowReader(index).row(0)
 

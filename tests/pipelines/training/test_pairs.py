@@ -15,7 +15,7 @@ from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build
 from pipelines.execution.connection import RayConfig
 from pipelines.images.rows import IMAGE_ROW, PAIR_ROW, url_key
-from pipelines.storage.sorting import Buckets
+from pipelines.storage.sorting import ExternalSort
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training import pairs
 from pipelines.training.config import Stage2Config
@@ -139,7 +139,7 @@ def test_an_unsorted_table_gives_the_same_pairs(tmp_path: Path) -> None:
 def test_captions_are_found_in_many_buckets(tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(400).tolist()
     file = captions_file(tmp_path, [{"url": url(i), "caption": f"c{i}"} for i in [*order, 7]])
-    small = partial(Buckets, bucket_bytes=256, waiting_rows=50)
+    small = partial(ExternalSort, bucket_bytes=256, buffer_rows=50)
     plan = tmp_path / "plan"
     plan.mkdir()
     counts = _sort_captions(plan, [Path(file)], "caption", "url", small)
