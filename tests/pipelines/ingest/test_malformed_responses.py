@@ -20,8 +20,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.ingest.web.addresses import public_socket
+from pipelines.ingest.web.completeness import is_complete
 from pipelines.ingest.web.lenient import MAX_HEADERS
-from pipelines.ingest.web.whole import is_whole
 from tests.pipelines.ingest.sites import fetch_all, statuses
 
 PAUSE, RESET = "pause", "reset"
@@ -33,7 +33,7 @@ OTHER = JPEG[:-2] + b"!\xff\xd9"  # another picture of almost the same length
 
 
 class RawSite:
-    """A server that answers a path with raw bytes and closes; counts requests and connections."""
+    """A server that sends raw bytes for a path and closes; counts requests and connections."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Pieces] = {}
@@ -108,7 +108,7 @@ def head(
 
 
 def chunks(body: bytes, end: bytes = b"0\r\n\r\n", more: int = 0, ext: bytes = b"") -> bytes:
-    """`body` in two chunks whose sizes are `more` too large."""
+    """`body` in two chunks whose sizes are too large by `more`."""
     parts = (body[:700], body[700:])
     return b"".join(b"%x%s\r\n%s\r\n" % (len(p) + more, ext, p) for p in parts) + end
 
@@ -317,7 +317,7 @@ REFUSED: dict[str, tuple[str, Pieces]] = {
 }
 
 
-def test_untidy_answers_bring_the_picture(raw: RawSite, open_downloader: Any) -> None:
+def test_malformed_responses_are_accepted(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {f"/{name}": pieces for name, pieces in TAKEN.items()}
     downloader = open_downloader(retries=0, read_timeout=5, concurrency_per_host=64)
     found = fetch_all(downloader, *(raw.url(path) for path in raw.answers))
@@ -326,7 +326,7 @@ def test_untidy_answers_bring_the_picture(raw: RawSite, open_downloader: Any) ->
     assert max(raw.requests.values()) == 2  # the lenient reader asks once
 
 
-def test_each_of_the_rest_has_its_class(raw: RawSite, open_downloader: Any) -> None:
+def test_the_other_responses_have_their_class(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {f"/{name}": pieces for name, (_, pieces) in REFUSED.items()}
     downloader = open_downloader(retries=0, read_timeout=5, concurrency_per_host=64)
     found = statuses(downloader, *(raw.url(path) for path in raw.answers))
@@ -334,7 +334,7 @@ def test_each_of_the_rest_has_its_class(raw: RawSite, open_downloader: Any) -> N
     assert dict(zip(REFUSED, found, strict=True)) == expected
 
 
-def test_tidy_answers_are_asked_for_once(raw: RawSite, open_downloader: Any) -> None:
+def test_well_formed_responses_need_one_request(raw: RawSite, open_downloader: Any) -> None:
     tidy = ["http_1_0", "status_201", "status_206_whole", "chunk_extension", "gzip", "br", "zstd"]
     tidy += ["gzip_lie", "no_length", "early_hints"]
     raw.answers = {f"/{name}": TAKEN[name] for name in tidy}
@@ -352,8 +352,10 @@ def test_a_300_with_a_location_is_followed(raw: RawSite, open_downloader: Any) -
 # ---------------------------------------------------------------------------------------- safety
 
 
-def test_no_hidden_answer_is_taken_for_the_next_urls(raw: RawSite, open_downloader: Any) -> None:
-    """Behind the body in one packet, in the next, and when the connection is idle."""
+def test_bytes_behind_a_response_are_not_taken_for_the_next(
+    raw: RawSite, open_downloader: Any
+) -> None:
+    """In the packet of the body, in the next one, and while the connection is idle."""
     hidden = head(length=len(OTHER)) + OTHER
     raw.answers = {
         "/1": [head(length=L) + JPEG + hidden],
@@ -373,10 +375,10 @@ def test_no_hidden_answer_is_taken_for_the_next_urls(raw: RawSite, open_download
     assert set(raw.requests) == set(paths)  # each was really asked for
 
 
-def test_the_lenient_reader_reaches_no_private_address(
+def test_the_lenient_client_reaches_no_private_address(
     raw: RawSite, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by itself, nor by a redirect, nor by a name that leads elsewhere at its second look-up."""
+    """Directly, by a redirect, or by a name that changes its address between look-ups."""
     opened: list[str] = []
 
     def once(info: Any) -> socket.socket:
@@ -402,10 +404,10 @@ def test_the_lenient_reader_reaches_no_private_address(
     assert not raw.requests["/secret"]
 
 
-def test_a_slow_look_up_is_no_slow_connection(
+def test_a_slow_look_up_does_not_count_for_the_connection(
     raw: RawSite, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For either reader: it has as long as the whole request."""
+    """In both clients a look-up may take as long as the whole request."""
 
     def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         looked_up.append(host)
@@ -421,7 +423,9 @@ def test_a_slow_look_up_is_no_slow_connection(
     assert sorted(looked_up) == ["tidy.test", "untidy.test", "untidy.test"]
 
 
-def test_caps_and_time_outs_hold_for_the_lenient_reader(raw: RawSite, open_downloader: Any) -> None:
+def test_limits_and_time_outs_apply_to_the_lenient_client(
+    raw: RawSite, open_downloader: Any
+) -> None:
     million = JPEG + bytes(1 << 20)
     bombs = {
         "gzip": gzip.compress(JPEG + bytes(8 << 20)),
@@ -455,17 +459,17 @@ def test_caps_and_time_outs_hold_for_the_lenient_reader(raw: RawSite, open_downl
     found = statuses(hasty, *(raw.url(path) for path in slow))
     assert found == ["download:timeout"] * len(slow)
     for downloader in (patient, hasty):
-        assert (downloader.room.taken, downloader.slots.taken) == (0, 0)
+        assert (downloader.budget.used, downloader.window.in_flight) == (0, 0)
 
 
-def test_a_body_that_is_cut_is_tried_again(raw: RawSite, open_downloader: Any) -> None:
+def test_a_truncated_body_is_retried(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {"/untidy": REFUSED["cut_untidy_length"][1], "/tidy": REFUSED["cut_length"][1]}
     found = statuses(open_downloader(retries=1), raw.url("/untidy"), raw.url("/tidy"))
     assert found == ["download:refused"] * 2
     assert raw.requests == {"/untidy": 4, "/tidy": 2}
 
 
-def test_the_lenient_reader_asks_as_the_strict_one(raw: RawSite, open_downloader: Any) -> None:
+def test_the_lenient_client_sends_the_same_request(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {"/a%20b?c=%2F": whole("no header")}
     downloader = open_downloader(contact="me@example.org")
     url = raw.url("/a%20b?c=%2F#there").replace("http://", "http://me:secret@")
@@ -495,5 +499,5 @@ def test_the_lenient_reader_asks_as_the_strict_one(raw: RawSite, open_downloader
         (b"", False),
     ],
 )
-def test_files_that_end_where_they_say(data: bytes, expected: bool) -> None:
-    assert is_whole(data) is is_whole(bytearray(data)) is expected
+def test_files_that_are_complete(data: bytes, expected: bool) -> None:
+    assert is_complete(data) is is_complete(bytearray(data)) is expected
