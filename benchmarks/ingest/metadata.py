@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, too
 from benchmarks.ingest.lists import write_list
 from benchmarks.ingest.throughput import REPO, watched
 from pipelines.cli.config import build
-from pipelines.ingest import job, steps
+from pipelines.ingest import job
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.fetch import image_rows
 from pipelines.ingest.plan import Plan, passing
@@ -87,7 +87,7 @@ def plan_all(folder: Path, urls: Path) -> int:
 
 
 def ingest(folder: Path, urls: Path) -> int:
-    steps.ImageFetcher = PictureMaker  # type: ignore[misc, assignment]
+    job.ImageFetcher = PictureMaker  # type: ignore[misc, assignment]
     for name in ("_plan_into", "run_chunks", "mark_duplicates", "write_link_rot", "write_report"):
         setattr(job, name, _timed(getattr(job, name)))
     shutil.rmtree(folder / "table", ignore_errors=True)

@@ -29,7 +29,7 @@ _MIN_FILES, _MIN_ROWS = 32, 32  # so that a short list keeps all workers busy
 def plan_table(plan: Plan) -> str:
     """The rows that each rule drops, in the order of the rules and by itself."""
     lines = [("rows read", plan.read, ""), *_dropped(plan), ("left", plan.listed, "")]
-    lines += [("to be fetched", plan.fetched, ""), ("to be marked anew", plan.marked, "")]
+    lines += [("to be fetched", plan.fetched, ""), ("to be marked", plan.marked, "")]
     width = max(len(name) for name, *_ in lines)
     return "\n".join(
         f"{name:<{width}}  {rows:>13,}  {rows / max(plan.read, 1):6.1%}{note}"

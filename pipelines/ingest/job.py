@@ -17,9 +17,10 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import Cluster
+from pipelines.execution.cluster import WHOLE, Cluster, Step
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocked
 from pipelines.images.rows import IMAGE_ROW
@@ -27,12 +28,13 @@ from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
+from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
-from pipelines.ingest.steps import Merge, ingest_stages
-from pipelines.ingest.web.config import PER_CPU
+from pipelines.ingest.steps import FetchAndWrite, Merge, ReadPlan
+from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
 from pipelines.lists.files import input_files
@@ -42,6 +44,11 @@ from pipelines.storage.tables import Table
 from vlv_model.errors import RunError
 
 KIND = "image"
+
+# Rows that one fetcher has in flight: while a chunk waits for its slowest host, connections and
+# decoders serve the other chunks.
+_ROWS_IN_FLIGHT = 4096
+_CHUNKS_IN_FLIGHT = (2, 16)  # at least, at most
 
 
 def ingest(config: IngestConfig) -> dict[str, int]:
@@ -125,7 +132,7 @@ class Ingest(TableJob):
             run_chunks(
                 cluster,
                 pending,
-                partial(ingest_stages, cluster=cluster, config=self.config, run=run),
+                partial(_stages, cluster=cluster, config=self.config, run=run),
                 Merge(table, run),
                 "ingest",
                 fetched,
@@ -166,3 +173,31 @@ def _plan_into(
         next_plan(rows, table, folder, config.filter, config.retried(), size, plan)
         return None
     return first_plan(rows, folder, size, plan)
+
+
+def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:
+    """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
+    nodes = cluster.cpus_by_node()
+    fetchers, decoders = fetchers_of(nodes)
+    cpus = max(1, sum(nodes))
+    at_least, at_most = _CHUNKS_IN_FLIGHT
+    about = run.describe()
+    fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
+    in_flight = min(at_most, max(at_least, fitting))
+    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # equal in both, so Ray fuses them
+    read = ReadPlan(run, Merge(Table(config.data.output), run))
+    planned = chunks.map_batches(read, **options)
+    download = config_per_process(config.download, fetchers, cpus)
+    settings = (download, config.image, config.filter, decoders)
+    return planned.map_batches(
+        FetchAndWrite,
+        fn_constructor_args=(ImageFetcher, settings, last),
+        compute=cluster.actors(
+            fetchers,
+            None if config.ray.cluster else fetchers,  # a cluster may grow
+            max_concurrent_calls_per_actor=in_flight,
+            max_tasks_in_flight_per_actor=in_flight + 1,
+            enable_true_multi_threading=True,
+        ),
+        **options,
+    )

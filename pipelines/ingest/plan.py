@@ -126,14 +126,14 @@ def passing(
     """
     # With known rows, row groups in which no row passes are read too: the table may have the rows.
     read_all = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
-    odd: OddValues = {}
+    odd_values: OddValues = {}
     for file in files:
-        for batch in read_batches(file, columns, read_all, odd):
+        for batch in read_batches(file, columns, read_all, odd_values):
             if known:
                 check_columns(filters, batch.schema, set(batch.column_names), str(file))
             plan.read += batch.num_rows
             yield _filter_batch(batch, filters, dropped, failing, known)
-    for name, (count, first) in odd.items():
+    for name, (count, first) in odd_values.items():
         print(
             f"warning: column '{name}' of the list: {count:,} values that cannot be read were taken "
             f"as missing (the first: {first}), as no filter reads them",
@@ -185,7 +185,7 @@ def next_plan(
     usual = max(size(max(1, plan.listed)), *committed.values(), 1)
     if plan.listed > _MAX_GROWTH * usual * len(starts):
         raise DataError(
-            f"{table.folder} was begun with so short a list that each of its files would now hold "
+            f"{table.folder} was created from a much shorter list: each of its files would now have "
             f"{plan.listed // len(starts):,} rows (usual: {usual:,}): choose another data.output"
         )
     known = known_rows(table, set(committed), len(starts))

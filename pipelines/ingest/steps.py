@@ -8,54 +8,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution.cluster import WHOLE, Cluster, Step
+from pipelines.execution.cluster import Step
 from pipelines.images.blocklist import Blocked
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
-from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.fetch import ImageFetcher, fetchers_of
+from pipelines.ingest.fetch import ImageFetcher
 from pipelines.ingest.known_rows import UPDATABLE, with_marks
 from pipelines.ingest.plan import read_chunk
-from pipelines.ingest.web.config import config_per_process
 from pipelines.storage.parquet import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
-
-# Rows that one fetcher has in flight: while a chunk waits for its slowest host, connections and
-# decoders serve the other chunks.
-_ROWS_IN_FLIGHT = 4096
-_CHUNKS_IN_FLIGHT = (2, 16)  # at least, at most
 
 # Writing a part takes several times its memory. A retry of few rows in many chunks would otherwise
 # write as many parts at a time as chunks are in flight.
 _write_slots = threading.BoundedSemaphore(2)
-
-
-def ingest_stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:
-    """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
-    nodes = cluster.cpus_by_node()
-    fetchers, decoders = fetchers_of(nodes)
-    cpus = max(1, sum(nodes))
-    at_least, at_most = _CHUNKS_IN_FLIGHT
-    about = run.describe()
-    fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
-    in_flight = min(at_most, max(at_least, fitting))
-    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # equal in both, so Ray fuses them
-    read = ReadPlan(run, Merge(Table(config.data.output), run))
-    planned = chunks.map_batches(read, **options)
-    download = config_per_process(config.download, fetchers, cpus)
-    settings = (download, config.image, config.filter, decoders)
-    return planned.map_batches(
-        FetchAndWrite,
-        fn_constructor_args=(ImageFetcher, settings, last),
-        compute=cluster.actors(
-            fetchers,
-            None if config.ray.cluster else fetchers,  # a cluster may grow
-            max_concurrent_calls_per_actor=in_flight,
-            max_tasks_in_flight_per_actor=in_flight + 1,
-            enable_true_multi_threading=True,
-        ),
-        **options,
-    )
 
 
 class Merge:

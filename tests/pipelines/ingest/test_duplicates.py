@@ -97,7 +97,7 @@ def test_marks_equal_brute_force_and_are_stable(
         wanted = [OK if status == DUPLICATE else status for *_, status in rows]
     assert statuses(table) == wanted
     assert changed == sum(a != b for a, b in zip(wanted, [row[3] for row in rows], strict=True))
-    assert again == 0  # and not a part is written anew
+    assert again == 0  # and no part is rewritten
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -77,7 +77,7 @@ def test_rows_keep_their_number_and_order(tmp_path: Path, fetcher: ImageFetcher)
         ([4], (1, 4)),
         ([7], (1, 7)),
         ([64], (16, 4)),
-        ([2] * 10, (10, 2)),  # none asks for more CPUs than a node has
+        ([2] * 10, (10, 2)),  # none needs more CPUs than a node has
         ([1, 16, 16], (8, 4)),
         ([0, 0, 8], (2, 4)),
     ],

@@ -1,7 +1,7 @@
-"""Untidy servers, one row a behaviour: what is taken, and the class of what is not.
+"""Malformed responses, one case each: which are accepted, and the failure class of the others.
 
-Servers write raw bytes on loopback. A piece of an answer that follows a PAUSE comes in a packet of
-its own: what the strict parser makes of an answer depends on that.
+Servers on loopback write raw bytes. The bytes after a PAUSE are sent in a packet of their own, which
+can change what the strict parser does.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ REFUSED: dict[str, tuple[str, Pieces]] = {
     "status_304": ("http_other", [head(line="HTTP/1.1 304 Not Modified")]),
     "status_300": ("http_other", [head(line="HTTP/1.1 300 Choices", length=0)]),
     "status_999": ("http_other", [head(line="HTTP/1.1 999 Denied", length=0)]),
-    "status_404_untidy": ("http_404", [head("no header", line="HTTP/1.1 404 None", length=0)]),
-    "status_500_untidy": ("http_5xx", [head("no header", line="HTTP/1.1 500 No", length=0)]),
+    "status_404_malformed": ("http_404", [head("no header", line="HTTP/1.1 404 None", length=0)]),
+    "status_500_malformed": ("http_5xx", [head("no header", line="HTTP/1.1 500 No", length=0)]),
     "redirect_to_nothing": ("redirects", [head("Location: ", line="HTTP/1.1 302 F", length=0)]),
     "gzip_damaged": ("encoding", [packed("gzip", GZIP[:100] + bytes(50) + GZIP[150:])]),
     "gzip_of_nothing": ("not_an_image", [packed("gzip", b"")]),
@@ -302,16 +302,16 @@ REFUSED: dict[str, tuple[str, Pieces]] = {
     "zstd_cut": ("encoding", [packed("zstd", ZSTD[:-9])]),
     "codings_9": ("encoding", [packed(", ".join(["gzip"] * 9), GZIP)]),
     "length_0": ("not_an_image", [head(length=0) + JPEG]),
-    "page_untidy": ("not_an_image", [head("no header", kind="text/html") + b"<html>" * 99]),
-    "opted_out_untidy": ("opted_out", whole("no header", "X-Robots-Tag : noai")),
+    "page_malformed": ("not_an_image", [head("no header", kind="text/html") + b"<html>" * 99]),
+    "opted_out_malformed": ("opted_out", whole("no header", "X-Robots-Tag : noai")),
     "opted_out_folded": ("opted_out", whole("no header", "X-Robots-Tag: nofollow,", " noai")),
     # Cut short: another attempt may mend it.
     "cut_length": ("refused", [head(length=L) + JPEG[:500]]),
     "cut_chunk": ("refused", [head(CHUNKED) + chunks(JPEG)[:500]]),
     "cut_between_chunks": ("refused", [head(CHUNKED) + chunks(JPEG[:900], end=b"")]),
-    "cut_untidy_length": ("refused", [head("no header", length=L) + JPEG[:500]]),
-    "cut_untidy_chunk": ("refused", [head("no header", CHUNKED) + chunks(JPEG)[:500]]),
-    "cut_untidy_headers": ("refused", [head("no header")[:-4]]),
+    "cut_malformed_length": ("refused", [head("no header", length=L) + JPEG[:500]]),
+    "cut_malformed_chunk": ("refused", [head("no header", CHUNKED) + chunks(JPEG)[:500]]),
+    "cut_malformed_headers": ("refused", [head("no header")[:-4]]),
     "whole_and_reset": ("refused", [head(length=L + 9) + JPEG, PAUSE, RESET]),
     "silence": ("refused", []),
 }
@@ -323,7 +323,7 @@ def test_malformed_responses_are_accepted(raw: RawSite, open_downloader: Any) ->
     found = fetch_all(downloader, *(raw.url(path) for path in raw.answers))
     wrong = {n: f for n, f in zip(TAKEN, found, strict=True) if (f.status, f.data) != ("ok", JPEG)}
     assert wrong == {}
-    assert max(raw.requests.values()) == 2  # the lenient reader asks once
+    assert max(raw.requests.values()) == 2  # the lenient client sends one request
 
 
 def test_the_other_responses_have_their_class(raw: RawSite, open_downloader: Any) -> None:
@@ -335,11 +335,19 @@ def test_the_other_responses_have_their_class(raw: RawSite, open_downloader: Any
 
 
 def test_well_formed_responses_need_one_request(raw: RawSite, open_downloader: Any) -> None:
-    tidy = ["http_1_0", "status_201", "status_206_whole", "chunk_extension", "gzip", "br", "zstd"]
-    tidy += ["gzip_lie", "no_length", "early_hints"]
-    raw.answers = {f"/{name}": TAKEN[name] for name in tidy}
+    wellformed = [
+        "http_1_0",
+        "status_201",
+        "status_206_whole",
+        "chunk_extension",
+        "gzip",
+        "br",
+        "zstd",
+    ]
+    wellformed += ["gzip_lie", "no_length", "early_hints"]
+    raw.answers = {f"/{name}": TAKEN[name] for name in wellformed}
     found = statuses(open_downloader(), *(raw.url(path) for path in raw.answers))
-    assert found == ["ok"] * len(tidy)
+    assert found == ["ok"] * len(wellformed)
     assert set(raw.requests.values()) == {1}
 
 
@@ -386,10 +394,10 @@ def test_the_lenient_client_reaches_no_private_address(
         opened.append(info[4][0])
         return socket.socket(*info[:3]) if len(opened) == 1 else public_socket(info)
 
-    raw.answers = {"/untidy": whole("no header"), "/secret": whole()}
+    raw.answers = {"/malformed": whole("no header"), "/secret": whole()}
     downloader = open_downloader({"socket_factory": once}, allow_private=False, retries=0)
-    assert statuses(downloader, raw.url("/untidy")) == ["download:blocked_address"]
-    assert (raw.requests["/untidy"], len(opened)) == (1, 2)
+    assert statuses(downloader, raw.url("/malformed")) == ["download:blocked_address"]
+    assert (raw.requests["/malformed"], len(opened)) == (1, 2)
 
     def here(info: Any) -> socket.socket:
         return socket.socket(*info[:3]) if info[4][0] == "127.0.0.1" else public_socket(info)
@@ -416,11 +424,11 @@ def test_a_slow_look_up_does_not_count_for_the_connection(
 
     looked_up: list[str] = []
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
-    raw.answers = {"/tidy": whole(), "/untidy": whole("no header")}
+    raw.answers = {"/wellformed": whole(), "/malformed": whole("no header")}
     downloader = open_downloader(connect_timeout=0.1, retries=0, read_timeout=5)
-    urls = [f"http://{path}.test:{raw.port}/{path}" for path in ("tidy", "untidy")]
+    urls = [f"http://{path}.test:{raw.port}/{path}" for path in ("wellformed", "malformed")]
     assert statuses(downloader, *urls) == ["ok", "ok"]
-    assert sorted(looked_up) == ["tidy.test", "untidy.test", "untidy.test"]
+    assert sorted(looked_up) == ["malformed.test", "malformed.test", "wellformed.test"]
 
 
 def test_limits_and_time_outs_apply_to_the_lenient_client(
@@ -463,10 +471,13 @@ def test_limits_and_time_outs_apply_to_the_lenient_client(
 
 
 def test_a_truncated_body_is_retried(raw: RawSite, open_downloader: Any) -> None:
-    raw.answers = {"/untidy": REFUSED["cut_untidy_length"][1], "/tidy": REFUSED["cut_length"][1]}
-    found = statuses(open_downloader(retries=1), raw.url("/untidy"), raw.url("/tidy"))
+    raw.answers = {
+        "/malformed": REFUSED["cut_malformed_length"][1],
+        "/wellformed": REFUSED["cut_length"][1],
+    }
+    found = statuses(open_downloader(retries=1), raw.url("/malformed"), raw.url("/wellformed"))
     assert found == ["download:refused"] * 2
-    assert raw.requests == {"/untidy": 4, "/tidy": 2}
+    assert raw.requests == {"/malformed": 4, "/wellformed": 2}
 
 
 def test_the_lenient_client_sends_the_same_request(raw: RawSite, open_downloader: Any) -> None:

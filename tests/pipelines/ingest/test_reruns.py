@@ -209,7 +209,7 @@ def test_new_scores_and_texts_of_known_urls_need_no_download(tmp_path: Path, web
         state = "filtered:aesthetic" if url in low else first[url]["status"]
         score = 4.0 if url in low else 6.0
         assert row == {**first[url], "aesthetic": score, "status": state}
-    # What a list does not say stays, and what it says wins, whatever it says beside it.
+    # Values that the list lacks are kept; its values replace those of the table.
     table = {"url": urls[:4], "TEXT": ["a", "b", "c", None], "aesthetic": [None, 7.0, 3.0, None]}
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
@@ -314,7 +314,7 @@ def test_a_duplicate_replaces_a_filtered_row(tmp_path: Path, web: Web) -> None:
 def test_a_list_too_long_for_the_tables_chunks_is_refused(tmp_path: Path, web: Web) -> None:
     run(tmp_path, [web.url("0.png")])
     urls = [web.url(f"{i}.png") for i in range(1100)]
-    with pytest.raises(DataError, match=r"would now hold 1,100 rows \(usual: 34\): choose another"):
+    with pytest.raises(DataError, match=r"would now have 1,100 rows \(usual: 34\): choose another"):
         run(tmp_path, urls, rows_per_chunk=None)
     counts, _ = asked_by(web, lambda: run(tmp_path, urls[:40]))
     assert counts == {"ok": 40}
@@ -367,23 +367,23 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(
     words = [f"data.input={tmp_path}/list.parquet", f"data.output={tmp_path}/out", "--dry-run"]
     words += ["download.allow_private=true", "image.size=32", "image.format=png"]
 
-    def told(*more: str) -> str:
+    def printed(*more: str) -> str:
         monkeypatch.setattr("sys.argv", ["ingest.py", *words, *more])
         assert main(IngestConfig, jobs.ingest.run, "") == 0
         return " ".join(capsys.readouterr().out.split())
 
-    first, asked = asked_by(web, lambda: told("filter.min_aesthetic=15"))
+    first, asked = asked_by(web, lambda: printed("filter.min_aesthetic=15"))
     assert asked == 0
     assert not (tmp_path / "out").exists()
-    for words_of_it in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
-        assert words_of_it in first
+    for line in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
+        assert line in first
     assert "assumed" in first
     run(tmp_path, urls, scores, filter={"min_aesthetic": 5})
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    again = told("filter.min_aesthetic=12", "retry=timeout,http_404")
+    again = printed("filter.min_aesthetic=12", "retry=timeout,http_404")
     assert "to be fetched 0 " in again
-    assert "to be marked anew 7 " in again
-    assert "measured here" in told()  # the size of an image, by the table's own parts
+    assert "to be marked 7 " in again
+    assert "measured here" in printed()  # the size of an image, by the table's own parts
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files
 
 

@@ -25,7 +25,7 @@ from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
 # What stands for a fault of native code, in the child alone: the decoder of JPEGs ends the process,
-# or never returns, when a file says so.
+# or never returns, for certain files.
 FAULTS = """
 import os, simplejpeg, time
 decode = simplejpeg.decode_jpeg
@@ -153,6 +153,6 @@ def test_an_image_table_needs_no_child_process(pair_table: Path, tmp_path: Path)
     ours.write(0, rows)
     isolated_squares.cache_clear()
     own = read(ours.folder, tmp_path / "own", limit=8)
-    assert isolated_squares.cache_info().currsize == 0  # nobody asked for a child
+    assert isolated_squares.cache_info().currsize == 0  # no child was started
     pixels = {row["key"]: row["pixels"] for row in strangers}
     assert {row["key"]: row["pixels"] for row in own} == pixels

@@ -123,7 +123,7 @@ def test_look_ups_of_dead_names_do_not_delay_others(
         if host.startswith("dead"):
             over.wait(60)
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        over.set()  # else a time-out is all that comes of it
+        over.set()  # otherwise it would only time out
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     site.answers = {"/": reply()}
@@ -160,7 +160,7 @@ def test_redirects_are_followed_up_to_a_limit(site: Site, open_downloader: Any) 
         "/loop": reply(302, Location="/loop"),
         "/nowhere": reply(302),
         "/shy": reply(302, Location="/image", X_Robots_Tag="noai"),
-        "/404": reply(404, X_Robots_Tag="noindex"),  # as many error pages say
+        "/404": reply(404, X_Robots_Tag="noindex"),  # as error pages often have
     }
     downloader = open_downloader(max_redirects=3)
     paths = ("/1", "/loop", "/nowhere", "/shy", "/404")

@@ -32,7 +32,7 @@ SECRET = "pass:w0rd@%"
 QUOTED = "pass%3Aw0rd%40%25"
 
 
-def untidy(handler: BaseHTTPRequestHandler) -> None:
+def malformed(handler: BaseHTTPRequestHandler) -> None:
     """A response that the strict parser refuses."""
     handler.close_connection = True
     head = f"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: {len(JPEG)}\r\n\r\n"
@@ -84,23 +84,23 @@ def test_http_requests_have_absolute_urls_and_the_proxy_resolves_names(
         return genuine(host, *more, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
-    site.answers = {"/a%20b": reply(), "/untidy": untidy}
+    site.answers = {"/a%20b": reply(), "/malformed": malformed}
     downloader = open_downloader(proxy=proxy.url(), **PUBLIC)
-    urls = ["http://pictures.test/a%20b?c=%2F#there", "http://pictures.test:8080/untidy"]
+    urls = ["http://pictures.test/a%20b?c=%2F#there", "http://pictures.test:8080/malformed"]
     assert [fetched.data for fetched in fetch_all(downloader, *urls)] == [JPEG, JPEG]
     assert sorted(proxy.asked) == [
         "GET http://pictures.test/a%20b?c=%2F HTTP/1.1",
-        *["GET http://pictures.test:8080/untidy HTTP/1.1"] * 2,
+        *["GET http://pictures.test:8080/malformed HTTP/1.1"] * 2,
     ]
     assert set(looked_up) <= {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("path", ["/tidy", "/untidy"])
+@pytest.mark.parametrize("path", ["/well_formed", "/malformed"])
 @pytest.mark.parametrize("kind", ["http", "https"])
 def test_https_is_verified_through_the_tunnel(
     kind: str, path: str, trusted: ssl.SSLContext, site: Site, open_downloader: Any
 ) -> None:
-    behind_tls(site, trusted).answers = {"/tidy": reply(), "/untidy": untidy}
+    behind_tls(site, trusted).answers = {"/well_formed": reply(), "/malformed": malformed}
     names = {"pictures.test": site.port, "other.test": site.port}
     with proxied(names, tls=trusted if kind == "https" else None) as proxy:
         downloader = open_downloader(proxy=proxy.url(), read_timeout=5, **PUBLIC)
@@ -238,15 +238,15 @@ def test_only_the_proxy_gets_the_password(
 
     def note(handler: BaseHTTPRequestHandler) -> None:
         told.append(str(handler.headers))
-        (untidy if handler.path == "/untidy" else reply())(handler)
+        (malformed if handler.path == "/malformed" else reply())(handler)
 
     secure = behind_tls(Site(), trusted)
-    site.answers = secure.answers = {"/tidy": note, "/untidy": note}
+    site.answers = secure.answers = {"/well_formed": note, "/malformed": note}
     names = {"plain.test": site.port, "pictures.test": secure.port}
     with proxied(names, login=f"me:{SECRET}") as proxy:
         downloader = open_downloader(proxy=proxy.url(f"me:{QUOTED}"), read_timeout=5, **PUBLIC)
         places = ("http://plain.test", "https://pictures.test")
-        urls = [f"{place}{path}" for place in places for path in ("/tidy", "/untidy")]
+        urls = [f"{place}{path}" for place in places for path in ("/well_formed", "/malformed")]
         assert statuses(downloader, *urls) == ["ok"] * 4
         assert len(told) == 6
         assert not [headers for headers in told if "proxy" in headers.lower()]
