@@ -11,16 +11,16 @@ from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl, dump
 from pipelines.execution.connection import RayConfig
 from pipelines.images.rows import DECODE, DOWNLOAD, status
 from pipelines.ingest.duplicates import DuplicateConfig
-from pipelines.ingest.web.answers import FAILURE_CLASSES, TRANSIENT
 from pipelines.ingest.web.config import DownloadConfig
+from pipelines.ingest.web.failures import FAILURE_CLASSES, TRANSIENT
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
 
-# What may be retried, by the name that a user gives, and the statuses that it stands for.
-_RETRIED = {
+# The names that `retry` accepts, and the statuses that each stands for.
+_RETRY_STATUSES = {
     **{name: [status(DOWNLOAD, name)] for name in FAILURE_CLASSES},
     **{f"{DECODE}:{name}": [status(DECODE, name)] for name in decode.FAILURE_CLASSES},
     "transient": sorted(status(DOWNLOAD, name) for name in TRANSIENT),
@@ -28,7 +28,7 @@ _RETRIED = {
 
 
 class IngestData(Config):
-    """What is read, and where the table goes."""
+    """The list of URLs and the image table."""
 
     input: InputPathOrUrl = Field(
         description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob"
@@ -36,8 +36,8 @@ class IngestData(Config):
     output: OutputPathOrUrl = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(
         {},
-        description="spellings of columns that are not known: {their name: our name}; "
-        "{their name: none} leaves a column out",
+        description="columns with other names: {name in the list: name in the table}; "
+        "{name in the list: none} drops a column",
     )
 
 
@@ -51,17 +51,19 @@ class IngestConfig(Config):
     duplicates: DuplicateConfig = DuplicateConfig()
     retry: tuple[str, ...] = Field(
         (),
-        description="classes of failed rows of the table that are tried again, such as "
-        "timeout,http_5xx; transient: those that another attempt may mend",
+        description="failure classes whose rows are retried, such as timeout,http_5xx; transient: "
+        "all classes for which a retry may succeed",
     )
     dry_run: bool = Field(
-        False, description="only say what would be dropped, fetched and marked, and what it takes"
+        False,
+        description="only print how many rows would be dropped, fetched and marked, and an estimate "
+        "of disk and time",
     )
     rows_per_chunk: int | None = Field(
         None,
         ge=1,
-        description="rows that are committed together, as one file; default: files of 64 MB, of a "
-        "short list smaller ones",
+        description="rows committed together, as one file; default: files of 64 MB, smaller for a "
+        "short list",
     )
     ray: RayConfig = RayConfig()
 
@@ -69,18 +71,17 @@ class IngestConfig(Config):
     @classmethod
     def _known_classes(cls, retry: tuple[str, ...]) -> tuple[str, ...]:
         for name in retry:
-            if name not in _RETRIED:
-                raise ValueError(f"'{name}': expected some of {', '.join(_RETRIED)}")
+            if name not in _RETRY_STATUSES:
+                raise ValueError(f"'{name}': expected some of {', '.join(_RETRY_STATUSES)}")
         return retry
 
     def identity(self) -> dict[str, Any]:
-        """The settings that every run of a table shares: how an image is stored."""
+        """The settings that all runs of a table share: how images are stored."""
         values = dump(self)["image"]
         return {f"image.{name}": v for name, v in values.items() if name != "decode_timeout"}
 
     def run_settings(self, files: list[Path]) -> dict[str, Any]:
-        """The settings that tell one run of the list `files` from the next; how fast it is done is
-        no part of them."""
+        """The settings that make a new run of the list `files`; those of speed do not."""
         values = dump(self)
         return {
             "data.input": content_fingerprint(files),
@@ -93,5 +94,5 @@ class IngestConfig(Config):
         }
 
     def retried(self) -> frozenset[str]:
-        """The statuses behind `retry`."""
-        return frozenset(state for name in self.retry for state in _RETRIED[name])
+        """The statuses of `retry`."""
+        return frozenset(state for name in self.retry for state in _RETRY_STATUSES[name])

@@ -1,4 +1,4 @@
-"""What a run will do, said before it is done: rows by rule, disk and time."""
+"""Estimates before a run: dropped rows by rule, disk and time."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import shutil
 from pathlib import Path
 
 from pipelines.images.runs import runs_of
-from pipelines.ingest.account import last_throughput
 from pipelines.ingest.plan import Plan
+from pipelines.ingest.run_statistics import last_throughput
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import Table
 
-# Where a table has nothing to measure yet: bytes per stored pixel of photographs by encoding (JPEG
-# and WebP at quality 95), bytes of an image that is stored at its own size, the share of URLs that
-# still lead to an image, and images per second of one CPU.
-_BYTES_PER_PIXEL = {"jpeg": 0.4, "webp": 0.3, "png": 1.7}
-_BYTES_AT_OWN_SIZE = 300_000
-_MOST_PIXELS = 1_500_000  # of a usual picture of the web, however large it might be stored
-_BYTES_OF_A_ROW = 1_000  # the URL, the text, and what an encoding needs at least
-_ALIVE = 0.65
-_PER_CPU = 50.0
-_SAMPLED = 200  # parts whose size is asked for
+# Assumptions for a table without measurements.
+_BYTES_PER_PIXEL = {"jpeg": 0.4, "webp": 0.3, "png": 1.7}  # of photographs; quality 95
+_BYTES_AT_ORIGINAL_SIZE = 300_000
+_MAX_PIXELS = 1_500_000  # of a usual web image, however large it may be stored
+_BYTES_PER_ROW = 1_000  # the URL, the text, and the minimum of an encoding
+_ALIVE = 0.65  # fraction of URLs that still give an image
+_ROWS_PER_CPU_SECOND = 50.0
+_MAX_PARTS_MEASURED = 200
 
-_FILE_BYTES = 64e6  # of a part whose images are all there
-_FEWEST_FILES, _FEWEST_ROWS = 32, 32  # a short list still keeps every worker busy
+_BYTES_PER_FILE = 64e6  # of a part in which every row has an image
+_MIN_FILES, _MIN_ROWS = 32, 32  # so that a short list keeps all workers busy
 
 
 def plan_table(plan: Plan) -> str:
-    """How many rows each rule drops: in the order of the rules, and each by itself."""
+    """The rows that each rule drops, in the order of the rules and by itself."""
     lines = [("rows read", plan.read, ""), *_dropped(plan), ("left", plan.listed, "")]
-    lines += [("to be fetched", plan.fetched, ""), ("to be marked anew", plan.marked, "")]
+    lines += [("to be fetched", plan.fetched, ""), ("to be marked", plan.marked, "")]
     width = max(len(name) for name, *_ in lines)
     return "\n".join(
         f"{name:<{width}}  {rows:>13,}  {rows / max(plan.read, 1):6.1%}{note}"
@@ -40,33 +38,38 @@ def plan_table(plan: Plan) -> str:
 
 
 def _dropped(plan: Plan) -> list[tuple[str, int, str]]:
-    told = []
+    lines = []
     for rule, rows in plan.dropped.items():
         alone = plan.failing.get(rule, rows)
-        told.append((f"- {rule}", rows, f"  ({alone:,} by itself)" if alone != rows else ""))
-    return told
+        lines.append((f"- {rule}", rows, f"  ({alone:,} by itself)" if alone != rows else ""))
+    return lines
 
 
-def rows_per_file(rows: int, image: ImageConfig) -> int:
-    """Rows of a part, of a list of `rows`."""
-    by_size = int(_FILE_BYTES / stored_size(image))
-    return max(1, min(by_size, max(_FEWEST_ROWS, rows // _FEWEST_FILES)))
+def rows_per_file(rows: int, image: ImageConfig, rows_per_chunk: int | None = None) -> int:
+    """Rows of a part for a list of `rows` rows; `rows_per_chunk` overrides the estimate."""
+    if rows_per_chunk is not None:
+        return rows_per_chunk
+    by_size = int(_BYTES_PER_FILE / stored_size(image))
+    return max(1, min(by_size, max(_MIN_ROWS, rows // _MIN_FILES)))
 
 
 def stored_size(image: ImageConfig) -> float:
-    """Bytes of a stored photograph, by a rule of thumb."""
+    """Estimated bytes of a stored photograph."""
     if image.resize == "no":
-        return _BYTES_AT_OWN_SIZE
-    pixels = image.size**2 if image.enlarge else min(image.size**2, _MOST_PIXELS)
-    return _BYTES_PER_PIXEL[image.format] * pixels + _BYTES_OF_A_ROW
+        return _BYTES_AT_ORIGINAL_SIZE
+    pixels = image.size**2 if image.enlarge else min(image.size**2, _MAX_PIXELS)
+    return _BYTES_PER_PIXEL[image.format] * pixels + _BYTES_PER_ROW
 
 
 def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str:
-    """Disk and time of fetching, by what the table's earlier runs took, or by rules of thumb."""
+    """One line with the disk space and time for `fetched` rows, measured in earlier runs or assumed.
+
+    A second line warns if the disk has too little space.
+    """
     stored, alive = _measured_size(table)
     size = stored or stored_size(image)
     measured = _measured_rate(table)
-    rate = measured or _PER_CPU * cpus
+    rate = measured or _ROWS_PER_CPU_SECOND * cpus
     disk = fetched * (alive or _ALIVE) * size
     line = (
         f"about {_bytes(disk)} and {_time(fetched / rate)} for {fetched:,} rows "
@@ -74,25 +77,25 @@ def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str
         f"{'measured here' if measured else 'assumed'})"
     )
     if not is_url(table.folder):
-        free = shutil.disk_usage(_existing(table.folder)).free
+        free = shutil.disk_usage(_existing_parent(table.folder)).free
         if disk > free:
             line += f"\nwarning: only {_bytes(free)} are free at {table.folder}"
     return line
 
 
 def _measured_size(table: Table) -> tuple[float | None, float | None]:
-    """Bytes of an `ok` row and share of such rows, over the parts of the table."""
+    """Mean bytes of an `ok` row, and the fraction of such rows, from the parts of the table."""
     commits = table.commits() if table.exists else []
     ok, rows = sum(c.statuses.get("ok", 0) for c in commits), sum(c.rows for c in commits)
     if not ok:
         return None, None
-    some = [commit for commit in commits if commit.statuses.get("ok")][:_SAMPLED]
-    size = sum(table.part(commit.chunk).stat().st_size for commit in some)
-    return size / sum(commit.statuses["ok"] for commit in some), ok / rows
+    sample = [commit for commit in commits if commit.statuses.get("ok")][:_MAX_PARTS_MEASURED]
+    size = sum(table.part(commit.chunk).stat().st_size for commit in sample)
+    return size / sum(commit.statuses["ok"] for commit in sample), ok / rows
 
 
 def _measured_rate(table: Table) -> float | None:
-    """Rows per second of the last run that took a minute at least."""
+    """Rows per second of the last run that took more than a minute."""
     for run in reversed(runs_of(table) if table.exists else []):
         done = last_throughput(run)
         if done["seconds"] > 60:
@@ -100,7 +103,7 @@ def _measured_rate(table: Table) -> float | None:
     return None
 
 
-def _existing(folder: Path) -> Path:
+def _existing_parent(folder: Path) -> Path:
     while not os.path.isdir(folder):
         folder = folder.parent
     return folder

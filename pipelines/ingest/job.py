@@ -1,15 +1,14 @@
 """The ingest job: metadata -> plan -> download -> decode -> image table.
 
-A run is planned once (plan.py); then its chunks stream through Ray Data, each one block all the
-way:
+A run is planned once (plan.py); then its chunks stream through Ray Data, one block each:
 
     chunk -> ReadPlan -> ImageFetcher           connections and decoders, see fetch.py
                              |  IMAGE_ROW
                              v
-                         Merge: with the part that is there -> part + commit
+                         Merge: with the existing part -> part + commit
 
-All of a chunk happens in one actor, so no picture passes through Ray's object store. A killed job
-continues with the chunks that its run has not committed; see runs.py and storage.py.
+One actor does all of a chunk, so no image passes through Ray's object store. A killed job continues
+with the chunks that its run has not committed (pipelines/images/runs.py).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import FOLDER, Run, last_run, next_run
-from pipelines.ingest.account import Throughput, write_link_rot
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
@@ -34,9 +32,10 @@ from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
+from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
 from pipelines.ingest.steps import FetchAndWrite, Merge, ReadPlan
-from pipelines.ingest.web.config import PER_CPU, share_of
-from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
+from pipelines.ingest.web.config import PER_CPU, config_per_process
+from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
 from pipelines.lists.files import input_files
 from pipelines.storage.files import is_file, write_atomically
@@ -46,22 +45,23 @@ from vlv_model.errors import RunError
 
 KIND = "image"
 
-# Rows that one fetcher works on at a time: while a chunk waits for its slowest host, connections
-# and decoders serve the others.
-_ROWS_IN_WORK = 4096
-_CHUNKS_IN_WORK = (2, 16)
+# Rows that one fetcher has in flight: while a chunk waits for its slowest host, connections and
+# decoders serve the other chunks.
+_ROWS_IN_FLIGHT = 4096
+_CHUNKS_IN_FLIGHT = (2, 16)  # at least, at most
 
 
 def ingest(config: IngestConfig) -> dict[str, int]:
-    """Make the image table of a list of URLs, or what is missing of it; rows by status.
+    """Create or update the image table of a list of URLs. Returns the number of rows by status.
 
     Every row of the list becomes one row of IMAGE_ROW: `ok`, `download:…`, `decode:…`, or
-    `filtered:…` by the image's own size. Rows that the metadata rule out, and repeated URLs, are
-    counted by rule in the run's `run.json`. Into a table that is there only new rows are fetched,
-    and failed ones whose class `retry` names; rows that the filters now rule out are marked, and what
-    the list says anew of a known URL (texts, scores, licences) is taken without a download.
-    Raises DataError for an unusable list and RunError where `data.output` holds something else,
-    or images that are stored otherwise, and where `download.proxy` cannot be used.
+    `filtered:…` by the image's own size. Rows that filters drop by their metadata, and repeated URLs,
+    are counted by rule in the run's `run.json`. An existing table gets new rows and retries of failed
+    rows whose class `retry` names; rows that the filters now drop are marked. New texts, scores and
+    licences of a known URL are taken over without a download.
+
+    Raises DataError for an unusable list. Raises RunError if `data.output` holds something else, or
+    images that are stored another way, or if `download.proxy` cannot be used.
     """
     return run_table_job(Ingest(config), config.data.output, config.ray)
 
@@ -76,15 +76,17 @@ class Ingest(TableJob):
         table.check_same_run(KIND, self.config.identity(), IMAGE_ROW.names)
 
     def plan(self, table: Table) -> None:
-        """Open the run that is to be worked on: the last one, or a new one with its plan."""
-        self.run_now = self._open(table)
+        """Continue the last run, or plan a new one."""
+        self.current = self._open(table)
         self.was_done = self.is_done(table)
         download = self.config.download
         if download.proxy is None:
-            warn_of_proxies()
-        elif not self.was_done and self.run_now.describe()["fetched"]:
+            warn_of_ignored_proxies()
+        elif not self.was_done and self.current.describe()["fetched"]:
             check_proxy(Proxy.parse(download.proxy), download.total_timeout)
-        requests_that_fit(download.concurrency or PER_CPU)  # a fetcher's warning is not shown
+        requests_that_fit(
+            download.concurrency or PER_CPU
+        )  # warns here: actors' output is not shown
         if download.allow_private:
             print(
                 "warning: download.allow_private=true: URLs may reach this machine and its network",
@@ -104,7 +106,7 @@ class Ingest(TableJob):
             if same and not (last.is_finished and (self.config.retry or table.pending())):
                 return last
         else:
-            remove_folder(table.folder / FOLDER)  # of a planning that was killed
+            remove_folder(table.folder / FOLDER)  # from a job that was killed while planning
         run, plan = next_run(table), Plan()
         chunks = _plan_into(run.plan_folder, files, self.config, table, plan)
         if chunks is not None:
@@ -116,17 +118,17 @@ class Ingest(TableJob):
         return run
 
     def is_done(self, table: Table) -> bool:
-        return self.run_now.is_finished
+        return self.current.is_finished
 
     def run(self, table: Table, cluster: Cluster) -> None:
-        """Do what the run has planned and not done yet; then look for copies in the whole table."""
-        run = self.run_now
+        """Do the pending chunks of the run; then find duplicates in the whole table."""
+        run = self.current
         if pending := run.pending(table):
             fetched = run.describe()["fetched"]
             if fetched:
                 cpus = cluster.resources().get("CPU", 1)
                 print(estimate(fetched, table, self.config.image, cpus), flush=True)
-            watch = Throughput(run)
+            throughput = ThroughputLog(run)
             run_chunks(
                 cluster,
                 pending,
@@ -135,22 +137,22 @@ class Ingest(TableJob):
                 "ingest",
                 fetched,
                 done=table.counts() if run.number == 1 else {},
-                watch=watch,
+                watch=throughput,
             )
-            watch.end()
-        copies = run.folder / "copies"
-        mark_duplicates(cluster, table, self.config.duplicates, run.number, copies)
+            throughput.write()
+        marks = run.folder / "copies"
+        mark_duplicates(cluster, table, self.config.duplicates, run.number, marks)
         write_link_rot(cluster, table, run)
 
     def finish(self, table: Table) -> None:
-        self.run_now.end(table.counts())
+        self.current.end(table.counts())
         if not (self.was_done and is_file(table.folder / REPORT)):
             write_report(table)
         super().finish(table)
 
 
 def plan_only(config: IngestConfig) -> Plan:
-    """What a run would do to the table, which stays as it is."""
+    """The plan of a run, for a dry run; the table is not changed."""
     table, plan = Table(config.data.output), Plan()
     if is_folder(table.folder):
         table.check_same_run(KIND, config.identity(), IMAGE_ROW.names)
@@ -162,14 +164,11 @@ def plan_only(config: IngestConfig) -> Plan:
 def _plan_into(
     folder: Path, files: list[Path], config: IngestConfig, table: Table, plan: Plan
 ) -> bytes | None:
-    """Write the plan of a run into `folder`; of a first run, CHUNKS_FILE's content."""
+    """Write the plan of a run into `folder`; of a first run, return CHUNKS_FILE's content."""
     known = KnownKeys(table) if table.exists else None
     blocked = Blocklist.read(table)
     rows = read_list(files, config.filter, config.data.columns, plan, blocked, known=known)
-
-    def size(listed: int) -> int:
-        return config.rows_per_chunk or rows_per_file(listed, config.image)
-
+    size = partial(rows_per_file, image=config.image, rows_per_chunk=config.rows_per_chunk)
     if table.exists:
         next_plan(rows, table, folder, config.filter, config.retried(), size, plan)
         return None
@@ -177,17 +176,18 @@ def _plan_into(
 
 
 def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:
-    """The dataset of what `last` says of the IMAGE_ROW rows of a dataset of chunk numbers."""
+    """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
     nodes = cluster.cpus_by_node()
     fetchers, decoders = fetchers_of(nodes)
     cpus = max(1, sum(nodes))
-    least, most = _CHUNKS_IN_WORK
-    told = run.describe()
-    in_work = min(most, max(least, _ROWS_IN_WORK * len(told["chunks"]) // max(1, told["fetched"])))
-    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # the same in both: Ray fuses them
+    at_least, at_most = _CHUNKS_IN_FLIGHT
+    about = run.describe()
+    fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
+    in_flight = min(at_most, max(at_least, fitting))
+    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # equal in both, so Ray fuses them
     read = ReadPlan(run, Merge(Table(config.data.output), run))
     planned = chunks.map_batches(read, **options)
-    download = share_of(config.download, fetchers, cpus)
+    download = config_per_process(config.download, fetchers, cpus)
     settings = (download, config.image, config.filter, decoders)
     return planned.map_batches(
         FetchAndWrite,
@@ -195,8 +195,8 @@ def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run
         compute=cluster.actors(
             fetchers,
             None if config.ray.cluster else fetchers,  # a cluster may grow
-            max_concurrent_calls_per_actor=in_work,
-            max_tasks_in_flight_per_actor=in_work + 1,
+            max_concurrent_calls_per_actor=in_flight,
+            max_tasks_in_flight_per_actor=in_flight + 1,
             enable_true_multi_threading=True,
         ),
         **options,

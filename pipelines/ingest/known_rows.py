@@ -1,7 +1,7 @@
-"""What a further run does to rows that the table has: fetch them again, mark them, rescore them.
+"""What a later run does to rows of the table: retry them, mark them, or update their metadata.
 
-A list that gives other scores or texts for a known URL wins over what the table has; where it gives
-none the table keeps its own. The rows are judged by what they have then, without a download.
+Scores and texts of the list replace those of the table; values that the list lacks are kept. Filters
+are then applied to the updated row, without a download.
 """
 
 from __future__ import annotations
@@ -18,141 +18,143 @@ from pipelines.storage.tables import Table
 from vlv_model.errors import DataError
 
 PLAN_ROW = METADATA_ROW.append(pa.field("mark", pa.string()))
-"""A row of a chunk's plan: to be fetched, or to be given the status `mark` and these metadata.
+"""A row of a chunk's plan: to be fetched if `mark` is null, or to get `mark` as its status and these metadata.
 
-Of a list that is read for a further run, `mark` says which filter a row fails.
+In the list of a later run, `mark` is the filter that a row fails.
 """
 
-CARRIED = [name for name in METADATA_ROW.names if name not in ("key", "url")]
+UPDATABLE = [name for name in METADATA_ROW.names if name not in ("key", "url")]
 """Columns of known rows that a later list may change."""
 
-_KNOWN = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
-_BITS = 27  # of a key that `KnownKeys` looks at: 16 MiB
+_COLUMNS = [*METADATA_ROW.names, "original_width", "original_height", "width", "status"]
+_BITS = 27  # of each key in the Bloom filter: 16 MiB
 
 
 class KnownKeys:
-    """The keys of a table in 16 MiB, however many they are: `may_have` is never wrong about one that
-    is there, and seldom about another one as long as there are less than ten million.
+    """A Bloom filter of a table's keys, 16 MiB: no false negatives, and few false positives below ten
+    million keys.
     """
 
     def __init__(self, table: Table) -> None:
-        self._seen = np.zeros(1 << (_BITS - 3), np.uint8)
+        self._filter = np.zeros(1 << (_BITS - 3), np.uint8)
         chunks = [commit.chunk for commit in table.commits()]
         for rows in table.columns(chunks, ["key"]):
-            places = _places(rows["key"].to_numpy())
-            np.bitwise_or.at(self._seen, places >> 3, np.uint8(1) << (places & 7).astype(np.uint8))
+            bits = _bits(rows["key"].to_numpy())
+            np.bitwise_or.at(self._filter, bits >> 3, np.uint8(1) << (bits & 7).astype(np.uint8))
 
     def may_have(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the keys int64 `[n]` may be in the table: bool `[n]`."""
-        places = _places(keys)
-        found: np.ndarray = (self._seen[places >> 3] >> (places & 7).astype(np.uint8)) & 1 == 1
-        return found
+        """Whether each of the keys int64 `[n]` may be in the table: bool `[n]`."""
+        bits = _bits(keys)
+        is_set: np.ndarray = (self._filter[bits >> 3] >> (bits & 7).astype(np.uint8)) & 1 == 1
+        return is_set
 
 
-def _places(keys: np.ndarray) -> np.ndarray:
+def _bits(keys: np.ndarray) -> np.ndarray:
+    """The position of each key in the filter: its first _BITS bits, as keys are hashes."""
     return (keys.view(np.uint64) >> np.uint64(64 - _BITS)).astype(np.int64)
 
 
 def known_rows(table: Table, committed: set[int], chunks: int) -> Iterator[pa.Table]:
-    """The small columns of each chunk's part, in order; of a chunk without a part no rows."""
-    parts = table.columns(sorted(committed), _KNOWN)
+    """The small columns of each chunk's part, in order; no rows for a chunk without a part."""
+    parts = table.columns(sorted(committed), _COLUMNS)
     for chunk in range(chunks):
         yield next(parts) if chunk in committed else METADATA_ROW.empty_table()
 
 
 def changes(
-    listed: pa.Table, here: pa.Table, filters: FilterConfig, retry: frozenset[str]
+    listed: pa.Table, stored: pa.Table, filters: FilterConfig, retry: frozenset[str]
 ) -> tuple[pa.Table, pa.Table]:
     """The METADATA_ROW rows of a chunk to be fetched, and the PLAN_ROW rows to be marked.
 
-    `listed` are PLAN_ROW rows; `retry` holds statuses.
+    `listed` are PLAN_ROW rows of the list, `stored` are rows of the table, `retry` are statuses.
     """
-    places = pc.index_in(listed["key"], value_set=here["key"].combine_chunks())
+    indices = pc.index_in(listed["key"], value_set=stored["key"].combine_chunks())
     passes = listed["mark"].is_null()
-    new = listed.filter(pc.and_(pc.is_null(places), passes)).select(METADATA_ROW.names)
-    _check_collisions(listed, here, places)
-    if not here.num_rows:
+    new = listed.filter(pc.and_(pc.is_null(indices), passes)).select(METADATA_ROW.names)
+    _check_collisions(listed, stored, indices)
+    if not stored.num_rows:
         return new, PLAN_ROW.empty_table()
-    here, rescored = _with_listed(here, listed)
-    now = here["status"].to_pylist()
-    stored = here["width"].is_valid().to_pylist()
-    fetch = np.zeros(len(now), bool)
-    marks: list[str | None] = [None] * len(now)
-    for i, verdict in enumerate(_verdicts(here, filters)):
-        if now[i] in retry:
-            fetch[i] = verdict == OK
-        elif now[i] == DUPLICATE:  # stays, or is found to be none any more, behind the fetching
-            marks[i] = verdict if verdict != OK else None
-        elif now[i] == OK or now[i].startswith(FILTERED):
-            if verdict == OK and now[i] != OK and not stored[i]:
+    stored, is_updated = _update(stored, listed)
+    old = stored["status"].to_pylist()
+    has_image = stored["width"].is_valid().to_pylist()
+    fetch = np.zeros(len(old), bool)
+    marks: list[str | None] = [None] * len(old)
+    for i, filtered in enumerate(_filter_statuses(stored, filters)):
+        if old[i] in retry:
+            fetch[i] = filtered == OK
+        elif old[i] == DUPLICATE:  # `mark_duplicates` decides on it after the downloads
+            marks[i] = filtered if filtered != OK else None
+        elif old[i] == OK or old[i].startswith(FILTERED):
+            if filtered == OK and old[i] != OK and not has_image[i]:
                 fetch[i] = True
-            elif verdict != now[i]:
-                marks[i] = verdict
-        if rescored[i] and not fetch[i] and marks[i] is None:
-            marks[i] = now[i]
-    known = here.select(METADATA_ROW.names)
-    changed = known.append_column("mark", pa.array(marks, pa.string()))
-    again = known.filter(pa.array(fetch))
-    return pa.concat_tables([new, again]), changed.filter(changed["mark"].is_valid())
+            elif filtered != old[i]:
+                marks[i] = filtered
+        if is_updated[i] and not fetch[i] and marks[i] is None:
+            marks[i] = old[i]
+    metadata = stored.select(METADATA_ROW.names)
+    marked = metadata.append_column("mark", pa.array(marks, pa.string()))
+    retried = metadata.filter(pa.array(fetch))
+    return pa.concat_tables([new, retried]), marked.filter(marked["mark"].is_valid())
 
 
 def with_marks(rows: pa.Table, plan: pa.Table) -> pa.Table:
-    """The rows of a part with the status and the metadata of the PLAN_ROW rows of their keys."""
-    places = pc.index_in(rows["key"], value_set=plan["key"].combine_chunks())
-    marked = places.is_valid()
-    for name, source in (("status", "mark"), *((name, name) for name in CARRIED)):
-        given = plan[source].combine_chunks().take(places)
+    """The rows of a part, with the status and metadata of the PLAN_ROW rows that have their keys."""
+    indices = pc.index_in(rows["key"], value_set=plan["key"].combine_chunks())
+    is_marked = indices.is_valid()
+    for name, source in (("status", "mark"), *((name, name) for name in UPDATABLE)):
+        planned = plan[source].combine_chunks().take(indices)
         position = rows.schema.get_field_index(name)
-        values = pc.if_else(marked, given, rows[name])
+        values = pc.if_else(is_marked, planned, rows[name])
         rows = rows.set_column(position, rows.schema.field(position), values)
     return rows
 
 
-def _with_listed(here: pa.Table, listed: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    """The rows with what the list gives for them, and which of them it changes: bool `[n]`."""
-    places = pc.index_in(here["key"], value_set=listed["key"].combine_chunks())
-    rescored = np.zeros(here.num_rows, bool)
-    if places.null_count == len(places):
-        return here, rescored
-    for name in CARRIED:
-        given = listed[name].combine_chunks().take(places)
-        if pa.types.is_floating(given.type):
-            given = pc.if_else(pc.is_nan(given), None, given)
-        same = pc.fill_null(pc.equal(given, here[name]), False)
-        rescored |= np.asarray(pc.and_(given.is_valid(), pc.invert(same)).to_pylist(), bool)
-        position = here.schema.get_field_index(name)
-        here = here.set_column(
-            position, here.schema.field(position), pc.coalesce(given, here[name])
+def _update(stored: pa.Table, listed: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """The stored rows with the metadata of the list, and whether each one changed: bool `[n]`."""
+    indices = pc.index_in(stored["key"], value_set=listed["key"].combine_chunks())
+    is_updated = np.zeros(stored.num_rows, bool)
+    if indices.null_count == len(indices):
+        return stored, is_updated
+    for name in UPDATABLE:
+        new = listed[name].combine_chunks().take(indices)
+        if pa.types.is_floating(new.type):
+            new = pc.if_else(pc.is_nan(new), None, new)
+        same = pc.fill_null(pc.equal(new, stored[name]), False)
+        is_updated |= np.asarray(pc.and_(new.is_valid(), pc.invert(same)).to_pylist(), bool)
+        position = stored.schema.get_field_index(name)
+        stored = stored.set_column(
+            position, stored.schema.field(position), pc.coalesce(new, stored[name])
         )
-    return here, rescored
+    return stored, is_updated
 
 
-def _verdicts(here: pa.Table, filters: FilterConfig) -> list[str]:
-    """`ok` or `filtered:<rule>` of each row, by its scores and the image's own size."""
-    sizes = {name: here[f"original_{name}"].cast(pa.float64()) for name in ("width", "height")}
-    scores = here.drop_columns(["width"])
+def _filter_statuses(stored: pa.Table, filters: FilterConfig) -> list[str]:
+    """`ok` or `filtered:<rule>` of each row, by its scores and the image's original size."""
+    sizes = {name: stored[f"original_{name}"].cast(pa.float64()) for name in ("width", "height")}
+    scores = stored.drop_columns(["width"])
     for name, column in sizes.items():
         scores = scores.append_column(name, column)
-    verdicts = np.full(here.num_rows, OK, object)
-    has_size = np.asarray(here["original_width"].is_valid().to_pylist(), bool)
+    statuses = np.full(stored.num_rows, OK, object)
+    has_size = np.asarray(stored["original_width"].is_valid().to_pylist(), bool)
     for rule, failed in metadata_failures(filters, scores).items():
-        fails = np.asarray(failed, bool) & (verdicts == OK)
-        if "width" in RULE_COLUMNS[rule]:  # of an image that was never seen nothing is known
+        fails = np.asarray(failed, bool) & (statuses == OK)
+        if "width" in RULE_COLUMNS[rule]:  # the size of a failed download is unknown
             fails &= has_size
-        verdicts[fails] = status(FILTERED, rule)
-    return verdicts.tolist()
+        statuses[fails] = status(FILTERED, rule)
+    return statuses.tolist()
 
 
-def _check_collisions(listed: pa.Table, here: pa.Table, places: pa.ChunkedArray) -> None:
-    if places.null_count == len(places):
+def _check_collisions(listed: pa.Table, stored: pa.Table, indices: pa.ChunkedArray) -> None:
+    if indices.null_count == len(indices):
         return
-    there = here["url"].take(places)
-    differ = pc.fill_null(pc.not_equal(there, listed["url"]), False)
+    urls = stored["url"].take(indices)
+    differ = pc.fill_null(pc.not_equal(urls, listed["url"]), False)
     for i in np.flatnonzero(np.asarray(differ.to_pylist(), bool))[:1].tolist():
-        check_same(listed["key"][i].as_py(), there[i].as_py(), listed["url"][i].as_py())
+        check_same(listed["key"][i].as_py(), urls[i].as_py(), listed["url"][i].as_py())
 
 
 def check_same(key: int, first: str, second: str) -> None:
+    """Raise DataError if two URLs with the same key differ."""
     if first != second:
         raise DataError(
             f"two URLs have the same key {key}: {first} and {second}: remove one of them"

@@ -1,4 +1,4 @@
-"""The report of an image table: its rows by status, its runs, samples of each status, dead links."""
+"""The report page of an image table: rows by status, runs, samples of each status, dead links."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.report.html import (
     tag,
 )
 
-SUBTITLE = "What an ingest made of its list of addresses: every one that was tried is a row."
+SUBTITLE = "The result of an ingest: every URL that was fetched is a row."
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class RunLine:
 
     number: int
     began: str
-    seconds: float  # that it worked
-    done: int  # rows that it noted in that time; fewer than `fetched` where it was killed
+    seconds: float  # of work
+    done: int  # rows logged in that time; fewer than `fetched` if the run was killed
     fetched: int
     marked: int
-    dropped: Mapping[str, int]  # rows of the list that were never tried, by rule
+    dropped: Mapping[str, int]  # rows of the list that were not fetched, by rule
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class Sample:
     url: str
     text: str
     status: str
-    image: bytes | None  # of a row that has none, only `why` is shown
-    why: str  # sizes, scores, or the error
+    image: bytes | None
+    why: str  # size and score, or the error
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """All that the page shows."""
+    """The data of the page."""
 
     title: str
     counts: Mapping[str, int]
     runs: Sequence[RunLine]
     samples: Sequence[Sample] = field(default_factory=list)  # in any order
     hosts: Sequence[tuple[str, int, int, str]] = field(default_factory=list)
-    """Host, its failed rows, all its rows, its commonest failure; most failures first."""
+    """Host, failed rows, all rows, most common failure; in order of failed rows."""
 
 
 def render(report: IngestReport) -> str:
-    """The page as text."""
+    """The page as HTML."""
     content = [cards(_cards(report)), _rows(report), _runs(report)]
     content += [_samples(report), _hosts(report)]
     return page(report.title, SUBTITLE, content)
@@ -84,7 +84,7 @@ def _cards(report: IngestReport) -> list[Card]:
 
 
 def _rows(report: IngestReport) -> Html:
-    lead = "Only rows that are ok are trained on. A failure keeps its row and says why."
+    lead = "Only rows with status ok are used for training. A failed row keeps its error."
     return section("rows", "Rows", lead, status_table(report.counts, "Rows by status"))
 
 
@@ -100,27 +100,26 @@ def _runs(report: IngestReport) -> Html:
         )
         for run in report.runs
     ]
-    headings = ["run", "began", "worked", "fetched", "marked", "never tried"]
+    headings = ["run", "began", "worked", "fetched", "marked", "not fetched"]
     lead = (
-        "A run fetches what is new or tried again, marks rows that its filters rule out, and "
-        "never tries rows that the metadata rule out."
+        "A run fetches new rows and retries, and marks rows that its filters now drop. It does not "
+        "fetch rows that filters drop by their metadata."
     )
     return section("runs", "Runs", lead, table(headings, lines))
 
 
 def _samples(report: IngestReport) -> Html:
-    lead = "Rows picked evenly over the table, by status."
+    lead = "Rows from parts spread evenly over the table, by status."
     groups = []
     ordered = sorted(report.samples, key=lambda sample: (sample.status != OK, sample.status))
     for state, samples in groupby(ordered, key=lambda sample: sample.status):
-        some = list(samples)
+        of_state = list(samples)
         kind = KINDS.get(state.partition(":")[0], "")
         groups.append(tag("h3", "kept" if state == OK else state, tag("small", f" {kind}")))
-        seen = [sample for sample in some if sample.image]
-        if seen:
-            groups.append(tag("ul", *map(_tile, seen), class_="gallery"))
-        if unseen := [sample for sample in some if not sample.image]:
-            rows = [(sample.url, sample.why) for sample in unseen]
+        if with_image := [sample for sample in of_state if sample.image]:
+            groups.append(tag("ul", *map(_tile, with_image), class_="gallery"))
+        if without_image := [sample for sample in of_state if not sample.image]:
+            rows = [(sample.url, sample.why) for sample in without_image]
             groups.append(table(["address", "why"], rows))
     return section("samples", "What was kept, and what was not", lead, join(groups))
 

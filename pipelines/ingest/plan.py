@@ -1,12 +1,12 @@
-"""The plan of a run: what is to be done to each chunk of the image table.
+"""The plan of a run: what the run does to each chunk of the image table.
 
     metadata -> filters -> normalised URL, key -> buckets by key -> chunks by ranges of keys
                                                                          |
     rows that the table has: keys, statuses, scores, sizes ──────────────┴─▶ fetch, or mark (known_rows)
 
-The first run cuts the sorted list into chunks, and their ranges of keys stay for ever: a row of a
-later list belongs to the chunk of its range. So the ranges of the table's parts never overlap.
-Memory does not grow with the list (pipelines/storage/sorting.py).
+The first run cuts the sorted list into chunks, whose ranges of keys never change: a row of a later
+list belongs to the chunk of its range, so the key ranges of parts do not overlap. Memory does not
+grow with the list (pipelines/storage/sorting.py).
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from pipelines.storage.tables import PLAN, Table, plan_file
 from vlv_model.errors import DataError
 
 CHUNKS_FILE = "_chunks.npy"
-_LEAST = -(2**63)
-_MOST_GROWTH = 32  # times the usual rows of a chunk: its ranges of keys were cut for a shorter list
+_MIN_KEY = -(2**63)
+_MAX_GROWTH = 32  # of the rows of a chunk, when a longer list falls into the same key ranges
 
 
 @dataclass
 class Plan:
-    """What planning found: `dropped` counts by rule what was read and is not fetched."""
+    """The numbers of a plan; all but `chunks` are rows."""
 
-    chunks: list[int] = field(default_factory=list)  # that have something to do
-    fetched: int = 0  # rows that are to be fetched
-    marked: int = 0  # rows that only change their status
-    listed: int = 0  # rows of the list that pass
-    read: int = 0
+    chunks: list[int] = field(default_factory=list)  # the chunks to work on
+    fetched: int = 0  # to be fetched
+    marked: int = 0  # to get another status or other metadata only
+    listed: int = 0  # of the list, that pass the filters
+    read: int = 0  # of the list
     dropped: dict[str, int] = field(default_factory=dict)  # by the first rule that they fail
     failing: dict[str, int] = field(default_factory=dict)  # by each rule that they fail
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
-    """Where the plan of one chunk is written (Parquet), by the run's folder of plans."""
+    """The Parquet file with the plan of one chunk, in the run's folder of plans."""
     return folder / f"chunk-{chunk:06d}{PLAN}"
 
 
@@ -77,11 +77,11 @@ def read_list(
     sorting: SortFactory = ExternalSort,
     known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
-    """The METADATA_ROW rows of the metadata `files` that pass the filters, by key, every key once.
+    """The METADATA_ROW rows of `files` that pass the filters, sorted by key, one for each key.
 
-    Of a list that is read for a table with `known` keys they are PLAN_ROW rows, and those that fail a
-    filter are among them where the table may have them. Counts into `plan`. Of several rows of one URL the first counts. Raises DataError for an empty
-    list, for one of which no row is left, and where two different URLs have the same key.
+    With the `known` keys of a table they are PLAN_ROW rows, and include rows that fail a filter if the
+    table may have them. Of several rows with one URL the first is kept. Counts into `plan`. Raises
+    DataError for an empty list, if no row is left, and if two different URLs have the same key.
     """
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
@@ -119,21 +119,21 @@ def passing(
     failing: Counter[str],
     known: KnownKeys | None = None,
 ) -> Iterator[pa.Table]:
-    """The rows of `files` that have a URL and pass the filters, as they come; see `read_list`.
+    """The rows of `files` that have a URL and pass the filters, in the order of the files; see `read_list`.
 
-    The others are counted: `dropped` by the first rule that they fail, `failing` by each. Odd values
-    that were taken as missing get one line of warning for each column.
+    The others are counted: `dropped` by the first rule that they fail, `failing` by each rule. Prints one
+    warning for each column with values that were taken as missing.
     """
-    # Row groups that no row of passes are read too where the table may have some of the rows.
-    every = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
-    odd: InvalidValues = {}
+    # With known rows, row groups in which no row passes are read too: the table may have the rows.
+    read_all = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
+    odd_values: InvalidValues = {}
     for file in files:
-        for batch in read_batches(file, columns, every, odd):
+        for batch in read_batches(file, columns, read_all, odd_values):
             if known:
                 check_columns(filters, batch.schema, set(batch.column_names), str(file))
             plan.read += batch.num_rows
-            yield _planned(batch, filters, dropped, failing, known)
-    for name, (count, first) in odd.items():
+            yield _filter_batch(batch, filters, dropped, failing, known)
+    for name, (count, first) in odd_values.items():
         print(
             f"warning: column '{name}' of the list: {count:,} values that cannot be read were taken "
             f"as missing (the first: {first}), as no filter reads them",
@@ -144,15 +144,16 @@ def passing(
 def first_plan(
     rows: Iterator[pa.Table], folder: Path, size: Callable[[int], int], plan: Plan
 ) -> bytes:
-    """Cut the sorted `rows` into chunks, to be fetched all; `size` says of how many rows.
+    """Cut the sorted `rows` into chunks, all to be fetched.
 
-    `size` is told how many rows there are. Returns where the chunks' ranges of keys start, as the table keeps it in CHUNKS_FILE.
+    `size` gives the rows of a chunk for a number of rows. Returns the first key of each chunk, as the
+    content of CHUNKS_FILE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = []
-    first = next(rows)  # how many pass is known from here on
+    first = next(rows)  # sets plan.listed
     for chunk, part in enumerate(_regroup(chain([first], rows), size(plan.listed))):
-        starts.append(_LEAST if chunk == 0 else part["key"][0].as_py())
+        starts.append(_MIN_KEY if chunk == 0 else part["key"][0].as_py())
         write_parquet(chunk_file(folder, chunk), _to_fetch(part))
         plan.chunks.append(chunk)
         plan.fetched += part.num_rows
@@ -170,27 +171,27 @@ def next_plan(
     size: Callable[[int], int],
     plan: Plan,
 ) -> None:
-    """Plan what the table lacks of the sorted `rows`, what is tried again, what is marked anew.
+    """Plan new rows, retries and marks, from the sorted `rows` of a list and an existing table.
 
-    `rows` are PLAN_ROW rows, `retry` holds statuses. What the list says anew of known rows is taken;
-    a row that the filters now rule out is marked; one that they let pass
-    again is taken back, or fetched where its image was never stored. `size` as in `first_plan`:
-    DataError where chunks would hold many times as many rows, which no worker could.
+    `rows` are PLAN_ROW rows; `retry` are statuses. New metadata of known rows are taken over. A row
+    that the filters now drop is marked. One that passes again becomes `ok`, or is fetched if its image
+    was not stored. `size` as in `first_plan`. Raises DataError if chunks would have so many rows that
+    no worker could hold one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     starts = np.load(io.BytesIO((table.folder / CHUNKS_FILE).read_bytes()))
     committed = {commit.chunk: commit.rows for commit in table.commits()}
-    first = next(rows)  # how many pass is known from here on
+    first = next(rows)  # sets plan.listed
     usual = max(size(max(1, plan.listed)), *committed.values(), 1)
-    if plan.listed > _MOST_GROWTH * usual * len(starts):
+    if plan.listed > _MAX_GROWTH * usual * len(starts):
         raise DataError(
-            f"{table.folder} was begun with so short a list that each of its files would now hold "
+            f"{table.folder} was created from a much shorter list: each of its files would now have "
             f"{plan.listed // len(starts):,} rows (usual: {usual:,}): choose another data.output"
         )
     known = known_rows(table, set(committed), len(starts))
     by_range = _by_range(chain([first], rows), starts)
-    for chunk, (listed, here) in enumerate(zip(by_range, known, strict=True)):
-        fetch, marks = changes(listed, here, filters, retry)
+    for chunk, (listed, stored) in enumerate(zip(by_range, known, strict=True)):
+        fetch, marks = changes(listed, stored, filters, retry)
         if fetch.num_rows or marks.num_rows or chunk not in committed:
             write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))
             plan.chunks.append(chunk)
@@ -201,15 +202,15 @@ def next_plan(
 # ------------------------------------------------------------------------- the list, by key
 
 
-def _planned(
+def _filter_batch(
     batch: pa.Table,
     filters: FilterConfig,
     dropped: Counter[str],
     failing: Counter[str],
     known: KnownKeys | None,
 ) -> pa.Table:
-    """The rows of a batch that are to be fetched or compared; the others are counted."""
-    if "url" in batch.column_names:  # else all rows have one, and none of them passes
+    """The rows of a batch to be fetched or compared with the table; the others are counted."""
+    if "url" in batch.column_names:  # otherwise all rows have a URL, and none passes
         has_url = has_text(batch["url"])
         dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
         batch = batch.filter(has_url)
@@ -218,7 +219,7 @@ def _planned(
     for rule, failed in metadata_failures(filters, batch).items():
         fails = np.asarray(failed, bool)
         failing[f"filtered:{rule}"] += int(fails.sum())
-        fails = fails & passes  # a row counts for the first rule that it fails
+        fails = fails & passes  # count a row for its first failed rule only
         dropped[f"filtered:{rule}"] += int(fails.sum())
         passes &= ~fails
         if known:
@@ -228,40 +229,41 @@ def _planned(
     if not batch.num_rows:
         return (PLAN_ROW if known else METADATA_ROW).empty_table()
     urls = [normalise_url(url) for url in batch["url"].to_pylist()]
-    found = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
-    found |= {
+    values = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
+    values |= {
         "key": pa.array([key_of(url) for url in urls], pa.int64()),
         "url": pa.array(urls, pa.string()),
     }
     if known:
-        found["mark"] = pa.array(marks, pa.string())
+        values["mark"] = pa.array(marks, pa.string())
     empty = pa.nulls(len(urls))
     schema = PLAN_ROW if known else METADATA_ROW
-    rows = pa.table([found.get(f.name, empty).cast(f.type) for f in schema], schema=schema)
+    rows = pa.table([values.get(f.name, empty).cast(f.type) for f in schema], schema=schema)
     if known:
         rows = rows.filter(pa.array(passes | known.may_have(rows["key"].to_numpy())))
     return rows
 
 
 def _fails(rows: pa.Table) -> np.ndarray:
-    """Which rows fail a filter, bool `[n]`."""
+    """Whether each row fails a filter, bool `[n]`."""
     if "mark" not in rows.column_names:
         return np.zeros(rows.num_rows, bool)
     return np.asarray(rows["mark"].is_valid().to_pylist(), bool)
 
 
 def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
-    """Sorted rows with one of each key: the first that passes, else the first. DataError where two
-    URLs share a key.
+    """One row of each key: the first that passes, or else the first. `rows` are sorted by key.
+
+    Raises DataError if two URLs have the same key.
     """
     keys, fails = rows["key"].to_numpy(), _fails(rows)
-    again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-    if not len(again):
+    repeats = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+    if not len(repeats):
         return rows
     urls = rows["url"]
-    for i in again.tolist():
+    for i in repeats.tolist():
         check_same(keys[i], urls[i - 1].as_py(), urls[i].as_py())
-    order = np.lexsort((fails, keys))  # stable: of those that pass the first stays the first
+    order = np.lexsort((fails, keys))  # stable: rows that pass keep their order
     first = np.ones(len(keys), bool)
     first[1:] = keys[order][1:] != keys[order][:-1]
     dropped["repeated_url"] += int((~first & ~fails[order]).sum())
@@ -269,7 +271,7 @@ def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
 
 
 def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The rows of `tables` in tables of `rows` rows; the last may be shorter."""
+    """Regroup `tables` into tables of `rows` rows; the last may be shorter."""
     rest = METADATA_ROW.empty_table()
     for table in tables:
         rest = pa.concat_tables([rest, table])
@@ -282,7 +284,7 @@ def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Table]:
-    """The sorted rows of `tables` by chunk: for each start those up to the next one."""
+    """Split the sorted rows of `tables` by chunk: from each start up to the next."""
     rest, source = PLAN_ROW.empty_table(), iter(tables)
     for end in starts[1:]:
         while not rest.num_rows or rest["key"][-1].as_py() < end:

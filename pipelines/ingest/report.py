@@ -1,4 +1,4 @@
-"""Gathers what the report of an image table shows, and writes it into the table's folder."""
+"""Collects the data of an image table's report and writes the page into the table's folder."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import numpy as np
 
 from pipelines.images.rows import DOWNLOAD, OK
 from pipelines.images.runs import Run, last_run, runs_of
-from pipelines.ingest.account import OTHERS, last_throughput, read_link_rot
 from pipelines.ingest.page import IngestReport, RunLine, Sample, render
+from pipelines.ingest.run_statistics import OTHERS, last_throughput, read_link_rot
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table
 
-REPORT = "_report.html"  # hidden, as globs of the rows should pass it over
-_PARTS = 12  # that samples are taken from
-_KEPT, _OTHERS = 12, 6  # samples of `ok`, and of each other status
-_HOSTS = 20
+REPORT = "_report.html"  # hidden from globs of the table's files
+_PARTS_SAMPLED = 12
+_OK_SAMPLES, _OTHER_SAMPLES = 12, 6  # for each other status
+_HOSTS_SHOWN = 20
 _COLUMNS = ["key", "url", "alt_text", "aesthetic", "original_width", "original_height"]
 _COLUMNS += ["status", "error"]
 
 
 def remove_report(table: Table) -> None:
-    """Take the page away, where there is one."""
+    """Delete the page, if it exists."""
     if is_file(table.folder / REPORT):
         (table.folder / REPORT).unlink()
 
 
 def write_report(table: Table, hides: Callable[[str], bool] = lambda host: False) -> None:
-    """Write the page anew, where the table's last run is finished; else there is none.
+    """Write the page if the table's last run is finished; otherwise only delete the old one.
 
-    No host that `hides` is named among the dead links.
+    Hosts for which `hides` is true are left out of the dead links.
     """
     remove_report(table)
     last = last_run(table)
@@ -52,33 +52,33 @@ def write_report(table: Table, hides: Callable[[str], bool] = lambda host: False
 
 
 def _line(run: Run) -> RunLine:
-    told, done = run.describe(), last_throughput(run)
+    about, throughput = run.describe(), last_throughput(run)
     return RunLine(
         number=run.number,
-        began=datetime.fromtimestamp(told["started"]).strftime("%Y-%m-%d %H:%M"),
-        seconds=done["seconds"],
-        done=done["rows"],
-        fetched=told["fetched"],
-        marked=told["marked"],
-        dropped=told["dropped"],
+        began=datetime.fromtimestamp(about["started"]).strftime("%Y-%m-%d %H:%M"),
+        seconds=throughput["seconds"],
+        done=throughput["rows"],
+        fetched=about["fetched"],
+        marked=about["marked"],
+        dropped=about["dropped"],
     )
 
 
 def _samples(table: Table) -> list[Sample]:
-    """Rows of each status, from parts that lie evenly over the table."""
+    """Rows of each status, from parts spread evenly over the table."""
     commits = [commit for commit in table.commits() if commit.rows]
-    places = np.linspace(0, len(commits) - 1, min(_PARTS, len(commits))).astype(int)
+    parts = np.linspace(0, len(commits) - 1, min(_PARTS_SAMPLED, len(commits))).astype(int)
     taken: Counter[str] = Counter()
     samples = []
-    for number, place in enumerate(places.tolist()):
-        with open_parquet(table.part(commits[place].chunk)) as parquet:
+    for number, part in enumerate(parts.tolist(), start=1):
+        with open_parquet(table.part(commits[part].chunk)) as parquet:
             rows = parquet.read(columns=_COLUMNS).to_pylist()
             chosen: dict[int, dict[str, Any]] = {}
             for position, row in enumerate(rows):
                 state = row["status"]
-                # No part gives more than its share, so that the samples are of many parts.
-                most = math.ceil((_KEPT if state == OK else _OTHERS) * (number + 1) / len(places))
-                if taken[state] < most:
+                # Each part gives at most its share, so that the samples come from many parts.
+                wanted = _OK_SAMPLES if state == OK else _OTHER_SAMPLES
+                if taken[state] < math.ceil(wanted * number / len(parts)):
                     taken[state] += 1
                     chosen[position] = row
             images = _images(parquet, list(chosen))
@@ -87,18 +87,18 @@ def _samples(table: Table) -> list[Sample]:
 
 
 def _images(parquet: Any, positions: list[int]) -> dict[int, bytes | None]:
-    """The images of some rows of a part, of which no other row group is read."""
-    found: dict[int, bytes | None] = {}
+    """The images of rows of a part, read from their row groups only."""
+    images: dict[int, bytes | None] = {}
     start = 0
     for group in range(parquet.num_row_groups):
         end = start + parquet.metadata.row_group(group).num_rows
-        here = [position for position in positions if start <= position < end]
-        if here:
+        inside = [position for position in positions if start <= position < end]
+        if inside:
             column = parquet.read_row_group(group, columns=["image"])["image"]
-            for position in here:
-                found[position] = (column[position - start].as_py() or {}).get("bytes")
+            for position in inside:
+                images[position] = (column[position - start].as_py() or {}).get("bytes")
         start = end
-    return found
+    return images
 
 
 def _sample(row: dict[str, Any], image: bytes | None) -> Sample:
@@ -119,7 +119,7 @@ def _hosts(run: Run, hides: Callable[[str], bool]) -> list[tuple[str, int, int, 
         rows[host] += line["rows"]
         if line["status"].startswith(DOWNLOAD):
             failed.setdefault(host, Counter())[line["status"]] += line["rows"]
-    worst = sorted(failed, key=lambda host: (-failed[host].total(), host))[:_HOSTS]
+    worst = sorted(failed, key=lambda host: (-failed[host].total(), host))[:_HOSTS_SHOWN]
     return [
         (host, failed[host].total(), rows[host], failed[host].most_common(1)[0][0])
         for host in worst

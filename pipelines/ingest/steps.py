@@ -1,4 +1,4 @@
-"""The steps of a chunk of ingest: its plan is read, its rows are fetched, its part is written."""
+"""The steps of a chunk: read its plan, fetch its rows, write its part."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
 from pipelines.ingest.fetch import ImageFetcher
-from pipelines.ingest.known_rows import CARRIED, with_marks
+from pipelines.ingest.known_rows import UPDATABLE, with_marks
 from pipelines.ingest.plan import read_chunk
 from pipelines.storage.parquet import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
-# A part is in memory several times while it is written. A retry of few rows in many chunks would
-# otherwise have as many parts there as chunks are in work.
-_writing = threading.BoundedSemaphore(2)
+# Writing a part takes several times its memory. A retry of few rows in many chunks would otherwise
+# write as many parts at a time as chunks are in flight.
+_write_slots = threading.BoundedSemaphore(2)
 
 
 class Merge:
-    """Writes a chunk: what was fetched and marked, in the place of what its part had of it."""
+    """Writes a chunk: fetched and marked rows replace those of the existing part."""
 
     def __init__(self, table: Table, run: Run) -> None:
         self.table = table
         self.run = run
 
     def __call__(self, chunk: int, fetched: pa.Table) -> None:
-        with _writing:
+        with _write_slots:
             if fetched.num_rows or not self.table.is_committed(chunk):
                 self._write(chunk, fetched)
             else:
@@ -42,35 +42,35 @@ class Merge:
         position = fetched.schema.get_field_index("run")
         rows = fetched.set_column(position, IMAGE_ROW.field("run"), number)
         if self.table.is_committed(chunk):
-            rows = pa.concat_tables([self._kept(chunk, rows["key"]), rows])
+            rows = pa.concat_tables([self._other_rows(chunk, rows["key"]), rows])
         order = pc.sort_indices(rows["key"])
         self.table.write(
             chunk, rows.take(order), run=self.run.number, row_group_size=IMAGE_ROW_GROUP
         )
 
-    def _kept(self, chunk: int, fetched: pa.ChunkedArray) -> pa.Table:
+    def _other_rows(self, chunk: int, fetched: pa.ChunkedArray) -> pa.Table:
         """The rows of the part that were not fetched, with their new marks and metadata."""
-        there = read_parquet_file(self.table.part(chunk))
-        there = there.filter(pc.invert(pc.is_in(there["key"], value_set=fetched)))
-        return with_marks(there, self._marked(chunk))
+        stored = read_parquet_file(self.table.part(chunk))
+        stored = stored.filter(pc.invert(pc.is_in(stored["key"], value_set=fetched)))
+        return with_marks(stored, self._marked(chunk))
 
     def _update(self, chunk: int) -> None:
-        """Mark rows of a part of which nothing was fetched: its pictures stay where they are."""
+        """Mark rows of a part without fetched rows; its images are not rewritten."""
         with open_parquet(self.table.part(chunk)) as parquet:
-            there = parquet.read(columns=["key", "status", *CARRIED])
-        rows = with_marks(there, self._marked(chunk))
-        changed = [n for n in CARRIED if not rows[n].equals(there[n])]
+            stored = parquet.read(columns=["key", "status", *UPDATABLE])
+        rows = with_marks(stored, self._marked(chunk))
+        changed = [name for name in UPDATABLE if not rows[name].equals(stored[name])]
         columns = rows.select(["status", *changed])
         self.table.update(chunk, columns, run=self.run.number, row_group_size=IMAGE_ROW_GROUP)
 
     def _marked(self, chunk: int) -> pa.Table:
-        """The rows of the chunk's plan that are marked and not fetched."""
+        """The rows of the chunk's plan that are marked, not fetched."""
         plan = read_chunk(self.run.plan_folder, chunk)
         return plan.filter(plan["mark"].is_valid())
 
 
 class FetchAndWrite:
-    """Last step of a chunk: what the `fetcher` makes of its rows, and `last` of that."""
+    """Last step of a chunk: the `fetcher` maps its rows to image rows, and `last` writes them."""
 
     def __init__(self, fetcher: type[ImageFetcher], settings: tuple[Any, ...], last: Step) -> None:
         self.fetch = fetcher(*settings)
@@ -80,12 +80,12 @@ class FetchAndWrite:
         return self.last(self.fetch(rows))
 
     def close(self) -> None:
-        """End the fetcher's connections and decoders."""
+        """Close the fetcher's connections and end its decoders."""
         self.fetch.close()
 
 
 class ReadPlan:
-    """First step of a chunk: its METADATA_ROW rows that are to be fetched, with its number."""
+    """First step of a chunk: its METADATA_ROW rows to be fetched, with its number as `chunk`."""
 
     def __init__(self, run: Run, merge: Merge) -> None:
         self.run = run
@@ -95,8 +95,8 @@ class ReadPlan:
         (chunk,) = chunks["chunk"].to_pylist()
         plan = read_chunk(self.run.plan_folder, chunk)
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
-        blocked = Blocklist.read(self.merge.table)  # since the run was planned, perhaps
+        blocked = Blocklist.read(self.merge.table)  # it may have changed since the run was planned
         rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
-        if not rows.num_rows:  # Ray Data passes on no empty block
+        if not rows.num_rows:  # Ray Data drops empty blocks, so the last step would not run
             self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())
         return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))

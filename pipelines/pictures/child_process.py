@@ -1,13 +1,13 @@
-"""Decoding in a process of its own: a file that kills it, hangs it or fills its memory is a row.
+"""Decoding in a child process: a file that crashes it, hangs it or exhausts its memory costs one row.
 
-Decoders are native code and meet the worst of the web. So they run in children of the job's
-workers, each of which works on what it is sent, one file at a time:
+Decoders are native code that gets hostile files. So each worker has child processes, and each child
+handles one file at a time:
 
-    worker ── bytes of a file ──▶ child: memory limited, libraries single-threaded
-           ◀── JSON, and bytes where there are any ──
+    worker ── bytes of a file ──▶ child: memory limit, single-threaded libraries
+           ◀── JSON, and bytes if there are any ──
 
-A child that dies of a file (`decode:crashed`) or takes too long over it (`decode:timeout`) is
-replaced by the next file. What it answers is data, never code: no pickles.
+A child that dies (`decode:crashed`) or takes too long (`decode:timeout`) is replaced for the next
+file. Results are plain data: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,52 +27,52 @@ from typing import Any
 
 from pipelines.pictures.decode import DecodeError
 
-_BASE_MEMORY = 1 << 30  # address space of the libraries themselves, in bytes
-_BYTES_PER_PIXEL = 32  # of a file of `max_pixels`: decoded, converted, resized, with copies
-_ENDING = 5.0  # seconds that a child is given to go
-_STARTING = 600.0  # seconds that a child is given to import its libraries, on a busy machine
+_BASE_MEMORY = 1 << 30  # bytes of address space for the libraries
+_BYTES_PER_PIXEL = 32  # of `max_pixels`: decoded, converted, resized, with copies
+_EXIT_SECONDS = 5.0
+_START_SECONDS = 600.0  # to import the libraries on a busy machine
 
-Answer = tuple[dict[str, Any], bytes | None]
-"""What JSON can say of a file, and the bytes that were made of it."""
+Result = tuple[dict[str, Any], bytes | None]
+"""The data of a file that JSON can represent, and bytes made from the file."""
 
 
-class Isolated:
-    """A child that runs a module, which calls `serve`; it outlives files, and is replaced when one
-    kills it. One thread at a time may ask it.
+class ChildProcess:
+    """A child that runs a module, which calls `serve`. It handles many files, and is replaced when
+    one kills it. Not thread-safe.
     """
 
     def __init__(self, module: str, settings: dict[str, Any], timeout: float) -> None:
-        """`settings` are handed to the module as JSON; `timeout` are the seconds of a file."""
+        """`settings` are passed to the module as JSON; `timeout` is in seconds per file."""
         self.module, self.timeout = module, timeout
         self._settings = json.dumps(settings)
         self._child: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
 
-    def ask(self, data: bytes) -> Answer:
-        """What the module answers to a file. Raises DecodeError where it dies, or takes too long."""
+    def request(self, data: bytes) -> Result:
+        """The module's result for a file. Raises DecodeError if it dies or takes too long."""
         try:
-            return self._ask(data)
+            return self._request(data)
         except (EOFError, OSError):
-            self._how_it_died()
-        # Perhaps not of this file: what kills when memory runs out takes an idle child, too.
+            self._exit_reason()
+        # The file may not be the cause: the kernel also kills idle children when memory runs out.
         try:
-            return self._ask(data)
+            return self._request(data)
         except (EOFError, OSError):
-            why = f"the decoder died of it ({self._how_it_died()})"
-            raise DecodeError("crashed", why) from None
+            reason = f"the decoder died of it ({self._exit_reason()})"
+            raise DecodeError("crashed", reason) from None
 
-    def _ask(self, data: bytes) -> Answer:
+    def _request(self, data: bytes) -> Result:
         if self._child is None:
             self._start()
         self._pipe.send_bytes(data)
         if not self._pipe.poll(self.timeout):
             self.close()
             raise DecodeError("timeout", f"not decoded in {self.timeout:g} seconds")
-        answer: dict[str, Any] = json.loads(self._pipe.recv_bytes())
-        return answer["said"], self._pipe.recv_bytes() if answer["made"] else None
+        message: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        return message["result"], self._pipe.recv_bytes() if message["has_bytes"] else None
 
     def close(self) -> None:
-        """End the child, however busy it is."""
+        """Kill the child."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -80,24 +80,24 @@ class Isolated:
             self._child = None
 
     def _start(self) -> None:
-        ours, theirs = _socket_pair()
+        parent_end, child_end = _socket_pair()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", self.module, str(theirs), self._settings],
-            pass_fds=[theirs],
+            [sys.executable, "-m", self.module, str(child_end), self._settings],
+            pass_fds=[child_end],
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
         )
-        os.close(theirs)
-        self._pipe = Connection(ours)
-        # Not on the time of the file that comes next, which has done nothing yet.
-        if not self._pipe.poll(_STARTING):
+        os.close(child_end)
+        self._pipe = Connection(parent_end)
+        # The start does not count for the time-out of the next file.
+        if not self._pipe.poll(_START_SECONDS):
             self._child.kill()
         self._pipe.recv_bytes()
 
-    def _how_it_died(self) -> str:
+    def _exit_reason(self) -> str:
         assert self._child is not None
         try:
-            code = self._child.wait(_ENDING)
+            code = self._child.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             code = 0
         self.close()
@@ -105,12 +105,12 @@ class Isolated:
 
 
 def _socket_pair() -> tuple[int, int]:
-    ours, theirs = socket.socketpair()
-    return ours.detach(), theirs.detach()
+    parent_end, child_end = socket.socketpair()
+    return parent_end.detach(), child_end.detach()
 
 
-def serve(answer: Callable[[bytes], Answer], max_pixels: int) -> None:
-    """The child: answers to files, until the worker is gone."""
+def serve(handle: Callable[[bytes], Result], max_pixels: int) -> None:
+    """The loop of the child: call `handle` for each file, until the worker is gone."""
     pipe = Connection(int(sys.argv[1]))
     limit = _BASE_MEMORY + _BYTES_PER_PIXEL * max_pixels
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -121,28 +121,29 @@ def serve(answer: Callable[[bytes], Answer], max_pixels: int) -> None:
             data = pipe.recv_bytes()
         except EOFError:
             return
-        with _quiet():
-            said, made = answer(data)
-        pipe.send_bytes(json.dumps({"said": said, "made": made is not None}).encode())
-        if made is not None:
-            pipe.send_bytes(made)
+        with _silent_stderr():
+            result, content = handle(data)
+        message = {"result": result, "has_bytes": content is not None}
+        pipe.send_bytes(json.dumps(message).encode())
+        if content is not None:
+            pipe.send_bytes(content)
 
 
-def given() -> dict[str, Any]:
-    """The settings that a child was handed."""
+def child_settings() -> dict[str, Any]:
+    """The settings that the parent passed to this child."""
     settings: dict[str, Any] = json.loads(sys.argv[2])
     return settings
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Native decoders write what they think of a file to the console; the row says it already."""
-    console = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+def _silent_stderr() -> Iterator[None]:
+    """Native decoders write warnings to stderr; the row already has the error."""
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    os.close(devnull)
     try:
         yield
     finally:
-        os.dup2(console, 2)
-        os.close(console)
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -1,30 +1,30 @@
-"""From the bytes of an image file to its picture: upright, in sRGB; and to what ingest stores of it.
+"""Decodes an image file to an upright picture in sRGB, and to what ingest stores.
 
-Rules (of plain RGB pixels the resized ones alone are converted and turned):
+Rules (plain RGB pixels are resized first, then converted and turned):
 
-1.  Only formats of `formats.READABLE` are opened, found by their first bytes, and those for which an
-    extra is installed (HEIF, JPEG XL). The header's size is checked against `image.max_pixels` before a pixel is decoded.
-    TIFFs that Pillow refuses or misreads are read by pictures/tiff.py, such AVIFs mended by pictures/avif.py.
-2.  Of an animation or a document of several pages the first is taken.
-3.  16-bit pixels lose their low byte. Those of more bits, or with a sign, are divided by the smallest of 1, 255,
-    65535 and their own greatest value that holds them all, floats by that which holds nine tenths of
-    them, and what is above is white: of all channels together, of alpha by itself. Below zero, and of
-    what is no number or infinite, is black. Of a TIFF with 9 to 15 bits these are the whole range.
-4.  Alpha is laid on white, a palette's transparent entry too.
-5.  An embedded ICC profile is converted to sRGB (CMYK by its profile where it has one); a profile
-    that cannot be read is ignored, as browsers do.
+1.  A format is detected by the first bytes of the file. Formats of `formats.READABLE` are decoded,
+    and those for which an extra is installed (HEIF, JPEG XL). The size in the header is checked
+    against `image.max_pixels` before any pixel is decoded. TIFFs that Pillow refuses or misreads are
+    decoded by pictures/tiff.py; such AVIFs are repaired by pictures/avif.py.
+2.  The first frame of an animation and the first page of a document are decoded.
+3.  16-bit values lose their low byte. Values with more bits or a sign are divided by the smallest of
+    1, 255, 65535 and their maximum that is no less than all of them; for floats, than nine tenths of
+    them, and larger ones become white. All channels have one divisor, alpha its own. Negative, NaN
+    and infinite values become black. A TIFF with 9 to 15 bits has the full range of its bits.
+4.  Alpha is composited on white, and so is a palette's transparent entry.
+5.  An embedded ICC profile is converted to sRGB (for CMYK too); an unreadable profile is ignored, as
+    in browsers.
 6.  EXIF orientation is applied; unreadable EXIF counts as upright.
-7.  The file has to be whole: a truncated or damaged one is `decode:corrupt`, never half a picture.
-    So is one that ends soundly, but before its pixels do (JPEG, PNG), and a PNG whose checksums
-    are not those of its bytes.
-8.  A PNG's gamma and chromaticities without a profile are ignored.
-9.  A file that is what would be stored already (format, size, RGB, sRGB, upright, one frame) is
-    kept byte for byte; any other is encoded anew, without metadata. See `image.reencode`. Of a file
-    whose metadata alone is damaged, all but that is kept.
-10. Metadata never cost a picture: a damaged header or chunk that pixels do not need is passed over.
+7.  A truncated or damaged file is `decode:corrupt`, never half a picture. So is a file that is valid
+    but ends before its pixels do (JPEG, PNG), and a PNG with a wrong checksum.
+8.  A PNG's gamma and chromaticities are ignored unless it has a profile.
+9.  A file that already is what would be stored (format, size, RGB, sRGB, upright, one frame) is kept
+    byte for byte; any other is encoded again, without metadata. See `image.reencode`. If only its
+    metadata are damaged, the file is kept without them.
+10. Damaged metadata never cost a picture: headers and chunks that pixels do not need are skipped.
 
-`sha256` is that of the bytes as downloaded: two URLs of one file agree in it, whatever the size
-that is stored. `phash` is 64 bits of the stored picture.
+`sha256` is of the downloaded bytes, so it is equal for two URLs of one file, whatever size is stored.
+`phash` is 64 bits of the stored picture.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.pictures.avif import clean_aperture, mended
+from pipelines.pictures.avif import clean_aperture, repair
 from pipelines.pictures.colour import (
     SIDEWAYS,
-    as_meant,
+    fix_mode,
     from_profile,
     orientation,
     to_srgb,
@@ -55,46 +55,46 @@ from pipelines.pictures.colour import (
 from pipelines.pictures.encode import (
     MAX_SIDE,
     ImageConfig,
-    bordered,
+    add_border,
     encode,
     phash,
     resize,
     scale_of,
     scaled,
 )
-from pipelines.pictures.formats import READABLE, ends_in_zeros, image_format, open_more
+from pipelines.pictures.formats import READABLE, ends_in_zeros, image_format, register_extra
 from pipelines.pictures.jpeg import (
     has_more_scans,
     read_headers,
     without_metadata,
     without_padding,
 )
-from pipelines.pictures.png import read_chunks, settle_transparency
+from pipelines.pictures.png import read_chunks, scale_transparency
 from pipelines.pictures.tiff import read_odd_tiff
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
-"""The closed list behind `decode:` in a row's status."""
+"""All classes that follow `decode:` in a row's status."""
 
-_PNG_DEPTH = 24  # the byte of a PNG's header that has its bits per channel
-# What libjpeg warns of where pixels are made up. (It warns of less, too, in sound files.)
-_MADE_UP = re.compile(
+_PNG_DEPTH = 24  # offset of the bits per channel in a PNG
+# libjpeg's warnings about pixels that it had to invent. (Valid files may cause other warnings.)
+_INVENTED_PIXELS = re.compile(
     "premature end|bad Huffman|bad arithmetic|instead of RST|extraneous", re.IGNORECASE
 )
 _BEFORE_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-_MAX_SCANS = 100  # ten are usual, optimisers make some more
-# A JPEG is decoded at no less than this times the size that is needed: at 1.2 the picture is as
-# near to one decoded whole as resampling filters are to one another (docs/experiments.md).
+_MAX_SCANS = 100  # ten are usual; optimisers write some more
+# A JPEG may be decoded at a smaller scale, but at no less than this times the target size: at 1.2
+# the result differs from a full decode no more than resampling filters do (docs/experiments.md).
 _JPEG_MARGIN = 1.2
 _JPEG_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # by Pillow's mode
-_AS_IT_IS = ImageConfig(resize="no", reencode="always")
+_FULL_SIZE = ImageConfig(resize="no", reencode="always")
 
 LARGEST_PIXELS = 178_956_970
-"""Largest image that is decoded of those that are stored already: Pillow's own bound."""
+"""Maximum pixels of images that are not being ingested: Pillow's own limit."""
 
 
 class DecodeError(Exception):
-    """Why bytes gave no picture, by class."""
+    """A file that cannot be decoded, with its class (`kind`)."""
 
     def __init__(self, kind: FailureClass, message: str) -> None:
         super().__init__(message)
@@ -103,7 +103,7 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """An encoded picture: its bytes, its size, and 16 hexadecimal digits of perceptual hash."""
+    """An encoded picture: its bytes, size in pixels, and perceptual hash (16 hexadecimal digits)."""
 
     data: bytes
     width: int
@@ -111,33 +111,33 @@ class Stored:
     phash: str
 
 
-class Opened:
-    """An image file whose header is sound: its upright size is known.
+class ImageFile:
+    """An image file. Its header is checked at once; `picture`, `raw` and `store` decode the pixels.
 
-    Pixels come with `picture` or `store`. Raises DecodeError.
+    `width` and `height` are those of the upright picture. All methods raise DecodeError.
     """
 
     def __init__(
         self, data: bytes, max_pixels: int = LARGEST_PIXELS, quick_jpeg: bool = True
     ) -> None:
-        """Without `quick_jpeg` the more lenient decoder gets every JPEG, not the doubtful alone."""
+        """Without `quick_jpeg` Pillow decodes every JPEG, not only those that simplejpeg refuses."""
         kind = image_format(data)
         if kind is None:
             raise DecodeError("not_an_image", f"begins with {data[:16]!r}")
-        if kind not in READABLE and (lacking := open_more(kind)):
-            raise DecodeError("unsupported", lacking)
+        if kind not in READABLE and (problem := register_extra(kind)):
+            raise DecodeError("unsupported", problem)
         self.data = data
         self.kind = kind
         self.quick_jpeg = quick_jpeg
         self._is_scalable = True
         self._sound = data
-        """The file without what decoders stumble over beside its pixels."""
-        # An icon's or a TIFF's inner images, too, are opened within that.
-        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # an error is raised beyond twice this
+        """The file without damaged metadata."""
+        # This also limits images inside an icon or a TIFF. Pillow raises an error beyond twice it.
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
         self._is_clean = True
         if ends_in_zeros(kind, data):
             raise DecodeError("corrupt", "much of it is zeros, to its end")
-        with _failures():
+        with _decode_errors():
             chunks = None
             if kind == "JPEG":
                 self._read_headers()
@@ -148,12 +148,12 @@ class Opened:
             _check_size(self.image.size, max_pixels)
             if chunks:
                 chunks.check_rows()
-                settle_transparency(self.image, chunks.sound[_PNG_DEPTH])
+                scale_transparency(self.image, chunks.sound[_PNG_DEPTH])
                 if chunks.profile:
                     self.image.info["icc_profile"] = chunks.profile
             if kind == "AVIF" and (aperture := clean_aperture(data, self.image.size)):
                 self.image = self.image.crop(aperture)
-            if kind in ("PNG", "ICO"):  # EXIF may lie behind the pixels, and a size too
+            if kind in ("PNG", "ICO"):  # EXIF, or the size, may come after the pixels
                 self.image.load()
             self.orientation = orientation(self.image)
         width, height = self.image.size
@@ -162,38 +162,38 @@ class Opened:
 
     @property
     def is_animated(self) -> bool:
-        """Whether frames or pages follow the first. Raises DecodeError where one is damaged."""
-        with _failures():  # some formats walk through all of them
+        """Whether there is more than one frame or page."""
+        with _decode_errors():  # some formats read all frames to count them
             return getattr(self.image, "n_frames", 1) > 1
 
     def store(self, config: ImageConfig) -> Stored:
-        """Decode, resize and encode. Raises DecodeError for a damaged file."""
-        with _failures():
+        """Decode, resize and encode."""
+        with _decode_errors():
             self._check_enlarged(config)
-            picture, untouched = self._made(config)
+            picture, is_unchanged = self._stored_picture(config)
             height, width = picture.shape[:2]
-            if not untouched:
+            if not is_unchanged:
                 _check_side(width, height, config)
-            kept = self.data if self._is_clean or config.reencode == "never" else self._sound
-            data = kept if untouched else encode(picture, config)
+            original = self.data if self._is_clean or config.reencode == "never" else self._sound
+            data = original if is_unchanged else encode(picture, config)
             return Stored(data, width, height, phash(picture))
 
     def picture(self) -> np.ndarray:
-        """The whole picture, upright and in sRGB: [h w 3]. Raises DecodeError for a damaged file."""
-        with _failures():
-            return self._made(_AS_IT_IS)[0]
+        """The full-size picture, upright and in sRGB, uint8 `[h w 3]`."""
+        with _decode_errors():
+            return self._stored_picture(_FULL_SIZE)[0]
 
     def raw(self) -> np.ndarray:
-        """The whole picture as Pillow's `convert("RGB")` makes it: [h w 3], not upright, its colours
-        the file's own numbers, alpha dropped. Raises DecodeError for a damaged file.
+        """The full-size picture as Pillow's `convert("RGB")` makes it, uint8 `[h w 3]`: without
+        orientation and profile applied, alpha dropped.
         """
-        with _failures():
+        with _decode_errors():
             if self.kind == "JPEG":
-                self._jpeg(_AS_IT_IS)  # whether it is whole, which Pillow does not ask
-            return np.asarray(as_meant(self.image).convert("RGB"))
+                self._decode_jpeg(_FULL_SIZE)  # raises for a truncated file, which Pillow does not
+            return np.asarray(fix_mode(self.image).convert("RGB"))
 
     def _read_headers(self) -> None:
-        """What a JPEG's headers say, without what is wrong with them."""
+        """Check a JPEG's headers, and repair their harmless faults."""
         if has_more_scans(self.data, _MAX_SCANS):
             raise DecodeError("too_large", f"more than {_MAX_SCANS} scans")
         headers = read_headers(self.data)
@@ -203,12 +203,12 @@ class Opened:
         self._is_clean = headers.sound is self.data
 
     def _odd_tiff(self, max_pixels: int) -> Image.Image | None:
-        """The picture of a TIFF that Pillow does not read rightly; None of other files."""
+        """The picture of a TIFF that Pillow misreads; None for other files."""
         page = read_odd_tiff(self.data) if self.kind == "TIFF" else None
         if page is None:
             return None
-        if page.codec and page.codec not in READABLE and (lacking := open_more(page.codec)):
-            raise DecodeError("unsupported", f"its strips are {page.codec}: {lacking}")
+        if page.codec and page.codec not in READABLE and (problem := register_extra(page.codec)):
+            raise DecodeError("unsupported", f"its strips are {page.codec}: {problem}")
         _check_size((page.width, page.height), max_pixels)
         return page.image(max_pixels)
 
@@ -216,28 +216,28 @@ class Opened:
         try:
             return Image.open(io.BytesIO(self._sound), formats=[self.kind])
         except (UnidentifiedImageError, RuntimeError, ValueError) as error:
-            for other in self._without_oddities():
+            for repaired in self._repaired():
                 with suppress(UnidentifiedImageError, RuntimeError, ValueError):
-                    image = Image.open(io.BytesIO(other), formats=[self.kind])
-                    self._sound, self._is_clean = other, False
+                    image = Image.open(io.BytesIO(repaired), formats=[self.kind])
+                    self._sound, self._is_clean = repaired, False
                     return image
             if not isinstance(error, UnidentifiedImageError):
                 raise
-            # Which names the object in memory, another one each time.
+            # Pillow's message has the address of an object, which is different each time.
             raise DecodeError(
                 "corrupt", f"its header is damaged, or of a kind of {self.kind} that is not decoded"
             ) from None
 
-    def _without_oddities(self) -> Iterator[bytes]:
-        """What Pillow may open of a file that it refused."""
+    def _repaired(self) -> Iterator[bytes]:
+        """Versions of a file that Pillow refused, which it may open."""
         if self.kind == "JPEG":
-            yield from (without_metadata(self._sound, most) for most in (False, True))
+            yield from (without_metadata(self._sound, drop_all) for drop_all in (False, True))
         elif self.kind == "AVIF":
             with suppress(LookupError, ValueError, struct.error):
-                yield mended(self.data)
+                yield repair(self.data)
 
     def _check_enlarged(self, config: ImageConfig) -> None:
-        """A line of one pixel by thousands must not grow into a picture beyond all bounds."""
+        """Raise for an image of one pixel by thousands, which would become huge when enlarged."""
         if config.enlarge and config.resize != "no":
             scale = max(1.0, scale_of((self.width, self.height), config))
             if self.width * self.height * scale**2 > max(config.max_pixels, config.size**2):
@@ -245,43 +245,43 @@ class Opened:
                     "too_large", f"{self.width}x{self.height} grows {scale:.0f} times"
                 )
 
-    def _made(self, config: ImageConfig) -> tuple[np.ndarray, bool]:
-        """The picture to be stored, RGB [h w 3], and whether the file shows just that already."""
+    def _stored_picture(self, config: ImageConfig) -> tuple[np.ndarray, bool]:
+        """The picture to be stored, uint8 `[h w 3]`, and whether the file can be kept unchanged."""
         image = self.image
-        plain = image.mode == "RGB" and not image.has_transparency_data
-        pixels = self._jpeg(config) if self.kind == "JPEG" and self.quick_jpeg else None
+        is_plain = image.mode == "RGB" and not image.has_transparency_data
+        pixels = self._decode_jpeg(config) if self.kind == "JPEG" and self.quick_jpeg else None
         if pixels is None:
             if self.kind == "JPEG" and self._is_scalable and config.resize != "no":  # grey, CMYK
                 scale = _JPEG_MARGIN * scale_of(image.size, config)
                 if scale < 1:
                     image.draft(image.mode, scaled(image.size, scale))
             image.load()
-            pixels = np.asarray(image if plain else to_srgb(image))
+            pixels = np.asarray(image if is_plain else to_srgb(image))
         full = self.width, self.height
         picture = resized = resize(upright(pixels, self.orientation), full, config)
-        if plain and (profile := image.info.get("icc_profile")):
-            # Of plain pixels the few that stay are given their colours.
-            numbers = Image.fromarray(np.ascontiguousarray(resized))
-            converted = from_profile(numbers, profile)
-            if converted is not None and converted is not numbers:
+        if is_plain and (profile := image.info.get("icc_profile")):
+            # After the resize there are fewer pixels to convert.
+            unconverted = Image.fromarray(np.ascontiguousarray(resized))
+            converted = from_profile(unconverted, profile)
+            if converted is not None and converted is not unconverted:
                 picture = np.asarray(converted)
-        picture = np.ascontiguousarray(bordered(picture, config))
-        same = (
+        picture = np.ascontiguousarray(add_border(picture, config))
+        is_same = (
             self.kind == config.format.upper()
-            and plain
+            and is_plain
             and picture is pixels
             and pixels.shape[:2] == (self.height, self.width)
             and (self.kind != "PNG" or self.data[_PNG_DEPTH] == 8)
             and not self.is_animated
         )
-        untouched = config.reencode == "never" or (same and config.reencode == "when_needed")
-        return picture, untouched
+        is_unchanged = config.reencode == "never" or (is_same and config.reencode == "when_needed")
+        return picture, is_unchanged
 
-    def _jpeg(self, config: ImageConfig) -> np.ndarray | None:
-        """The pixels of a plain JPEG, perhaps at half, quarter or eighth size.
+    def _decode_jpeg(self, config: ImageConfig) -> np.ndarray | None:
+        """The pixels of an RGB JPEG `[h w 3]`, maybe at half, quarter or eighth size.
 
-        None of other colours, and where the decoder has a doubt that says little: the other one is
-        more lenient, and judges. Raises DecodeError where pixels are lacking, which that one fills.
+        None for other colours, and after a warning that does not mean missing pixels: Pillow, which is
+        more lenient, then decides. Raises DecodeError for missing pixels, which Pillow would fill.
         """
         colours = _JPEG_COLOURS.get(self.image.mode)
         if colours is None:
@@ -289,7 +289,7 @@ class Opened:
         width, height = self.image.size
         needed = _JPEG_MARGIN * scale_of((width, height), config) if config.resize != "no" else 1.0
         if colours != "RGB":
-            needed = 0  # of these it is only asked whether they are whole
+            needed = 0  # only checks that the file is complete, at the smallest scale
         scales = (1, 2, 4, 8) if self._is_scalable else (1,)
         shrink = max((by for by in scales if by * needed <= 1), default=1)
         sizes = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)}
@@ -298,29 +298,29 @@ class Opened:
                 return None
             try:
                 pixels = simplejpeg.decode_jpeg(self._sound, colours, **sizes)
-            except ValueError as error:  # of the first warning
+            except ValueError as error:  # simplejpeg raises for libjpeg's first warning
                 padding = _BEFORE_END.search(str(error))
                 if not padding or not (cut := without_padding(self._sound, int(padding[1]))):
                     raise
                 pixels = simplejpeg.decode_jpeg(cut, colours, **sizes)
         except ValueError as error:
-            if _MADE_UP.search(str(error)):
+            if _INVENTED_PIXELS.search(str(error)):
                 raise DecodeError("corrupt", str(error)) from None
             return None
         return pixels if colours == "RGB" else None
 
 
 def sha256(data: bytes) -> str:
-    """Hexadecimal SHA-256 of the bytes as downloaded."""
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
-    """Whatever decoders raise of a file, as a DecodeError."""
+def _decode_errors() -> Iterator[None]:
+    """Turn any exception of a decoder into a DecodeError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they warn of is settled by our rules
+            warnings.simplefilter("ignore")  # our rules decide on these cases
             yield
     except DecodeError:
         raise
@@ -328,8 +328,8 @@ def _failures() -> Iterator[None]:
         raise DecodeError("too_large", str(error)) from None
     except MemoryError:
         raise DecodeError("too_large", "not enough memory to decode it") from None
-    except Exception as error:  # of every type
-        raise DecodeError("corrupt", _words(error)) from None
+    except Exception as error:  # decoders raise any type
+        raise DecodeError("corrupt", f"{type(error).__name__}: {error}") from None
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -341,7 +341,3 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 def _check_side(width: int, height: int, config: ImageConfig) -> None:
     if max(width, height) > MAX_SIDE[config.format]:
         raise DecodeError("too_large", f"{width}x{height} does not fit into {config.format}")
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

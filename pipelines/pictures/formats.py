@@ -1,4 +1,4 @@
-"""Which image format a file has, by its first bytes: names lie on the web, content types too."""
+"""Detects the format of an image file by its first bytes; names and content types are unreliable."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from collections.abc import Iterator
 
 from pipelines.pictures.boxes import boxes
 
-_SNIFFED, _SNIFFED_OF_TEXT = 64, 4096  # bytes; an SVG may have much to say before it begins
+_SNIFF_BYTES, _SNIFF_TEXT_BYTES = 64, 4096  # an SVG may begin with long comments
 
 READABLE = frozenset(
     ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI"]
 )
-"""Formats that are decoded; of the others we say that they are images of an unsupported kind, unless
-`open_more` helps."""
+"""Formats that are decoded; others are unsupported, unless `register_extra` adds them."""
 
 _EXTRAS = {"HEIF": "pillow_heif", "JXL": "pillow_jxl"}
-"""Formats that packages beside Pillow decode, each with an extra of ours by its name in lower case."""
+"""Formats that other packages decode; the extra to install has the format's name in lower case."""
 
-_FEW_ZEROS, _SMALL_SHARE = 1024, 0.05  # bytes, and of what is packed
-_MOST_CHUNKS = 10_000
+_MIN_ZEROS, _MIN_ZERO_FRACTION = 1024, 0.05  # bytes, and of the compressed data
+_MAX_CHUNKS = 10_000
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -41,7 +40,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\x0a", "JXL"),
     (b"8BPS", "PSD"),
 )
-# Declarations, comments and document types, and then the element.
+# Declarations, comments and document types, then the root element.
 _SVG = re.compile(
     rb"(?>\xef\xbb\xbf|\s+|<\?.*?\?>|<!--.*?-->|<![^\[>]*(?:\[.*?\]\s*)?>)*+<svg\b", re.DOTALL
 )
@@ -49,42 +48,42 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b
 _BRANDS |= {b"mif1": "HEIF", b"msf1": "HEIF", b"heim": "HEIF", b"heis": "HEIF"}
 
 
-def sniffed(data: bytes | bytearray) -> int:
-    """How many of a file's first bytes `image_format` wants to see."""
-    is_text = data[:_SNIFFED].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
-    return _SNIFFED_OF_TEXT if is_text else _SNIFFED
+def sniff_length(data: bytes | bytearray) -> int:
+    """How many of a file's first bytes `image_format` needs."""
+    is_text = data[:_SNIFF_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+    return _SNIFF_TEXT_BYTES if is_text else _SNIFF_BYTES
 
 
 def ends_in_zeros(kind: str, data: bytes) -> bool:
-    """Whether much of what is packed is zeros, up to its end: a download that was never filled.
+    """Whether a large part of the compressed data is zeros, up to the end: an incomplete download.
 
-    Of lossy WebP, AVIF and HEIF, whose decoders make a picture of it: arithmetic coding leaves no such
-    run. Of other formats zeros may be pixels, or their decoders find it (docs/decisions.md).
+    For lossy WebP, AVIF and HEIF, whose decoders accept it: arithmetic coding does not produce such a
+    run. In other formats zeros may be pixels, or the decoder fails (docs/decisions.md).
     """
     parts = {"WEBP": _webp_chunks, "AVIF": boxes, "HEIF": boxes}.get(kind)
     if parts is None:
         return False
     for name, begin, end in parts(data):
         if name in (b"VP8 ", b"mdat"):
-            packed = data[begin:end]
-            zeros = len(packed) - len(packed.rstrip(b"\0"))
-            return zeros >= max(_FEW_ZEROS, len(packed) * _SMALL_SHARE)
+            compressed = data[begin:end]
+            zeros = len(compressed) - len(compressed.rstrip(b"\0"))
+            return zeros >= max(_MIN_ZEROS, len(compressed) * _MIN_ZERO_FRACTION)
     return False
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of each chunk's content."""
-    place = 12
-    for _ in range(_MOST_CHUNKS):
-        if place + 8 > len(data):
+    """Name, start and end offset of the content of each chunk."""
+    offset = 12
+    for _ in range(_MAX_CHUNKS):
+        if offset + 8 > len(data):
             return
-        name, size = struct.unpack_from("<4sI", data, place)
-        yield name, place + 8, place + 8 + size
-        place += 8 + size + (size & 1)
+        name, size = struct.unpack_from("<4sI", data, offset)
+        yield name, offset + 8, offset + 8 + size
+        offset += 8 + size + (size & 1)
 
 
-def open_more(kind: str) -> str | None:
-    """Have Pillow open a format that is not in READABLE; where it cannot, what would help."""
+def register_extra(kind: str) -> str | None:
+    """Make Pillow open a format that is not in READABLE. Returns None, or why it cannot be decoded."""
     if kind not in _EXTRAS:
         return f"{kind} is not decoded"
     try:
@@ -97,12 +96,12 @@ def open_more(kind: str) -> str | None:
 
 
 def image_format(data: bytes | bytearray) -> str | None:
-    """The format of a file, or None where it begins like no image; the first `sniffed` bytes do."""
-    head = bytes(data[: sniffed(data)])
+    """The format of a file, or None if it is not an image; the first `sniff_length` bytes are enough."""
+    head = bytes(data[: sniff_length(data)])
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    if head[:1] == b"\0" and head[4:8] == b"ftyp":  # the size of a box, and its kind
-        # A major brand of mif1 says little; AVIF files then list avif among the compatible ones.
+    if head[:1] == b"\0" and head[4:8] == b"ftyp":  # the size and kind of a box
+        # The major brand mif1 is generic; AVIF files then list avif as a compatible brand.
         brands = [head[i : i + 4] for i in (8, *range(16, len(head) - 3, 4))]
         if b"avif" in brands or b"avis" in brands:
             return "AVIF"

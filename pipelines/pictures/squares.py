@@ -1,7 +1,7 @@
-"""Squares of image files, as the models take them: in this process, or in one of their own.
+"""Squares of image files, as the models take them: decoded in this process or in a child.
 
-Of a table of ours every image was decoded once, in a child of ingest, before it was stored; what
-lies elsewhere has been seen by nobody, and is decoded in a child here (pictures.isolation).
+Ingest decodes every image in a child before it stores it. Other images have not been decoded yet, so
+they get a child here (pipelines.pictures.child_process).
 """
 
 from __future__ import annotations
@@ -12,46 +12,46 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from pipelines.pictures.child_process import Answer, Isolated, given, serve
-from pipelines.pictures.decode import LARGEST_PIXELS, DecodeError, Opened
+from pipelines.pictures.child_process import ChildProcess, Result, child_settings, serve
+from pipelines.pictures.decode import LARGEST_PIXELS, DecodeError, ImageFile
 from vlv_model.squares import Square
 
 TIMEOUT = 60.0  # seconds
 
 
 def square_of(content: bytes, square: Square) -> np.ndarray:
-    """The square of a file's picture, as uint8 [3 s s]. Raises DecodeError where it is none."""
-    # Images of others hold what ingest never let in: Pillow by itself would start Ghostscript on a
-    # PostScript file, and decode half a picture.
-    opened = Opened(content)
-    as_stored = square.preprocess == "reference"
-    return square.cut(Image.fromarray(opened.raw() if as_stored else opened.picture()))
+    """The square of an image file, uint8 `[3 s s]`. Raises DecodeError if it cannot be decoded."""
+    # Not Image.open: on files that ingest would refuse, Pillow starts Ghostscript (PostScript), or
+    # decodes half a picture.
+    file = ImageFile(content)
+    is_raw = square.preprocess == "reference"
+    return square.cut(Image.fromarray(file.raw() if is_raw else file.picture()))
 
 
-class SquareDecoder(Isolated):
-    """`square_of` in a child process. Raises DecodeError, too, where the file kills or holds it."""
+class SquareDecoder(ChildProcess):
+    """`square_of` in a child process. Also raises DecodeError if the file crashes or hangs it."""
 
     def __init__(self, square: Square, timeout: float = TIMEOUT) -> None:
-        """`timeout` are the seconds that one image may take."""
+        """`timeout` is in seconds per image."""
         super().__init__(__name__, asdict(square), timeout)
         self.square = square
 
     def __call__(self, content: bytes, square: Square) -> np.ndarray:
         assert square == self.square
-        said, made = self.ask(content)
-        if made is None:
-            raise DecodeError(said["kind"], said["message"])
-        pixels = np.frombuffer(made, np.uint8).reshape(3, square.size, square.size)
-        return pixels.copy()  # that may be written to
+        error, pixels = self.request(content)
+        if pixels is None:
+            raise DecodeError(error["kind"], error["message"])
+        values = np.frombuffer(pixels, np.uint8).reshape(3, square.size, square.size)
+        return values.copy()  # writable
 
 
 @cache
 def isolated_squares(square: Square) -> SquareDecoder:
-    """The one of this process, as a child takes longer to start than most chunks to decode."""
+    """One decoder per process, as its child takes longer to start than most chunks to decode."""
     return SquareDecoder(square)
 
 
-def _answer(content: bytes, square: Square) -> Answer:
+def _result(content: bytes, square: Square) -> Result:
     try:
         return {}, square_of(content, square).tobytes()
     except DecodeError as error:
@@ -59,5 +59,5 @@ def _answer(content: bytes, square: Square) -> Answer:
 
 
 if __name__ == "__main__":
-    wanted = Square(**given())
-    serve(lambda content: _answer(content, wanted), LARGEST_PIXELS)
+    wanted = Square(**child_settings())
+    serve(lambda content: _result(content, wanted), LARGEST_PIXELS)

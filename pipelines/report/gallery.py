@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from PIL import Image
 
 from pipelines.images.rows import OK
-from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, ImageFile
 from pipelines.report.html import Html, count, join, tag
 
 TINY = 160  # pixels; images up to this side are enlarged without smoothing
@@ -117,7 +117,7 @@ def embedded(content: bytes, description: str) -> Html:
     and not animated; else its first frame as a smaller JPEG.
     """
     try:
-        opened = Opened(content)
+        opened = ImageFile(content)
         image, kind = opened.image, opened.kind
         small = max(image.size) <= LARGEST and len(content) <= HEAVIEST
         if kind not in BROWSERS or not small or opened.orientation != 1 or opened.is_animated:

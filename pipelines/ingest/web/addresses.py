@@ -1,8 +1,7 @@
-"""No URL leads to a private place: which network addresses may be connected to.
+"""Which network addresses may be connected to: no URL may reach a private network.
 
-The check is made where the socket is made, on the very address that is then connected to. So it
-holds for every spelling of an address, every redirect, and a name that resolves to one address
-when it is looked at and to another when it is used.
+The check is made when the socket is created, on the address that it connects to. So it covers every
+spelling of an address, every redirect, and a name that resolves to another address each time.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from collections.abc import Iterator
 from aiohttp import ThreadedResolver
 from aiohttp.abc import ResolveResult
 
-# Public by their number, yet answered inside a cloud: Azure's host agent.
+# Azure's host agent: a public address that is answered inside the cloud.
 _CLOUD_ADDRESSES = frozenset([ipaddress.ip_address("168.63.129.16")])
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Not everywhere in the tables of Python's own: protocol assignments (a cloud's metadata service is
-# among them) and relays of 6to4.
+# Missing from the tables of some Python versions: protocol assignments (one is a cloud's metadata
+# service) and 6to4 relays.
 _SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
-_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that has been given out
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that has been assigned
 
-_MOST = 8  # addresses of each family that are tried
+_MAX_ADDRESSES = 8  # per family and name
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class BlockedAddressError(OSError):
-    """Raised in place of a connection to an address that is not of the public internet."""
+    """Raised instead of a connection to an address outside the public internet."""
 
 
 def is_public(text: str) -> bool:
@@ -43,7 +42,7 @@ def is_public(text: str) -> bool:
 
 def _is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and (address in _NAT64 or address.ipv4_mapped):
-        return True  # a mere wrapping: what is embedded decides
+        return True  # only a wrapper: the embedded address decides
     return (
         address.is_global
         and not address.is_multicast
@@ -70,17 +69,17 @@ def _embedded(address: Address) -> Iterator[ipaddress.IPv4Address]:
 def public_socket(
     info: tuple[int, int, int, str, tuple[str | int, ...]],
 ) -> socket.socket:
-    """A socket for one `getaddrinfo` result; BlockedAddressError where it is not public."""
+    """A socket for one `getaddrinfo` result. Raises BlockedAddressError if it is not public."""
     family, kind, protocol, _, address = info
     if not is_public(str(address[0])):
         raise BlockedAddressError(f"blocked address {address[0]}")
     return socket.socket(family, kind, protocol)
 
 
-def odd_spelling(host: str) -> bool:
+def is_nonstandard_ipv4(host: str) -> bool:
     """True for an IPv4 address that is not written as four decimals: 2130706433, 0x7f.1, 010.0.0.1.
 
-    Clients disagree on what these mean, and only mischief writes them.
+    Clients disagree on their meaning, and only attackers use them.
     """
     try:
         socket.inet_aton(host)
@@ -94,10 +93,10 @@ def odd_spelling(host: str) -> bool:
 
 
 def is_private_name(host: str) -> bool:
-    """True for a host that is private as it is written, without a look-up: an address that is not
-    public, one in an odd spelling, or localhost (RFC 6761).
+    """True for a host that is private without a DNS look-up: an address that is not public, an IPv4
+    address in a nonstandard spelling, or localhost (RFC 6761).
     """
-    if host == "localhost" or host.endswith(".localhost") or odd_spelling(host):
+    if host == "localhost" or host.endswith(".localhost") or is_nonstandard_ipv4(host):
         return True
     try:
         return not is_public(host)
@@ -106,23 +105,22 @@ def is_private_name(host: str) -> bool:
 
 
 class Resolver(ThreadedResolver):
-    """The system's answers, of which no name has more than a few.
+    """The system's resolver, with a limit on the addresses of a name.
 
-    An answer has room for thousands of addresses, and the time that it takes to look at them all
-    is that of every other download.
+    A DNS response may have thousands of addresses; handling them would delay all other downloads.
     """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """Raises OSError for a name without an address."""
-        found = await super().resolve(host, port, family)
-        if not found:
+        results = await super().resolve(host, port, family)
+        if not results:
             raise socket.gaierror(socket.EAI_NONAME, "no address")
-        seen: Counter[int] = Counter()
-        few = []
-        for result in found:
-            seen[result["family"]] += 1
-            if seen[result["family"]] <= _MOST:
-                few.append(result)
-        return few
+        counts: Counter[int] = Counter()
+        kept = []
+        for result in results:
+            counts[result["family"]] += 1
+            if counts[result["family"]] <= _MAX_ADDRESSES:
+                kept.append(result)
+        return kept

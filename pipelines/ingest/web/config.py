@@ -1,4 +1,4 @@
-"""How the web is asked: the settings of `download.`, and each process's share of them."""
+"""The settings of `download.`, and each process's share of the limits."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from pipelines.ingest.web.proxy import ProxyURL
 from vlv_model.config import Config
 
 PER_CPU = 256
-"""Requests in flight by default: most of the web answers late, and some of it never."""
-_PRINTABLE = r"^[ -~]+$"  # what a header may hold
+"""Requests in flight by default: many because most servers answer late, and some never."""
+_PRINTABLE = r"^[ -~]+$"  # characters allowed in a header
 
 
 class DownloadConfig(Config):
-    """How the web is asked."""
+    """How images are downloaded."""
 
     concurrency: int | None = Field(
         None,
         ge=1,
-        description="most requests in flight, of the whole job, which begins with fewer and halves "
-        "them while bodies stall; fewer where the machine allows few open files; default: 256 for each "
-        "CPU",
+        description="maximum of requests in flight in the whole job; it starts lower, and halves while "
+        "bodies stall; lower still where the limit of open files is low; default: 256 for each CPU",
     )
     concurrency_per_host: int = Field(
         16,
         ge=1,
-        description="requests in flight to one host, of the whole job (but one for each process)",
+        description="requests in flight to one host in the whole job (at least one in each process)",
     )
     connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
     read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
@@ -34,22 +33,22 @@ class DownloadConfig(Config):
     host_timeouts: int | None = Field(
         None,
         ge=1,
-        description="after so many time-outs in a row a host counts as down, if it has not answered in "
-        "the last five minutes; its URLs then fail as host_down without a request, and one a minute is "
-        "still tried (in each process); default: twice concurrency_per_host, and no fewer than 8",
+        description="time-outs in a row after which a host counts as down, if it has not answered in "
+        "the last five minutes; its URLs then fail as host_down without a request, except one a minute "
+        "(in each process), which probes it; default: twice concurrency_per_host, at least 8",
     )
-    retries: int = Field(
-        1, ge=0, description="further attempts after timeout, refused, http_429, http_5xx"
-    )
+    retries: int = Field(1, ge=0, description="retries after timeout, refused, http_429, http_5xx")
     retry_delay: float = Field(
-        1.0, gt=0, description="seconds before the first retry, doubled for each one, jittered"
+        1.0,
+        gt=0,
+        description="seconds before the first retry, doubled for each further one, with jitter",
     )
     max_retry_after: float = Field(
         30.0,
         ge=0,
-        description="longest Retry-After that is waited for; beyond it there is no retry",
+        description="longest Retry-After to wait for, in seconds; beyond it there is no retry",
     )
-    max_redirects: int = Field(5, ge=0, description="redirects that are followed")
+    max_redirects: int = Field(5, ge=0, description="redirects to follow")
     max_bytes: int = Field(
         32 << 20, ge=1, description="largest body, in bytes, as sent and after decompression"
     )
@@ -59,10 +58,10 @@ class DownloadConfig(Config):
     proxy: ProxyURL | None = Field(
         None,
         repr=False,
-        description="HTTP proxy that all requests go through: http://host:port or https://host:port, "
-        "user:password@ before the host where it wants them (put a password into the --config file: a "
-        "command line is seen by others); it looks names up, so it decides which addresses are reached: "
-        "only private addresses in URLs are still refused; default: none, whatever http_proxy says",
+        description="HTTP proxy for all requests: http://host:port or https://host:port, with "
+        "user:password@ before the host if it requires them (put a password into the --config file: "
+        "others can see a command line); the proxy resolves host names and so decides which addresses "
+        "are reached: only private addresses in URLs are still refused; default: none, http_proxy is ignored",
     )
     respect_optout: bool = Field(
         True, description="honour X-Robots-Tag: noai, noimageai, noindex, noimageindex"
@@ -75,13 +74,13 @@ class DownloadConfig(Config):
     contact: str | None = Field(
         None,
         pattern=_PRINTABLE,
-        description="URL or e-mail address where you can be reached, told to every server that is "
-        "asked: give one before you ask the open web",
+        description="your URL or e-mail address, sent to every server: set it before you fetch from "
+        "the open web",
     )
 
 
-def share_of(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:
-    """What each of `processes` downloaders of a job on `cpus` CPUs may do."""
+def config_per_process(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:
+    """The configuration of each of `processes` downloaders of a job on `cpus` CPUs."""
     total = config.concurrency or int(PER_CPU * cpus)
     return config.model_copy(
         update={

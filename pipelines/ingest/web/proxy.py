@@ -1,13 +1,13 @@
-"""The HTTP proxy that requests go through where `download.proxy` names one.
+"""The HTTP proxy of `download.proxy`.
 
     http://…   GET http://host/path HTTP/1.1     to the proxy, which answers
     https://…  CONNECT host:443 HTTP/1.1         to the proxy; TLS with the host through the tunnel
 
-The proxy looks names up, so it decides which addresses are reached. The one check that is left to
-us is on hosts that are private as they are written (`refuse_private`).
+The proxy resolves host names, so it decides which addresses are reached. The client only refuses
+URLs whose host is written as a private one (`refuse_private`).
 
-A proxy that does not answer, or wants a password, says nothing about a URL. So it is checked before
-the first request (`check_proxy`), and waited for when it fails later (`Outage`).
+A proxy that does not answer, or requires a password, says nothing about a URL. So it is checked
+before the first request (`check_proxy`), and requests wait while it fails later (`Outage`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pydantic import BeforeValidator, PlainSerializer
 from yarl import URL
 
 from pipelines.ingest.web.addresses import BlockedAddressError, is_private_name
-from pipelines.ingest.web.answers import DownloadError, http_class
+from pipelines.ingest.web.failures import DownloadError, http_class
 from pipelines.ingest.web.hosts import host_name
 from vlv_model.errors import RunError, one_line
 
-WANTS_PASSWORD = 407
-PATIENCE_SECONDS = 60.0
-"""How long a proxy that fails is waited for before the job ends."""
+AUTH_REQUIRED = 407
+MAX_OUTAGE_SECONDS = 60.0
+"""How long the proxy may fail before the job ends."""
 SILENCE_SECONDS = 30.0
-"""After so long without any answer a time-out may be the proxy's."""
-LOOK_SECONDS = 1.0
-"""Between two requests that look whether it is back."""
-CHECKED = "http://proxy-check.invalid/"
-"""Of a name that no resolver knows (RFC 6761): every proxy answers for it, and no server is asked."""
+"""After this time without any answer, a time-out may be the proxy's fault."""
+PROBE_SECONDS = 1.0
+"""Time between two requests that probe a failing proxy."""
+PROBE_URL = "http://proxy-check.invalid/"
+"""No resolver knows this name (RFC 6761): the proxy itself answers, and no server is reached."""
 _EXPECTED = (
     "expected http://host:port or https://host:port, with user:password@ before the host where the "
     "proxy wants them (signs such as @ : / # in them percent-encoded)"
@@ -45,14 +45,14 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy without its secrets, and the header that holds them."""
+    """A proxy's address, and its credentials apart from it."""
 
-    url: URL  # scheme, host and port alone: it may be in a message
+    url: URL  # scheme, host and port only, as it may be in a message
     authorization: str | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Proxy:
-        """ValueError, which quotes nothing of it, for a text that is no proxy's URL."""
+        """Parse a proxy's URL. Raises ValueError, without the text, which may contain a password."""
         try:
             url = URL(text)
             host, port = url.raw_host, url.explicit_port
@@ -73,69 +73,72 @@ class Proxy:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the proxy alone is to read."""
+        """Headers for the proxy only."""
         return {"Proxy-Authorization": self.authorization} if self.authorization else {}
 
     def __str__(self) -> str:
         return f"{self.url.scheme}://{self.url.host_port_subcomponent}"
 
 
-def _checked(value: Any) -> Any:
+def _validate(value: Any) -> Any:
     if not isinstance(value, str):
-        raise ValueError(_EXPECTED)  # pydantic's own line would quote the value
+        raise ValueError(_EXPECTED)  # pydantic's message would quote the value
     Proxy.parse(value)
     return value
 
 
-def _without_secrets(value: str) -> str:
+def _hide_credentials(value: str) -> str:
     proxy = Proxy.parse(value)
     return str(proxy).replace("://", "://***@", 1) if proxy.authorization else str(proxy)
 
 
 ProxyURL = Annotated[
     str,
-    BeforeValidator(_checked),
-    PlainSerializer(_without_secrets, return_type=str, when_used="json"),
+    BeforeValidator(_validate),
+    PlainSerializer(_hide_credentials, return_type=str, when_used="json"),
 ]
-"""A setting that is shown, printed and stored without user and password."""
+"""A setting that is printed and stored without user and password."""
 
 
 class ProxyError(DownloadError):
-    """The proxy itself cannot be used: it does not answer, or it wants another password."""
+    """The proxy itself cannot be used: it does not answer, or it requires another password."""
 
     def __init__(self, message: str) -> None:
         super().__init__("proxy", message)
 
 
-def wants_password(proxy: Proxy) -> ProxyError:
-    """The error for a 407."""
-    given = "another user or password than" if proxy.authorization else "a user and password in"
-    return ProxyError(f"HTTP {WANTS_PASSWORD}: it wants {given} download.proxy")
+def auth_error(proxy: Proxy) -> ProxyError:
+    """The error for a status 407."""
+    wanted = "another user or password than" if proxy.authorization else "a user and password in"
+    return ProxyError(f"HTTP {AUTH_REQUIRED}: it wants {wanted} download.proxy")
 
 
 def check_tunnel(proxy: Proxy, status: int, reason: str) -> None:
-    """Raise for an answer to CONNECT that opens no tunnel, with the class that its status has of a server."""
-    if status == WANTS_PASSWORD:
-        raise wants_password(proxy)
+    """Raise DownloadError if a response to CONNECT opens no tunnel.
+
+    Its class is that of the same status from a server; status 407 raises ProxyError.
+    """
+    if status == AUTH_REQUIRED:
+        raise auth_error(proxy)
     if not 200 <= status < 300:
-        what = f"the proxy's answer to CONNECT: HTTP {status} {reason}".rstrip()
-        raise DownloadError(http_class(status), what)
+        message = f"the proxy's answer to CONNECT: HTTP {status} {reason}".rstrip()
+        raise DownloadError(http_class(status), message)
 
 
 def refuse_private(target: URL) -> None:
-    """Raise for a host that is private as it is written; what other names lead to, the proxy decides."""
+    """Raise BlockedAddressError if the host of a URL is written as a private address or name."""
     host = host_name(target)
     if is_private_name(host):
         raise BlockedAddressError(f"blocked address {host}")
 
 
 def check_proxy(proxy: Proxy, seconds: float) -> None:
-    """Raise RunError for a proxy that does not answer within `seconds`, or wants a password."""
-    secure = proxy.url.scheme == "https"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = kind(proxy.url.raw_host or "", proxy.url.port, timeout=seconds)
+    """Raise RunError if a proxy does not answer within `seconds`, or requires a password."""
+    is_https = proxy.url.scheme == "https"
+    connect = http.client.HTTPSConnection if is_https else http.client.HTTPConnection
+    connection = connect(proxy.url.raw_host or "", proxy.url.port, timeout=seconds)
     try:
-        connection.request("GET", CHECKED, headers=proxy.headers)
+        connection.request("GET", PROBE_URL, headers=proxy.headers)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise RunError(
@@ -144,64 +147,65 @@ def check_proxy(proxy: Proxy, seconds: float) -> None:
         ) from None
     finally:
         connection.close()
-    if status == WANTS_PASSWORD:
-        raise RunError(f"download.proxy: {proxy}: {wants_password(proxy)}")
+    if status == AUTH_REQUIRED:
+        raise RunError(f"download.proxy: {proxy}: {auth_error(proxy)}")
 
 
 class Outage:
-    """Has the URLs of one event loop wait while the proxy fails, and ends the job when it stays so."""
+    """Makes the requests of one event loop wait while the proxy fails; ends the job if it keeps failing."""
 
     def __init__(
         self,
         proxy: Proxy,
-        patience_seconds: float = PATIENCE_SECONDS,
-        look_seconds: float = LOOK_SECONDS,
+        max_seconds: float = MAX_OUTAGE_SECONDS,
+        probe_seconds: float = PROBE_SECONDS,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self.proxy = proxy
-        self.patience_seconds, self.look_seconds = patience_seconds, look_seconds
+        self.max_seconds, self.probe_seconds = max_seconds, probe_seconds
         self.silence_seconds = silence_seconds
-        self.answered = time.monotonic()  # when an answer came through last
-        self.began: float | None = None  # it has failed since then, for all
-        self._looks = asyncio.Lock()
+        self.answered_at = time.monotonic()  # the last answer to any request
+        self.began_at: float | None = None  # all requests have failed since then
+        self._probe = asyncio.Lock()
 
-    def over(self) -> None:
-        """An answer came through."""
-        self.answered, self.began = time.monotonic(), None
+    def end(self) -> None:
+        """Note that an answer came through the proxy."""
+        self.answered_at, self.began_at = time.monotonic(), None
 
     async def judge(
         self, failure: DownloadError, proxy_status: Callable[[], Awaitable[int | None]]
     ) -> DownloadError:
-        """`failure`, which is a time-out, or a ProxyError in its place where the proxy answers nobody."""
+        """The time-out `failure`, or a ProxyError if the proxy does not answer at all."""
         if not self._is_silent():
             return failure
-        async with self._looks:
+        async with self._probe:
             if not self._is_silent():
                 return failure
             if await proxy_status() is None:
                 return ProxyError(f"{self.proxy}: no answer in time")
-            self.over()
+            self.end()
             return failure
 
     def _is_silent(self) -> bool:
-        return time.monotonic() - self.answered >= self.silence_seconds
+        return time.monotonic() - self.answered_at >= self.silence_seconds
 
     async def wait(self, failure: DownloadError, since: float) -> bool:
-        """Wait for the next request; False for a URL that has failed so `since` long ago.
+        """Wait before the next attempt of a URL that has failed this way `since` a time.
 
-        Others came through meanwhile, so it may be its own fault. Raises RunError where none did.
+        False if it failed for too long while other URLs got answers: it may be its own fault. Raises
+        RunError if no URL got an answer.
         """
         now = time.monotonic()
-        if self.began is None:
-            self.began = now
-        if now - self.began >= self.patience_seconds:
+        if self.began_at is None:
+            self.began_at = now
+        if now - self.began_at >= self.max_seconds:
             raise RunError(
-                f"download.proxy: {self.proxy} has failed for {self.patience_seconds:g} seconds "
+                f"download.proxy: {self.proxy} has failed for {self.max_seconds:g} seconds "
                 f"({failure}): the same command continues when it answers again"
             )
-        if now - since >= self.patience_seconds:
+        if now - since >= self.max_seconds:
             return False
-        async with self._looks:  # one URL at a time looks whether it is back
-            if self.began is not None:
-                await asyncio.sleep(self.look_seconds)
+        async with self._probe:  # one URL at a time probes the proxy
+            if self.began_at is not None:
+                await asyncio.sleep(self.probe_seconds)
         return True

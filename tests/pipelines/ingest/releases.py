@@ -57,7 +57,7 @@ SCORES = {"similarity": 0.25, "pwatermark": 0.125, "punsafe": 0.0625, "aesthetic
 SIZE = {"width": 640.0, "height": 480.0}
 
 OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # By release: the kind of its files, a made-up row, and what is read of it beside url and text.
+    # By release: the format of its files, an invented row, and the values read from it besides url and text.
     "Re-LAION": (
         "parquet",
         {"URL": _url(0), "TEXT": "A boat", "WIDTH": 640, "HEIGHT": 480, **SCORES}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from pipelines.ingest.web.answers import FAILURE_CLASSES
 from pipelines.ingest.web.download import Downloader, Fetched
+from pipelines.ingest.web.failures import FAILURE_CLASSES
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
 QUICK: dict[str, Any] = {"allow_private": True, "retry_delay": 0.01, "read_timeout": 0.3}
@@ -84,7 +84,7 @@ def fetch_all(downloader: Downloader, *urls: str) -> list[Fetched]:
     async def itself(fetched: Fetched) -> Fetched:
         return fetched
 
-    return downloader.each(urls, itself)
+    return downloader.map_urls(urls, itself)
 
 
 def statuses(downloader: Downloader, *urls: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The decoder's own process: what a file does to it costs that file a row, and nothing else."""
+"""The decoder's child process: a file that crashes or hangs it costs one row, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def pid_of(decoder: Decoder) -> int:
     return decoder._child.pid
 
 
-def test_rows_are_those_of_the_same_code_in_this_process(decoder: Decoder) -> None:
+def test_rows_equal_those_decoded_in_this_process(decoder: Decoder) -> None:
     for data in (png(), png(side=10), png()[:60], b"no image", b""):
         assert decoder(data) == image_columns(data, IMAGE, FilterConfig(min_short_side=20))
 
 
 def test_a_decoder_that_is_killed_from_outside_costs_no_row(decoder: Decoder) -> None:
-    """As where memory runs out and the system ends some process."""
+    """Such as by the kernel when memory runs out."""
     assert decoder(png())["status"] == "ok"
     first = pid_of(decoder)
     os.kill(first, signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_a_decoder_that_hangs_costs_one_row(decoder: Decoder) -> None:
     assert decoder(png())["status"] == "ok"
 
 
-def test_a_slow_start_is_not_on_the_time_of_a_file(
+def test_a_slow_start_does_not_count_for_the_time_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(2)")
@@ -94,14 +94,14 @@ def test_a_slow_start_is_not_on_the_time_of_a_file(
     decoder.close()
 
 
-def test_the_decoder_may_not_fill_the_memory(decoder: Decoder) -> None:
+def test_the_decoder_has_a_memory_limit(decoder: Decoder) -> None:
     decoder(png())
     limits = Path(f"/proc/{pid_of(decoder)}/limits").read_text()
     (line,) = (line for line in limits.splitlines() if line.startswith("Max address space"))
     assert int(line.split()[3]) == (1 << 30) + 32 * IMAGE.max_pixels
 
 
-def test_native_decoders_leave_the_console_alone(
+def test_native_decoders_write_nothing_to_stderr(
     decoder: Decoder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = io.BytesIO()
@@ -112,7 +112,7 @@ def test_native_decoders_leave_the_console_alone(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_decoder_goes_with_the_process_that_it_served(decoder: Decoder) -> None:
+def test_a_decoder_ends_with_its_worker(decoder: Decoder) -> None:
     decoder(png())
     child = pid_of(decoder)
     decoder._pipe.close()  # what the end of a process does

@@ -1,4 +1,4 @@
-"""Copies by content: which one stays depends on the table alone, and is what brute force finds."""
+"""Duplicates by content: the result depends only on the table, and equals brute force."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def statuses(table: Table) -> list[str]:
 
 
 def expected(rows: list[Row], by: str, distance: int) -> list[str]:
-    """By comparing all with all."""
+    """By comparing all pairs."""
     order = [(run, key) for key, (run, *_) in enumerate(rows)]
     counted = [status in (OK, DUPLICATE) for *_, status in rows]
 
@@ -82,14 +82,14 @@ tables = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(tables, st.sampled_from(["none", "exact", "near"]), st.integers(0, 8))
-def test_marks_are_those_of_brute_force_and_stay(
+def test_marks_equal_brute_force_and_are_stable(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], by: str, distance: int
 ) -> None:
     folder = tmp_path_factory.mktemp("table")
     table = table_of(folder / "t", rows)
     config = build(DuplicateConfig, {"by": by, "distance": distance})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "_COMPARED", 4)
+        patch.setattr(duplicates, "_BLOCK", 4)
         changed = mark_duplicates(InProcess(), table, config, 2, folder / "copies")
         again = mark_duplicates(InProcess(), table, config, 3, folder / "copies")
     wanted = expected(rows, by, distance)
@@ -97,7 +97,7 @@ def test_marks_are_those_of_brute_force_and_stay(
         wanted = [OK if status == DUPLICATE else status for *_, status in rows]
     assert statuses(table) == wanted
     assert changed == sum(a != b for a, b in zip(wanted, [row[3] for row in rows], strict=True))
-    assert again == 0  # and not a part is written anew
+    assert again == 0  # and no part is rewritten
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -118,7 +118,7 @@ def test_on_a_cluster_with_many_buckets(tmp_path: Path) -> None:
     assert 0 < len(copies) <= len(table.commits())
 
 
-def test_pictures_of_one_colour_are_no_copies_of_one_another(tmp_path: Path) -> None:
+def test_images_of_one_colour_are_not_near_duplicates(tmp_path: Path) -> None:
     table = table_of(tmp_path / "t", [(1, 1, 0, OK), (1, 2, 0, OK)])
     read = _read_hashes(pa.table({"chunk": [0]}), table)
     assert read["phash"].to_pylist() == [0, 0]
@@ -127,7 +127,7 @@ def test_pictures_of_one_colour_are_no_copies_of_one_another(tmp_path: Path) -> 
     )
 
 
-def test_marks_leave_the_pictures_where_they_are_and_mend_a_commit(tmp_path: Path) -> None:
+def test_marks_do_not_rewrite_images_and_repair_a_commit(tmp_path: Path) -> None:
     table = Table(tmp_path / "t")
     noise = np.random.default_rng(0)
     table.create("image", {}, 1)

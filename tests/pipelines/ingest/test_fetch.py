@@ -1,4 +1,4 @@
-"""The actor of ingest: rows of a list in, rows of the image table out, in one process."""
+"""The actor of ingest: from rows of a list to rows of the image table, in one process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def children() -> list[int]:
     return found
 
 
-def test_rows_come_out_one_for_one_in_their_order(tmp_path: Path, fetcher: ImageFetcher) -> None:
+def test_rows_keep_their_number_and_order(tmp_path: Path, fetcher: ImageFetcher) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 6, num_broken=2)
         urls = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
@@ -77,7 +77,7 @@ def test_rows_come_out_one_for_one_in_their_order(tmp_path: Path, fetcher: Image
         ([4], (1, 4)),
         ([7], (1, 7)),
         ([64], (16, 4)),
-        ([2] * 10, (10, 2)),  # none asks for more CPUs than a node has
+        ([2] * 10, (10, 2)),  # none needs more CPUs than a node has
         ([1, 16, 16], (8, 4)),
         ([0, 0, 8], (2, 4)),
     ],
@@ -92,7 +92,7 @@ def test_a_chunk_of_dead_links_needs_no_decoder(fetcher: ImageFetcher) -> None:
     assert not children()
 
 
-def test_decoders_that_are_killed_cost_their_files_a_row_at_most(
+def test_killed_decoders_cost_at_most_their_files_rows(
     tmp_path: Path, fetcher: ImageFetcher
 ) -> None:
     """Chunks come from several threads, and somebody kills a decoder again and again.

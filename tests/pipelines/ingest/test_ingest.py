@@ -1,4 +1,4 @@
-"""The ingest job on a local Ray: every planned row once, however often it is stopped."""
+"""The ingest job on a local Ray: each planned row once, also after interruptions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_urls(tmp_path: Path, urls: list[str]) -> None:
 
 
 def check_exactly_once(tmp_path: Path) -> pa.Table:
-    """Every URL of the list is one row, in order of the keys, with sound images where ok."""
+    """Checks that each URL is one row, sorted by key, and that `ok` rows have valid images."""
     rows = rows_of(tmp_path)
     listed = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
     assert rows["key"].to_pylist() == sorted(url_key(url) for url in listed)
@@ -74,10 +74,10 @@ def check_exactly_once(tmp_path: Path) -> pa.Table:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
+def test_a_list_becomes_a_table_and_reruns_add_new_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a cluster; what reruns do in every case is in test_reruns.py."""
+    """On a cluster; test_reruns.py has the details of reruns."""
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 40, num_broken=8)
         counts = ingest(config_of(tmp_path, **ON_RAY))
@@ -119,7 +119,7 @@ def test_a_list_becomes_a_table_and_reruns_do_what_is_new(
     assert again.filter(pc.equal(again["run"], 1)).equals(rows)
 
 
-def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Path) -> None:
+def test_row_groups_are_small(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 40)
         ingest(config_of(tmp_path, rows_per_chunk=64))
@@ -129,7 +129,7 @@ def test_row_groups_are_small_enough_for_a_reader_of_single_images(tmp_path: Pat
     assert groups == [16, 16, 8]
 
 
-def test_other_readers_see_pictures(tmp_path: Path) -> None:
+def test_other_readers_read_the_images(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     duckdb = pytest.importorskip("duckdb")
     polars = pytest.importorskip("polars")
@@ -163,7 +163,7 @@ def test_other_readers_see_pictures(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None:
+def test_a_stopped_run_continues_with_its_pending_chunks(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 64)
         ingest(config_of(tmp_path))
@@ -183,7 +183,7 @@ def test_a_stopped_run_is_continued_with_what_is_missing(tmp_path: Path) -> None
 
 @pytest.mark.end_to_end
 def test_a_killed_job_is_continued(forked_python: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver in the middle; the same command then finishes."""
+    """After SIGKILL of the driver, the same command finishes."""
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 300, num_broken=8)
         command = [forked_python, "jobs/ingest.py", f"data.input={tmp_path}/metadata.parquet"]
@@ -235,7 +235,7 @@ def test_photographs_are_cropped_to_the_size(
     assert min(rows["original_width"].to_pylist()) > 128
 
 
-def test_image_filters_keep_the_size_and_no_bytes() -> None:
+def test_rows_of_image_filters_keep_the_size_and_no_bytes() -> None:
     file = BytesIO()
     Image.fromarray(np.zeros((40, 100, 3), np.uint8)).save(file, "PNG")
     for limits, found in (
@@ -264,7 +264,7 @@ def test_bad_input_is_refused_before_ray_starts(tmp_path: Path) -> None:
     assert not Table(tmp_path / "out").check_same_run("image", {})
 
 
-def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
+def test_the_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     with serve(tmp_path) as web:
         write_world(tmp_path, web.base_url, 2)
         ingest(config_of(tmp_path))
@@ -272,7 +272,7 @@ def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
             ingest(config_of(tmp_path, image={"size": 32, "format": "png"}))
 
 
-def test_dropped_rows_are_noted_in_the_table(tmp_path: Path, web_of_two: Web) -> None:
+def test_dropped_rows_are_counted_in_the_table(tmp_path: Path, web_of_two: Web) -> None:
     urls = [web_of_two.url(f"{i}.png") for i in (0, 1, 1)]
     columns = {"URL": [*urls, None], "aesthetic": [6.0, 7.0, 7.0, 9.0]}
     pq.write_table(pa.table(columns), tmp_path / "metadata.parquet")

@@ -1,4 +1,4 @@
-"""Rows that a Parquet list's statistics rule out are counted, not read."""
+"""Rows that cannot pass by a Parquet list's statistics are counted, not read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(file: Path, rows: list[dict[str, Any]], group: int) -> Path:
 
 
 def plan_of(file: Path, **filters: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What planning counts, and the rows that are left."""
+    """The counts of planning, and the rows that pass."""
     plan = Plan()
     try:
         rows = [
@@ -58,12 +58,12 @@ def columns_of(file: Path, **filters: Any) -> list[list[str]]:
     return [batch.column_names for batch in read_batches(file, {}, FilterConfig(**filters))]
 
 
-def test_only_our_columns_are_read(tmp_path: Path) -> None:
+def test_only_needed_columns_are_read(tmp_path: Path) -> None:
     (names,) = columns_of(write(tmp_path / "l.parquet", [row(1, 6.0)], 9))
     assert names == ["url", "alt_text", "width", "height", "pwatermark", "aesthetic"]
 
 
-def test_addresses_of_row_groups_that_cannot_pass_are_not_read(tmp_path: Path) -> None:
+def test_urls_of_row_groups_that_cannot_pass_are_not_read(tmp_path: Path) -> None:
     rows = [row(i, 8 - i / 4) for i in range(40)]  # 13 of them pass, those of two row groups
     file = write(tmp_path / "l.parquet", rows, 8)
     whole = plan_of(file, min_aesthetic=5)
@@ -84,14 +84,14 @@ def test_addresses_of_row_groups_that_cannot_pass_are_not_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("url", [None, "", " ", "\u3000"])
-def test_a_row_without_url_has_its_row_group_read(tmp_path: Path, url: str | None) -> None:
+def test_row_groups_with_a_missing_url_are_read(tmp_path: Path, url: str | None) -> None:
     file = write(tmp_path / "l.parquet", [row(0, 6.0), row(1, 2.0), {**row(2, 2.0), "URL": url}], 1)
     names = columns_of(file, min_aesthetic=5)
     assert ["url" in found for found in names] == [True, False, True]
     assert plan_of(file, min_aesthetic=5)[0]["dropped"] == {"filtered:aesthetic": 1, "no_url": 1}
 
 
-def test_a_value_that_is_rounded_up_to_the_limit_passes(tmp_path: Path) -> None:
+def test_a_value_rounded_up_to_the_limit_passes(tmp_path: Path) -> None:
     # Scores are float32 with us, and the file's float64 is judged as what it becomes.
     file = write(tmp_path / "l.parquet", [row(0, float(np.nextafter(5.0, 0.0)))], 1)
     assert plan_of(file, min_aesthetic=5)[0]["listed"] == 1
@@ -116,7 +116,7 @@ found_rows = st.fixed_dictionaries(
     st.sets(st.sampled_from(["aesthetic", "pwatermark", "short_side"])),
     st.booleans(),
 )
-def test_the_counts_are_those_of_reading_everything(
+def test_the_counts_equal_those_of_reading_all(
     tmp_path_factory: Any, rows: list[dict[str, Any]], optional: set[str], by_score: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("lists")

@@ -1,4 +1,4 @@
-"""The report of an image table: all statuses with samples, runs, dead links; made anew, not added to."""
+"""The report of an image table: statuses with samples, runs, dead links; written again by each run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def row(key: int, state: str, image: bytes | None = None, **more: Any) -> dict[s
 
 @pytest.fixture
 def table(tmp_path: Path) -> Table:
-    """40 parts with kept, marked and failed rows; a finished run."""
+    """40 parts with ok, marked and failed rows; a finished run."""
     table = Table(tmp_path / "out")
     run = next_run(table)
     run.begin({}, list(range(40)), fetched=240, marked=40, dropped={"filtered:punsafe": 17})
@@ -64,7 +64,7 @@ def words_of(table: Table) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", page.partition("</style>")[2])).split())
 
 
-def test_every_status_is_shown_with_samples_of_many_parts(table: Table) -> None:
+def test_every_status_has_samples_from_many_parts(table: Table) -> None:
     write_report(table)
     page, words = (table.folder / REPORT).read_text(), words_of(table)
     assert page.count("data:image/png") == 12 + 6  # kept, and those that a filter ruled out later
@@ -100,8 +100,8 @@ def test_a_table_of_one_part_has_its_samples(tmp_path: Path) -> None:
     assert "not readable" in words_of(table)
 
 
-def test_the_speed_is_that_of_the_time_that_was_worked(table: Table) -> None:
-    """Not of the days between a kill and its continuation."""
+def test_the_speed_is_for_the_time_of_work(table: Table) -> None:
+    """Not for the time between a kill and the continuation."""
     noted = table.folder / "_runs/0001/throughput.jsonl"
     noted.write_text(
         '{"seconds": 30.0, "rows": 90, "ok": 5}\n{"seconds": 60.0, "rows": 180, "ok": 9}\n'
@@ -111,7 +111,7 @@ def test_the_speed_is_that_of_the_time_that_was_worked(table: Table) -> None:
     assert "over 1 min 00 s of work" in words_of(table).replace("\u00a0", " ")
 
 
-def test_a_run_that_is_not_finished_leaves_no_page(table: Table) -> None:
+def test_an_unfinished_run_has_no_page(table: Table) -> None:
     write_report(table)
     next_run(table).begin({}, [0], fetched=1, marked=0, dropped={})
     write_report(table)

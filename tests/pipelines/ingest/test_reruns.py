@@ -1,4 +1,4 @@
-"""Reruns of an ingest do what is missing, and nothing else."""
+"""Reruns of an ingest do only what is missing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(tmp_path: Path, urls: list[str], scores: list[float] | None = None, **mo
 
 
 def rows_of(tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """The table's rows by URL; checks that each is there once and that ranges do not overlap."""
+    """The table's rows by URL; checks that each occurs once and that key ranges do not overlap."""
     tables = [pq.read_table(file) for file in parquet_files(str(tmp_path / "out"))]
     # Whoever knows nothing of us and takes all Parquet files of the folder has the same.
     assert sum(t.num_rows for t in tables) == pq.read_table(Table(tmp_path / "out").parts).num_rows
@@ -81,7 +81,7 @@ def asked_by(web: Web, action: Any) -> tuple[Any, int]:
     return result, sum(web.requests.values()) - before
 
 
-def test_new_rows_of_a_list_are_fetched_and_no_others(tmp_path: Path, web: Web) -> None:
+def test_only_new_rows_of_a_list_are_fetched(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(40)]
     run(tmp_path, urls[:25])
     first = rows_of(tmp_path)
@@ -99,7 +99,7 @@ def test_new_rows_of_a_list_are_fetched_and_no_others(tmp_path: Path, web: Web) 
     assert asked == 0
 
 
-def test_only_the_classes_that_are_named_are_tried_again(tmp_path: Path, web: Web) -> None:
+def test_only_the_named_classes_are_retried(tmp_path: Path, web: Web) -> None:
     urls = [web.url(name) for name in ("0.png", "1.png", "late.png", "text.png")]
     (tmp_path / "web" / "text.png").write_bytes(b"just words, and no picture at all " * 9)
     assert run(tmp_path, urls) == {"ok": 2, "decode:not_an_image": 1, "download:http_404": 1}
@@ -117,7 +117,7 @@ def test_only_the_classes_that_are_named_are_tried_again(tmp_path: Path, web: We
         run(tmp_path, urls, retry=["http_408"])
 
 
-def test_changed_filters_mark_what_they_rule_out_and_take_it_back(tmp_path: Path, web: Web) -> None:
+def test_changed_filters_mark_rows_and_undo_marks(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(20)]
     scores = [float(i) for i in range(20)]
     assert run(tmp_path, urls, scores, filter={"min_aesthetic": 5}) == {"ok": 15}
@@ -139,9 +139,7 @@ def test_changed_filters_mark_what_they_rule_out_and_take_it_back(tmp_path: Path
     assert (counts, asked) == ({"ok": 20}, 3)
 
 
-def test_marks_and_scores_leave_the_pictures_of_a_part_where_they_are(
-    tmp_path: Path, web: Web
-) -> None:
+def test_marks_and_scores_do_not_rewrite_images(tmp_path: Path, web: Web) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (8, 100, 100, 3), np.uint8)
     for i in range(8):
         Image.fromarray(noise[i]).save(tmp_path / "web" / f"{i}.png")
@@ -159,7 +157,7 @@ def test_marks_and_scores_leave_the_pictures_of_a_part_where_they_are(
     assert [rows[url]["status"] for url in urls[4:]] == [OK, *["filtered:aesthetic"] * 3]
 
 
-def test_a_killed_rerun_goes_on_where_it_was(
+def test_a_killed_rerun_continues(
     tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     urls = [web.url(f"{i}.png") for i in range(40)]
@@ -182,7 +180,7 @@ def test_a_killed_rerun_goes_on_where_it_was(
     assert not second.plan_folder.exists()
 
 
-def test_an_unfinished_table_may_go_on_with_another_list(tmp_path: Path, web: Web) -> None:
+def test_an_unfinished_table_accepts_another_list(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(40)]
     run(tmp_path, urls[:24])
     for name in ("000000.json", "000002.json"):
@@ -196,9 +194,7 @@ def test_an_unfinished_table_may_go_on_with_another_list(tmp_path: Path, web: We
     assert set(rows_of(tmp_path)) == set(urls)
 
 
-def test_new_scores_and_texts_of_known_urls_are_taken_without_a_download(
-    tmp_path: Path, web: Web
-) -> None:
+def test_new_scores_and_texts_of_known_urls_need_no_download(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(9)] + [web.url("gone.png")]
     run(tmp_path, urls)
     first = rows_of(tmp_path)
@@ -213,7 +209,7 @@ def test_new_scores_and_texts_of_known_urls_are_taken_without_a_download(
         state = "filtered:aesthetic" if url in low else first[url]["status"]
         score = 4.0 if url in low else 6.0
         assert row == {**first[url], "aesthetic": score, "status": state}
-    # What a list does not say stays, and what it says wins, whatever it says beside it.
+    # Values that the list lacks are kept; its values replace those of the table.
     table = {"url": urls[:4], "TEXT": ["a", "b", "c", None], "aesthetic": [None, 7.0, 3.0, None]}
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
@@ -234,7 +230,7 @@ def test_new_scores_and_texts_of_known_urls_are_taken_without_a_download(
     assert [commit.run for commit in Table(tmp_path / "out").commits()] == written
 
 
-def test_a_list_of_which_no_row_passes_marks_what_it_names(tmp_path: Path, web: Web) -> None:
+def test_a_list_without_a_passing_row_marks_its_rows(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(4)]
     run(tmp_path, urls, [6.0] * 4, filter={"min_aesthetic": 5})
     again = [urls[0], urls[1], web.url("9.png")]
@@ -253,9 +249,7 @@ def test_a_list_of_which_no_row_passes_marks_what_it_names(tmp_path: Path, web: 
         run(tmp_path, [web.url("9.png")], [3.0], filter={"min_aesthetic": 5})
 
 
-def test_a_rescored_copy_and_a_row_that_is_fetched_again_have_the_new_scores(
-    tmp_path: Path, web: Web
-) -> None:
+def test_a_duplicate_and_a_retried_row_get_the_new_scores(tmp_path: Path, web: Web) -> None:
     (tmp_path / "web/copy.png").write_bytes((tmp_path / "web/0.png").read_bytes())
     urls = [web.url(name) for name in ("0.png", "copy.png", "late.png")]
     assert run(tmp_path, urls, [6.0] * 3) == {"ok": 1, "download:http_404": 1, "duplicate": 1}
@@ -266,7 +260,7 @@ def test_a_rescored_copy_and_a_row_that_is_fetched_again_have_the_new_scores(
     assert sorted(row["status"] for row in rows.values()) == ["duplicate", "ok", "ok"]
 
 
-def test_known_keys_are_never_missed(tmp_path: Path) -> None:
+def test_known_keys_have_no_false_negatives(tmp_path: Path) -> None:
     keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 20_000)
     table = Table(tmp_path / "t")
     table.create("image", {}, 1)
@@ -276,8 +270,8 @@ def test_known_keys_are_never_missed(tmp_path: Path) -> None:
     assert known.may_have(keys[9000:]).mean() < 0.001
 
 
-def test_two_keys_of_one_address_are_copies(tmp_path: Path, web: Web) -> None:
-    """Also where the server gives each of them other bytes; the list's first run decides."""
+def test_two_keys_of_one_address_are_duplicates(tmp_path: Path, web: Web) -> None:
+    """Also if the server sends different bytes; the row of the first run stays."""
     for i, name in enumerate(("~a.png", "b c.png")):
         Image.new("RGB", (30, 30), (i, 99, 0)).save(tmp_path / "web" / name)
     first = [f"{web.base_url}/{path}" for path in ("%7ea.png", "b c.png", "1.png")]
@@ -299,7 +293,7 @@ def test_a_row_keeps_the_key_of_its_url(tmp_path: Path, web: Web) -> None:
         assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (30, 30)
 
 
-def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: Web) -> None:
+def test_a_duplicate_replaces_a_filtered_row(tmp_path: Path, web: Web) -> None:
     first, other, late = (web.url(name) for name in ("1.png", "2.png", "copy.png"))
     (tmp_path / "web" / "copy.png").write_bytes((tmp_path / "web" / "1.png").read_bytes())
     run(tmp_path, [first, other], [7.0, 9.0])
@@ -317,17 +311,17 @@ def test_a_copy_takes_the_place_of_one_that_is_ruled_out(tmp_path: Path, web: We
     assert (counts, asked) == ({"ok": 3}, 0)
 
 
-def test_a_list_that_a_table_was_not_cut_for_is_refused(tmp_path: Path, web: Web) -> None:
+def test_a_list_too_long_for_the_tables_chunks_is_refused(tmp_path: Path, web: Web) -> None:
     run(tmp_path, [web.url("0.png")])
     urls = [web.url(f"{i}.png") for i in range(1100)]
-    with pytest.raises(DataError, match=r"would now hold 1,100 rows \(usual: 34\): choose another"):
+    with pytest.raises(DataError, match=r"would now have 1,100 rows \(usual: 34\): choose another"):
         run(tmp_path, urls, rows_per_chunk=None)
     counts, _ = asked_by(web, lambda: run(tmp_path, urls[:40]))
     assert counts == {"ok": 40}
 
 
 def make_older(tmp_path: Path, without: list[str], setting: str = "") -> None:
-    """Take from a table what an earlier version did not write."""
+    """Remove from a table what an earlier version did not write."""
     table = Table(tmp_path / "out")
     about = table.describe()
     about["identity"].pop(setting, None)
@@ -345,7 +339,7 @@ def make_older(tmp_path: Path, without: list[str], setting: str = "") -> None:
         (["license", "source", "run"], "image.reencode", "earlier version, without the setting"),
     ],
 )
-def test_a_table_of_an_earlier_version_is_refused_and_still_read(
+def test_a_table_of_an_earlier_version_is_refused_and_readable(
     tmp_path: Path, web: Web, without: list[str], setting: str, message: str
 ) -> None:
     urls = [web.url(f"{i}.png") for i in range(3)]
@@ -364,7 +358,7 @@ def test_a_table_of_an_earlier_version_is_refused_and_still_read(
     assert len(RowIndex.open(parquet_files(out))) == 2
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+def test_a_dry_run_prints_the_plan_and_changes_nothing(
     tmp_path: Path, web: Web, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     urls = [web.url(f"{i}.png") for i in range(20)]
@@ -373,27 +367,27 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     words = [f"data.input={tmp_path}/list.parquet", f"data.output={tmp_path}/out", "--dry-run"]
     words += ["download.allow_private=true", "image.size=32", "image.format=png"]
 
-    def told(*more: str) -> str:
+    def printed(*more: str) -> str:
         monkeypatch.setattr("sys.argv", ["ingest.py", *words, *more])
         assert main(IngestConfig, jobs.ingest.run, "") == 0
         return " ".join(capsys.readouterr().out.split())
 
-    first, asked = asked_by(web, lambda: told("filter.min_aesthetic=15"))
+    first, asked = asked_by(web, lambda: printed("filter.min_aesthetic=15"))
     assert asked == 0
     assert not (tmp_path / "out").exists()
-    for words_of_it in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
-        assert words_of_it in first
+    for line in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
+        assert line in first
     assert "assumed" in first
     run(tmp_path, urls, scores, filter={"min_aesthetic": 5})
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    again = told("filter.min_aesthetic=12", "retry=timeout,http_404")
+    again = printed("filter.min_aesthetic=12", "retry=timeout,http_404")
     assert "to be fetched 0 " in again
-    assert "to be marked anew 7 " in again
-    assert "measured here" in told()  # the size of an image, by the table's own parts
+    assert "to be marked 7 " in again
+    assert "measured here" in printed()  # the size of an image, by the table's own parts
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files
 
 
-def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, web: Web) -> None:
+def test_a_run_writes_its_throughput_and_link_rot(tmp_path: Path, web: Web) -> None:
     urls = [web.url(f"{i}.png") for i in range(3)] + [web.url("gone.png"), "http://dead.invalid/x"]
     run(tmp_path, urls)
     folder = tmp_path / "out/_runs/0001"
@@ -410,7 +404,7 @@ def test_a_run_tells_its_throughput_and_where_links_have_rotted(tmp_path: Path, 
 
 
 def test_few_parts_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many chunks in work that each get a row or two, most wait to be written."""
+    """Of many chunks in flight with a row or two each, most wait to be written."""
     writing = threading.Semaphore(2)
 
     def write(*part: Any, **options: Any) -> None:

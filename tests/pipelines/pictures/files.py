@@ -1,4 +1,4 @@
-"""Made pictures, encoded and stored, for the tests of decoding and encoding."""
+"""Generated pictures, encoded and stored, for the tests of decoding and encoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.pictures.decode import Opened, Stored
+from pipelines.pictures.decode import ImageFile, Stored
 from pipelines.pictures.encode import ImageConfig
 
 LOSSLESS = ImageConfig(resize="no", format="png", reencode="always")
@@ -29,7 +29,7 @@ def photo(width: int = 120, height: int = 80) -> Image.Image:
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise of all octaves, the coarser the stronger, as the spectrum of photographs has it."""
+    """Noise of all octaves, the coarser the stronger, like the spectrum of photographs."""
     rng = np.random.default_rng(seed)
     picture = np.full((height, width, 3), 128.0)
     for octave in range(1, max(width, height).bit_length()):  # to cells of about a pixel
@@ -40,11 +40,11 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def store(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> Stored:
-    return Opened(data, config.max_pixels, **how).store(config)
+    return ImageFile(data, config.max_pixels, **how).store(config)
 
 
 def pixels(data: bytes, config: ImageConfig = LOSSLESS, **how: Any) -> np.ndarray:
-    """The stored picture as [h w 3]; fails where it is not the sound RGB it says it is."""
+    """The stored picture as [h w 3]; fails if it is not RGB of the stored size."""
     stored = store(data, config, **how)
     image = Image.open(io.BytesIO(stored.data))
     assert image.mode == "RGB"

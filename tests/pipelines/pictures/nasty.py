@@ -1,4 +1,4 @@
-"""Files as the web has them: odd but whole ones, damaged ones, bombs, and what is no image."""
+"""Files of the web: unusual but complete ones, damaged ones, bombs, and files that are no images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pipelines.pictures.files import encoded, photo, png, png_chunk
 BROKEN_METADATA = frozenset(
     ["long_text.png", "libpng__empty_ancillary_chunks.png", "pillow__png_decompression_dos.png"]
 )
-"""Whole pictures that Pillow refuses for chunks which no picture needs."""
+"""Complete pictures that Pillow refuses for chunks that no picture needs."""
 ODD_TIFFS = frozenset(
     [
         "image-rs__old-rle.hdr.tiff",
@@ -34,7 +34,7 @@ ODD_AVIFS = frozenset(
         "libavif__supported_gainmap_writer_version_with_extra_bytes.avif",
     ]
 )
-"""Sound pictures of kinds that Pillow does not open, some of them in the folders of broken ones."""
+"""Valid pictures of kinds that Pillow does not open, some in the folders of damaged ones."""
 OPENED = BROKEN_METADATA | ODD_TIFFS | ODD_AVIFS
 FILLED_IN = frozenset(
     [
@@ -43,11 +43,11 @@ FILLED_IN = frozenset(
         "go-fuzz-corpus__d85efb1c1e0913a8c592c69028732a049670563b-2",
     ]
 )
-"""Pictures in pieces, as one sees at once, that Pillow takes for whole."""
+"""Visibly incomplete pictures that Pillow accepts."""
 
 
 def make_nasty(folder: Path) -> dict[Path, str | None]:
-    """Write made files into the folder: {file: "ok" or the class of its failure}."""
+    """Write generated files into the folder: {file: "ok" or its failure class}."""
     found: dict[Path, str | None] = {}
     for outcome, files in MADE.items():
         for name, content in files().items():
@@ -59,7 +59,7 @@ def make_nasty(folder: Path) -> dict[Path, str | None]:
 
 
 def real_nasty(folder: Path) -> dict[Path, str | None]:
-    """Files of decoders' own tests: {file: the class of its failure, where its folder says so}."""
+    """Files of decoders' test suites: {file: its failure class, if its folder gives one}."""
     entries = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert len(entries) == 319
     found: dict[Path, str | None] = {}
@@ -135,7 +135,7 @@ def _damaged() -> dict[str, bytes]:
 
 
 def _too_large() -> dict[str, bytes]:
-    """Headers that promise more than there is memory for."""
+    """Headers that announce more than fits into memory."""
     gif = bytearray(encoded(Image.new("P", (30, 20)), "GIF"))
     gif[6:10] = struct.pack("<2H", 65_535, 65_535)
     bmp = bytearray(encoded(photo(), "BMP"))

@@ -1,4 +1,4 @@
-"""AVIFs as old encoders make them, from a good one whose boxes are changed: the picture stays the same."""
+"""AVIFs of old encoders, made by changing the boxes of a good one: the picture stays the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.pictures.boxes import boxes
-from pipelines.pictures.decode import FAILURE_CLASSES, DecodeError, Opened
+from pipelines.pictures.decode import FAILURE_CLASSES, DecodeError, ImageFile
 from pipelines.pictures.encode import ImageConfig
 from tests.pipelines.pictures.files import LOSSLESS, encoded, photo
 from tests.pipelines.pictures.nasty import ODD_AVIFS
@@ -42,7 +42,7 @@ def joined(contents: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def changed(data: bytes, path: list[bytes], change: Callable[[bytes], bytes]) -> bytes:
-    """The file with another content of the box at a path; offsets of what lies behind it follow."""
+    """The file with another content of the box at a path, and adjusted offsets of the data behind it."""
 
     def within(kind: bytes, content: bytes, path: list[bytes]) -> bytes:
         if not path:
@@ -117,7 +117,7 @@ def pixels_of_size(head: bytes) -> bytes:
 
 
 def another_size() -> bytes:
-    """Twice as wide and high as its pixels."""
+    """Declares twice the width and height of its pixels."""
     sized = struct.pack(">I2I", 0, 192, 128)
 
     def change(content: bytes) -> bytes:
@@ -127,7 +127,7 @@ def another_size() -> bytes:
 
 
 def broken_metadata(kind: bytes) -> bytes:
-    """Exif or XMP that lies beyond the end of the file."""
+    """Exif or XMP beyond the end of the file."""
     data = bytearray(made(exif=Image.Exif().tobytes(), xmp=b"<x/>"))
     names = [part[8:12] for _, part in parts(content_of(data, b"meta", b"iinf")[6:])]
     place = data.index(b"iloc") + 4 + 4 + 2 + 2 + 14 * names.index(kind) + 6
@@ -136,7 +136,7 @@ def broken_metadata(kind: bytes) -> bytes:
 
 
 def short_exif() -> bytes:
-    """Exif of two bytes, which does not even say where it begins."""
+    """Exif of two bytes, without the offset of its start."""
     data = bytearray(made(exif=Image.Exif().tobytes()))
     names = [part[8:12] for _, part in parts(content_of(data, b"meta", b"iinf")[6:])]
     place = data.index(b"iloc") + 4 + 4 + 2 + 2 + 14 * names.index(b"Exif") + 10
@@ -145,7 +145,7 @@ def short_exif() -> bytes:
 
 
 def groups() -> bytes:
-    """A group of items of a kind that decoders do not know well."""
+    """An item group of a kind that decoders do not support."""
     group = struct.pack(">I3I3H", 0, 1, 1, 1, 512, 512, 0) + bytes(6)
     return changed(
         GOOD, [b"meta"], lambda content: content + joined([(b"grpl", joined([(b"pymd", group)]))])
@@ -188,7 +188,7 @@ SOUND: dict[str, tuple[bool, Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_the_picture_of_an_odd_file_is_that_of_the_good_one(name: str) -> None:
+def test_unusual_files_give_the_same_picture(name: str) -> None:
     by_pillow, odd = SOUND[name]
     data = odd()
     try:
@@ -198,45 +198,45 @@ def test_the_picture_of_an_odd_file_is_that_of_the_good_one(name: str) -> None:
         assert not by_pillow
     else:
         assert by_pillow
-    assert (Opened(data).picture() == Opened(GOOD).picture()).all()
+    assert (ImageFile(data).picture() == ImageFile(GOOD).picture()).all()
     half = data.replace(content_of(data, b"mdat"), content_of(data, b"mdat")[:200])
     with pytest.raises(DecodeError) as raised:
-        Opened(half).store(LOSSLESS)
+        ImageFile(half).store(LOSSLESS)
     assert raised.value.kind == "corrupt"
 
 
-def test_pixels_of_another_size_are_scaled() -> None:
-    expected = Image.fromarray(Opened(GOOD).picture()).resize((192, 128))
-    assert np.abs(Opened(another_size()).picture() - np.asarray(expected).astype(int)).mean() < 2
+def test_pixels_are_scaled_to_the_declared_size() -> None:
+    expected = Image.fromarray(ImageFile(GOOD).picture()).resize((192, 128))
+    assert np.abs(ImageFile(another_size()).picture() - np.asarray(expected).astype(int)).mean() < 2
 
 
-def test_what_is_kept_of_an_odd_file_are_its_own_bytes() -> None:
+def test_an_unusual_file_is_kept_byte_for_byte() -> None:
     data = without(b"ispe", (2,))
-    assert Opened(data).store(ImageConfig(resize="no", reencode="never")).data == data
-    assert Opened(data, 96 * 64).width == 96
+    assert ImageFile(data).store(ImageConfig(resize="no", reencode="never")).data == data
+    assert ImageFile(data, 96 * 64).width == 96
     with pytest.raises(DecodeError) as raised:
-        Opened(data, 96 * 64 - 1)
+        ImageFile(data, 96 * 64 - 1)
     assert raised.value.kind == "too_large"
 
 
-def test_what_no_browser_opens_is_refused() -> None:
-    """No size of the picture itself; a brand that says another thing."""
+def test_files_that_no_browser_opens_fail() -> None:
+    """A picture without a size; the brand of another format."""
     for data in (without(b"ispe", (1,)), without(b"av1C"), brands(b"mif1", b"mif1", b"miaf")):
         with pytest.raises(DecodeError) as raised:
-            Opened(data).picture()
+            ImageFile(data).picture()
         assert raised.value.kind in ("corrupt", "unsupported")
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_damaged_boxes_end_in_a_picture_or_a_class(data: st.DataObject) -> None:
+def test_damaged_boxes_give_a_picture_or_a_failure_class(data: st.DataObject) -> None:
     odd = [without(b"ispe", (2,)), brands(b"MA1B", b"mif1", b"avif"), groups()]
     whole = bytearray(data.draw(st.sampled_from(odd)))
     end = whole.index(b"mdat")
     for _ in range(data.draw(st.integers(1, 8))):
         whole[data.draw(st.integers(8, end))] = data.draw(st.integers(0, 255))
     try:
-        found = str(Opened(bytes(whole), 10**6).picture().dtype)
+        found = str(ImageFile(bytes(whole), 10**6).picture().dtype)
     except DecodeError as error:
         found = error.kind
     assert found in ("uint8", *FAILURE_CLASSES)
@@ -244,4 +244,4 @@ def test_damaged_boxes_end_in_a_picture_or_a_class(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", sorted(ODD_AVIFS))
 def test_real_files(name: str, shared_dir: Path) -> None:
-    assert Opened((shared_dir / "nasty/avif_broken" / name).read_bytes()).picture().std() > 10
+    assert ImageFile((shared_dir / "nasty/avif_broken" / name).read_bytes()).picture().std() > 10

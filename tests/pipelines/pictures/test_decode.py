@@ -1,4 +1,4 @@
-"""Every file ends as a sound picture or as a class of failure, in bounded memory."""
+"""Every file gives a complete picture or a failure class, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 from pipelines.pictures.decode import (
     FAILURE_CLASSES,
     DecodeError,
-    Opened,
+    ImageFile,
 )
 from pipelines.pictures.encode import ImageConfig, phash
 from pipelines.pictures.formats import READABLE
@@ -30,7 +30,7 @@ from tests.pipelines.pictures.nasty import FILLED_IN, OPENED
 
 def failure(data: bytes, max_pixels: int = 64_000_000) -> str:
     with pytest.raises(DecodeError) as raised:
-        Opened(data, max_pixels).store(LOSSLESS)
+        ImageFile(data, max_pixels).store(LOSSLESS)
     assert raised.value.kind in FAILURE_CLASSES
     return raised.value.kind
 
@@ -46,7 +46,7 @@ def test_formats_are_decoded(kind: str) -> None:
     assert np.abs(found - np.asarray(photo())).max() <= tolerance
 
 
-def test_alpha_is_laid_on_white() -> None:
+def test_alpha_is_composited_on_white() -> None:
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
     half.putpixel((1, 0), (0, 0, 0, 0))
     found = pixels(encoded(half))
@@ -74,7 +74,7 @@ def test_deep_pixels_become_8_bit(values: np.ndarray, expected: list[int]) -> No
     assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == expected
 
 
-def test_grey_of_other_ranges_than_16_bits() -> None:
+def test_grey_with_other_ranges_than_16_bits() -> None:
     pgm = b"P5 2 1 65535\n" + struct.pack(">2H", 200, 300)  # near to black, not near to white
     assert pixels(pgm)[0, :, 0].tolist() == [0, 1]
     assert pixels(_grey_tiff(12, 1, bytes([0xFF, 0xF8, 0x00])))[0, :, 0].tolist() == [255, 128]
@@ -83,7 +83,7 @@ def test_grey_of_other_ranges_than_16_bits() -> None:
 
 
 def test_a_signed_tiff_does_not_wrap() -> None:
-    """Below zero is black."""
+    """Negative values are black."""
     for bits, kind in ((8, np.int8), (16, np.int16)):
         values = np.array([-100, 100], kind)
         found = pixels(_grey_tiff(bits, 1, values.tobytes(), {339: 2}))[0, :, 0]
@@ -92,7 +92,7 @@ def test_a_signed_tiff_does_not_wrap() -> None:
 
 @pytest.mark.parametrize("full", [255, 65_535])
 def test_a_colour_map_of_8_bits_is_not_black(full: int) -> None:
-    """By the specification it has 16; some write 8."""
+    """The specification has 16 bits; some writers use 8."""
     colours = np.array([[10, 255, 0], [200, 128, 64]])
     colour_map = (colours.T * (full // 255)).astype("<u2").tobytes()
     tiff = _grey_tiff(1, 3, bytes([0b01000000]) + colour_map, {320: 0})
@@ -105,25 +105,23 @@ def test_a_colour_map_of_8_bits_is_not_black(full: int) -> None:
 
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (-10, 4)])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_the_clean_aperture_of_an_avif_is_what_is_seen(
-    right: int, down: int, orientation: int
-) -> None:
+def test_the_clean_aperture_of_an_avif_is_applied(right: int, down: int, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     whole = encoded(photo(120, 80), "AVIF", exif=exif, quality=100)
-    found = Opened(with_aperture(whole, 60, 40, right, down))
+    found = ImageFile(with_aperture(whole, 60, 40, right, down))
     left, top = 30 + right, 20 + down
     expected = np.asarray(photo(120, 80))[top : top + 40, left : left + 60].astype(int)
     if orientation == 6:
         expected = np.rot90(expected, -1)
     assert (found.height, found.width) == expected.shape[:2]
     assert np.abs(found.picture() - expected).max() <= 12
-    beyond = Opened(with_aperture(whole, 60, 40, 500, 0))
+    beyond = ImageFile(with_aperture(whole, 60, 40, 500, 0))
     assert sorted((beyond.width, beyond.height)) == [80, 120]
 
 
 def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -> bytes:
-    """An AVIF of Pillow's with a clean aperture, whose centre is that far from the picture's."""
+    """An AVIF of Pillow's with a clean aperture, whose centre is offset from the picture's."""
     clap = struct.pack(">I4s4I4i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
     made = bytearray(data)
 
@@ -156,11 +154,11 @@ def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -
 
 
 def test_premultiplied_alpha_is_undone() -> None:
-    """Of grey, too, which Pillow converts to nothing else."""
+    """Also of grey, which Pillow cannot convert otherwise."""
     data = bytes([64, 128, 255, 255])  # a grey of 128 at half, white
     tiff = _grey_tiff(8, 1, data, {277: 2, 338: 1}, samples=2)
     assert np.abs(pixels(tiff)[0, :, 0].astype(int) - [191, 255]).max() <= 1
-    assert Opened(tiff).raw().shape == (1, 2, 3)
+    assert ImageFile(tiff).raw().shape == (1, 2, 3)
 
 
 def _grey_tiff(
@@ -199,7 +197,7 @@ def test_icc_profiles_are_converted_and_broken_ones_ignored() -> None:
         assert (pixels(encoded(photo(), icc_profile=profile)) == plain).all()
 
 
-def test_a_profile_of_linear_srgb_is_not_taken_for_srgb() -> None:
+def test_a_linear_srgb_profile_is_not_srgb() -> None:
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     curve = profile.index(b"para")  # of all channels; its name stays "sRGB built-in"
     profile[curve : curve + 12] = b"curv" + bytes(8)
@@ -233,7 +231,7 @@ def red_to_blue() -> Image.Image:
 
 @pytest.mark.parametrize("source", ["made", "shared"])
 def test_icc_profiles_change_colours(source: str, request: pytest.FixtureRequest) -> None:
-    """Display P3 has a larger gamut: its colours in sRGB are not its numbers."""
+    """Display P3 has a larger gamut, so its values differ from those in sRGB."""
     if source == "made":
         data = encoded(red_to_blue(), icc_profile=display_p3())
     else:
@@ -264,11 +262,11 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     turned = upright.transpose(undo[orientation]) if orientation > 1 else upright
     data = encoded(turned, kind, exif=exif)
     assert (pixels(data) == np.asarray(upright)).all()
-    opened = Opened(data, 10**6)
+    opened = ImageFile(data, 10**6)
     assert (opened.width, opened.height) == upright.size
 
 
-def test_first_frames_are_taken() -> None:
+def test_first_frames_are_decoded() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     for kind in ("GIF", "TIFF", "WEBP"):
         lossless = {"lossless": True} if kind == "WEBP" else {}
@@ -279,14 +277,14 @@ def test_first_frames_are_taken() -> None:
 # --------------------------------------------------------------------------------------- failures
 
 
-def test_bombs_are_refused_by_their_header() -> None:
+def test_bombs_fail_by_their_header() -> None:
     assert failure(png((60_000, 60_000, 8, 2), b"")) == "too_large"
     assert failure(png((9_000, 9_000, 8, 2), b"")) == "too_large"
     assert failure(encoded(photo(120, 80)), max_pixels=9_599) == "too_large"
     assert store(encoded(photo(120, 80)), ImageConfig(max_pixels=9_600)).width == 80
 
 
-def test_a_jpeg_of_endless_scans_is_refused() -> None:
+def test_a_jpeg_with_too_many_scans_fails() -> None:
     progressive = encoded(photo(800, 600).convert("L"), "JPEG", progressive=True)[:-2]
     empty_scan = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\x10\0"
     assert store(progressive + empty_scan * 20 + b"\xff\xd9").width == 800
@@ -296,16 +294,16 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     assert store(progressive[:2] + comment + progressive[2:] + b"\xff\xd9" + comment).width == 800
 
 
-def test_the_images_in_an_icon_are_judged_by_their_own_size() -> None:
+def test_the_images_in_an_icon_have_their_own_size() -> None:
     inner = encoded(Image.new("RGBA", (300, 300), "red"))
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
     icon = b"\0\0\1\0\1\0" + entry + inner
     assert pixels(icon).shape == (300, 300, 3)
-    assert Opened(icon, 10**6).width == 300
+    assert ImageFile(icon, 10**6).width == 300
     assert failure(icon, max_pixels=80_000) == "too_large"
 
 
-def test_what_does_not_fit_the_format_is_too_large() -> None:
+def test_a_picture_beyond_the_formats_limit_is_too_large() -> None:
     wide = encoded(Image.new("RGB", (20_000, 1)))
     with pytest.raises(DecodeError, match="20000x1 does not fit into webp") as raised:
         store(wide, ImageConfig(resize="no", format="webp"))
@@ -320,8 +318,8 @@ def test_truncated_files_are_corrupt(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG", "PNG", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_a_download_that_was_never_filled_is_corrupt(kind: str, share: float) -> None:
-    """As many zeros as there are bytes lacking; a WebP's and an AVIF's decoder makes a picture of them."""
+def test_a_download_that_ends_in_zeros_is_corrupt(kind: str, share: float) -> None:
+    """Zeros replace the missing bytes; the decoders of WebP and AVIF accept them."""
     if kind == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
     data = encoded(photograph(600, 400), kind)
@@ -331,12 +329,12 @@ def test_a_download_that_was_never_filled_is_corrupt(kind: str, share: float) ->
 
 
 @pytest.mark.parametrize("tail", [b"\0\0\0\1mdat", b"\0\0\0\1mdat\0\0\0", b"\0\0\0\3mdat"])
-def test_a_box_whose_size_is_cut_off_is_no_traceback(tail: bytes) -> None:
+def test_a_truncated_box_size_is_no_traceback(tail: bytes) -> None:
     head = encoded(photo(), "AVIF")
     assert failure(head[: head.index(b"meta") - 4] + tail) == "corrupt"
 
 
-def test_zeros_between_a_files_parts_are_none_of_its_picture() -> None:
+def test_zeros_between_parts_of_a_file_are_harmless() -> None:
     exif = Image.Exif()
     exif[0x010E] = "\0" * 3000
     for kind in ("WEBP", "AVIF"):
@@ -345,7 +343,7 @@ def test_zeros_between_a_files_parts_are_none_of_its_picture() -> None:
 
 @pytest.mark.parametrize(("kind", "module"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_formats_that_an_extra_opens(
+def test_formats_of_extras(
     kind: str, module: str, orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opener = pytest.importorskip(module, reason="pip install -e '.[dev]'")
@@ -356,24 +354,24 @@ def test_formats_that_an_extra_opens(
     data = encoded(photo(), kind, quality=95, exif=exif.tobytes())
     expected = np.asarray(photo()).astype(int)
     expected = np.rot90(expected, -1) if orientation == 6 else expected
-    found = Opened(data)
+    found = ImageFile(data)
     assert (found.height, found.width) == expected.shape[:2]
     assert np.abs(found.picture() - expected).max() <= 16
     clear = photo().convert("RGBA")
     clear.putalpha(0)
-    assert Opened(encoded(clear, kind)).picture().min() >= 250
+    assert ImageFile(encoded(clear, kind)).picture().min() >= 250
     assert failure(data[: len(data) // 2]) == "corrupt"
     assert failure(data, max_pixels=9_599) == "too_large"
 
     monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
     with pytest.raises(DecodeError, match=rf"pip install 'vlv-ray\[{kind.lower()}\]'") as raised:
-        Opened(data)
+        ImageFile(data)
     assert raised.value.kind == "unsupported"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_half_a_jpeg_with_an_end_is_corrupt(mode: str) -> None:
-    """Decoders fill with grey what did not come, and say no more than a warning."""
+    """Decoders fill missing pixels with grey, and only warn."""
     whole = encoded(photo(300, 200).convert(mode), "JPEG", restart_marker_rows=1)
     assert failure(whole[: len(whole) // 2] + b"\xff\xd9") == "corrupt"
     lost = whole[: whole.index(b"\xff\xd3")] + whole[whole.index(b"\xff\xd5") :]
@@ -381,12 +379,12 @@ def test_half_a_jpeg_with_an_end_is_corrupt(mode: str) -> None:
     store(whole + b"what lies behind the end is no part of it")
 
 
-def test_a_failure_reads_the_same_each_time() -> None:
+def test_error_messages_are_deterministic() -> None:
     for data in (png((4, 1, 7, 2), b""), b"\xff\xd8\xff\xe0", b"II*\0" + bytes(9)):
         with pytest.raises(
             DecodeError, match=r"its header is damaged, or of a kind of [A-Z]+ that"
         ):
-            Opened(data, 10**6)
+            ImageFile(data, 10**6)
 
 
 @pytest.mark.parametrize(
@@ -408,14 +406,14 @@ def test_a_failure_reads_the_same_each_time() -> None:
         (b"RIFF\x10\0\0\0WEBPVP8 ", "corrupt"),
     ],
 )
-def test_classes_of_failure(data: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_classes(data: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # an extra
     assert failure(data) == kind
 
 
 @settings(deadline=None)
 @given(st.data())
-def test_damaged_files_end_in_a_picture_or_a_class(data: Any) -> None:
+def test_damaged_files_give_a_picture_or_a_failure_class(data: Any) -> None:
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
     whole = bytearray(encoded(photo(24, 16), kind))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -431,7 +429,7 @@ def test_damaged_files_end_in_a_picture_or_a_class(data: Any) -> None:
 # ------------------------------------------------------------------------------------------- hash
 
 
-def test_phash_is_of_the_picture_and_not_of_the_file() -> None:
+def test_phash_depends_on_the_picture_not_the_file() -> None:
     rng = np.random.default_rng(1)
     coarse = [Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8)) for _ in range(2)]
     first, second = (image.resize((200, 160), Image.Resampling.BICUBIC) for image in coarse)
@@ -454,12 +452,12 @@ sys.modules |= {"pillow_heif": None, "pillow_jxl": None}  # extras
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
-from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, ImageFile
 from pipelines.pictures.encode import ImageConfig
 
 def found(data):
     try:
-        stored = Opened(data, 64_000_000).store(ImageConfig())
+        stored = ImageFile(data, 64_000_000).store(ImageConfig())
     except DecodeError as error:
         return error.kind
     image = Image.open(io.BytesIO(stored.data))
@@ -490,7 +488,7 @@ def _limit_memory() -> None:
 
 
 def test_nasty_files_in_bounded_memory(nasty_files: dict[Path, str | None]) -> None:
-    """All of them, in a process that dies above 3 GB of address space."""
+    """All files, in a process limited to 3 GB of address space."""
     expected = {str(file): outcome for file, outcome in nasty_files.items()}
     child = subprocess.run(
         [sys.executable, "-c", _IN_A_CHILD],
@@ -515,7 +513,7 @@ def test_nasty_files_in_bounded_memory(nasty_files: dict[Path, str | None]) -> N
 
 
 def test_a_damaged_png_is_not_stored_in_part() -> None:
-    """Reading a PNG's EXIF loads it; that failure must not leave half a picture for a whole one."""
+    """Reading a PNG's EXIF loads it; a failure there must not leave half a picture."""
     data = bytearray(encoded(photo(200, 200)))
     data[len(data) // 2] ^= 0xFF
     assert failure(bytes(data)) == "corrupt"

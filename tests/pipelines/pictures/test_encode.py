@@ -1,4 +1,4 @@
-"""The stored picture: its size, its format, and which files are kept as they came."""
+"""The stored picture: its size, its format, and which files are kept unchanged."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def test_resize_modes(mode: Any, expected: tuple[int, int], kind: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["center_crop", "keep_ratio", "keep_ratio_largest", "border"])
-def test_turning_and_scaled_decoding_change_no_size(mode: Any, orientation: int) -> None:
-    """Sizes are rounded and crops are placed in the upright picture, whole."""
+def test_orientation_and_scaled_decoding_do_not_change_the_size(
+    mode: Any, orientation: int
+) -> None:
+    """Sizes are rounded, and crops placed, in the upright full-size picture."""
     turn = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
     upright = photo(641, 480)
     exif = Image.Exif()
@@ -57,7 +59,7 @@ def test_turning_and_scaled_decoding_change_no_size(mode: Any, orientation: int)
         assert np.abs(found - expected).max() <= tolerance
 
 
-def test_a_border_is_white_whatever_the_profile() -> None:
+def test_a_border_is_white_with_any_profile() -> None:
     srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     yellowish = srgb.replace("sRGB".encode("utf-16-be"), "RGBs".encode("utf-16-be"))  # its name
     entry = yellowish.index(b"bXYZ")
@@ -88,7 +90,7 @@ def test_enlarging_on_request() -> None:
     assert pixels(encoded(photo()), config).shape == (160, 240, 3)
 
 
-def test_enlarging_a_line_is_refused() -> None:
+def test_enlarging_a_line_fails() -> None:
     config = ImageConfig(size=512, enlarge=True)
     assert store(encoded(Image.new("RGB", (1, 1))), config).width == 512
     with pytest.raises(DecodeError, match="1x3000 grows 512 times"):
@@ -102,7 +104,7 @@ def test_extreme_shapes_keep_a_pixel(size: tuple[int, int], mode: Any) -> None:
     assert min(found.shape[:2]) >= 1
 
 
-def test_scaled_jpeg_decoding_shows_the_same_picture() -> None:
+def test_scaled_jpeg_decoding_gives_the_same_picture() -> None:
     noise = np.random.default_rng(0).normal(0, 8, (1200, 1600, 3))
     big = np.asarray(photo(1600, 1200)).astype(float) + noise
     image = Image.fromarray(big.clip(0, 255).astype(np.uint8))
@@ -125,7 +127,7 @@ def test_scaled_jpeg_decoding_shows_the_same_picture() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("side", [20, 37, 64])
-def test_both_jpeg_decoders_show_the_same_picture(options: dict[str, Any], side: int) -> None:
+def test_both_jpeg_decoders_give_the_same_picture(options: dict[str, Any], side: int) -> None:
     data = encoded(photo(173, 131), "JPEG", quality=95, **options)
     config = ImageConfig(size=side, format="png")
     quick = pixels(data, config).astype(int)
@@ -135,7 +137,7 @@ def test_both_jpeg_decoders_show_the_same_picture(options: dict[str, Any], side:
 
 
 def pattern(period: int) -> Image.Image:
-    """Upright stripes, black and white, a pair of them `period` pixels wide; 0: noise."""
+    """Vertical black and white stripes, a pair of them `period` pixels wide; 0: noise."""
     picture = np.zeros((240, 240, 3), np.uint8)
     if period:
         picture[:, np.arange(240) % period < period / 2] = 255
@@ -145,7 +147,7 @@ def pattern(period: int) -> Image.Image:
 
 
 def contrast(image: Image.Image, size: int, by: Image.Resampling | None = None) -> float:
-    """What is left of a pattern at another size: by us, or by a filter of Pillow's."""
+    """The contrast of a pattern at another size: ours, or that of a filter of Pillow's."""
     if by is None:
         found = pixels(encoded(image), ImageConfig(size=size, format="png"))
     else:
@@ -155,15 +157,15 @@ def contrast(image: Image.Image, size: int, by: Image.Resampling | None = None) 
 
 @pytest.mark.parametrize("size", [60, 119, 125, 150, 180, 200])
 def test_stripes_finer_than_the_new_size_fade(size: int) -> None:
-    """They leave no more of a pattern than a filter with a window does."""
+    """The contrast that remains is no higher than with a windowed filter."""
     stripes = pattern(2)
     assert contrast(stripes, size) <= contrast(stripes, size, Image.Resampling.HAMMING) + 0.5
 
 
 @pytest.mark.parametrize("size", [70, 80, 81, 83, 92, 104, 117, 120, 130, 160])
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 0])
-def test_patterns_fade_as_by_means_over_areas(size: int, period: int) -> None:
-    """Of stripes of any width, and of noise, no more is left than such means or a window leave."""
+def test_patterns_fade_as_with_area_averages(size: int, period: int) -> None:
+    """For stripes of any width, and for noise, or with a windowed filter."""
     image = pattern(period)
     others = (Image.Resampling.BOX, Image.Resampling.HAMMING)
     most = max(contrast(image, size, other) for other in others)
@@ -172,7 +174,7 @@ def test_patterns_fade_as_by_means_over_areas(size: int, period: int) -> None:
 
 @pytest.mark.parametrize("size", [70, 80, 81, 83, 104, 120, 160, 200])
 @pytest.mark.parametrize("period", [10, 12, 16])
-def test_patterns_that_the_new_size_shows_stay(size: int, period: int) -> None:
+def test_patterns_that_the_new_size_can_show_stay(size: int, period: int) -> None:
     image = pattern(period)
     windowed = contrast(image, size, Image.Resampling.HAMMING)
     assert contrast(image, size) >= 0.85 * windowed
@@ -219,13 +221,13 @@ def test_files_that_need_no_change_are_kept(mode: Any, kind: Any) -> None:
     ],
     ids=["crop", "size", "format", "grey", "cmyk", "turned", "xyz"],
 )
-def test_files_that_need_a_change_are_encoded_anew(data: bytes) -> None:
+def test_files_that_need_a_change_are_encoded_again(data: bytes) -> None:
     stored = Image.open(io.BytesIO(store(data, ImageConfig(size=64)).data))
     assert (stored.format, stored.mode, stored.size) == ("JPEG", "RGB", (64, 64))
     assert not stored.getexif()
 
 
-def test_never_reencode_keeps_every_sound_file() -> None:
+def test_reencode_never_keeps_every_valid_file() -> None:
     config = ImageConfig(resize="no", reencode="never")
     for kind in ("GIF", "TIFF", "JPEG"):
         data = encoded(photo(50, 30), kind)
@@ -244,8 +246,10 @@ def test_quality_is_a_setting() -> None:
 
 @pytest.mark.parametrize("factor", [1.25, 1.35, 1.5, 1.75, 1.95])
 @pytest.mark.parametrize("pattern", ["rows", "columns", "squares"])
-def test_what_a_size_cannot_show_is_grey_and_no_moire(factor: float, pattern: str) -> None:
-    """What alternates from pixel to pixel; as Lanczos shows it, or with less of it."""
+def test_patterns_that_a_size_cannot_show_become_grey_without_moire(
+    factor: float, pattern: str
+) -> None:
+    """Patterns that alternate from pixel to pixel have no more contrast than with Lanczos."""
     y, x = np.mgrid[:320, :320]
     lines = {"rows": y, "columns": x, "squares": x + y}[pattern] % 2 * 255
     image = Image.fromarray(lines.astype(np.uint8)).convert("RGB")
@@ -256,7 +260,7 @@ def test_what_a_size_cannot_show_is_grey_and_no_moire(factor: float, pattern: st
 
 
 @pytest.mark.parametrize("factor", [1.1, 1.3, 1.6, 1.9, 2.5, 4.0])
-def test_smaller_pictures_are_near_to_lanczos(factor: float) -> None:
+def test_smaller_pictures_are_close_to_lanczos(factor: float) -> None:
     image = photograph(600, 400)
     size = round(400 / factor)
     config = ImageConfig(size=size, resize="keep_ratio", format="png")

@@ -1,4 +1,4 @@
-"""A JPEG's headers: what stands in the way of its pixels is passed over, what is lacking of them is not."""
+"""A JPEG's headers: their faults are repaired, missing pixels are found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, ImageFile
 from pipelines.pictures.encode import ImageConfig
 from pipelines.pictures.jpeg import read_headers
 from tests.pipelines.pictures.files import LOSSLESS, encoded, lossless_jpeg, photo, pixels, store
@@ -48,7 +48,7 @@ HEADERS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_broken_header_costs_no_picture(name: str) -> None:
+def test_a_damaged_header_costs_no_picture(name: str) -> None:
     data = WHOLE[:2] + HEADERS[name] + AFTER_JFIF
     assert (pixels(data) == pixels(WHOLE)).all()
     for config in (ImageConfig(size=40), ImageConfig(size=100, format="png")):
@@ -58,8 +58,8 @@ def test_a_broken_header_costs_no_picture(name: str) -> None:
 @pytest.mark.parametrize("name", HEADERS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_broken_header_hides_no_lost_pixels(name: str, mode: str, progressive: bool) -> None:
-    """libjpeg says its first warning alone, which is of the header."""
+def test_a_damaged_header_hides_no_missing_pixels(name: str, mode: str, progressive: bool) -> None:
+    """libjpeg only reports its first warning, which is about the header."""
     whole = encoded(photo(300, 200).convert(mode), "JPEG", quality=90, progressive=progressive)
     body = whole[_JFIF_END:] if whole[3] == 0xE0 else whole[2:]
     for end in (b"", b"\xff\xd9"):
@@ -70,8 +70,8 @@ def test_a_broken_header_hides_no_lost_pixels(name: str, mode: str, progressive:
             assert raised.value.kind == "corrupt"
 
 
-def test_what_is_kept_of_a_broken_header_is_what_others_read() -> None:
-    """The pixels are the file's own: nothing is encoded again."""
+def test_a_file_with_a_repaired_header_is_kept() -> None:
+    """Its pixels are not encoded again."""
     kept = ImageConfig(resize="no", format="jpeg")
     assert store(WHOLE, kept).data == WHOLE
     data = WHOLE[:2] + HEADERS["a short Adobe"] + AFTER_JFIF
@@ -79,7 +79,7 @@ def test_what_is_kept_of_a_broken_header_is_what_others_read() -> None:
     assert store(data, ImageConfig(resize="no", reencode="never")).data == data
 
 
-def test_bytes_within_a_scan_are_damage_and_some_before_the_end_are_padding() -> None:
+def test_extra_bytes_are_damage_in_a_scan_and_padding_at_the_end() -> None:
     for padding in (b"\x31", b"\0\0", bytes(40)):
         assert (pixels(WHOLE[:-2] + padding + WHOLE[-2:]) == pixels(WHOLE)).all()
     for lost in (bytes(200), bytes(range(40, 80))):
@@ -92,7 +92,7 @@ def test_bytes_within_a_scan_are_damage_and_some_before_the_end_are_padding() ->
             pixels(large[:start] + bytes(4096) + large[start + 4096 :])
 
 
-def test_a_sequential_scan_goes_over_the_whole_spectrum_whatever_it_says() -> None:
+def test_a_sequential_scan_always_has_the_full_spectrum() -> None:
     scan = WHOLE.index(b"\xff\xda")
     end = scan + 2 + int.from_bytes(WHOLE[scan + 2 : scan + 4], "big")
     data = WHOLE[: end - 3] + b"\0\0\0" + WHOLE[end:]
@@ -101,13 +101,13 @@ def test_a_sequential_scan_goes_over_the_whole_spectrum_whatever_it_says() -> No
         pixels(data[: len(data) // 2] + b"\xff\xd9")
 
 
-def test_a_sound_file_is_not_copied() -> None:
+def test_a_valid_file_is_not_copied() -> None:
     assert read_headers(WHOLE).sound is WHOLE
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(4, 300))
-def test_any_headers_end_in_a_picture_or_a_class(junk: bytes, place: int) -> None:
+def test_any_headers_give_a_picture_or_a_failure_class(junk: bytes, place: int) -> None:
     data = WHOLE[:place] + junk + WHOLE[place:]
     try:
         found = str(pixels(data, ImageConfig(size=16)).shape)
@@ -121,7 +121,7 @@ def test_any_headers_end_in_a_picture_or_a_class(junk: bytes, place: int) -> Non
 _ALL_SIZES = """
 import sys
 import numpy as np
-from pipelines.pictures.decode import Opened
+from pipelines.pictures.decode import ImageFile
 from pipelines.pictures.encode import ImageConfig, resize
 from tests.pipelines.pictures.files import lossless_jpeg
 
@@ -130,22 +130,22 @@ for side in [*range(1, 70), 128, 200, 511]:
     data = lossless_jpeg(grey)
     for size in (1, 7, 16, 64):
         config = ImageConfig(size=size, format="png")
-        opened = Opened(data)
+        opened = ImageFile(data)
         stored = opened.store(config)
         assert (opened.picture()[..., 1] == grey).all()
         assert stored.width == min(side, size)
 """
 
 
-def test_a_lossless_jpeg_is_decoded_whole_and_within_its_buffer() -> None:
-    """Asked for a part of its size, libjpeg-turbo writes all of it: the heap dies of that."""
+def test_a_lossless_jpeg_is_decoded_at_full_size_within_its_buffer() -> None:
+    """At a smaller scale libjpeg-turbo would write beyond the buffer."""
     child = run_guarded(_ALL_SIZES, [])
     assert child.returncode == 0, child.stderr[-2000:]
 
 
 @pytest.mark.parametrize("marker", [0xE1, 0xFE, 0xDC])
 @pytest.mark.parametrize("length", [0, 1])
-def test_a_segment_without_a_length_hides_no_kind(marker: int, length: int) -> None:
+def test_a_segment_without_a_length_hides_no_frame(marker: int, length: int) -> None:
     grey = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
     data = lossless_jpeg(grey)
     headers = read_headers(data[:2] + bytes([0xFF, marker, 0, length]) + data[2:])
@@ -153,36 +153,36 @@ def test_a_segment_without_a_length_hides_no_kind(marker: int, length: int) -> N
     assert not read_headers(b"\xff\xd8\xff").is_scalable
 
 
-def test_a_header_that_cannot_be_read_costs_no_other_one() -> None:
-    """Its orientation and its profile stay."""
+def test_an_unreadable_header_costs_no_other_one() -> None:
+    """The orientation and the profile stay."""
     exif = Image.Exif()
     exif[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = encoded(photo(90, 60), "JPEG", exif=exif, icc_profile=profile)
     odd = data[:2] + segment(0xED, b"Photoshop 3.0\x008BIM\3\xed") + data[2:]
-    found = Opened(odd)
+    found = ImageFile(odd)
     assert (found.width, found.height) == (60, 90)
     assert found.image.info["icc_profile"] == profile
 
 
-def test_segments_without_end_are_refused() -> None:
+def test_too_many_segments_fail() -> None:
     for many in (b"\xff\xfe\0\2" * 110_000, b"\xff" * 1_000_000):
         with pytest.raises(DecodeError) as raised:
-            Opened(WHOLE[:2] + many + b"\xff\xe0")
+            ImageFile(WHOLE[:2] + many + b"\xff\xe0")
         assert raised.value.kind == "corrupt"
 
 
 def test_half_a_lossless_jpeg_is_corrupt() -> None:
     data = lossless_jpeg(np.asarray(photo(64, 64).convert("L")))
     with pytest.raises(DecodeError) as raised:
-        Opened(data[: len(data) // 2]).store(ImageConfig(size=16))
+        ImageFile(data[: len(data) // 2]).store(ImageConfig(size=16))
     assert raised.value.kind == "corrupt"
 
 
 @pytest.mark.parametrize("frame", [0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xF7])
-def test_kinds_that_no_decoder_knows_are_unsupported(frame: int) -> None:
+def test_codings_without_a_decoder_are_unsupported(frame: int) -> None:
     place = WHOLE.index(b"\xff\xc0")
     data = WHOLE[:place] + bytes([0xFF, frame]) + WHOLE[place + 2 :]
     with pytest.raises(DecodeError) as raised:
-        Opened(data)
+        ImageFile(data)
     assert raised.value.kind == "unsupported"

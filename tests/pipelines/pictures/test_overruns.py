@@ -1,4 +1,4 @@
-"""No file makes a decoder write beyond a block of memory, or a picture of memory that nobody wrote."""
+"""No file makes a decoder write beyond a block of memory, or read uninitialised memory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _DECODE = """
 import ctypes, hashlib, json, sys
 from pathlib import Path
 import numpy as np
-from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, ImageFile
 from pipelines.pictures.encode import ImageConfig
 from pipelines.pictures.squares import square_of
 from vlv_model.squares import Square
 
 def stored(data, **how):
-    return Opened(data, 64_000_000, **how).store(ImageConfig(size=64)).data
+    return ImageFile(data, 64_000_000, **how).store(ImageConfig(size=64)).data
 
 WAYS = {
     "ingest": stored,
     "ingest, by the lenient decoder": lambda data: stored(data, quick_jpeg=False),
-    "whole": lambda data: Opened(data, 4_000_000).picture(),
+    "whole": lambda data: ImageFile(data, 4_000_000).picture(),
     "caption": lambda data: square_of(data, Square(64)),
     "caption, as the reference does": lambda data: square_of(data, Square(64, "reference")),
 }
@@ -58,8 +58,8 @@ print(json.dumps(results))
 """
 
 
-def test_odd_files_within_their_blocks(tmp_path: Path) -> None:
-    """Behind them comes an overrun of ours, of which a byte alone is too much."""
+def test_unusual_files_stay_within_their_blocks(tmp_path: Path) -> None:
+    """The last one is a deliberate overrun by one byte, which must be found."""
     child = run_guarded(_DECODE, [*written(tmp_path), "overrun"])
     *_, last, death = child.stderr.splitlines()
     assert (child.returncode, last) == (-signal.SIGABRT, "overrun"), child.stderr[-2000:]
@@ -67,8 +67,10 @@ def test_odd_files_within_their_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_all_files_within_their_blocks(nasty_files: dict[Path, str | None], tmp_path: Path) -> None:
-    """Twice, as what nobody wrote is another byte then: no picture differs by that."""
+def test_all_files_stay_within_their_blocks(
+    nasty_files: dict[Path, str | None], tmp_path: Path
+) -> None:
+    """Twice, with other uninitialised bytes: no picture differs."""
     files = [*map(str, nasty_files), *written(tmp_path / "odd")]
     if (failing := Path(__file__).parents[4] / "shared/failing/images").is_dir():
         files += [str(file) for file in failing.iterdir()]
@@ -83,7 +85,7 @@ def test_all_files_within_their_blocks(nasty_files: dict[Path, str | None], tmp_
 
 
 def written(folder: Path) -> list[str]:
-    """Files of the other tests here, in a folder."""
+    """Files of the other tests, in a folder."""
     folder.mkdir(exist_ok=True)
     for name, content in _odd_files().items():
         (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Our pictures against img2dataset's: the same resize modes under the same names."""
+"""Compares pictures with img2dataset's: the same resize modes under the same names."""
 
 import io
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.pictures.decode import Opened
+from pipelines.pictures.decode import ImageFile
 from pipelines.pictures.encode import ImageConfig, ResizeMode
 from tests.pipelines.pictures.files import encoded, photograph
 
@@ -19,7 +19,7 @@ MODES: list[ResizeMode] = ["center_crop", "keep_ratio", "keep_ratio_largest", "b
 
 
 def smooth_picture(width: int, height: int) -> bytes:
-    """A JPEG of waves in three directions: detail at every place, none finer than the filter."""
+    """A JPEG of waves in three directions: detail everywhere, none finer than the filter."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 23 + y / 41), np.sin(x / 37 - y / 19), np.sin((x + y) / 53)]
     pixels = np.stack([(wave * 100 + 128).astype(np.uint8) for wave in waves], axis=-1)
@@ -28,7 +28,7 @@ def smooth_picture(width: int, height: int) -> bytes:
 
 def both(data: bytes, mode: ResizeMode) -> tuple[np.ndarray, np.ndarray]:
     """(ours, the peer's) as RGB arrays of one shape."""
-    ours = Opened(data, 10**8).store(ImageConfig(size=SIZE, resize=mode, format="png"))
+    ours = ImageFile(data, 10**8).store(ImageConfig(size=SIZE, resize=mode, format="png"))
     peer = resizer.Resizer(
         image_size=SIZE,
         resize_mode=mode,
@@ -53,13 +53,13 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(900, 600), (601, 1203), (512, 512)])
-def test_pictures_are_the_peers(mode: ResizeMode, shape: tuple[int, int]) -> None:
+def test_pictures_equal_img2datasets(mode: ResizeMode, shape: tuple[int, int]) -> None:
     one, other = both(smooth_picture(*shape), mode)
     assert psnr(one, other) > 35
 
 
 @pytest.mark.parametrize("source", ["made", "shared"])
-def test_photographs_are_the_peers(source: str, request: pytest.FixtureRequest) -> None:
+def test_photographs_equal_img2datasets(source: str, request: pytest.FixtureRequest) -> None:
     if source == "made":
         sizes = [(640, 480), (427, 640), (500, 333), (612, 612)]
         photographs = [encoded(photograph(*size), "JPEG", quality=90) for size in sizes]

@@ -1,4 +1,4 @@
-"""A PNG's chunks: damage to pixels is found, damage to metadata costs no picture."""
+"""A PNG's chunks: damaged pixels are found, damaged metadata cost no picture."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import zlib
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.pictures.decode import DecodeError, Opened
+from pipelines.pictures.decode import DecodeError, ImageFile
 from pipelines.pictures.encode import ImageConfig
 from pipelines.pictures.png import read_chunks
 from tests.pipelines.pictures.files import encoded, photo, photograph, pixels, png, png_chunk, store
 
 
 @pytest.mark.parametrize("interlaced", [0, 1])
-def test_rows_that_did_not_come_are_not_black(interlaced: int) -> None:
+def test_missing_rows_fail(interlaced: int) -> None:
     row = b"\0" + bytes([200, 100, 50]) * 8
     # Of eight lines of eight; as seven passes, 15 lines of 1, 1, 2, 2, 4, 4 and 8 columns.
     whole = b"".join(
@@ -31,7 +31,7 @@ def test_rows_that_did_not_come_are_not_black(interlaced: int) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 @pytest.mark.parametrize("size", [(1, 1), (9, 7), (640, 480)])
-def test_whole_files_have_all_rows(mode: str, size: tuple[int, int]) -> None:
+def test_complete_files_have_all_rows(mode: str, size: tuple[int, int]) -> None:
     image = Image.new("I;16", size) if mode == "I;16" else photo(*size).convert(mode)
     read_chunks(encoded(image)).check_rows()
 
@@ -47,7 +47,7 @@ def test_whole_files_have_all_rows(mode: str, size: tuple[int, int]) -> None:
         ((2, 1, 16, 2), struct.pack(">6H", *[0xFF00, 0x8000, 0x1000], 0, 0, 0), [0xFF00, 0x8000, 0x1000], [255, 0]),
     ],
 )  # fmt: skip
-def test_the_transparent_colour_is_that_of_the_file(
+def test_the_transparent_colour_is_scaled_to_the_pixels(
     header: tuple[int, int, int, int], row: bytes, hidden: list[int], expected: list[int]
 ) -> None:
     told = png_chunk(b"tRNS", struct.pack(f">{len(hidden)}H", *hidden))
@@ -60,7 +60,7 @@ KEPT = ImageConfig(resize="no", format="png")
 
 
 def damaged(kind: bytes, body: bytes) -> bytes:
-    """A chunk whose checksum is another's."""
+    """A chunk with a wrong checksum."""
     return png_chunk(kind, body)[:-4] + b"\0\1\2\3"
 
 
@@ -100,8 +100,8 @@ def test_metadata_cost_no_picture(name: str) -> None:
         assert stored == WHOLE
 
 
-def test_a_long_profile_is_still_one() -> None:
-    """Beyond what Pillow unpacks of a chunk: profiles with tables may have megabytes."""
+def test_a_long_profile_is_read() -> None:
+    """Beyond Pillow's limit of a chunk: profiles with tables may have megabytes."""
     linear = bytearray(srgb())
     curve = linear.index(b"para")
     linear[curve : curve + 12] = b"curv" + bytes(8)
@@ -115,7 +115,7 @@ def test_a_long_profile_is_still_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT", b"tRNS"])
-def test_damage_to_what_pixels_need_is_found(kind: bytes) -> None:
+def test_damaged_chunks_that_pixels_need_are_found(kind: bytes) -> None:
     palette = photo(64, 48).convert("P", palette=Image.Palette.ADAPTIVE)
     whole = encoded(palette, transparency=3)
     pixels(whole)
@@ -128,7 +128,7 @@ def test_damage_to_what_pixels_need_is_found(kind: bytes) -> None:
         assert raised.value.kind == "corrupt"
 
 
-def test_a_tail_of_zeros_is_not_black() -> None:
+def test_a_file_that_ends_in_zeros_fails() -> None:
     whole = encoded(photograph(200, 150))
     for share in (0.5, 0.8, 0.98):
         cut = int(len(whole) * share)
@@ -136,7 +136,7 @@ def test_a_tail_of_zeros_is_not_black() -> None:
             pixels(whole[:cut] + bytes(len(whole) - cut))
 
 
-def test_the_checksum_of_what_is_unpacked_counts() -> None:
+def test_the_checksum_of_the_pixels_is_verified() -> None:
     rows = b"".join(b"\0" + bytes([200, 100, 50]) * 8 for _ in range(8))
     packed = bytearray(zlib.compress(rows))
     packed[-1] ^= 1
@@ -146,15 +146,15 @@ def test_the_checksum_of_what_is_unpacked_counts() -> None:
         pixels(data)
 
 
-def test_pixels_may_be_packed_without_end() -> None:
-    """Its picture is there; of what follows no more is unpacked than it takes to see that."""
+def test_the_compressed_stream_may_be_endless() -> None:
+    """The picture is complete; little of the data behind it is decompressed."""
     rows = b"".join(b"\0" + bytes([200, 100, 50]) * 8 for _ in range(8))
     data = png((8, 8, 8, 2), rows + bytes(50_000_000))
     assert (pixels(data) == [200, 100, 50]).all()
 
 
 def test_orientation_may_be_in_a_text() -> None:
-    """As ImageMagick writes it, and as XMP."""
+    """As written by ImageMagick, and as XMP."""
     exif = Image.Exif()
     exif[0x0112] = 6
     raw = exif.tobytes()
@@ -167,17 +167,17 @@ def test_orientation_may_be_in_a_text() -> None:
         png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
     )
     for chunk in texts:
-        found = Opened(WHOLE[:START] + chunk + WHOLE[START:])
+        found = ImageFile(WHOLE[:START] + chunk + WHOLE[START:])
         assert (found.width, found.height) == (48, 64)
 
 
-def test_more_text_than_others_open_is_not_kept() -> None:
+def test_text_beyond_the_limit_of_other_readers_is_dropped() -> None:
     text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 20)))
     data = WHOLE[:START] + text * 70 + WHOLE[START:]
     assert store(data, KEPT).data == WHOLE
 
 
-def test_chunks_without_end_are_refused() -> None:
+def test_too_many_chunks_fail() -> None:
     data = WHOLE[:START] + png_chunk(b"IDAT", b"") * 110_000 + WHOLE[START:]
     with pytest.raises(DecodeError, match="chunks") as raised:
         pixels(data)

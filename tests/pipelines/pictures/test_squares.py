@@ -1,4 +1,4 @@
-"""Squares that a child process decodes: the same ones, and a file that kills or holds it is one row."""
+"""Squares decoded in a child process: the same ones, and a file that crashes or hangs it is one row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
 # What stands for a fault of native code, in the child alone: the decoder of JPEGs ends the process,
-# or never returns, when a file says so.
+# or never returns, for certain files.
 FAULTS = """
 import os, simplejpeg, time
 decode = simplejpeg.decode_jpeg
@@ -57,7 +57,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SquareDe
     decoder.close()
 
 
-def test_a_child_gives_the_same_squares() -> None:
+def test_a_child_process_gives_the_same_squares() -> None:
     decoder = SquareDecoder(Square(16))
     content = jpeg(0)
     assert np.array_equal(decoder(content, Square(16)), square_of(content, Square(16)))
@@ -76,12 +76,12 @@ def png_of(image: Image.Image, **more: Any) -> bytes:
     return file.getvalue()
 
 
-def test_a_square_is_the_models() -> None:
+def test_a_square_is_the_models_input() -> None:
     assert Square.of(ModelConfig(image_size=32)) == Square(32, "default")
     assert Square.of(ModelConfig(image_size=32, preprocess="reference")) == Square(32, "reference")
 
 
-def test_the_references_squares_pay_no_heed_to_exif_colour_profile_and_alpha() -> None:
+def test_reference_squares_ignore_exif_colour_profile_and_alpha() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (20, 16, 3), np.uint8)
     plain = Image.fromarray(pixels)
     expected = Square(16, "reference").cut(plain)
@@ -100,7 +100,7 @@ def test_the_references_squares_pay_no_heed_to_exif_colour_profile_and_alpha() -
         assert not np.array_equal(square_of(content, Square(16)), Square(16).cut(plain))
 
 
-def test_the_references_squares_come_of_whole_files_alone() -> None:
+def test_reference_squares_need_complete_files() -> None:
     decoder = SquareDecoder(Square(16, "reference"))
     whole = jpeg(0)
     assert np.array_equal(
@@ -122,7 +122,7 @@ def read(
     return step(pa.table({"chunk": [0]})).to_pylist()
 
 
-def test_a_file_that_kills_or_holds_a_decoder_is_one_row(
+def test_a_file_that_crashes_or_hangs_a_decoder_is_one_row(
     faulty: SquareDecoder, tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
@@ -141,8 +141,8 @@ def test_a_file_that_kills_or_holds_a_decoder_is_one_row(
         assert rows[f"{number}.jpg"]["pixels"] == expected
 
 
-def test_a_table_of_ours_needs_no_child(pair_table: Path, tmp_path: Path) -> None:
-    """Its images were decoded once, before they came into it."""
+def test_an_image_table_needs_no_child_process(pair_table: Path, tmp_path: Path) -> None:
+    """Ingest has decoded its images in a child process."""
     ours = Table(tmp_path / "ours")
     ours.create("image", {}, 1)
     isolated_squares.cache_clear()
@@ -153,6 +153,6 @@ def test_a_table_of_ours_needs_no_child(pair_table: Path, tmp_path: Path) -> Non
     ours.write(0, rows)
     isolated_squares.cache_clear()
     own = read(ours.folder, tmp_path / "own", limit=8)
-    assert isolated_squares.cache_info().currsize == 0  # nobody asked for a child
+    assert isolated_squares.cache_info().currsize == 0  # no child was started
     pixels = {row["key"]: row["pixels"] for row in strangers}
     assert {row["key"]: row["pixels"] for row in own} == pixels

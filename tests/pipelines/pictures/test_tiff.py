@@ -1,4 +1,4 @@
-"""TIFFs that Pillow opens wrongly or not at all, against the numbers that were written."""
+"""TIFFs that Pillow misreads or refuses, compared with the values that were written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from pipelines.pictures.decode import FAILURE_CLASSES, DecodeError, Opened
+from pipelines.pictures.decode import FAILURE_CLASSES, DecodeError, ImageFile
 from tests.pipelines.pictures.files import LOSSLESS, photo
 from tests.pipelines.pictures.nasty import ODD_TIFFS
 from tests.pipelines.pictures.tiffs import PACKINGS, Tiff, as_type, colours
@@ -29,7 +29,7 @@ ODD = [*FLOATS, "uint32", "uint64"]
 
 
 def picture(data: bytes, max_pixels: int = 10**6) -> np.ndarray:
-    return Opened(data, max_pixels).picture()
+    return ImageFile(data, max_pixels).picture()
 
 
 def on_white(shares: np.ndarray) -> np.ndarray:
@@ -42,13 +42,13 @@ def on_white(shares: np.ndarray) -> np.ndarray:
 
 def failure(data: bytes, max_pixels: int = 10**6) -> str:
     with pytest.raises(DecodeError) as raised:
-        Opened(data, max_pixels).store(LOSSLESS)
+        ImageFile(data, max_pixels).store(LOSSLESS)
     return raised.value.kind
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", ODD)
-def test_numbers_of_many_bits(dtype: str, channels: int) -> None:
+def test_values_of_many_bits(dtype: str, channels: int) -> None:
     values = as_type(colours(channels), dtype)
     expected = on_white(colours(channels))
     predictors = (1, 2, 3) if dtype in FLOATS else (1, 2)
@@ -65,7 +65,7 @@ def test_numbers_of_many_bits(dtype: str, channels: int) -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("compression", PACKINGS)
 def test_planes_of_16_bits(compression: int, order: str) -> None:
-    """Pillow took the low bytes of some, and the next row, for pixels."""
+    """Pillow would read low bytes, or the next row, as pixels."""
     values = as_type(colours(3), "uint16")
     for tile in (None, (16, 32)):
         found = picture(Tiff(compression, planar=True, tile=tile, order=order).write(values))
@@ -98,15 +98,15 @@ def test_a_file_of_another_writer() -> None:
         ([*[0.5] * 27, 1.0, 7.0, 900.0], [*[128] * 27, 255, 255, 255]),  # highlights
     ],
 )
-def test_what_is_white_of_floats(values: list[float], expected: list[int]) -> None:
+def test_which_floats_are_white(values: list[float], expected: list[int]) -> None:
     row = np.array(values, np.float32).reshape(1, -1, 3)
     assert picture(Tiff().write(row)).flatten().tolist() == expected
     column = np.array(values, np.float32).reshape(-1, 1, 1)
     assert picture(Tiff().write(column))[:, 0, 0].tolist() == expected
 
 
-def test_alpha_has_a_range_of_its_own() -> None:
-    """Colours to 255 with an alpha to 1."""
+def test_alpha_has_its_own_range() -> None:
+    """Colours up to 255, with an alpha up to 1."""
     shares = colours(4)
     values = (shares * [255, 255, 255, 1]).astype(np.float32)
     assert np.abs(picture(Tiff().write(values)) - on_white(shares)).max() <= 2
@@ -120,7 +120,7 @@ def test_alpha_has_a_range_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
-def test_below_zero_is_black(dtype: str) -> None:
+def test_negative_values_are_black(dtype: str) -> None:
     values = np.array([[[-200, 0, 51], [255, 102, -1]]], dtype)
     found = picture(Tiff(8, predictor=2, planar=True).write(values))
     assert found.tolist() == [[[0, 0, 51], [255, 102, 0]]]
@@ -135,7 +135,7 @@ def test_white_is_zero() -> None:
 
 @pytest.mark.parametrize(("right", "down"), [(1, 1), (2, 2), (2, 1), (4, 4)])
 def test_planes_of_ycbcr(right: int, down: int) -> None:
-    """Two of them have fewer columns and rows."""
+    """Two of them are subsampled."""
     values = np.asarray(photo(64, 48).convert("YCbCr"))
     tags = {256: (64,), 257: (48,), 258: (8,) * 3, 259: (8,), 262: (6,), 277: (3,), 284: (2,)}
     tags[530] = (right, down)
@@ -154,7 +154,7 @@ def test_planes_of_ycbcr(right: int, down: int) -> None:
 
 
 def test_levels_of_ycbcr() -> None:
-    """Luma from 16 to 235, and chroma from 16 to 240, as video has them."""
+    """Luma from 16 to 235, and chroma from 16 to 240, as in video."""
     full = np.asarray(photo(64, 48).convert("YCbCr")).astype(float)
     video = full * [219 / 255, 224 / 255, 224 / 255] + [16, 16, 16]
     tags = {530: (1, 1), 532: (16, 235, 128, 240, 128, 240)}
@@ -190,7 +190,7 @@ def test_strips_that_are_image_files(
     if compression == 50002:
         monkeypatch.setitem(sys.modules, "pillow_jxl", None)  # as where it is not installed
         with pytest.raises(DecodeError, match=r"pip install 'vlv-ray\[jxl\]'") as raised:
-            Opened(data)
+            ImageFile(data)
         assert raised.value.kind == "unsupported"
 
 
@@ -207,13 +207,13 @@ def test_orientation(orientation: int) -> None:
     }
     turned = photo().transpose(undo[orientation]) if orientation > 1 else photo()
     floats = np.asarray(turned, np.float32) / 255
-    opened = Opened(Tiff(tags={274: (orientation,)}).write(floats), 10**6)
+    opened = ImageFile(Tiff(tags={274: (orientation,)}).write(floats), 10**6)
     assert (opened.width, opened.height) == photo().size
     assert (opened.picture() == np.asarray(photo())).all()
 
 
-def test_a_profile_is_heeded() -> None:
-    """As Photoshop's floats are linear, which their profile says."""
+def test_a_profile_is_applied() -> None:
+    """Photoshop's floats are linear, by their profile."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     curve = profile.index(b"para")  # of all channels
     profile[curve : curve + 12] = b"curv" + bytes(8)
@@ -229,7 +229,7 @@ def test_a_profile_is_heeded() -> None:
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("tile", [None, (16, 32)])
 @pytest.mark.parametrize("compression", PACKINGS)
-def test_a_strip_or_tile_that_is_cut_off_is_corrupt(
+def test_a_truncated_strip_or_tile_is_corrupt(
     compression: int, tile: tuple[int, int] | None, planar: bool
 ) -> None:
     noise = np.random.default_rng(1).random((37, 53, 3)).astype(np.float32)
@@ -241,7 +241,7 @@ def test_a_strip_or_tile_that_is_cut_off_is_corrupt(
     assert failure(whole[:9_000] + whole[9_100:]) == "corrupt"  # behind which all offsets are wrong
 
 
-def test_a_changed_byte_of_deflate_is_found_by_its_checksum() -> None:
+def test_a_changed_byte_is_found_by_the_checksum() -> None:
     whole = Tiff(8, rows=37).write(colours(3).astype(np.float32))
     for place in range(20, 3_000, 100):
         data = bytearray(whole)
@@ -249,7 +249,7 @@ def test_a_changed_byte_of_deflate_is_found_by_its_checksum() -> None:
         assert failure(bytes(data)) == "corrupt"
 
 
-def test_what_would_take_too_much_memory_is_refused_by_its_directory() -> None:
+def test_a_tiff_that_takes_too_much_memory_fails_by_its_directory() -> None:
     values = colours(3).astype(np.float64)
     pixels = values.shape[0] * values.shape[1]
     assert failure(Tiff().write(values), pixels - 1) == "too_large"
@@ -265,8 +265,8 @@ def test_what_would_take_too_much_memory_is_refused_by_its_directory() -> None:
         assert failure(Tiff(8, tile=tile, tags=tags).write(values), 10**6) == "too_large"
 
 
-def test_the_data_of_a_strip_may_have_no_end() -> None:
-    """16 MB, of which no more than the picture's and some more are unpacked."""
+def test_the_compressed_stream_of_a_strip_may_be_endless() -> None:
+    """Of 16 MB little more than the picture's bytes is decompressed."""
     way, values = Tiff(8, rows=37), colours(3).astype(np.float32)
     (strip,) = way.segments(values)
     tags = {256: (53,), 257: (37,), 258: (32,) * 3, 259: (8,), 262: (2,), 277: (3,), 339: (3,) * 3}
@@ -277,7 +277,7 @@ def test_the_data_of_a_strip_may_have_no_end() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_damaged_ones_end_in_a_picture_or_a_class(data: st.DataObject) -> None:
+def test_damaged_tiffs_give_a_picture_or_a_failure_class(data: st.DataObject) -> None:
     way = Tiff(
         data.draw(st.sampled_from([*PACKINGS, 50001])), data.draw(st.integers(1, 3)),
         tile=data.draw(st.sampled_from([None, (16, 16)])), big=data.draw(st.booleans()),
@@ -300,7 +300,7 @@ def test_damaged_ones_end_in_a_picture_or_a_class(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", sorted(ODD_TIFFS))
 def test_real_files(name: str, shared_dir: Path) -> None:
-    """Which Pillow does not open."""
+    """Files that Pillow does not open."""
     with (
         pytest.raises(Exception, match=r"cannot identify|unknown raw mode"),
         Image.open(shared_dir / "nasty/broken_tiff" / name) as image,

@@ -1,4 +1,4 @@
-"""TIFFs of kinds that Pillow does not write: floats, planes, tiles, predictors, image files for strips."""
+"""Writes TIFFs that Pillow does not write: floats, planes, tiles, predictors, image files as strips."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Tiff:
 
 
 def _by_libtiff(name: str) -> Callable[[bytes, int], bytes]:
-    """Packed as the one strip of a grey picture, whose pixels are the bytes."""
+    """Compressed as the single strip of a grey image."""
 
     def packed(data: bytes, rows: int) -> bytes:
         grey = Image.frombytes("L", (len(data) // rows, rows), data)

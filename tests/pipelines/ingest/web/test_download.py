@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipelines.ingest.web.addresses import public_socket
-from pipelines.ingest.web.config import DownloadConfig, share_of
+from pipelines.ingest.web.config import DownloadConfig, config_per_process
 from pipelines.ingest.web.download import Fetched
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
@@ -27,7 +27,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
         yield web
 
 
-def test_what_comes_is_in_the_order_of_the_urls(site: Site, open_downloader: Any) -> None:
+def test_results_are_in_the_order_of_the_urls(site: Site, open_downloader: Any) -> None:
     site.answers = {"/a": reply(body=JPEG + b"a"), "/b": reply(404), "/c": reply(body=JPEG + b"c")}
     assert fetch_all(open_downloader(), *(site.url(path) for path in ("/a", "/b", "/c"))) == [
         Fetched(JPEG + b"a", "ok"),
@@ -36,7 +36,7 @@ def test_what_comes_is_in_the_order_of_the_urls(site: Site, open_downloader: Any
     ]
 
 
-def test_hostile_answers_end_in_their_class(web: Web, open_downloader: Any) -> None:
+def test_hostile_responses_have_their_class(web: Web, open_downloader: Any) -> None:
     expected = {
         "missing": "download:http_404",
         "gone": "download:http_410",
@@ -53,7 +53,7 @@ def test_hostile_answers_end_in_their_class(web: Web, open_downloader: Any) -> N
     assert dict(zip(expected, found, strict=True)) == expected
 
 
-def test_opt_outs_are_ignored_on_request_only(web: Web, open_downloader: Any) -> None:
+def test_opt_outs_are_ignored_only_on_request(web: Web, open_downloader: Any) -> None:
     assert statuses(open_downloader(respect_optout=False), web.hostile("noai")) == ["ok"]
 
 
@@ -69,10 +69,10 @@ def test_loopback_is_blocked_in_every_spelling(web: Web, open_downloader: Any) -
     assert not web.requests
 
 
-def test_neither_a_name_nor_a_proxy_leads_to_a_private_place(
+def test_neither_a_name_nor_a_proxy_variable_reaches_a_private_address(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts is the address that is connected to; no proxy is asked in our place."""
+    """The address of the connection is checked; proxy variables are ignored."""
     answers = {"mixed.test": ["127.0.0.1", "::1"], "later.test": ["127.0.0.1"]}
 
     def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
@@ -91,10 +91,10 @@ def test_neither_a_name_nor_a_proxy_leads_to_a_private_place(
     assert not site.requests
 
 
-def test_no_number_of_addresses_holds_up_the_others(
+def test_a_name_with_many_addresses_does_not_delay_others(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one answer of a hostile name server may have them."""
+    """A hostile name server may send such a response."""
     answers = {
         "private.test": [f"10.0.{i // 256}.{i % 256}" for i in range(4000)],
         "live.test": ["127.0.0.1"] * 4000,
@@ -114,7 +114,7 @@ def test_no_number_of_addresses_holds_up_the_others(
     assert time.process_time() - began < 1
 
 
-def test_no_name_waits_for_the_look_up_of_a_dead_one(
+def test_look_ups_of_dead_names_do_not_delay_others(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     over = threading.Event()
@@ -123,7 +123,7 @@ def test_no_name_waits_for_the_look_up_of_a_dead_one(
         if host.startswith("dead"):
             over.wait(60)
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        over.set()  # else a time-out is all that comes of it
+        over.set()  # otherwise it would only time out
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     site.answers = {"/": reply()}
@@ -135,7 +135,7 @@ def test_no_name_waits_for_the_look_up_of_a_dead_one(
 
 
 def test_redirects_are_checked_hop_by_hop(site: Site, open_downloader: Any) -> None:
-    """The first hop is taken for public, the second one is really checked."""
+    """The first hop counts as public here; the second is really checked."""
 
     def factory(info: Any) -> socket.socket:
         return socket.socket(*info[:3]) if info[4][0] == "127.0.0.1" else public_socket(info)
@@ -152,7 +152,7 @@ def test_redirects_are_checked_hop_by_hop(site: Site, open_downloader: Any) -> N
     assert "/secret" not in site.requests
 
 
-def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) -> None:
+def test_redirects_are_followed_up_to_a_limit(site: Site, open_downloader: Any) -> None:
     site.answers = {
         "/1": reply(301, Location="/2"),
         "/2": reply(307, Location=f"http://127.0.0.1:{site.port}/image"),
@@ -160,7 +160,7 @@ def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) ->
         "/loop": reply(302, Location="/loop"),
         "/nowhere": reply(302),
         "/shy": reply(302, Location="/image", X_Robots_Tag="noai"),
-        "/404": reply(404, X_Robots_Tag="noindex"),  # as many error pages say
+        "/404": reply(404, X_Robots_Tag="noindex"),  # as error pages often have
     }
     downloader = open_downloader(max_redirects=3)
     paths = ("/1", "/loop", "/nowhere", "/shy", "/404")
@@ -170,8 +170,10 @@ def test_redirects_are_followed_and_bounded(site: Site, open_downloader: Any) ->
     assert site.requests["/loop"] == 4
 
 
-def test_no_answer_is_taken_for_the_next_requests(site: Site, open_downloader: Any) -> None:
-    """One that comes late and unasked on a connection that is kept."""
+def test_unrequested_data_is_not_taken_for_the_next_response(
+    site: Site, open_downloader: Any
+) -> None:
+    """It arrives late, on an idle connection."""
     peers = []
 
     def twice(handler: BaseHTTPRequestHandler) -> None:
@@ -193,7 +195,7 @@ def test_no_answer_is_taken_for_the_next_requests(site: Site, open_downloader: A
     assert peers[0] not in peers[1:]
 
 
-def test_a_connection_serves_one_request_after_the_other(site: Site, open_downloader: Any) -> None:
+def test_connections_are_reused(site: Site, open_downloader: Any) -> None:
     peers = set()
 
     def note(handler: BaseHTTPRequestHandler) -> None:
@@ -207,21 +209,21 @@ def test_a_connection_serves_one_request_after_the_other(site: Site, open_downlo
 
 
 def test_idle_connections_are_soon_closed(site: Site, open_downloader: Any) -> None:
-    """Lists have thousands of hosts that are asked once: each would hold an open file."""
+    """Lists have thousands of hosts with one URL: each would keep a file open."""
     site.answers = {"/": reply()}
     downloader = open_downloader(read_timeout=5)
     assert statuses(downloader, site.url("/")) == ["ok"]
-    assert downloader.session.connector._conns
+    assert downloader.client.session.connector._conns
     deadline = time.monotonic() + 10
-    while downloader.session.connector._conns and time.monotonic() < deadline:
+    while downloader.client.session.connector._conns and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not downloader.session.connector._conns
+    assert not downloader.client.session.connector._conns
 
 
 # ---------------------------------------------------------------------------------------- bodies
 
 
-def test_the_byte_cap_holds_while_reading(site: Site, open_downloader: Any) -> None:
+def test_max_bytes_is_checked_while_reading(site: Site, open_downloader: Any) -> None:
     sent = []
 
     def endless(handler: BaseHTTPRequestHandler) -> None:
@@ -261,7 +263,7 @@ def test_a_page_is_refused_by_its_first_bytes(site: Site, open_downloader: Any) 
 # --------------------------------------------------------------------------------------- retries
 
 
-def test_transient_classes_alone_are_tried_again(site: Site, open_downloader: Any) -> None:
+def test_only_transient_classes_are_retried(site: Site, open_downloader: Any) -> None:
     def cut(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", "5000")
@@ -277,7 +279,7 @@ def test_transient_classes_alone_are_tried_again(site: Site, open_downloader: An
     assert [site.requests[path] for path in paths] == [1, 1, 1, 3, 3, 3, 3]
 
 
-def test_a_retry_may_mend_it(site: Site, open_downloader: Any) -> None:
+def test_a_retry_may_succeed(site: Site, open_downloader: Any) -> None:
     def at_last(handler: BaseHTTPRequestHandler) -> None:
         reply(200 if site.requests["/flaky"] == 3 else 503)(handler)
 
@@ -285,7 +287,7 @@ def test_a_retry_may_mend_it(site: Site, open_downloader: Any) -> None:
     assert statuses(open_downloader(retries=2), site.url("/flaky")) == ["ok"]
 
 
-def test_retry_after_is_honoured_up_to_a_bound(site: Site, open_downloader: Any) -> None:
+def test_retry_after_is_honoured_up_to_a_limit(site: Site, open_downloader: Any) -> None:
     site.answers = {"/1": reply(429, Retry_After="1"), "/99": reply(429, Retry_After="99")}
     started = time.monotonic()
     found = statuses(open_downloader(), site.url("/1"), site.url("/99"))
@@ -319,7 +321,7 @@ def test_the_total_time_out_ends_a_trickle(site: Site, open_downloader: Any) -> 
     assert time.monotonic() - started < 2
 
 
-def test_every_server_is_told_who_asks(site: Site, open_downloader: Any) -> None:
+def test_every_request_has_the_user_agent_and_contact(site: Site, open_downloader: Any) -> None:
     agents: list[str] = []
 
     def note(handler: BaseHTTPRequestHandler) -> None:
@@ -334,13 +336,13 @@ def test_every_server_is_told_who_asks(site: Site, open_downloader: Any) -> None
         DownloadConfig(contact="a\r\nX-Header: b")
 
 
-def test_the_limits_of_the_job_are_shared_out() -> None:
+def test_the_limits_are_divided_among_processes() -> None:
     config = DownloadConfig(concurrency=100, concurrency_per_host=10)
-    share = share_of(config, 4, 16)
+    share = config_per_process(config, 4, 16)
     assert (share.concurrency, share.concurrency_per_host) == (25, 2)
-    share = share_of(config, 200, 800)
+    share = config_per_process(config, 200, 800)
     assert (share.concurrency, share.concurrency_per_host) == (1, 1)
-    by_itself = share_of(DownloadConfig(), 4, 16).concurrency
-    assert by_itself == share_of(DownloadConfig(), 1, 4).concurrency
+    by_itself = config_per_process(DownloadConfig(), 4, 16).concurrency
+    assert by_itself == config_per_process(DownloadConfig(), 1, 4).concurrency
     assert by_itself is not None
     assert by_itself > 100

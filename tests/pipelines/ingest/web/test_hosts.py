@@ -1,4 +1,4 @@
-"""Hosts that give nothing but time-outs: given up after evidence, and looked at again."""
+"""Circuit breakers: a host that only times out counts as down, and is probed."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ import pytest
 from yarl import URL
 
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.web.answers import TRANSIENT, DownloadError
-from pipelines.ingest.web.hosts import Hosts
+from pipelines.ingest.web.failures import TRANSIENT, DownloadError
+from pipelines.ingest.web.hosts import CircuitBreakers
 from tests.pipelines.ingest.sites import Site, fetch_all, reply, statuses
 
 A, B = URL("http://a.test/1"), URL("http://b.test/1")
 
 
-def _ask(hosts: Hosts, target: URL, error: Exception | None, counts: bool = True) -> str:
-    """How a request ends: in `error` or an answer, or unasked."""
+def _request(
+    breakers: CircuitBreakers, target: URL, error: Exception | None, counts: bool = True
+) -> str:
+    """The outcome of a request: `failed` with `error`, `ok`, or the class of a refusal."""
     try:
-        hosts.check(target)
+        breakers.check(target)
     except DownloadError as refused:
         return refused.kind
     if error is None:
-        hosts.answered(target)
+        breakers.record_answer(target)
         return "ok"
-    hosts.failed(target, error, counts)
+    breakers.record_failure(target, error, counts)
     return "failed"
 
 
-def test_time_outs_in_a_row_are_evidence() -> None:
-    hosts = Hosts(3, grace_seconds=0)
+def test_a_host_is_down_after_time_outs_in_a_row() -> None:
+    breakers = CircuitBreakers(3, grace_seconds=0)
     for _ in range(2):
-        assert _ask(hosts, A, TimeoutError()) == "failed"
-    assert _ask(hosts, A, None) == "ok"  # and all is forgotten
+        assert _request(breakers, A, TimeoutError()) == "failed"
+    assert _request(breakers, A, None) == "ok"  # which resets the count
     for _ in range(3):
-        assert _ask(hosts, A, TimeoutError()) == "failed"
-    assert _ask(hosts, A, None) == "host_down"
-    assert _ask(hosts, URL("http://A.test./2"), None) == "host_down"
-    assert _ask(hosts, URL("http://a.test:81/"), None) == "ok"
-    assert _ask(hosts, B, None) == "ok"
+        assert _request(breakers, A, TimeoutError()) == "failed"
+    assert _request(breakers, A, None) == "host_down"
+    assert _request(breakers, URL("http://A.test./2"), None) == "host_down"
+    assert _request(breakers, URL("http://a.test:81/"), None) == "ok"
+    assert _request(breakers, B, None) == "ok"
 
 
 @pytest.mark.parametrize(
@@ -55,65 +57,65 @@ def test_time_outs_in_a_row_are_evidence() -> None:
         (DownloadError("not_an_image", "text/html"), "ok"),
     ],
 )
-def test_what_is_evidence_by_itself(error: Exception, end: str) -> None:
-    hosts = Hosts(2)
+def test_which_errors_count(error: Exception, end: str) -> None:
+    breakers = CircuitBreakers(2)
     for _ in range(2):
-        _ask(hosts, A, error)
-    assert _ask(hosts, A, None) == end
+        _request(breakers, A, error)
+    assert _request(breakers, A, None) == end
 
 
 @pytest.mark.parametrize(
     ("between", "end"),
     [
         (DownloadError("http_404", "HTTP 404"), "ok"),  # an answer
-        (ConnectionRefusedError(), "host_down"),  # says nothing
+        (ConnectionRefusedError(), "host_down"),  # neither
     ],
 )
-def test_what_clears_a_host(between: Exception, end: str) -> None:
-    hosts = Hosts(2, grace_seconds=0)
+def test_which_errors_reset_the_count(between: Exception, end: str) -> None:
+    breakers = CircuitBreakers(2, grace_seconds=0)
     for error in (TimeoutError(), between, TimeoutError()):
-        _ask(hosts, A, error)
-    assert _ask(hosts, A, None) == end
+        _request(breakers, A, error)
+    assert _request(breakers, A, None) == end
 
 
-def test_a_host_that_has_answered_has_minutes_of_grace() -> None:
-    """A line that fails for half a minute is no reason to give up all of a list."""
+def test_a_host_that_has_answered_has_a_grace_period() -> None:
+    """A network outage of half a minute must not fail a whole list."""
     for grace, end in ((60, "ok"), (0, "host_down")):
-        hosts = Hosts(2, grace_seconds=grace)
-        assert _ask(hosts, A, None) == "ok"
+        breakers = CircuitBreakers(2, grace_seconds=grace)
+        assert _request(breakers, A, None) == "ok"
         for _ in range(2):
-            assert _ask(hosts, A, TimeoutError()) == "failed"
-        assert _ask(hosts, A, None) == end
+            assert _request(breakers, A, TimeoutError()) == "failed"
+        assert _request(breakers, A, None) == end
 
 
-def test_time_that_others_used_up_is_no_evidence() -> None:
-    hosts = Hosts(1)
-    assert _ask(hosts, A, TimeoutError(), counts=False) == "failed"
-    assert _ask(hosts, A, None) == "ok"
+def test_time_used_up_by_other_hosts_does_not_count() -> None:
+    breakers = CircuitBreakers(1)
+    assert _request(breakers, A, TimeoutError(), counts=False) == "failed"
+    assert _request(breakers, A, None) == "ok"
 
 
-def test_one_request_at_a_time_looks_whether_a_host_is_back() -> None:
-    hosts = Hosts(1, look_seconds=0)
-    _ask(hosts, A, TimeoutError())
-    hosts.look_seconds = 60
-    hosts.check(A)
-    assert _ask(hosts, A, None) == "host_down"
-    hosts = Hosts(1, look_seconds=0)
-    _ask(hosts, A, TimeoutError())
-    assert _ask(hosts, A, None) == "ok"
-    assert _ask(hosts, A, None) == "ok"
+def test_one_request_at_a_time_probes_a_host() -> None:
+    breakers = CircuitBreakers(1, probe_seconds=0)
+    _request(breakers, A, TimeoutError())
+    breakers.probe_seconds = 60
+    breakers.check(A)
+    assert _request(breakers, A, None) == "host_down"
+    breakers = CircuitBreakers(1, probe_seconds=0)
+    _request(breakers, A, TimeoutError())
+    assert _request(breakers, A, None) == "ok"
+    assert _request(breakers, A, None) == "ok"
 
 
-def test_few_hosts_are_remembered() -> None:
-    hosts = Hosts(1, most=10)
+def test_the_number_of_hosts_is_limited() -> None:
+    breakers = CircuitBreakers(1, max_hosts=10)
     for number in range(100):
-        _ask(hosts, URL(f"http://{number}.test/"), TimeoutError())
-    assert len(hosts.known) == 10
-    assert _ask(hosts, URL("http://99.test/"), None) == "host_down"
-    assert _ask(hosts, URL("http://0.test/"), None) == "ok"
+        _request(breakers, URL(f"http://{number}.test/"), TimeoutError())
+    assert len(breakers.hosts) == 10
+    assert _request(breakers, URL("http://99.test/"), None) == "host_down"
+    assert _request(breakers, URL("http://0.test/"), None) == "ok"
 
 
-def test_a_dead_host_does_not_hold_up_a_list(site: Site, open_downloader: Any) -> None:
+def test_a_dead_host_does_not_delay_a_list(site: Site, open_downloader: Any) -> None:
     def silent(handler: BaseHTTPRequestHandler) -> None:
         time.sleep(0.4)
         handler.close_connection = True
@@ -135,7 +137,7 @@ def test_a_dead_host_does_not_hold_up_a_list(site: Site, open_downloader: Any) -
     other.server.server_close()
 
 
-def test_a_retry_names_hosts_that_were_down() -> None:
+def test_a_later_run_can_retry_host_down() -> None:
     assert "host_down" in TRANSIENT
     assert not DownloadError("host_down", "").transient  # not in the same run
     for name in ("host_down", "transient"):

@@ -1,4 +1,4 @@
-"""Images that are fetched through a proxy: the same rows as without one, and its own failures."""
+"""Fetching through a proxy: the same rows as without one, and failures of the proxy."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SECRET = "pass:w0rd@%"
 QUOTED = "pass%3Aw0rd%40%25"
 
 
-def untidy(handler: BaseHTTPRequestHandler) -> None:
-    """An answer that the strict parser refuses."""
+def malformed(handler: BaseHTTPRequestHandler) -> None:
+    """A response that the strict parser refuses."""
     handler.close_connection = True
     head = f"HTTP/1.1 200 OK\r\nno header\r\nContent-Length: {len(JPEG)}\r\n\r\n"
     handler.wfile.write(head.encode() + JPEG)
@@ -56,7 +56,7 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     file, context = certificate(tmp_path, "pictures.test")
     ours = ssl.create_default_context(cafile=str(file))
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ours)
-    monkeypatch.setattr(lenient, "_tls", lambda: ours)
+    monkeypatch.setattr(lenient, "_tls_context", lambda: ours)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     return context
 
@@ -66,14 +66,14 @@ def behind_tls(site: Site, context: ssl.SSLContext) -> Site:
     return site
 
 
-def down_for(proxy: HttpProxy, patience: float, silence: float = 60) -> dict[str, Any]:
-    return {"outage": Outage(Proxy.parse(proxy.url()), patience, 0.02, silence)}
+def down_for(proxy: HttpProxy, max_seconds: float, silence: float = 60) -> dict[str, Any]:
+    return {"outage": Outage(Proxy.parse(proxy.url()), max_seconds, 0.02, silence)}
 
 
 # ------------------------------------------------------------------------------------- the way through
 
 
-def test_http_goes_through_in_absolute_form_and_names_are_the_proxys(
+def test_http_requests_have_absolute_urls_and_the_proxy_resolves_names(
     site: Site, proxy: HttpProxy, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up: list[str] = []
@@ -84,23 +84,23 @@ def test_http_goes_through_in_absolute_form_and_names_are_the_proxys(
         return genuine(host, *more, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
-    site.answers = {"/a%20b": reply(), "/untidy": untidy}
+    site.answers = {"/a%20b": reply(), "/malformed": malformed}
     downloader = open_downloader(proxy=proxy.url(), **PUBLIC)
-    urls = ["http://pictures.test/a%20b?c=%2F#there", "http://pictures.test:8080/untidy"]
+    urls = ["http://pictures.test/a%20b?c=%2F#there", "http://pictures.test:8080/malformed"]
     assert [fetched.data for fetched in fetch_all(downloader, *urls)] == [JPEG, JPEG]
     assert sorted(proxy.asked) == [
         "GET http://pictures.test/a%20b?c=%2F HTTP/1.1",
-        *["GET http://pictures.test:8080/untidy HTTP/1.1"] * 2,
+        *["GET http://pictures.test:8080/malformed HTTP/1.1"] * 2,
     ]
     assert set(looked_up) <= {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("path", ["/tidy", "/untidy"])
+@pytest.mark.parametrize("path", ["/well_formed", "/malformed"])
 @pytest.mark.parametrize("kind", ["http", "https"])
 def test_https_is_verified_through_the_tunnel(
     kind: str, path: str, trusted: ssl.SSLContext, site: Site, open_downloader: Any
 ) -> None:
-    behind_tls(site, trusted).answers = {"/tidy": reply(), "/untidy": untidy}
+    behind_tls(site, trusted).answers = {"/well_formed": reply(), "/malformed": malformed}
     names = {"pictures.test": site.port, "other.test": site.port}
     with proxied(names, tls=trusted if kind == "https" else None) as proxy:
         downloader = open_downloader(proxy=proxy.url(), read_timeout=5, **PUBLIC)
@@ -114,7 +114,7 @@ def test_https_is_verified_through_the_tunnel(
     assert {line.split(" ")[0] for line in proxy.asked} == {"CONNECT"}
 
 
-def test_a_large_body_comes_whole_through_an_untidy_tunnel(
+def test_a_large_malformed_response_is_read_through_a_tunnel(
     trusted: ssl.SSLContext, site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
     body = JPEG + bytes(range(256)) * 20_000
@@ -130,7 +130,7 @@ def test_a_large_body_comes_whole_through_an_untidy_tunnel(
     assert fetched.data == body
 
 
-def test_what_a_server_does_has_its_class_as_without_a_proxy(
+def test_failures_of_servers_have_the_same_class_as_without_a_proxy(
     site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
     waits = threading.Event()
@@ -164,7 +164,9 @@ def test_what_a_server_does_has_its_class_as_without_a_proxy(
     assert statuses(downloader, "http://unknown.test/") == ["download:http_5xx"]
 
 
-def test_a_host_has_its_turns(site: Site, proxy: HttpProxy, open_downloader: Any) -> None:
+def test_host_slots_apply_behind_a_proxy(
+    site: Site, proxy: HttpProxy, open_downloader: Any
+) -> None:
     seen = threading.Barrier(2, timeout=5)
 
     def together(handler: BaseHTTPRequestHandler) -> None:
@@ -183,7 +185,7 @@ def test_a_host_has_its_turns(site: Site, proxy: HttpProxy, open_downloader: Any
 @pytest.mark.parametrize(
     ("status", "found"), [("403 Forbidden", "http_4xx"), ("504 Gateway Timeout", "http_5xx")]
 )
-def test_a_tunnel_that_is_refused_has_the_class_of_its_status(
+def test_a_refused_tunnel_has_the_class_of_its_status(
     status: str, found: str, proxy: HttpProxy, open_downloader: Any
 ) -> None:
     proxy.connect_status = status
@@ -193,7 +195,7 @@ def test_a_tunnel_that_is_refused_has_the_class_of_its_status(
     assert fetched.error == f"the proxy's answer to CONNECT: HTTP {status}"
 
 
-def test_a_tunnel_that_never_opens_is_a_time_out_of_its_host(
+def test_a_tunnel_that_never_opens_is_a_time_out_of_the_host(
     proxy: HttpProxy, open_downloader: Any
 ) -> None:
     proxy.silent = True
@@ -206,7 +208,7 @@ def test_a_tunnel_that_never_opens_is_a_time_out_of_its_host(
 # ---------------------------------------------------------------------------------- private places
 
 
-def test_private_addresses_are_refused_as_they_are_written(
+def test_urls_with_private_addresses_are_refused(
     site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
     hosts = ["127.0.0.1", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]", "localhost", "a.localhost"]
@@ -219,8 +221,8 @@ def test_private_addresses_are_refused_as_they_are_written(
     straight = [f"{scheme}://{host}/" for host in hosts for scheme in ("http", "https")]
     assert set(statuses(downloader, *straight)) == {"download:blocked_address"}
     assert not proxy.asked
-    redirected = [f"http://pictures.test/{number}" for number in range(len(hosts))]
-    assert set(statuses(downloader, *redirected)) == {"download:blocked_address"}
+    redirecting = [f"http://pictures.test/{number}" for number in range(len(hosts))]
+    assert set(statuses(downloader, *redirecting)) == {"download:blocked_address"}
     assert not site.requests["/secret"]
     proxy.names["127.0.0.1"] = site.port
     assert statuses(open_downloader(proxy=proxy.url()), site.url("/secret")) == ["ok"]
@@ -229,28 +231,28 @@ def test_private_addresses_are_refused_as_they_are_written(
 # ------------------------------------------------------------------------------------- passwords
 
 
-def test_the_password_is_for_the_proxy_alone(
+def test_only_the_proxy_gets_the_password(
     trusted: ssl.SSLContext, site: Site, open_downloader: Any
 ) -> None:
     told: list[str] = []
 
     def note(handler: BaseHTTPRequestHandler) -> None:
         told.append(str(handler.headers))
-        (untidy if handler.path == "/untidy" else reply())(handler)
+        (malformed if handler.path == "/malformed" else reply())(handler)
 
     secure = behind_tls(Site(), trusted)
-    site.answers = secure.answers = {"/tidy": note, "/untidy": note}
+    site.answers = secure.answers = {"/well_formed": note, "/malformed": note}
     names = {"plain.test": site.port, "pictures.test": secure.port}
     with proxied(names, login=f"me:{SECRET}") as proxy:
         downloader = open_downloader(proxy=proxy.url(f"me:{QUOTED}"), read_timeout=5, **PUBLIC)
         places = ("http://plain.test", "https://pictures.test")
-        urls = [f"{place}{path}" for place in places for path in ("/tidy", "/untidy")]
+        urls = [f"{place}{path}" for place in places for path in ("/well_formed", "/malformed")]
         assert statuses(downloader, *urls) == ["ok"] * 4
         assert len(told) == 6
         assert not [headers for headers in told if "proxy" in headers.lower()]
         for login in ("", "me:wrong"):
             downloader = open_downloader(
-                down_for(proxy, patience=0), proxy=proxy.url(login), **PUBLIC
+                down_for(proxy, max_seconds=0), proxy=proxy.url(login), **PUBLIC
             )
             for url in urls[::2]:
                 with pytest.raises(RunError, match="HTTP 407: it wants ") as refused:
@@ -261,7 +263,7 @@ def test_the_password_is_for_the_proxy_alone(
 
 
 def config_of(folder: Path, proxy: str | None, **download: Any) -> IngestConfig:
-    """The job's settings as its command line gives them."""
+    """The job's settings, from its command line."""
     given = {"proxy": proxy, "read_timeout": 3, "retries": 0, **download}
     return load(IngestConfig, None, [
         f"data.input={folder / 'metadata.parquet'}", f"data.output={folder / 'out'}", "image.size=32",
@@ -284,7 +286,7 @@ def config_of(folder: Path, proxy: str | None, **download: Any) -> IngestConfig:
         (["http://me:w0rd@p.test:1"], "expected http://host:port"),
     ],
 )
-def test_what_is_no_proxy_is_one_line_without_the_password(given: Any, message: str) -> None:
+def test_an_invalid_proxy_is_one_line_without_the_password(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         build(DownloadConfig, {"proxy": given})
     line = str(refused.value)
@@ -298,14 +300,14 @@ def test_what_is_no_proxy_is_one_line_without_the_password(given: Any, message: 
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Iterator[int]:
-    """The port of a site whose six pictures are on a list as pictures.test's."""
+    """The port of a site; a list has its six pictures under pictures.test."""
     with serve(tmp_path) as web:
         write_world(tmp_path, "http://pictures.test", 6)
         yield int(web.base_url.rpartition(":")[2])
 
 
 @pytest.mark.parametrize("wrong", ["dead", "silent", "no proxy", "password", "name"])
-def test_a_proxy_that_cannot_be_used_ends_the_job_before_it_begins(
+def test_an_unusable_proxy_ends_the_job_before_the_first_request(
     wrong: str, listed: int, tmp_path: Path
 ) -> None:
     speechless = socket.create_server(("127.0.0.1", 0))
@@ -345,13 +347,13 @@ def rows_written(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("failure", ["gone", "password"])
-def test_a_proxy_that_comes_back_is_waited_for(
+def test_requests_wait_for_a_failing_proxy(
     failure: str, site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
-    """No URL is blamed: all of them end as they would have."""
+    """All URLs have the result that they have without the outage."""
     site.answers = {"/a": reply(), "/b": reply(404)}
     downloader = open_downloader(
-        down_for(proxy, patience=60), proxy=proxy.url(), retries=0, **PUBLIC
+        down_for(proxy, max_seconds=60), proxy=proxy.url(), retries=0, **PUBLIC
     )
     if failure == "gone":
         proxy.stop()
@@ -364,32 +366,32 @@ def test_a_proxy_that_comes_back_is_waited_for(
     urls = [f"http://pictures.test/{'ab'[number % 2]}?{number}" for number in range(8)]
     assert statuses(downloader, *urls) == ["ok", "download:http_404"] * 4
     timer.join()
-    assert (downloader.room.taken, downloader.slots.taken) == (0, 0)
+    assert (downloader.budget.used, downloader.window.in_flight) == (0, 0)
 
 
-def test_a_proxy_that_stays_away_ends_what_is_fetched(
+def test_a_proxy_that_keeps_failing_ends_the_call(
     site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
     site.answers = {"/": reply()}
-    downloader = open_downloader(down_for(proxy, patience=0.2), proxy=proxy.url(), **PUBLIC)
+    downloader = open_downloader(down_for(proxy, max_seconds=0.2), proxy=proxy.url(), **PUBLIC)
     assert statuses(downloader, "http://pictures.test/") == ["ok"]
     proxy.stop()
     urls = [f"http://pictures.test/?{number}" for number in range(50)]
     with pytest.raises(RunError, match=r"has failed for 0\.2 seconds \(.*the same command conti"):
         statuses(downloader, *urls)
-    assert (downloader.room.taken, downloader.slots.taken) == (0, 0)
+    assert (downloader.budget.used, downloader.window.in_flight) == (0, 0)
     proxy.start()
     assert statuses(downloader, urls[0]) == ["ok"]
 
 
 @pytest.mark.parametrize("kind", ["http", "https"])
-def test_a_proxy_that_takes_connections_and_answers_nobody_fails_too(
+def test_a_proxy_that_accepts_connections_and_never_answers_fails(
     kind: str, proxy: HttpProxy, open_downloader: Any
 ) -> None:
-    """And where it only waits for a dead host, that host has timed out."""
+    """If it only waits for a dead host, the host has timed out."""
     limits = {"connect_timeout": 0.1, "read_timeout": 0.1, "retries": 0}
     downloader = open_downloader(
-        down_for(proxy, patience=0.1, silence=0), proxy=proxy.url(), **limits, **PUBLIC
+        down_for(proxy, max_seconds=0.1, silence=0), proxy=proxy.url(), **limits, **PUBLIC
     )
     proxy.muted = "pictures.test"
     urls = [f"{kind}://pictures.test/{number}" for number in range(3)]
@@ -399,14 +401,14 @@ def test_a_proxy_that_takes_connections_and_answers_nobody_fails_too(
         statuses(downloader, *urls)
 
 
-def test_a_url_that_alone_fails_the_proxy_is_a_row(
+def test_a_single_url_that_fails_the_proxy_is_a_failed_row(
     site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
-    """Others come through, so the job goes on."""
+    """Other URLs get answers, so the job continues."""
     site.answers = {"/": reply()}
     proxy.locked = "pictures.test"
     downloader = open_downloader(
-        down_for(proxy, patience=0.3), proxy=proxy.url(), retries=0, **PUBLIC
+        down_for(proxy, max_seconds=0.3), proxy=proxy.url(), retries=0, **PUBLIC
     )
     found: list[str] = []
     locked = threading.Thread(
@@ -420,15 +422,15 @@ def test_a_url_that_alone_fails_the_proxy_is_a_row(
     assert found == ["download:proxy"]
 
 
-def test_a_server_that_asks_for_a_proxys_password_is_not_believed(
+def test_a_407_from_a_server_is_not_from_the_proxy(
     trusted: ssl.SSLContext, site: Site, proxy: HttpProxy, open_downloader: Any
 ) -> None:
-    """Else one hostile site could end a job."""
+    """Otherwise one hostile site could end a job."""
     secure = behind_tls(Site(), trusted)
     site.answers = secure.answers = {"/": reply(407, Proxy_Authenticate="Basic")}
     proxy.names["pictures.test"] = secure.port
     downloader = open_downloader(
-        down_for(proxy, patience=0), proxy=proxy.url(), read_timeout=5, **PUBLIC
+        down_for(proxy, max_seconds=0), proxy=proxy.url(), read_timeout=5, **PUBLIC
     )
     urls = ["http://other.test/", "https://pictures.test/"]
     assert statuses(downloader, *urls) == ["download:http_4xx"] * 2
@@ -436,7 +438,7 @@ def test_a_server_that_asks_for_a_proxys_password_is_not_believed(
     secure.server.server_close()
 
 
-def test_a_job_goes_on_where_its_proxy_went_away_and_keeps_the_password_to_itself(
+def test_a_job_continues_after_a_proxy_outage_and_stores_no_password(
     listed: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Judging what the web answers: URLs, statuses, headers, errors, and the class of each failure."""
+"""Failure classes of downloads, and the checks of URLs, statuses and headers that raise them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from typing import Literal, get_args
 import aiohttp
 from yarl import URL
 
-from pipelines.ingest.web.addresses import BlockedAddressError, odd_spelling
-from pipelines.pictures.formats import image_format
+from pipelines.ingest.web.addresses import BlockedAddressError, is_nonstandard_ipv4
 
 FailureClass = Literal[
     "dns",
-    "refused",  # also reset, or cut in the middle of the body
+    "refused",  # also: the connection was reset, or closed within the body
     "timeout",
-    "host_down",  # not asked: its host gave nothing but time-outs
-    "proxy",  # the proxy of `download.proxy` could not be used for it
+    "host_down",  # not requested: its host only timed out before
+    "proxy",  # the proxy of `download.proxy` could not be used
     "tls",
     "http_4xx",
     "http_404",
     "http_410",
     "http_429",
     "http_5xx",
-    "http_other",  # a status that brings no picture, such as 204, 304 or 999
-    "redirects",  # too many of them, or one that leads nowhere
-    "partial",  # status 206 of a part
-    "protocol",  # no HTTP, or an answer that may mean two things
-    "encoding",  # a Content-Encoding that cannot be undone
+    "http_other",  # a status without an image, such as 204, 304 or 999
+    "redirects",  # too many, or one without a target
+    "partial",  # status 206 with only a part of the file
+    "protocol",  # not HTTP, or an ambiguous response
+    "encoding",  # a Content-Encoding that cannot be decoded
     "too_large",
     "not_an_image",
     "opted_out",
@@ -41,11 +40,11 @@ FailureClass = Literal[
     "other",
 ]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)
-"""The closed list behind `download:` in a row's status."""
+"""All classes that follow `download:` in a row's status."""
 
 TRANSIENT = frozenset(["timeout", "host_down", "proxy", "refused", "http_429", "http_5xx"])
-"""Classes that another attempt may mend; of `dns`, a resolver's temporary failure too. An attempt
-of the same run does not mend `host_down`."""
+"""Classes for which a retry may succeed; so may one after a resolver's temporary `dns` failure.
+`host_down` is only retried by a later run."""
 
 MESSAGE_LENGTH = 200
 _MAX_URL = 8192
@@ -56,7 +55,7 @@ _RANGE = re.compile(
 
 
 class DownloadError(Exception):
-    """One attempt's failure, by class."""
+    """The failure of one attempt, with its class (`kind`); `retry_after` is in seconds."""
 
     def __init__(
         self, kind: FailureClass, message: str, transient: bool = False, retry_after: float = 0.0
@@ -68,40 +67,40 @@ class DownloadError(Exception):
 
 
 def parse_url(url: str) -> URL:
-    """An http(s) URL with a host; DownloadError `bad_url` for anything else.
+    """Parse an http(s) URL with a host. Raises DownloadError `bad_url` for anything else.
 
-    An IPv4 address in an odd spelling is a `blocked_address`, wherever it may lead.
+    An IPv4 address in a nonstandard spelling is a `blocked_address`, public or not.
     """
     if len(url) > _MAX_URL:
         raise DownloadError("bad_url", f"longer than {_MAX_URL} characters")
     try:
-        parsed = _to_the_letter(url)
+        parsed = _keep_quoted(url)
         host, _ = parsed.raw_host or "", parsed.port
-        odd = odd_spelling(host)
+        is_nonstandard = is_nonstandard_ipv4(host)
     except (ValueError, UnicodeError) as error:
         raise DownloadError("bad_url", str(error)) from None
     if parsed.scheme not in ("http", "https"):
         raise DownloadError("bad_url", f"scheme '{parsed.scheme}': only http and https are fetched")
     if not host:
         raise DownloadError("bad_url", "no host")
-    if odd:
+    if is_nonstandard:
         raise DownloadError("blocked_address", f"{_BLOCKED} {host}: odd spelling")
     return parsed
 
 
-def redirected(target: URL, location: str) -> URL:
-    """Where a redirect of `target` leads; DownloadError as `parse_url` raises it."""
-    # Bytes that are no UTF-8 come as surrogates. Dropped, as yarl does, they lead elsewhere.
+def redirect_target(target: URL, location: str) -> URL:
+    """The target of a redirect of `target`. Raises DownloadError as `parse_url` does."""
+    # Bytes that are not UTF-8 arrive as surrogates. yarl would drop them, which changes the target.
     location = re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) & 0xFF:02X}", location)
     try:
-        joined = str(target.join(_to_the_letter(location)))
+        joined = str(target.join(_keep_quoted(location)))
     except (ValueError, UnicodeError) as error:
         raise DownloadError("bad_url", f"Location: {error}") from None
     return parse_url(joined)
 
 
-def _to_the_letter(url: str) -> URL:
-    """What is quoted already is sent as it is: a signature may cover its spelling."""
+def _keep_quoted(url: str) -> URL:
+    """A URL that is already quoted keeps its spelling, which a signature may cover."""
     quoted = url.isascii() and all("!" <= c <= "~" and c not in '"<>\\^`{|}' for c in url)
     return URL(url, encoded=quoted)
 
@@ -118,7 +117,7 @@ def http_class(code: int) -> FailureClass:
 
 
 def check_range(content_range: str | None) -> None:
-    """DownloadError `partial` where a Content-Range does not say that all of the file is there.
+    """Raise DownloadError `partial` unless a Content-Range covers the complete file.
 
     Source: RFC 9110 section 14.4, `bytes first-last/complete`.
     """
@@ -128,7 +127,7 @@ def check_range(content_range: str | None) -> None:
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 without a sound one."""
+    """Seconds of a Retry-After header, which is a number or a date; 0 if it is absent or invalid."""
     if not header:
         return 0.0
     if header.strip().isdecimal():
@@ -140,12 +139,12 @@ def retry_after(header: str | None) -> float:
 
 
 def classify(error: Exception) -> DownloadError:
-    """The class of whatever an attempt raised."""
+    """The DownloadError for any exception of an attempt."""
     message = str(error) or type(error).__name__
     match error:
         case DownloadError():
             return error
-        case TimeoutError():  # aiohttp's derive from it
+        case TimeoutError():  # the base class of aiohttp's time-outs
             return DownloadError("timeout", message)
         case aiohttp.ClientConnectorDNSError():
             temporary = isinstance(error.os_error, socket.gaierror) and (
@@ -153,7 +152,7 @@ def classify(error: Exception) -> DownloadError:
             )
             return DownloadError("dns", message, transient=temporary)
         case aiohttp.ClientConnectorError() if isinstance(error.os_error, socket.gaierror):
-            return DownloadError("dns", message)  # such as an IPv6 address with an unknown zone
+            return DownloadError("dns", message)  # for example an IPv6 address with an unknown zone
         case socket.gaierror():
             return DownloadError("dns", message, transient=error.errno == socket.EAI_AGAIN)
         case aiohttp.ClientSSLError() | ssl.SSLError():
@@ -164,7 +163,7 @@ def classify(error: Exception) -> DownloadError:
             return DownloadError("blocked_address", str(error.os_error))
         case OSError() if isinstance(error, BlockedAddressError) or _BLOCKED in message:
             return DownloadError("blocked_address", message)
-        case aiohttp.ServerDisconnectedError():  # its message has all headers that came
+        case aiohttp.ServerDisconnectedError():  # its message quotes all received headers
             return DownloadError("refused", "closed before the end of the headers")
         case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | OSError():
             return DownloadError("refused", message)
@@ -173,13 +172,7 @@ def classify(error: Exception) -> DownloadError:
 
 
 def clean(message: str) -> str:
-    """A message that is safe in a log, a page and a table: no control characters, cut."""
-    cut = message[: 20 * MESSAGE_LENGTH]  # a server may say megabytes
+    """A message without control characters, cut to MESSAGE_LENGTH: safe in a log, a page and a table."""
+    cut = message[: 20 * MESSAGE_LENGTH]  # a server may send megabytes
     text = "".join(" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in cut)
     return " ".join(text.split())[:MESSAGE_LENGTH]
-
-
-def check_image(head: bytes | bytearray, content_type: str) -> None:
-    """Raise `not_an_image` for a body that neither begins like an image nor is called one."""
-    if image_format(head) is None and not (head and content_type.startswith("image/")):
-        raise DownloadError("not_an_image", f"{content_type}, begins with {bytes(head[:16])!r}")

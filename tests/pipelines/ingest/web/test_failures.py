@@ -1,4 +1,4 @@
-"""Judging URLs, addresses, headers and errors, without a network."""
+"""Checks of URLs, addresses, headers, bodies and errors, without a network."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.ingest.web.addresses import is_public, odd_spelling
-from pipelines.ingest.web.answers import (
+from pipelines.ingest.web.addresses import is_nonstandard_ipv4, is_public
+from pipelines.ingest.web.body import check_image
+from pipelines.ingest.web.content_encodings import decompress
+from pipelines.ingest.web.failures import (
     MESSAGE_LENGTH,
     DownloadError,
-    check_image,
     classify,
     clean,
     http_class,
     parse_url,
-    redirected,
+    redirect_target,
     retry_after,
 )
-from pipelines.ingest.web.codings import decompress
 from pipelines.ingest.web.optout import AGENT, OPT_OUT, agent_of, opted_out
 from pipelines.pictures.formats import image_format
 
@@ -81,7 +81,7 @@ def test_public_addresses_are_public(address: str) -> None:
 
 @settings(deadline=None)
 @given(st.ip_addresses(v=4))
-def test_wrapping_an_address_does_not_open_it(address: ipaddress.IPv4Address) -> None:
+def test_embedded_private_addresses_are_not_public(address: ipaddress.IPv4Address) -> None:
     number = int(address)
     mapped = ipaddress.IPv6Address((0xFFFF << 32) | number)
     nat64 = ipaddress.IPv6Address((0x64FF9B << 96) | number)
@@ -91,16 +91,16 @@ def test_wrapping_an_address_does_not_open_it(address: ipaddress.IPv4Address) ->
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "0177.0.0.1", "127.1", "010.8.8.8"])
-def test_odd_spellings_are_seen(host: str) -> None:
-    assert odd_spelling(host)
+def test_nonstandard_ipv4_spellings_are_found(host: str) -> None:
+    assert is_nonstandard_ipv4(host)
     with pytest.raises(DownloadError) as refused:
         parse_url(f"http://{host}/x")
     assert refused.value.kind == "blocked_address"
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "example.org", "1.2.3.4.example", "cafe", "::1"])
-def test_plain_hosts_are_no_odd_spellings(host: str) -> None:
-    assert not odd_spelling(host)
+def test_plain_hosts_are_not_nonstandard_ipv4(host: str) -> None:
+    assert not is_nonstandard_ipv4(host)
 
 
 # -------------------------------------------------------------------------------------- opt-outs
@@ -139,7 +139,7 @@ def test_opt_out_headers(headers: list[str], directive: str | None) -> None:
     assert opted_out(headers) == directive
 
 
-def test_a_user_agent_of_your_own_is_addressed_by_its_name() -> None:
+def test_a_custom_user_agent_is_a_name_for_opt_outs() -> None:
     mine = agent_of("My-Crawler/2.1 (+https://example.org)")
     assert mine == "my-crawler"
     assert agent_of(" ") == ""
@@ -188,26 +188,26 @@ def test_any_text_is_a_url_or_a_classified_failure(text: str) -> None:
         assert kind in ("http", "https", "bad_url", "blocked_address")
 
 
-def test_quoted_urls_are_sent_to_the_letter() -> None:
+def test_quoted_urls_keep_their_spelling() -> None:
     url = "https://cdn.org/a%2Fb%7E.jpg?sig=x%2By%3D%3d&e=1+2"
     assert str(parse_url(url)) == url
     assert str(parse_url("http://a.org/ü x.jpg")) == "http://a.org/%C3%BC%20x.jpg"
 
 
-def test_redirects_are_followed_to_the_letter_or_refused() -> None:
+def test_redirects_keep_their_spelling_or_fail() -> None:
     page = parse_url("http://a.org/b/c?d")
     signed = "https://cdn.org/x%7E%2Fy?sig=a%2Bb%3D&e=1+2"
     leads = {signed: signed, "x%7E": "http://a.org/b/x%7E", "//c.org/ü": "http://c.org/%C3%BC"}
     leads |= {"/caf\udce9": "http://a.org/caf%E9"}  # Latin-1, as browsers follow it
     leads |= {"?e": "http://a.org/b/c?e", "http:/x": "http://a.org/x", "../../..": "http://a.org/"}
-    assert {location: str(redirected(page, location)) for location in leads} == leads
+    assert {location: str(redirect_target(page, location)) for location in leads} == leads
     bad = ["http://a:99999/", "http://[::1/", "http://a:b/", "file:///etc/passwd", "http://a\\@b/"]
     for location in bad:
         with pytest.raises(DownloadError) as refused:
-            redirected(page, location)
+            redirect_target(page, location)
         assert refused.value.kind == "bad_url"
     with pytest.raises(DownloadError, match="odd spelling"):
-        redirected(page, "//2130706433/")
+        redirect_target(page, "//2130706433/")
 
 
 @settings(deadline=None)
@@ -215,7 +215,7 @@ def test_redirects_are_followed_to_the_letter_or_refused() -> None:
 def test_any_location_is_a_url_or_a_classified_failure(text: str) -> None:
     for location in (text, f"//{text}", f"http://{text}"):
         try:
-            kind = redirected(parse_url("http://a.org/b"), location).scheme
+            kind = redirect_target(parse_url("http://a.org/b"), location).scheme
         except DownloadError as refused:
             kind = refused.kind
         assert kind in ("http", "https", "bad_url", "blocked_address")
@@ -266,7 +266,7 @@ def test_unknown_errors_keep_their_name() -> None:
 
 
 @pytest.mark.parametrize("wbits", [31, 15, -15])  # gzip, deflate, deflate without a header
-def test_bodies_are_decompressed_within_the_cap(wbits: int) -> None:
+def test_bodies_are_decompressed_within_the_limit(wbits: int) -> None:
     packer = zlib.compressobj(wbits=wbits)
     body = packer.compress(b"x" * 1000) + packer.flush()
     assert decompress(body, 1000) == b"x" * 1000
@@ -275,7 +275,7 @@ def test_bodies_are_decompressed_within_the_cap(wbits: int) -> None:
     assert refused.value.kind == "too_large"
 
 
-def test_all_members_of_a_gzip_count() -> None:
+def test_all_members_of_a_gzip_are_decompressed() -> None:
     body = gzip.compress(b"x" * 600) + gzip.compress(b"y" * 400)
     assert decompress(body, 1000) == b"x" * 600 + b"y" * 400
     with pytest.raises(DownloadError, match="more than 999 bytes"):
@@ -300,7 +300,7 @@ def test_any_body_is_decompressed_or_refused(body: bytes, start: bytes) -> None:
     assert found in ("True", "encoding", "too_large")
 
 
-def test_bodies_that_are_no_images() -> None:
+def test_bodies_that_are_not_images() -> None:
     for head in (b"<!doctype html>", b"", b"{}"):
         with pytest.raises(DownloadError) as refused:
             check_image(head, "text/html")

@@ -1,7 +1,7 @@
-"""Untidy servers, one row a behaviour: what is taken, and the class of what is not.
+"""Malformed responses, one case each: which are accepted, and the failure class of the others.
 
-Servers write raw bytes on loopback. A piece of an answer that follows a PAUSE comes in a packet of
-its own: what the strict parser makes of an answer depends on that.
+Servers on loopback write raw bytes. The bytes after a PAUSE are sent in a packet of their own, which
+can change what the strict parser does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.ingest.web.addresses import public_socket
+from pipelines.ingest.web.completeness import is_complete
 from pipelines.ingest.web.lenient import MAX_HEADERS
-from pipelines.ingest.web.whole import is_whole
 from tests.pipelines.ingest.sites import fetch_all, statuses
 
 PAUSE, RESET = "pause", "reset"
@@ -33,7 +33,7 @@ OTHER = JPEG[:-2] + b"!\xff\xd9"  # another picture of almost the same length
 
 
 class RawSite:
-    """A server that answers a path with raw bytes and closes; counts requests and connections."""
+    """A server that sends raw bytes for a path and closes; counts requests and connections."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Pieces] = {}
@@ -108,7 +108,7 @@ def head(
 
 
 def chunks(body: bytes, end: bytes = b"0\r\n\r\n", more: int = 0, ext: bytes = b"") -> bytes:
-    """`body` in two chunks whose sizes are `more` too large."""
+    """`body` in two chunks whose sizes are too large by `more`."""
     parts = (body[:700], body[700:])
     return b"".join(b"%x%s\r\n%s\r\n" % (len(p) + more, ext, p) for p in parts) + end
 
@@ -293,8 +293,8 @@ REFUSED: dict[str, tuple[str, Pieces]] = {
     "status_304": ("http_other", [head(line="HTTP/1.1 304 Not Modified")]),
     "status_300": ("http_other", [head(line="HTTP/1.1 300 Choices", length=0)]),
     "status_999": ("http_other", [head(line="HTTP/1.1 999 Denied", length=0)]),
-    "status_404_untidy": ("http_404", [head("no header", line="HTTP/1.1 404 None", length=0)]),
-    "status_500_untidy": ("http_5xx", [head("no header", line="HTTP/1.1 500 No", length=0)]),
+    "status_404_malformed": ("http_404", [head("no header", line="HTTP/1.1 404 None", length=0)]),
+    "status_500_malformed": ("http_5xx", [head("no header", line="HTTP/1.1 500 No", length=0)]),
     "redirect_to_nothing": ("redirects", [head("Location: ", line="HTTP/1.1 302 F", length=0)]),
     "gzip_damaged": ("encoding", [packed("gzip", GZIP[:100] + bytes(50) + GZIP[150:])]),
     "gzip_of_nothing": ("not_an_image", [packed("gzip", b"")]),
@@ -302,31 +302,31 @@ REFUSED: dict[str, tuple[str, Pieces]] = {
     "zstd_cut": ("encoding", [packed("zstd", ZSTD[:-9])]),
     "codings_9": ("encoding", [packed(", ".join(["gzip"] * 9), GZIP)]),
     "length_0": ("not_an_image", [head(length=0) + JPEG]),
-    "page_untidy": ("not_an_image", [head("no header", kind="text/html") + b"<html>" * 99]),
-    "opted_out_untidy": ("opted_out", whole("no header", "X-Robots-Tag : noai")),
+    "page_malformed": ("not_an_image", [head("no header", kind="text/html") + b"<html>" * 99]),
+    "opted_out_malformed": ("opted_out", whole("no header", "X-Robots-Tag : noai")),
     "opted_out_folded": ("opted_out", whole("no header", "X-Robots-Tag: nofollow,", " noai")),
     # Cut short: another attempt may mend it.
     "cut_length": ("refused", [head(length=L) + JPEG[:500]]),
     "cut_chunk": ("refused", [head(CHUNKED) + chunks(JPEG)[:500]]),
     "cut_between_chunks": ("refused", [head(CHUNKED) + chunks(JPEG[:900], end=b"")]),
-    "cut_untidy_length": ("refused", [head("no header", length=L) + JPEG[:500]]),
-    "cut_untidy_chunk": ("refused", [head("no header", CHUNKED) + chunks(JPEG)[:500]]),
-    "cut_untidy_headers": ("refused", [head("no header")[:-4]]),
+    "cut_malformed_length": ("refused", [head("no header", length=L) + JPEG[:500]]),
+    "cut_malformed_chunk": ("refused", [head("no header", CHUNKED) + chunks(JPEG)[:500]]),
+    "cut_malformed_headers": ("refused", [head("no header")[:-4]]),
     "whole_and_reset": ("refused", [head(length=L + 9) + JPEG, PAUSE, RESET]),
     "silence": ("refused", []),
 }
 
 
-def test_untidy_answers_bring_the_picture(raw: RawSite, open_downloader: Any) -> None:
+def test_malformed_responses_are_accepted(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {f"/{name}": pieces for name, pieces in TAKEN.items()}
     downloader = open_downloader(retries=0, read_timeout=5, concurrency_per_host=64)
     found = fetch_all(downloader, *(raw.url(path) for path in raw.answers))
     wrong = {n: f for n, f in zip(TAKEN, found, strict=True) if (f.status, f.data) != ("ok", JPEG)}
     assert wrong == {}
-    assert max(raw.requests.values()) == 2  # the lenient reader asks once
+    assert max(raw.requests.values()) == 2  # the lenient client sends one request
 
 
-def test_each_of_the_rest_has_its_class(raw: RawSite, open_downloader: Any) -> None:
+def test_the_other_responses_have_their_class(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {f"/{name}": pieces for name, (_, pieces) in REFUSED.items()}
     downloader = open_downloader(retries=0, read_timeout=5, concurrency_per_host=64)
     found = statuses(downloader, *(raw.url(path) for path in raw.answers))
@@ -334,12 +334,20 @@ def test_each_of_the_rest_has_its_class(raw: RawSite, open_downloader: Any) -> N
     assert dict(zip(REFUSED, found, strict=True)) == expected
 
 
-def test_tidy_answers_are_asked_for_once(raw: RawSite, open_downloader: Any) -> None:
-    tidy = ["http_1_0", "status_201", "status_206_whole", "chunk_extension", "gzip", "br", "zstd"]
-    tidy += ["gzip_lie", "no_length", "early_hints"]
-    raw.answers = {f"/{name}": TAKEN[name] for name in tidy}
+def test_well_formed_responses_need_one_request(raw: RawSite, open_downloader: Any) -> None:
+    wellformed = [
+        "http_1_0",
+        "status_201",
+        "status_206_whole",
+        "chunk_extension",
+        "gzip",
+        "br",
+        "zstd",
+    ]
+    wellformed += ["gzip_lie", "no_length", "early_hints"]
+    raw.answers = {f"/{name}": TAKEN[name] for name in wellformed}
     found = statuses(open_downloader(), *(raw.url(path) for path in raw.answers))
-    assert found == ["ok"] * len(tidy)
+    assert found == ["ok"] * len(wellformed)
     assert set(raw.requests.values()) == {1}
 
 
@@ -352,8 +360,10 @@ def test_a_300_with_a_location_is_followed(raw: RawSite, open_downloader: Any) -
 # ---------------------------------------------------------------------------------------- safety
 
 
-def test_no_hidden_answer_is_taken_for_the_next_urls(raw: RawSite, open_downloader: Any) -> None:
-    """Behind the body in one packet, in the next, and when the connection is idle."""
+def test_bytes_behind_a_response_are_not_taken_for_the_next(
+    raw: RawSite, open_downloader: Any
+) -> None:
+    """In the packet of the body, in the next one, and while the connection is idle."""
     hidden = head(length=len(OTHER)) + OTHER
     raw.answers = {
         "/1": [head(length=L) + JPEG + hidden],
@@ -373,10 +383,10 @@ def test_no_hidden_answer_is_taken_for_the_next_urls(raw: RawSite, open_download
     assert set(raw.requests) == set(paths)  # each was really asked for
 
 
-def test_the_lenient_reader_reaches_no_private_address(
+def test_the_lenient_client_reaches_no_private_address(
     raw: RawSite, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by itself, nor by a redirect, nor by a name that leads elsewhere at its second look-up."""
+    """Directly, by a redirect, or by a name that changes its address between look-ups."""
     opened: list[str] = []
 
     def once(info: Any) -> socket.socket:
@@ -384,10 +394,10 @@ def test_the_lenient_reader_reaches_no_private_address(
         opened.append(info[4][0])
         return socket.socket(*info[:3]) if len(opened) == 1 else public_socket(info)
 
-    raw.answers = {"/untidy": whole("no header"), "/secret": whole()}
+    raw.answers = {"/malformed": whole("no header"), "/secret": whole()}
     downloader = open_downloader({"socket_factory": once}, allow_private=False, retries=0)
-    assert statuses(downloader, raw.url("/untidy")) == ["download:blocked_address"]
-    assert (raw.requests["/untidy"], len(opened)) == (1, 2)
+    assert statuses(downloader, raw.url("/malformed")) == ["download:blocked_address"]
+    assert (raw.requests["/malformed"], len(opened)) == (1, 2)
 
     def here(info: Any) -> socket.socket:
         return socket.socket(*info[:3]) if info[4][0] == "127.0.0.1" else public_socket(info)
@@ -402,10 +412,10 @@ def test_the_lenient_reader_reaches_no_private_address(
     assert not raw.requests["/secret"]
 
 
-def test_a_slow_look_up_is_no_slow_connection(
+def test_a_slow_look_up_does_not_count_for_the_connection(
     raw: RawSite, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For either reader: it has as long as the whole request."""
+    """In both clients a look-up may take as long as the whole request."""
 
     def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         looked_up.append(host)
@@ -414,14 +424,16 @@ def test_a_slow_look_up_is_no_slow_connection(
 
     looked_up: list[str] = []
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
-    raw.answers = {"/tidy": whole(), "/untidy": whole("no header")}
+    raw.answers = {"/wellformed": whole(), "/malformed": whole("no header")}
     downloader = open_downloader(connect_timeout=0.1, retries=0, read_timeout=5)
-    urls = [f"http://{path}.test:{raw.port}/{path}" for path in ("tidy", "untidy")]
+    urls = [f"http://{path}.test:{raw.port}/{path}" for path in ("wellformed", "malformed")]
     assert statuses(downloader, *urls) == ["ok", "ok"]
-    assert sorted(looked_up) == ["tidy.test", "untidy.test", "untidy.test"]
+    assert sorted(looked_up) == ["malformed.test", "malformed.test", "wellformed.test"]
 
 
-def test_caps_and_time_outs_hold_for_the_lenient_reader(raw: RawSite, open_downloader: Any) -> None:
+def test_limits_and_time_outs_apply_to_the_lenient_client(
+    raw: RawSite, open_downloader: Any
+) -> None:
     million = JPEG + bytes(1 << 20)
     bombs = {
         "gzip": gzip.compress(JPEG + bytes(8 << 20)),
@@ -455,17 +467,20 @@ def test_caps_and_time_outs_hold_for_the_lenient_reader(raw: RawSite, open_downl
     found = statuses(hasty, *(raw.url(path) for path in slow))
     assert found == ["download:timeout"] * len(slow)
     for downloader in (patient, hasty):
-        assert (downloader.room.taken, downloader.slots.taken) == (0, 0)
+        assert (downloader.budget.used, downloader.window.in_flight) == (0, 0)
 
 
-def test_a_body_that_is_cut_is_tried_again(raw: RawSite, open_downloader: Any) -> None:
-    raw.answers = {"/untidy": REFUSED["cut_untidy_length"][1], "/tidy": REFUSED["cut_length"][1]}
-    found = statuses(open_downloader(retries=1), raw.url("/untidy"), raw.url("/tidy"))
+def test_a_truncated_body_is_retried(raw: RawSite, open_downloader: Any) -> None:
+    raw.answers = {
+        "/malformed": REFUSED["cut_malformed_length"][1],
+        "/wellformed": REFUSED["cut_length"][1],
+    }
+    found = statuses(open_downloader(retries=1), raw.url("/malformed"), raw.url("/wellformed"))
     assert found == ["download:refused"] * 2
-    assert raw.requests == {"/untidy": 4, "/tidy": 2}
+    assert raw.requests == {"/malformed": 4, "/wellformed": 2}
 
 
-def test_the_lenient_reader_asks_as_the_strict_one(raw: RawSite, open_downloader: Any) -> None:
+def test_the_lenient_client_sends_the_same_request(raw: RawSite, open_downloader: Any) -> None:
     raw.answers = {"/a%20b?c=%2F": whole("no header")}
     downloader = open_downloader(contact="me@example.org")
     url = raw.url("/a%20b?c=%2F#there").replace("http://", "http://me:secret@")
@@ -495,5 +510,5 @@ def test_the_lenient_reader_asks_as_the_strict_one(raw: RawSite, open_downloader
         (b"", False),
     ],
 )
-def test_files_that_end_where_they_say(data: bytes, expected: bool) -> None:
-    assert is_whole(data) is is_whole(bytearray(data)) is expected
+def test_files_that_are_complete(data: bytes, expected: bool) -> None:
+    assert is_complete(data) is is_complete(bytearray(data)) is expected

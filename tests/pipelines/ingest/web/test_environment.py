@@ -1,4 +1,4 @@
-"""What the machine allows: few open files make a downloader slower, and none of its rows wrong."""
+"""Few open files make a downloader slower, and no row wrong; proxy variables are ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.ingest.web.machine import requests_that_fit, warn_of_proxies
+from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from tests.pipelines.ingest.sites import Site, fetch_all, reply
 
 FETCH = """
@@ -26,7 +26,7 @@ async def itself(fetched):
 downloader = Downloader(
     DownloadConfig(allow_private=True, retries=0, concurrency=200, concurrency_per_host=200)
 )
-print(*collections.Counter(downloader.each([sys.argv[1]] * 250, itself)).items())
+print(*collections.Counter(downloader.map_urls([sys.argv[1]] * 250, itself)).items())
 downloader.close()
 """
 
@@ -50,7 +50,7 @@ def test_few_open_files_mean_fewer_requests(site: Site, allowed: int) -> None:
     assert "not 200" in line
 
 
-def test_many_open_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_soft_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(256, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
@@ -64,12 +64,12 @@ def test_many_open_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
-def test_proxies_of_the_environment_are_one_line(
+def test_proxy_variables_cause_one_warning(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_proxies(monkeypatch)
     monkeypatch.setenv(name, "http://me:secret@127.0.0.1:9")
-    warn_of_proxies()
+    warn_of_ignored_proxies()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"warning: {name.lower()} in the environment: ignored, images are fetched without a proxy "
@@ -77,13 +77,13 @@ def test_proxies_of_the_environment_are_one_line(
     )
 
 
-def test_a_downloader_takes_no_proxy_of_the_environment_and_says_nothing(
+def test_a_downloader_ignores_proxy_variables_without_a_warning(
     site: Site,
     open_downloader: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The job says it, once: nobody reads what its many fetchers print."""
+    """The job warns once; the output of its actors is not read."""
     site.answers["/a"] = reply()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     (fetched,) = fetch_all(open_downloader(), site.url("/a"))
@@ -91,11 +91,11 @@ def test_a_downloader_takes_no_proxy_of_the_environment_and_says_nothing(
     assert not capsys.readouterr().err
 
 
-def test_without_proxies_nothing_is_said(
+def test_without_proxy_variables_there_is_no_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_proxies(monkeypatch)
-    warn_of_proxies()
+    warn_of_ignored_proxies()
     assert not capsys.readouterr().err
 
 

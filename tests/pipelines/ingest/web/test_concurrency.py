@@ -1,4 +1,4 @@
-"""How many requests are in flight, and how much of their bodies is in memory."""
+"""Limits of requests in flight, and the byte budget of their bodies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.ingest.web.byte_budget import BodyReservation, ByteBudget
+from pipelines.ingest.web.concurrency import PrioritySemaphore, RequestWindow
 from pipelines.ingest.web.download import Fetched
-from pipelines.ingest.web.pacing import Room, Share, Window
-from pipelines.ingest.web.turns import Turns
 from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
 
 
@@ -31,13 +31,13 @@ def test_concurrency_is_bounded_and_used(
     downloader = open_downloader(concurrency=total, concurrency_per_host=per_host, read_timeout=5)
     assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(20)))) == {"ok"}
     assert site.most_in_flight == expected
-    assert not downloader.hosts  # a host leaves no trace
+    assert not downloader.host_slots  # no entry remains
 
 
-def test_hosts_that_lead_to_one_share_its_slots(
+def test_hosts_that_redirect_to_one_host_share_its_slots(
     site: Site, open_downloader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the old farms of a photo site all lead to its new host."""
+    """Such as the old servers of a photo site."""
     most = in_flight = 0
 
     def resolver(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def test_hosts_that_lead_to_one_share_its_slots(
     assert most == 2
 
 
-def test_waiting_for_a_slot_is_no_time_out(site: Site, open_downloader: Any) -> None:
+def test_waiting_for_a_slot_does_not_time_out(site: Site, open_downloader: Any) -> None:
     site.answers = {"/": _slow_answer}
     downloader = open_downloader(concurrency_per_host=1, total_timeout=0.4, retries=0)
     assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(15)))) == {"ok"}
@@ -81,35 +81,35 @@ def test_chunks_share_the_connections(site: Site, open_downloader: Any) -> None:
     assert site.most_in_flight > 4
 
 
-def test_slots_go_to_the_lowest_rank_and_then_in_turn() -> None:
-    """And not to those who gave up, before or just when they were given one."""
+def test_the_lowest_priority_gets_a_slot_first() -> None:
+    """Waiters that were cancelled, before or just when they got a slot, get none."""
 
     async def waits() -> None:
-        turns, order = Turns(1), list[tuple[int, int]]()
-        await turns.acquire()
-        assert turns.locked()
+        semaphore, order = PrioritySemaphore(1), list[tuple[int, int]]()
+        await semaphore.acquire()
+        assert semaphore.locked()
 
-        async def take(rank: int, number: int) -> None:
-            async with turns.turn(rank):
-                order.append((rank, number))
+        async def take(priority: int, number: int) -> None:
+            async with semaphore.slot(priority):
+                order.append((priority, number))
                 await asyncio.sleep(0)
 
-        tasks = [asyncio.create_task(take(rank, n)) for n in range(3) for rank in (2, 1, 0)]
+        tasks = [asyncio.create_task(take(priority, n)) for n in range(3) for priority in (2, 1, 0)]
         await asyncio.sleep(0)
         tasks[0].cancel()  # (2, 0)
-        turns.release()
-        tasks[2].cancel()  # (0, 0), whose turn it is
+        semaphore.release()
+        tasks[2].cancel()  # (0, 0), which has just got the slot
         await asyncio.gather(*tasks, return_exceptions=True)
         assert order == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
-        assert not turns.locked()
-        await turns.acquire()
-        assert turns.locked()
+        assert not semaphore.locked()
+        await semaphore.acquire()
+        assert semaphore.locked()
 
     asyncio.run(waits())
 
 
-def test_a_retry_comes_before_the_rows_of_later_chunks(site: Site, open_downloader: Any) -> None:
-    """Else a chunk of many retries is committed when all the others are done."""
+def test_a_retry_has_priority_over_later_chunks(site: Site, open_downloader: Any) -> None:
+    """Otherwise a chunk with many retries is committed last."""
     asked: list[str] = []
 
     def note(handler: BaseHTTPRequestHandler) -> None:
@@ -128,62 +128,60 @@ def test_a_retry_comes_before_the_rows_of_later_chunks(site: Site, open_download
     later.join()
 
 
-def test_bodies_that_nobody_uses_yet_hold_up_the_next_requests(
-    site: Site, open_downloader: Any
-) -> None:
+def test_unused_bodies_delay_further_requests(site: Site, open_downloader: Any) -> None:
     site.answers = {"/": reply(body=JPEG)}
-    room = Room(max_waiting=10 * len(JPEG), allowance=len(JPEG))
-    downloader = open_downloader({"room": room}, concurrency=100, concurrency_per_host=100)
-    most, size = 0, downloader.slots.size
+    budget = ByteBudget(max_bytes=10 * len(JPEG), reservation=len(JPEG))
+    downloader = open_downloader({"budget": budget}, concurrency=100, concurrency_per_host=100)
+    most, size = 0, downloader.window.size
 
     async def slowly(fetched: Fetched) -> str:
         nonlocal most
-        most = max(most, downloader.room.taken)
+        most = max(most, downloader.budget.used)
         await asyncio.sleep(0.5)
         return fetched.status
 
-    assert set(downloader.each([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
+    assert set(downloader.map_urls([site.url(f"/?{i}") for i in range(40)], slowly)) == {"ok"}
     assert 5 * len(JPEG) < most <= 10 * len(JPEG)
-    assert downloader.slots.size == size  # more in flight would not help: nobody takes the bodies
-    assert downloader.room.taken == 0
-    # What fails while it is used is used, too.
+    assert downloader.window.size == size  # more requests would not help: the bodies are not used
+    assert downloader.budget.used == 0
+    # A body whose use fails is released too.
     with pytest.raises(ZeroDivisionError):
-        downloader.each([site.url("/")], _fail)
-    assert downloader.room.taken == 0
+        downloader.map_urls([site.url("/")], _fail)
+    assert downloader.budget.used == 0
 
 
-def test_room_is_given_to_as_many_as_it_holds_in_turn() -> None:
-    """And not to those who gave up, before or just when it was given them."""
+def test_the_budget_wakes_as_many_waiters_as_fit() -> None:
+    """Waiters that were cancelled, before or just when they were woken, count nothing."""
 
     async def waits() -> None:
-        room, entered = Room(max_waiting=30, allowance=10), list[int]()
-        room.count(30)
+        budget, entered = ByteBudget(max_bytes=30, reservation=10), list[int]()
+        budget.count(30)
 
         async def enter(number: int) -> None:
-            await room.enter()
+            await budget.reserve()
             entered.append(number)
 
         tasks = [asyncio.create_task(enter(number)) for number in range(7)]
         await asyncio.sleep(0)
         tasks[0].cancel()
-        room.count(-20)
+        budget.count(-20)
         tasks[2].cancel()
         await asyncio.sleep(0.01)
         assert entered == [1, 3]
-        assert room.taken == 30
+        assert budget.used == 30
         late = asyncio.create_task(enter(7))
         for _ in range(4):
-            room.count(-10)
+            budget.count(-10)
             await asyncio.sleep(0)
         assert entered == [1, 3, 4, 5, 6, 7]
-        assert room.taken == 30
+        assert budget.used == 30
         await late
 
     asyncio.run(waits())
 
 
-class SeenRoom(Room):
-    """Tells the most that large bodies held when one of them had come."""
+class SeenBudget(ByteBudget):
+    """Records the largest sum of large bodies."""
 
     most = 0
 
@@ -192,48 +190,48 @@ class SeenRoom(Room):
         super().count(size)
 
 
-def test_large_bodies_take_turns_in_memory(site: Site, open_downloader: Any) -> None:
-    """Twelve of four megabytes at once, one after the other, and a small one that passes."""
-    room = SeenRoom(large_from=10_000, max_large=1 << 20)
+def test_large_bodies_share_a_limit(site: Site, open_downloader: Any) -> None:
+    """Twelve bodies of 4 MB are read one after the other; a small one does not wait."""
+    budget = SeenBudget(large_body=10_000, max_large_bytes=1 << 20)
     site.answers = {"/large": reply(body=JPEG + bytes(4 << 20)), "/small": reply()}
     downloader = open_downloader(
-        {"room": room}, concurrency_per_host=64, total_timeout=5, read_timeout=5, retries=0
+        {"budget": budget}, concurrency_per_host=64, total_timeout=5, read_timeout=5, retries=0
     )
     urls = [site.url(f"/large?{i}") for i in range(12)]
     found = fetch_all(downloader, *urls, site.url("/small"))
     assert {(fetched.status, fetched.error) for fetched in found} == {("ok", None)}
-    assert 4 << 20 < room.most < 16 << 20  # one, and what the others' connections have at hand
-    assert not room.large
-    assert room.taken == 0
+    assert 4 << 20 < budget.most < 16 << 20  # one, and the buffers of the other connections
+    assert not budget.large
+    assert budget.used == 0
 
 
-def test_a_body_that_waits_for_its_turn_does_not_time_out() -> None:
-    """Twelve in turn take longer than one may; a small one passes them all."""
+def test_a_waiting_body_does_not_time_out() -> None:
+    """Twelve in sequence take longer than one may; a small one does not wait."""
     order = list[str]()
 
-    async def read(room: Room, name: str, sizes: tuple[int, ...]) -> None:
-        async with Share(room, seconds=0.6) as share:
+    async def read(budget: ByteBudget, name: str, sizes: tuple[int, ...]) -> None:
+        async with BodyReservation(budget, seconds=0.6) as reservation:
             for size in sizes:
-                await share.grown(size)
+                await reservation.grow(size)
             if name != "small":
                 await asyncio.sleep(0.1)
             order.append(name)
 
-    async def all_at_once() -> Room:
-        room = Room(large_from=10, max_large=30)
-        large = [read(room, f"large {i}", (20, 40)) for i in range(12)]
-        await asyncio.gather(*large, read(room, "small", (10,)))
-        return room
+    async def all_at_once() -> ByteBudget:
+        budget = ByteBudget(large_body=10, max_large_bytes=30)
+        large = [read(budget, f"large {i}", (20, 40)) for i in range(12)]
+        await asyncio.gather(*large, read(budget, "small", (10,)))
+        return budget
 
-    room = asyncio.run(all_at_once())
+    budget = asyncio.run(all_at_once())
     assert order == ["small", *(f"large {i}" for i in range(12))]
-    assert (room.taken, room.large) == (0, {})
+    assert (budget.used, budget.large) == (0, {})
 
 
-def test_a_body_that_takes_too_long_in_its_turn_times_out() -> None:
+def test_a_body_that_is_read_too_long_times_out() -> None:
     async def read() -> None:
-        async with Share(Room(large_from=10), seconds=0.05) as share:
-            await share.grown(20)
+        async with BodyReservation(ByteBudget(large_body=10), seconds=0.05) as reservation:
+            await reservation.grow(20)
             await asyncio.sleep(5)
 
     with pytest.raises(TimeoutError):
@@ -244,8 +242,8 @@ async def _fail(fetched: Fetched) -> float:
     return 1 / 0
 
 
-def test_bodies_that_stall_halve_the_requests_in_flight(site: Site, open_downloader: Any) -> None:
-    """A line with room for four bodies at a time, a tenth of a second each."""
+def test_stalled_bodies_halve_the_requests_in_flight(site: Site, open_downloader: Any) -> None:
+    """The bandwidth serves four bodies at a time, for a tenth of a second each."""
     line = threading.Semaphore(4)
 
     def narrow(handler: BaseHTTPRequestHandler) -> None:
@@ -259,32 +257,32 @@ def test_bodies_that_stall_halve_the_requests_in_flight(site: Site, open_downloa
         handler.wfile.write(JPEG[50:])
 
     site.answers = {"/": narrow}
-    parts = {"slots": Window(64, first=16, least=2, patience=0.2)}
+    parts = {"window": RequestWindow(64, initial=16, min_size=2, recovery_seconds=0.2)}
     downloader = open_downloader(
         parts, concurrency_per_host=64, read_timeout=0.3, retries=8, retry_delay=0.05
     )
     found = statuses(downloader, *(site.url(f"/?{i}") for i in range(60)))
     assert found.count("ok") >= 55
-    assert downloader.slots.size < 16
+    assert downloader.window.size < 16
 
 
-def test_requests_in_flight_grow_while_bodies_come(site: Site, open_downloader: Any) -> None:
+def test_requests_in_flight_grow_while_bodies_arrive(site: Site, open_downloader: Any) -> None:
     site.answers = {"/": reply()}
     downloader = open_downloader(concurrency=70, concurrency_per_host=500)
-    assert downloader.slots.size == 64
+    assert downloader.window.size == 64
     assert set(statuses(downloader, *(site.url(f"/?{i}") for i in range(200)))) == {"ok"}
-    assert downloader.slots.size == 70  # and no more
+    assert downloader.window.size == 70  # and no more
 
 
-def test_requests_in_flight_are_counted_also_when_they_fail() -> None:
+def test_failed_requests_are_no_longer_in_flight() -> None:
     async def run() -> list[int]:
-        window = Window(4)
+        window = RequestWindow(4)
         seen = []
         with contextlib.suppress(OSError):
-            async with window.turn():
-                async with window.turn():
-                    seen.append(window.taken)
+            async with window.slot():
+                async with window.slot():
+                    seen.append(window.in_flight)
                 raise OSError
-        return [*seen, window.taken]
+        return [*seen, window.in_flight]
 
     assert asyncio.run(run()) == [2, 0]
