@@ -50,7 +50,7 @@ SMALLEST = Path(__file__).parent / "compatibility/made-2026-11/models"
 # processes would start one.
 GROUPS = {
     "training": [
-        "pipelines/training/test_train.py", "pipelines/training/test_kept_rows.py",
+        "pipelines/training/test_train.py", "pipelines/training/test_run_rows.py",
         "compatibility/test_made.py",
     ],
     "demo": ["jobs/test_demo.py"],

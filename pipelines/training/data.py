@@ -8,7 +8,7 @@ to the worker of rank `i mod W` (W = number of workers). So the micro-batches do
 number of workers, on files or on timing, and any step can be read without the steps before it.
 
 The keys are those that the run began with. A row removed since then leaves its position empty; all
-other rows stay in their steps and micro-batches (see `kept_rows`).
+other rows stay in their steps and micro-batches (see `run_rows`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.images.random_access import RowIndex, RowReader, in_holdout
+from pipelines.images.random_access import RowReader
 from pipelines.training.config import TrainConfig
-from vlv_model.errors import DataError
 from vlv_model.squares import Square
 
 
@@ -186,22 +185,3 @@ class StepReader:
             finally:
                 for future in ahead:
                     future.cancel()
-
-
-def split(
-    index: RowIndex, holdout: float, initial_keys: np.ndarray | None = None
-) -> tuple[RowIndex, RowIndex]:
-    """Split rows into (training rows, held-out rows).
-
-    Raises DataError when either is empty. With `initial_keys`, int64 `[n]`, the keys that the run began
-    with, all held-out rows may have been removed since.
-    """
-    mask = in_holdout(index.keys, holdout)
-    initial_mask = mask if initial_keys is None else in_holdout(initial_keys, holdout)
-    if mask.all() or not initial_mask.any():
-        side = "training" if mask.all() else "held-out"
-        raise DataError(
-            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: add rows or "
-            "choose another share; if all rows of a run were taken down, choose a new run_dir"
-        )
-    return index.select(~mask), index.select(mask)

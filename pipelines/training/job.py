@@ -18,10 +18,10 @@ from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import parquet_files, read_json_object
-from pipelines.training import kept_rows, run_folder, samples
+from pipelines.training import run_folder, run_rows, samples
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import split
 from pipelines.training.metrics import MetricsSink
+from pipelines.training.run_rows import split
 from pipelines.training.worker import run_on_worker
 from vlv_model.config import ModelConfig
 from vlv_model.errors import RunError
@@ -50,7 +50,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
             print(f"{run_dir} is finished: nothing to train")
             return read_json_object(run_dir / run_folder.RESULT)
         rows, held_out = run.rows
-        kept_rows.save_keys(run_dir, run.keys, config.data.input)
+        run_rows.save_keys(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, run.checkpoint)
         with ray_session(config.ray) as cluster:
@@ -87,17 +87,17 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     size = sum(file.stat().st_size for file in files)
     index = RowIndex.open(files, columns)
-    run_rows = kept_rows.rows_of_run(
+    kept = run_rows.rows_of_run(
         run_dir, recorded, config.data.input, config.data.holdout, index, size
     )
-    rows = split(run_rows.rows, config.data.holdout, run_rows.keys)
+    rows = split(kept.rows, config.data.holdout, kept.keys)
     if isinstance(config, Stage1Config) and config.data.latents:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
     identity = run_folder.identity(config, model, checkpoint, files, rows, recorded)
-    identity |= run_rows.identity
-    run_folder.check_free(run_dir, identity)  # before a lock file is written into it
-    return OpenedRun(config, model, checkpoint, files, rows, run_rows.keys, identity)
+    identity |= kept.identity
+    run_folder.check_same_run(run_dir, identity)  # before a lock file is written into it
+    return OpenedRun(config, model, checkpoint, files, rows, kept.keys, identity)
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:

@@ -21,10 +21,10 @@ from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest, mix
 from pipelines.training.engine import clip_gradients, start_engine
-from pipelines.training.kept_rows import positions
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.reading import BatchReader, ReaderActors, ReaderThreads
+from pipelines.training.run_rows import positions
 from pipelines.training.saver import Saver
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import MicroBatch, Stage

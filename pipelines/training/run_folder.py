@@ -1,7 +1,7 @@
 """The folder of a training run: its identity, its parent checkpoint and its result.
 
 <run_dir>/run.json       identity: settings, data and models
-<run_dir>/rows/          see kept_rows
+<run_dir>/rows/          see run_rows
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        copy of the checkpoint that the run started from
 <run_dir>/metrics.jsonl  see metrics
@@ -191,7 +191,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return flat
 
 
-def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
+def check_same_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Raise RunError when the folder holds another run, naming the differences, or other files."""
     if os.path.isfile(run_dir / "run.json"):
         # Settings newer than the run count as their defaults. `name in identity` leaves out
@@ -207,8 +207,8 @@ def check_free(run_dir: Path, identity: Mapping[str, Any]) -> None:
 
 
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Check the folder (`check_free`) and write the identity into it if it is new."""
-    check_free(run_dir, identity)
+    """Check the folder (`check_same_run`) and write the identity into it if it is new."""
+    check_same_run(run_dir, identity)
     if not (run_dir / "run.json").is_file():
         write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
 

@@ -13,9 +13,9 @@ from pipelines.cli.config import build
 from pipelines.execution import checkpoints
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import as_path
-from pipelines.training import checkpointing, kept_rows
+from pipelines.training import checkpointing, run_rows
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import split
+from pipelines.training.run_rows import split
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, RunError, VLVError, one_line
 from vlv_model.squares import Square
@@ -137,7 +137,7 @@ def run_worker(
         config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, start)
     index = RowIndex.open([as_path(file) for file in loop["files"]], stage.columns)
-    if (initial_keys := kept_rows.load_keys(run_dir)) is None:
+    if (initial_keys := run_rows.load_keys(run_dir)) is None:
         initial_keys = index.keys
     index = index.select(np.isin(index.keys, initial_keys))  # rows added since need a new run
     rows, holdout = split(index, config.data.holdout, initial_keys)

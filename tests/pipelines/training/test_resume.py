@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pipelines.cli.config import load
 from pipelines.execution.checkpoints import is_finished
 from pipelines.images.random_access import RowIndex
-from pipelines.training import kept_rows
+from pipelines.training import run_rows
 from pipelines.training.checkpointing import load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import GlobalOrder, keys_digest, split
@@ -74,7 +74,7 @@ class Runs:
                 rows.filter(pc.is_in(rows["key"], pa.array(kept.keys))), left / file.name
             )
         (self.folder / name).mkdir()
-        kept_rows.save_keys(self.folder / name, index.keys, str(self.table))
+        run_rows.save_keys(self.folder / name, index.keys, str(self.table))
         event = {
             "event": "eval",
             "step": 0,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.cli.config import load
 from pipelines.training.config import Stage1Config
 from pipelines.training.job import open_run
-from pipelines.training.run_folder import check_free, claim, with_micro_batch_size
+from pipelines.training.run_folder import check_same_run, claim, with_micro_batch_size
 from tests.hub import hub
 from vlv_model.errors import ConfigError, RunError
 
@@ -39,12 +39,12 @@ def test_a_continued_run_keeps_its_micro_batch_size(tmp_path: Path) -> None:
 def test_a_run_older_than_a_setting_continues_with_its_default(tmp_path: Path) -> None:
     now = {"train.steps": 3, "train.lora.rank": 0}
     (tmp_path / "run.json").write_text(json.dumps({"train.steps": 3}))
-    check_free(tmp_path, now)
+    check_same_run(tmp_path, now)
     with pytest.raises(RunError, match=r"train\.lora\.rank: 0 there, 4 here"):
-        check_free(tmp_path, {**now, "train.lora.rank": 4})
+        check_same_run(tmp_path, {**now, "train.lora.rank": 4})
     (tmp_path / "run.json").write_text(json.dumps({"train.lora.rank": 0}))
     with pytest.raises(RunError, match=r"train\.steps"):
-        check_free(tmp_path, now)
+        check_same_run(tmp_path, now)
 
 
 FIRST, SECOND = "1" * 40, "2" * 40  # commits

@@ -17,7 +17,7 @@ from pipelines.cli.config import build, load
 from pipelines.images.random_access import RowIndex
 from pipelines.images.runs import Run
 from pipelines.storage.tables import Table, parquet_files
-from pipelines.training import kept_rows
+from pipelines.training import run_rows
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest, split
 from pipelines.training.job import OpenedRun, open_run, train
@@ -80,7 +80,7 @@ def begin(run_dir: Path, table: Path) -> OpenedRun:
     run = open_run(config(run_dir, table))
     run_dir.mkdir(exist_ok=True)
     claim(run_dir, run.identity)
-    kept_rows.save_keys(run_dir, run.keys, str(table))
+    run_rows.save_keys(run_dir, run.keys, str(table))
     return run
 
 
@@ -97,7 +97,7 @@ def test_losses_of_steps_without_removed_rows_are_bit_identical(
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     (tmp_path / "run/result.json").unlink()
     if not noted:
-        shutil.rmtree(tmp_path / "run" / kept_rows.FOLDER)
+        shutil.rmtree(tmp_path / "run" / run_rows.FOLDER)
     steps = rows_of_steps(table)
     gone = [steps[4][1], *steps[5]]  # of the last one all rows
     unseen = held_out(table)[-1]
@@ -185,7 +185,7 @@ def test_a_run_of_an_earlier_version_continues_after_a_takedown(
     table: Path, tmp_path: Path
 ) -> None:
     begun = begin(tmp_path / "run", table)
-    shutil.rmtree(tmp_path / "run" / kept_rows.FOLDER)
+    shutil.rmtree(tmp_path / "run" / run_rows.FOLDER)
     assert open_run(config(tmp_path / "run", table)).identity == begun.identity
     gone = int(begun.rows[1].keys[0])
     take(table, [gone])
@@ -226,9 +226,9 @@ def test_positions_of_present_and_missing_keys() -> None:
     keys = np.array([-5, 3, 8, 9], np.int64)
     nowhere = np.zeros(2, np.int32)
     index = RowIndex([], np.array([3, 9], np.int64), nowhere, nowhere, nowhere)
-    assert kept_rows.positions(keys, index).tolist() == [-1, 0, -1, 1]
+    assert run_rows.positions(keys, index).tolist() == [-1, 0, -1, 1]
     nothing = index.select(np.zeros(2, bool))
-    assert kept_rows.positions(keys, nothing).tolist() == [-1] * 4
+    assert run_rows.positions(keys, nothing).tolist() == [-1] * 4
 
 
 def test_stage_2_continues_with_its_pairs_after_a_takedown(
@@ -245,7 +245,7 @@ def test_stage_2_continues_with_its_pairs_after_a_takedown(
     ])  # fmt: skip
     begun = open_run(with_pairs(settings))
     claim(run_dir, begun.identity)
-    kept_rows.save_keys(run_dir, begun.keys, str(run_dir / "pairs"))
+    run_rows.save_keys(run_dir, begun.keys, str(run_dir / "pairs"))
     gone = [int(key) for key in begun.rows[0].keys[:2]]
     take(table, gone)
     run = open_run(with_pairs(settings))

@@ -25,7 +25,7 @@ from pipelines.images.changes import changed_on_purpose, changes_of, unexplained
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import write_atomically
 from pipelines.storage.tables import Table, read_json_object
-from vlv_model.errors import RunError
+from vlv_model.errors import DataError, RunError
 
 FOLDER, _KEYS, _CHANGES = "rows", "keys.npy", "changes.json"
 _DATA_FIELDS = ("rows", "keys", "bytes")  # of a run's identity
@@ -135,3 +135,22 @@ def _infer_keys(
     rows = RowIndex([], keys, unknown, unknown, unknown)
     digests = [rows.select(mask).digest() for mask in (~held_out, held_out)]
     return keys if digests == recorded.get("keys") else None
+
+
+def split(
+    index: RowIndex, holdout: float, initial_keys: np.ndarray | None = None
+) -> tuple[RowIndex, RowIndex]:
+    """Split rows into (training rows, held-out rows).
+
+    Raises DataError when either is empty. With `initial_keys`, int64 `[n]`, the keys that the run began
+    with, all held-out rows may have been removed since.
+    """
+    mask = in_holdout(index.keys, holdout)
+    initial_mask = mask if initial_keys is None else in_holdout(initial_keys, holdout)
+    if mask.all() or not initial_mask.any():
+        side = "training" if mask.all() else "held-out"
+        raise DataError(
+            f"of {len(index)} usable rows none is a {side} row at data.holdout={holdout}: add rows or "
+            "choose another share; if all rows of a run were taken down, choose a new run_dir"
+        )
+    return index.select(~mask), index.select(mask)
