@@ -2,13 +2,13 @@
 
 A run is planned once (plan.py); then its chunks stream through Ray Data, one block each:
 
-    chunk -> ReadPlan -> ImageFetcher           connections and decoders, see fetch.py
-                             |  IMAGE_ROW
-                             v
-                         Merge: with the existing part -> part + commit
+    chunk -> its plan -> ImageFetcher        connections and decoders, see fetch.py
+                              |  IMAGE_ROW
+                              v
+                           Merge: with the existing part -> part + commit
 
-One actor does all of a chunk, so no image passes through Ray's object store. A killed job continues
-with the chunks that its run has not committed (pipelines/images/runs.py).
+One actor does all of a chunk (steps.py), so no image passes through Ray's object store. A killed job
+continues with the chunks that its run has not committed (pipelines/images/runs.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE, Cluster, Step
+from pipelines.execution.chunks import CommitChunk, run_chunks
+from pipelines.execution.cluster import WHOLE, Cluster
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
@@ -33,7 +33,7 @@ from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
-from pipelines.ingest.steps import FetchAndWrite, Merge, ReadPlan
+from pipelines.ingest.steps import IngestChunk, Merge
 from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
@@ -175,7 +175,9 @@ def _plan_into(
     return first_plan(rows, folder, size, plan)
 
 
-def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run: Run) -> Any:
+def _stages(
+    chunks: Any, last: CommitChunk, cluster: Cluster, config: IngestConfig, run: Run
+) -> Any:
     """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
     nodes = cluster.cpus_by_node()
     fetchers, decoders = fetchers_of(nodes)
@@ -184,14 +186,11 @@ def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run
     about = run.describe()
     fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
     in_flight = min(at_most, max(at_least, fitting))
-    options: dict[str, Any] = {**WHOLE, "num_cpus": decoders}  # equal in both, so Ray fuses them
-    read = ReadPlan(run, Merge(Table(config.data.output), run))
-    planned = chunks.map_batches(read, **options)
     download = config_per_process(config.download, fetchers, cpus)
     settings = (download, config.image, config.filter, decoders)
-    return planned.map_batches(
-        FetchAndWrite,
-        fn_constructor_args=(ImageFetcher, settings, last),
+    return chunks.map_batches(
+        IngestChunk,
+        fn_constructor_args=(ImageFetcher, settings, run, Table(config.data.output), last),
         compute=cluster.actors(
             fetchers,
             None if config.ray.cluster else fetchers,  # a cluster may grow
@@ -199,5 +198,6 @@ def _stages(chunks: Any, last: Step, cluster: Cluster, config: IngestConfig, run
             max_tasks_in_flight_per_actor=in_flight + 1,
             enable_true_multi_threading=True,
         ),
-        **options,
+        num_cpus=decoders,
+        **WHOLE,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution.cluster import Step
+from pipelines.execution.chunks import CommitChunk
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
@@ -69,34 +69,41 @@ class Merge:
         return plan.filter(plan["mark"].is_valid())
 
 
-class FetchAndWrite:
-    """Last step of a chunk: the `fetcher` maps its rows to image rows, and `last` writes them."""
+class IngestChunk:
+    """The one step of a chunk: reads its plan, fetches its rows, and commits them.
 
-    def __init__(self, fetcher: type[ImageFetcher], settings: tuple[Any, ...], last: Step) -> None:
+    All of it happens in one actor, so that no image passes through Ray's object store.
+    """
+
+    def __init__(
+        self,
+        fetcher: type[ImageFetcher],
+        settings: tuple[Any, ...],
+        run: Run,
+        table: Table,
+        last: CommitChunk,
+    ) -> None:
         self.fetch = fetcher(*settings)
+        self.run = run
+        self.table = table
         self.last = last
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.last(self.fetch(rows))
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        (chunk,) = chunks["chunk"].to_pylist()
+        planned = self._planned(chunk)
+        fetched = with_image_feature(IMAGE_ROW).empty_table()
+        if planned.num_rows:
+            fetched = self.fetch(planned).drop_columns(["chunk"])
+        return self.last.commit(chunk, fetched)
+
+    def _planned(self, chunk: int) -> pa.Table:
+        """The METADATA_ROW rows of a chunk that are to be fetched, with its number as `chunk`."""
+        plan = read_chunk(self.run.plan_folder, chunk)
+        rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
+        blocked = Blocklist.read(self.table)  # it may have changed since the run was planned
+        rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
+        return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
 
     def close(self) -> None:
         """Close the fetcher's connections and end its decoders."""
         self.fetch.close()
-
-
-class ReadPlan:
-    """First step of a chunk: its METADATA_ROW rows to be fetched, with its number as `chunk`."""
-
-    def __init__(self, run: Run, merge: Merge) -> None:
-        self.run = run
-        self.merge = merge
-
-    def __call__(self, chunks: pa.Table) -> pa.Table:
-        (chunk,) = chunks["chunk"].to_pylist()
-        plan = read_chunk(self.run.plan_folder, chunk)
-        rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
-        blocked = Blocklist.read(self.merge.table)  # it may have changed since the run was planned
-        rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
-        if not rows.num_rows:  # Ray Data drops empty blocks, so the last step would not run
-            self.merge(chunk, with_image_feature(IMAGE_ROW).empty_table())
-        return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE, Cluster, Step
+from pipelines.execution.chunks import CommitChunk, run_chunks
+from pipelines.execution.cluster import WHOLE, Cluster
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
@@ -329,14 +329,20 @@ def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.Chunke
 # ---------------------------------------------------------------------------------------- join
 
 
-def _stages(chunks: Any, last: Step, table: Table, join_on: JoinOn) -> Any:
-    join = partial(join_chunk, table=table, join_on=join_on)
-    return chunks.map_batches(join, **WHOLE).map_batches(last, **WHOLE)
+def _stages(chunks: Any, last: CommitChunk, table: Table, join_on: JoinOn) -> Any:
+    join = partial(_join_and_commit, table=table, join_on=join_on, last=last)
+    return chunks.map_batches(join, **WHOLE)
 
 
-def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
-    """The PAIR_ROW rows of one chunk, with its number; writes an empty part if there is none."""
+def _join_and_commit(
+    chunks: pa.Table, table: Table, join_on: JoinOn, last: CommitChunk
+) -> pa.Table:
     (chunk,) = chunks["chunk"].to_pylist()
+    return last.commit(chunk, join_chunk(chunk, table, join_on))
+
+
+def join_chunk(chunk: int, table: Table, join_on: JoinOn) -> pa.Table:
+    """The PAIR_ROW rows of one chunk."""
     plan = table.folder / "_plan"
     (source,) = read_parquet_file(plan_file(plan / _CHUNKS)).slice(chunk, 1).to_pylist()
     file = as_path(source["file"])
@@ -351,13 +357,10 @@ def join_chunk(chunks: pa.Table, table: Table, join_on: JoinOn) -> pa.Table:
     rows, captions = rows.filter(has_caption), captions.filter(has_caption)
     if "key" not in rows.column_names:  # not written by ingest; joined by URL
         rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
-    pairs = pa.table(
+    return pa.table(
         [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),
     )
-    if not pairs.num_rows:  # Ray Data drops empty blocks
-        table.write(chunk, pairs)
-    return pairs.append_column("chunk", pa.array([chunk] * pairs.num_rows, pa.int64()))
 
 
 def _column(rows: pa.Table, field: pa.Field, file: Path) -> pa.Array | pa.ChunkedArray:
