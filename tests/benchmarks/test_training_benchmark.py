@@ -25,6 +25,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.mark.faults
 def test_the_last_line_has_ratios_and_parity(capsys):
     assert (
         training.main(["--size", "tiny", "--device", "cpu", "--quick", "--stages", "stage1"]) == 0

@@ -153,5 +153,7 @@ def test_a_machine_that_is_lost_takes_no_chunk_with_it(tmp_path: Path) -> None:
     assert Table(table).pending() == []
     rows = list(read_rows(parquet_files(str(table)), ["key", "name"]))
     assert sorted(row["key"] for row in rows) == list(range(CHUNKS))
-    share = sum(row["name"] == lost for row in rows)
-    assert 0 < share < CHUNKS / 2  # it had begun, and the other one did what it left
+    # It had committed a part when it was lost. Ray may have lost that part's figures with it, and then
+    # the other machine repeated the chunk.
+    assert table.with_suffix(".seen").exists()
+    assert sum(row["name"] == lost for row in rows) < CHUNKS / 2

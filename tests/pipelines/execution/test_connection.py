@@ -128,6 +128,7 @@ def test_a_job_whose_ray_is_killed_ends_with_a_line(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.faults
 def test_a_job_that_is_told_to_end_with_its_ray_does_so_in_good_order(tmp_path: Path) -> None:
     """By a status of its own and without a traceback; and unwound, unless Ray, whose processes got the
     signal too, is faster: its core ends the process, or an error of its is cut short.

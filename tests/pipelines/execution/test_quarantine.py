@@ -128,6 +128,7 @@ def test_a_decoder_that_crashes_costs_its_image(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.faults
 def test_a_model_that_dies_of_everything_ends_the_job(ray_local, by_value, tmp_path):
     folder = tmp_path / "black"
     folder.mkdir()

@@ -60,6 +60,7 @@ def machine(name: Path, endpoint: str, words: list[str], settings: list[str]) ->
     return ended.stdout.splitlines()
 
 
+@pytest.mark.faults
 def test_a_hub_id_its_commit_and_a_local_copy_are_the_same_model(
     tiny_models: Path, pair_table: Path, tmp_path: Path
 ) -> None:
