@@ -64,7 +64,7 @@ GROUPS = {
         "pipelines/ingest/test_ingest.py",
     ],
     "machines": ["pipelines/execution/test_chunks.py", "cluster/test_autoscaler.py"],
-    "runtime": ["pipelines/execution/test_connection.py"],
+    "connection": ["pipelines/execution/test_connection.py"],
 }  # fmt: skip
 GROUP_OF = {file: group for group, files in GROUPS.items() for file in files}
 

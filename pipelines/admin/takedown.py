@@ -22,7 +22,8 @@ from pipelines.images.removal import blocked_rows, remove_files, remove_rows
 from pipelines.images.rows import url_key
 from pipelines.images.urls import address_of, canonical_url
 from pipelines.ingest.report import remove_report, write_report
-from pipelines.recaption.report import remove_derived_files
+from pipelines.recaption.card import write_card as write_caption_card
+from pipelines.recaption.report import delete_derived_files
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
@@ -115,10 +116,7 @@ def take_down(config: TakedownConfig) -> dict[str, int]:
         with lock_folder(table.folder, "derived"):
             before = Blocklist.read(table)
             (before | replace(blocked, unmatched=before.unmatched)).write(table)
-            removed[str(table.folder)] = remove_rows(table, blocked, names.mark_found)
-            if removed[str(table.folder)]:
-                remove_derived_files(table)  # including its report, which shows images
-            write_card(table)  # even if a killed takedown has removed the rows before
+            removed[str(table.folder)] = _remove_derived(table, blocked, names)
             remove_files(table, blocked.keys)
     for images in tables:
         with lock_folder(images.folder, "table"):
@@ -139,6 +137,23 @@ def _domain(name: str) -> str:
         advice = f"give {host}, or the whole address as urls" if host else "give one such as a.org"
         raise ValueError(f"'{name}': expected a domain, got an address: {advice}")
     return host
+
+
+def _remove_derived(table: Table, blocked: Blocklist, names: _Names) -> int:
+    """Remove rows of a derived table, and before them the files that show them; the number of rows."""
+    deleted = False
+
+    def before_removal(rows: pa.Table, addresses: np.ndarray) -> None:
+        nonlocal deleted
+        if not deleted:  # first, so that a takedown killed here leaves no report of removed rows
+            delete_derived_files(table)
+            deleted = True
+        names.mark_found(rows, addresses)
+
+    removed = remove_rows(table, blocked, before_removal)
+    write_caption_card(table)  # also where a killed takedown removed the rows
+    write_card(table)
+    return removed
 
 
 @dataclass

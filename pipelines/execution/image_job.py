@@ -92,6 +92,7 @@ class ImageJob(TableJob):
         data = self.data
         there = table.describe() if table.exists else {}
         changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
+        changes = changes_of(data.input)  # before its rows: a later takedown is a change
         images, listed = data.images(again=changed)
         stamp = mtime_fingerprint(images)
         if there:
@@ -116,12 +117,12 @@ class ImageJob(TableJob):
         if changed:
             plan_again(
                 table, data.input, images, chosen(), whole, data.rows_per_chunk, data.limit,
-                bool(listed), files=files, stamp=stamp,
+                bool(listed), files=files, stamp=stamp, changes=changes,
             )  # fmt: skip
         elif not table.check_same_run(self.kind, whole):
             chunks = -(-laid.rows // data.rows_per_chunk)
             notes = {"planned_rows": laid.rows, "files": files, "stamp": stamp, **self.notes}
-            notes |= {"changes": changes_of(data.input), "isolated": not data.is_own_table}
+            notes |= {"changes": changes, "isolated": not data.is_own_table}
             table.create(self.kind, whole, chunks, **notes)
 
     def _known(

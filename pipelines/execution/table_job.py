@@ -45,6 +45,7 @@ def run_table_job(job: TableJob, output: str, ray: RayConfig) -> dict[str, int]:
     table = Table(output)
     job.check(table)
     with lock_folder(table.folder, "data.output"):
+        job.check(table)  # another job may have made the table since
         job.plan(table)
         if not job.is_done(table):
             with ray_session(ray) as cluster:

@@ -82,6 +82,11 @@ def list_images(
     if recorded is None or not same_request or recorded["files"] != identity["files"]:
         if Table(output).exists and not (again and same_request):
             return _listing_files(output), identity  # the caller compares the identity and refuses
+        # Until the new listing is complete, it answers no request.
+        unfinished = {"asked": request, "layout": "unfinished", "files": "unfinished"}
+        if not is_url(output):
+            description.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(description, json.dumps(unfinished))
         others: Counter[str] = Counter()
         if not _write(output, source, key_column, where, others):
             what = f"no row for which {where}" if where is not None else "no image"
@@ -201,9 +206,11 @@ def _parquet_rows(
     with open_parquet(file) as parquet:
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
+            if not count:  # of an empty frame, as pandas writes it
+                continue
             rows = parquet.read_row_group(group, columns=columns) if columns else None
-            values = {name: rows[name].to_pylist() for name in wanted} if rows else {}
-            paths = rows[column].to_pylist() if rows and has_path else []
+            values = {name: rows[name].to_pylist() for name in wanted} if rows is not None else {}
+            paths = rows[column].to_pylist() if rows is not None and has_path else []
             addresses = [f"{relative}#{first + row}" for row in range(count)]
             first += count
             names = (values[title] if title else None) or [None] * count

@@ -53,6 +53,8 @@ def remove_rows(
                 kept = parquet.read().filter(pa.array(~mask))
             table.write(commit.chunk, kept, run=commit.run, row_group_size=group)
             removed += int(mask.sum())
+        elif len(rows) != commit.rows:
+            table.recommit(commit)  # a removal was killed between part and commit
     return removed
 
 

@@ -31,7 +31,7 @@ from pipelines.ingest.estimate import estimate, rows_per_file
 from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
-from pipelines.ingest.report import REPORT, write_report
+from pipelines.ingest.report import REPORT, remove_report, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
 from pipelines.ingest.steps import IngestChunk, Merge
 from pipelines.ingest.web.config import PER_CPU, config_per_process
@@ -145,6 +145,8 @@ class Ingest(TableJob):
         write_link_rot(cluster, table, run)
 
     def finish(self, table: Table) -> None:
+        if not self.was_done:
+            remove_report(table)  # or after a kill here the last run's page would stay
         self.current.end(table.counts())
         if not (self.was_done and is_file(table.folder / REPORT)):
             write_report(table)

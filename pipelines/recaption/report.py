@@ -74,9 +74,18 @@ def write_report(output: Table, survey: Survey, published: Mapping[str, Any]) ->
 
 def remove_derived_files(output: Table) -> None:
     """Delete files that describe removed rows, and rewrite the card."""
-    for name in (HEALTH_FILE, SIMILAR_FILE, JSON_FILE, CARD_FILE, FILE):
-        remove_file(output.folder / name)
+    delete_derived_files(output)
     write_card(output)
+
+
+def delete_derived_files(output: Table) -> None:
+    """Delete the files that describe rows, the card included.
+
+    The health is the last one: while it is there, the job notices that its rows are not those of the
+    table, and deletes the rest after a kill.
+    """
+    for name in (SIMILAR_FILE, JSON_FILE, CARD_FILE, FILE, HEALTH_FILE):
+        remove_file(output.folder / name)
 
 
 def _sample_rows(output: Table) -> list[dict[str, Any]]:

@@ -117,6 +117,8 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power failure may leave a short file under the new name
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)  # it may be what fills the disk
@@ -146,8 +148,6 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     with replace_atomically(path) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -167,10 +167,13 @@ class Table:
     def commits(self) -> list[Commit]:
         """The commits of all finished chunks, in order."""
         files = self._commit_files()
+        if files and is_url(files[0]):
+            return [self._parse(text) for text in read_texts(files)]
+        return [self._parse(read_text(file)) for file in files]
+
+    def _parse(self, text: str) -> Commit:
         try:
-            if files and is_url(files[0]):
-                return [Commit(**json.loads(text)) for text in read_texts(files)]
-            return [Commit(**read_json_object(file)) for file in files]
+            return Commit(**json.loads(text))
         except (TypeError, ValueError):
             raise RunError(
                 f"{self.folder / '_commits'} holds a file that is not a commit"
@@ -178,7 +181,7 @@ class Table:
 
     def commit(self, chunk: int) -> Commit:
         """The commit of a finished chunk."""
-        return Commit(**read_json_object(self._commit_file(chunk)))
+        return self._parse(read_text(self._commit_file(chunk)))
 
     def _commit_files(self) -> list[Path]:
         files = files_below(self.folder / "_commits")
@@ -253,6 +256,12 @@ class Table:
                 rows = rows.set_column(i, rows.schema.field(i), columns[name])
             return self.write(chunk, rows, run, **options)
         return self._commit(chunk, columns["status"], run)
+
+    def recommit(self, commit: Commit) -> Commit:
+        """Write a commit again, from the part that it describes."""
+        with open_parquet(self.part(commit.chunk)) as parquet:
+            statuses = parquet.read(columns=["status"])["status"]
+        return self._commit(commit.chunk, statuses, commit.run)
 
     def is_committed(self, chunk: int) -> bool:
         """Whether a chunk is finished; a part alone may be left over from a killed job."""

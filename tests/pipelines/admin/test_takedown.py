@@ -25,6 +25,7 @@ from pipelines.images.rows import url_key
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.job import ingest
 from pipelines.ingest.report import REPORT
+from pipelines.storage import tables
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
 from vlv_model.errors import ConfigError, DataError
@@ -100,6 +101,34 @@ def test_rows_are_removed_from_all_tables_and_not_fetched_again(tmp_path: Path, 
     fetch(tmp_path, [*urls, web.url("new.png")])
     assert sum(web.requests.values()) == asked + 1  # the new one alone
     assert urls_of(tmp_path / "out") == {*set(urls) - gone, web.url("new.png")}
+
+
+@pytest.mark.parametrize("killed", ["write_parquet", "write_atomically"])  # the part, its commit
+def test_a_killed_takedown_leaves_no_trace_of_a_row_and_is_finished(
+    tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    urls = [web.url(f"{i}.png") for i in range(3)]
+    fetch(tmp_path, urls)
+    captions = derived_table(tmp_path / "captions", tmp_path / "out")
+    beside = [captions.folder / name for name in ("_report.html", "captions.json", "_health.json")]
+    for file in beside:
+        file.write_text("of all rows")
+    settings = {"table": str(tmp_path / "out"), "urls": urls[:1], "derived": [str(captions.folder)]}
+    write = getattr(tables, killed)
+
+    def write_or_die(path: Path, *content: Any, **options: Any) -> None:
+        if path.is_relative_to(captions.folder) and "_blocked" not in path.name:
+            raise KeyboardInterrupt
+        write(path, *content, **options)
+
+    monkeypatch.setattr(tables, killed, write_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        take_down(build(TakedownConfig, settings))
+    assert not any(file.exists() for file in beside)
+    monkeypatch.undo()
+    take_down(build(TakedownConfig, settings))
+    assert urls_of(captions.folder) == set(urls[1:])
+    assert captions.counts() == {"ok": 2}
 
 
 def test_a_domain_is_removed_with_its_subdomains_permanently(tmp_path: Path, web: Web) -> None:

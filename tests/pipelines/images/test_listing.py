@@ -14,6 +14,7 @@ import pytest
 from pipelines.cli.config import build
 from pipelines.execution.read_images import ReadImages
 from pipelines.images import external
+from pipelines.images.listing import list_images
 from pipelines.images.rows import key_of, url_key
 from pipelines.images.selection import Selection
 from pipelines.storage.files import as_path
@@ -161,6 +162,33 @@ def test_large_row_group_is_read_in_batches(tmp_path: Path) -> None:
     images = external.ExternalImages("content", whole=100)
     for row in (*rows, *rows[20:30:3], rows[0]):  # forwards, then back, with gaps
         assert images.read(row) == png(colours[row["row"]])
+
+
+def test_an_empty_row_group_has_no_images(tmp_path: Path) -> None:
+    """As pandas writes an empty frame, beside parts with rows."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    rows = pa.table({"key": [7], "image": [png("red")], "status": ["ok"]})
+    pq.write_table(rows, folder / "0.parquet")
+    pq.write_table(rows.slice(0, 0), folder / "1.parquet")
+    assert pq.read_metadata(folder / "1.parquet").num_row_groups == 1
+    files, _ = list_images(tmp_path / "out", str(folder))
+    assert [key for file in files for key in pq.read_table(file)["key"].to_pylist()] == [7]
+
+
+def test_an_interrupted_listing_answers_no_request(tmp_path: Path) -> None:
+    """Not even an earlier one, whose listing it has replaced."""
+    rows = pa.table({"key": [1, 2], "image": [png("red"), png("blue")], "size": [1, 9]})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+
+    def keys(where: str) -> list[int]:
+        files, _ = list_images(tmp_path / "out", str(tmp_path / "rows.parquet"), where=where)
+        return sorted(key for file in files for key in pq.read_table(file)["key"].to_pylist())
+
+    assert keys("size > 5") == [2]
+    with pytest.raises(DataError, match="no row for which size > 50"):
+        keys("size > 50")
+    assert keys("size > 5") == [2]
 
 
 def test_image_column_is_chosen_by_a_setting(tmp_path: Path) -> None:
