@@ -1,4 +1,4 @@
-"""Jobs over the images of a table: a plan of chunks, which are decoded, pass through a model, are committed.
+"""Jobs over the images of a table: a plan of chunks; each is decoded, passed through a model and committed.
 
 Recaption, reconstruct and precompute are such jobs; the frame is that of all tables
 (pipelines.execution.table_job).
@@ -83,59 +83,59 @@ class ImageJob(TableJob):
         table.check_same_run(self.kind, None)
 
     def plan(self, table: Table) -> None:
-        """Make the plan anew, or go on with the one that an earlier attempt made.
+        """Make a plan, or continue with that of an earlier attempt.
 
-        What a takedown or an ingest has changed in the images since is planned again
-        (pipelines.execution.replan). Raises RunError where the folder holds another run, DataError where
-        nothing is selected.
+        Images that a takedown or an ingest has changed since are planned again
+        (pipelines.execution.replan). Raises RunError if the folder holds another run, DataError if no
+        image is selected.
         """
         data = self.data
-        there = table.describe() if table.exists else {}
-        changed = bool(there) and changed_on_purpose(data.input, there.get("changes"))
+        recorded = table.describe() if table.exists else {}
+        changed = bool(recorded) and changed_on_purpose(data.input, recorded.get("changes"))
         changes = changes_of(data.input)  # before its rows: a later takedown is a change
         images, listed = data.images(again=changed)
         stamp = mtime_fingerprint(images)
-        if there:
-            # Settings first: of other ones there may be no files to look at.
-            noted = there["identity"]
-            same = self._known(listed, noted.get("rows"), noted.get("layout"))
-            if changed and listed:  # rows of a table of ours
-                same["files"] = noted.get("files")
+        if recorded:
+            # Settings first: with other ones there may be no files to compare.
+            before = recorded["identity"]
+            same = self._identity(listed, before.get("rows"), before.get("layout"))
+            if changed and listed:  # `where` on a changed table: its files are others by now
+                same["files"] = before.get("files")
             table.check_same_run(self.kind, same, self.columns)
-            if there.get("stamp") == stamp:
-                return  # nothing was written since it was planned: no key has to be looked at again
-        # Of a table that is there the rows are only compared.
-        write = None if there else (table.folder, data.rows_per_chunk)
+            if recorded.get("stamp") == stamp:
+                return  # the input is as it was planned: no key needs to be read
+        # The plan of an existing table is compared, not written.
+        write = None if recorded else (table.folder, data.rows_per_chunk)
         chosen = partial(data.chosen, images, self.among and self.among())
-        laid = make_plan(images, chosen(), write)
-        if not laid.rows and changed:
-            take_out(table, data.input)  # the rows of images that were taken down go all the same
-        if not laid.rows:
-            raise DataError(self._nothing())
-        whole = self._known(listed, laid.rows, laid.layout)
+        plan = make_plan(images, chosen(), write)
+        if not plan.rows and changed:
+            take_out(table, data.input)  # removed rows go, even though the job then fails
+        if not plan.rows:
+            raise DataError(self._no_image())
+        identity = self._identity(listed, plan.rows, plan.layout)
         files = [str(file) for file in images]
         if changed:
             plan_again(
-                table, data.input, images, chosen(), whole, data.rows_per_chunk, data.limit,
+                table, data.input, images, chosen(), identity, data.rows_per_chunk, data.limit,
                 bool(listed), files=files, stamp=stamp, changes=changes,
             )  # fmt: skip
-        elif not table.check_same_run(self.kind, whole):
-            chunks = -(-laid.rows // data.rows_per_chunk)
-            notes = {"planned_rows": laid.rows, "files": files, "stamp": stamp, **self.notes}
+        elif not table.check_same_run(self.kind, identity):
+            chunks = -(-plan.rows // data.rows_per_chunk)
+            notes = {"planned_rows": plan.rows, "files": files, "stamp": stamp, **self.notes}
             notes |= {"changes": changes, "isolated": not data.is_own_table}
-            table.create(self.kind, whole, chunks, **notes)
+            table.create(self.kind, identity, chunks, **notes)
 
-    def _known(
+    def _identity(
         self, listed: Mapping[str, Any], rows: int | None, layout: str | None
     ) -> dict[str, Any]:
-        """What tells this table from others: its images, and what is made of them."""
+        """The identity of the table: its images, and what is made of them."""
         data = self.data
         return {
             "data.input": data.input,
             "data.image_column": data.image_column,
             "data.key_column": data.key_column,
             "data.where": data.where,
-            "files": None,  # of a table of ours none are listed
+            "files": None,  # our own tables are not listed
             **listed,
             "data.split": data.split,
             "data.holdout": data.holdout if data.split != "all" else None,
@@ -146,7 +146,7 @@ class ImageJob(TableJob):
             **self.identity,
         }
 
-    def _nothing(self) -> str:
+    def _no_image(self) -> str:
         if self.among is not None:
             return f"no image of {self.data.input} is among those that are wanted"
         return f"data.split={self.data.split} of {self.data.input} selects no image"
@@ -159,7 +159,7 @@ class ImageJob(TableJob):
         """
         if not table.pending():
             return
-        # Beside the actors decoding has to get a share, too, however few CPUs there are.
+        # Leave CPUs for decoding beside the actors, even on a small machine.
         device: dict[str, Any] = {"num_cpus": _ACTOR_CPUS}
         if self.actors.use_gpu:
             device = {"num_gpus": 1}
@@ -178,7 +178,7 @@ class ImageJob(TableJob):
             made = decoded.map_batches(
                 GuardedStep, fn_constructor_args=held, compute=pool, **device, **WHOLE
             )
-            # Not by the actor, whose device would wait for the disk.
+            # Not in the actor: its device would wait for the disk.
             return made.map_batches(last, num_cpus=_TASK_CPUS, **WHOLE)
 
         write = partial(table.write, row_group_size=self.row_group)

@@ -1,10 +1,10 @@
-"""The frame of every job that writes a table: open, lock, plan, run, finish.
+"""The frame of every job that writes a table: check, lock, plan, run, finish.
 
-check ── the folder is free, or holds this job's table; nothing is written yet
-lock  ── from here to the end nobody else plans, writes or publishes
-plan  ── what is left to do, remembered in the table: an attempt that is killed goes on with it
-run   ── on a cluster, and only where something is left
-finish ─ what stands beside the rows: reports, cards, files
+check    the folder is free, or holds this job's table; no file is written yet
+lock     from here to the end nobody else plans, writes or publishes
+plan     what is left to do, stored in the table: the attempt after a kill continues with it
+run      on a cluster, if something is left
+finish   the files beside the rows: reports, cards
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pipelines.storage.tables import Table
 
 
 class TableJob:
-    """A job that writes one table. A step that has nothing to do is left as it is here."""
+    """A job that writes one table. A job overrides the steps that it needs."""
 
     def check(self, table: Table) -> None:
-        """Raise RunError where the folder holds something else; nothing may be written yet."""
+        """Raise RunError if the folder holds something else; writes nothing."""
 
     def plan(self, table: Table) -> None:
-        """Lay out what is left to do, and make the table where there is none."""
+        """Store what is left to do, and create the table if there is none."""
 
     def is_done(self, table: Table) -> bool:
         """Whether `run` would have nothing to do."""
@@ -33,14 +33,14 @@ class TableJob:
         """Write what is left."""
 
     def finish(self, table: Table) -> None:
-        """Write what stands beside the rows, its card at least; also where `run` had nothing to do."""
+        """Write the files beside the rows, at least the card; also if `run` had nothing to do."""
         write_card(table)
 
 
 def run_table_job(job: TableJob, output: str, ray: RayConfig) -> dict[str, int]:
-    """Do what is left of a job; the rows of its table by status.
+    """Do what is left of a job; returns the rows of its table by status.
 
-    Raises RunError where another process holds the table, and what the job's steps raise.
+    Raises RunError if another process holds the table, and what the job's steps raise.
     """
     table = Table(output)
     job.check(table)

@@ -71,13 +71,15 @@ class Ingest(TableJob):
 
     def __init__(self, config: IngestConfig) -> None:
         self.config = config
+        self.current: Run  # set by `plan`
+        self.was_done = False
 
     def check(self, table: Table) -> None:
         table.check_same_run(KIND, self.config.identity(), IMAGE_ROW.names)
 
     def plan(self, table: Table) -> None:
         """Continue the last run, or plan a new one."""
-        self.current = self._open(table)
+        self.current = self._continue_or_plan(table)
         self.was_done = self.is_done(table)
         download = self.config.download
         if download.proxy is None:
@@ -93,7 +95,7 @@ class Ingest(TableJob):
                 file=sys.stderr,
             )
 
-    def _open(self, table: Table) -> Run:
+    def _continue_or_plan(self, table: Table) -> Run:
         files = input_files(self.config.data.input)
         settings = self.config.run_settings(files)
         if table.exists:

@@ -80,7 +80,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
 
     from pipelines.training.loop import Worker
 
-    # torch's default uses TF32 for convolutions but not for matrix products.
+    # Set alike: by default torch uses TF32 for convolutions but not for matrix products.
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = loop["config"]["train"]["tf32"]
     if not use_gpu:

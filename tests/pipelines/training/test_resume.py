@@ -18,10 +18,11 @@ from pipelines.images.random_access import RowIndex
 from pipelines.training import run_rows
 from pipelines.training.checkpointing import load_optimizer
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import GlobalOrder, keys_digest, split
+from pipelines.training.data import GlobalOrder, keys_digest
 from pipelines.training.job import show
 from pipelines.training.metrics import heldout_losses, read_metrics
 from pipelines.training.run_folder import write_result
+from pipelines.training.run_rows import split
 from tests.conftest import SMALLEST
 from tests.pipelines.training.worlds import run_worlds, segment, turn_a_bit
 from vlv_model.captioner import VLVCaptioner

@@ -19,11 +19,12 @@ from pipelines.images.runs import Run
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training import run_rows
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
-from pipelines.training.data import GlobalOrder, StepReader, keys_digest, split
+from pipelines.training.data import GlobalOrder, StepReader, keys_digest
 from pipelines.training.job import OpenedRun, open_run, train
 from pipelines.training.metrics import read_metrics
 from pipelines.training.pairs import with_pairs
 from pipelines.training.run_folder import claim
+from pipelines.training.run_rows import split
 from pipelines.training.stages import MicroBatch
 from tests.conftest import SMALLEST
 from vlv_model.errors import DataError, RunError

@@ -28,9 +28,10 @@ from pipelines.cli.config import load
 from pipelines.execution.checkpoints import finished_checkpoints, is_finished, latest_checkpoint
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import Batch, split
+from pipelines.training.data import Batch
 from pipelines.training.job import train
 from pipelines.training.metrics import heldout_losses, read_metrics
+from pipelines.training.run_rows import split
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.errors import CheckpointError, DataError, RunError
 from vlv_model.squares import Square
