@@ -11,7 +11,7 @@ All use the same captioner and images, read from Parquet, in turn:
     plain           transformers' generate: greedy, batch 64
     bare            the engine on decoded squares, in as many processes as ours has actors
 
-All but "reference 300" stop at the end-of-text. Figures are medians over the rounds. A caption of ours
+All but "reference 300" stop at the end-of-text. Figures are medians over the rounds. A caption
 that differs from the plain loop's counts as equal if the two largest logits at the first different
 token differ by less than 1e-4. The last line is JSON.
 """

@@ -46,7 +46,7 @@ PARITY = 1e-4
 
 
 def variants(stage: StageName, device: torch.device) -> list[Variant]:
-    """The reference, our step, and further variants of ours."""
+    """The reference, our step, and its variants."""
     on_cuda = device.type == "cuda"
     precision = "bfloat16" if on_cuda else "float32"
     ours = [Variant("ours", precision=precision)]

@@ -22,10 +22,10 @@ from vlv_model.squares import Square
 class ReadImages:
     """First step of a chunk: its rows' keys and decoded squares.
 
-    Takes a block of one row (`chunk`), gives `chunk`, `key`, `name` (of a file, or a URL), `pixels`
-    (uint8 3·s·s, null where the image cannot be decoded), `status`, `error`; and where images are
-    kept `image`, its bytes as they were read, null where they are no image. What does not lie in a
-    table of ours is decoded in a process of its own (pipelines.pictures.squares).
+    Takes a block of one row (`chunk`). Returns `chunk`, `key`, `name` (of a file, or a URL), `pixels`
+    (uint8 3·s·s, null if the image cannot be decoded), `status`, `error`; with `keep_images` also
+    `image`, the bytes as read, null if they are no image. Images outside our own tables are decoded in
+    a child process (pipelines.pictures.squares).
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,7 +126,9 @@ class Pairs(TableJob):
         self.sources = {"data.input": images, "data.captions": captions}
         self.caption_column, self.join_on = caption_column, join_on
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
+        """The settings and files that make the pairs; reads both ends of each file, so only once."""
         return {
             "data.input": _describe_files(self.image_files),
             "data.captions": _describe_files(self.caption_files),
@@ -136,7 +138,7 @@ class Pairs(TableJob):
 
     def check(self, table: Table) -> None:
         if not (table.exists and self._changed_on_purpose(table)):
-            table.check_same_run(KIND, self.identity())
+            table.check_same_run(KIND, self.identity)
 
     def plan(self, table: Table) -> None:
         if table.exists and self._changed_on_purpose(table):
@@ -145,7 +147,7 @@ class Pairs(TableJob):
             return
         files = self.image_files, self.caption_files
         plan = _plan(table, *files, self.caption_column, self.join_on)
-        table.create(KIND, self.identity(), **plan, addresses=True, changes=self._changes())
+        table.create(KIND, self.identity, **plan, addresses=True, changes=self._changes())
 
     def run(self, table: Table, cluster: Cluster) -> None:
         stages = partial(_stages, table=table, join_on=self.join_on)
@@ -158,7 +160,7 @@ class Pairs(TableJob):
 
     def _differing(self, table: Table) -> list[str]:
         recorded = table.describe()["identity"]
-        return [name for name, value in self.identity().items() if recorded.get(name) != value]
+        return [name for name, value in self.identity.items() if recorded.get(name) != value]
 
     def _changed_on_purpose(self, table: Table) -> bool:
         """Whether the sources differ from the recorded ones only by takedowns or ingests."""
@@ -198,7 +200,7 @@ class Pairs(TableJob):
         )
         fields = {k: v for k, v in description.items() if k not in ("kind", "identity", "chunks")}
         fields["changes"] = self._changes()
-        table.create(KIND, self.identity(), description["chunks"], **fields)
+        table.create(KIND, self.identity, description["chunks"], **fields)
 
 
 def _describe_files(files: list[Path]) -> str:

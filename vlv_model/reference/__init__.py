@@ -1,1 +1,1 @@
-"""Checkpoints of the published implementation, read into models of ours."""
+"""Checkpoints of the published implementation, loaded into our models."""

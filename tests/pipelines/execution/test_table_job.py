@@ -62,7 +62,7 @@ def attempt(job: Callable[[], None], start: Any, said: Any) -> None:
 def test_of_two_that_begin_at_once_one_waits_for_the_other(
     job: Callable[[Path, Path], None], pair_table: Path, tmp_path: Path
 ) -> None:
-    images = Table(tmp_path / "images")  # of ours: no decoders to start
+    images = Table(tmp_path / "images")  # our own table needs no decoder process
     images.create("image", {}, 1)
     images.write(0, pq.read_table(pair_table).slice(0, 120), row_group_size=16)
     for number in range(ROUNDS):

@@ -20,11 +20,11 @@ from yarl import URL
 
 
 class HttpProxy:
-    """Forwards to the ports on loopback that `names` stand for; all else is answered with 502.
+    """Forwards requests for `names` to their ports on loopback; answers 502 to all others.
 
-    `asked` are the first lines of all requests. CONNECT is answered with `connect_status`; with
-    `login` (user:password) whoever does not give it gets a 407, and so does whoever asks for the host
-    that is `locked`; `silent`: nobody gets an answer, or whoever asks for the host that is `muted`.
+    `asked` holds the first lines of all requests. It answers CONNECT with `connect_status`. With
+    `login` (user:password) it answers 407 to requests without it, and always to requests for the host
+    `locked`. With `silent` it never answers; it also never answers requests for the host `muted`.
     """
 
     def __init__(
