@@ -27,6 +27,7 @@ from benchmarks.faults.kinds import REPO
 from benchmarks.training.models import PARAGRAPH, SIZES, captioner
 from pipelines.execution.model import ModelSettings
 from pipelines.images.rows import IMAGE_ROW
+from pipelines.recaption.engine import local_engine
 from pipelines.recaption.predictor import CaptionImages
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.pretrained import FOLDER, STAGE1
@@ -143,7 +144,9 @@ class ForcedCaptionImages(CaptionImages):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.engine.captioner.__class__ = ForcedCaptioner
+        captioner = self.engine.captioner
+        captioner.__class__ = ForcedCaptioner
+        self.engine = local_engine(captioner, self.engine.generate)
 
 
 def squares_of(file: Path, keys: Collection[int], captioner: VLVCaptioner) -> dict[int, Tensor]:

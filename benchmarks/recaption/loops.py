@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessorPil, LogitsProcessor
 
 from benchmarks.recaption.captioners import forced_length, is_forced, open_captioner, squares_of
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import Engine
+from pipelines.recaption.engine import local_engine
 from vlv_model.caption_tokens import caption_text, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, square_image
@@ -171,7 +171,7 @@ def _bare(
     keys = [all_keys[row] for row in rows]
     squares = squares_of(file, set(keys), captioner)
     pixels = torch.stack([squares[key] for key in keys])  # uint8 [n 3 s s]
-    engine = Engine(captioner, generate)
+    engine = local_engine(captioner, generate)
     list(engine.captions(keys[:2], pixels[:2]))
     barrier.wait()
     begun = time.perf_counter()

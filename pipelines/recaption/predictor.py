@@ -20,7 +20,7 @@ from pipelines.execution import metrics as telemetry
 from pipelines.execution.read_images import squares
 from pipelines.images.rows import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import Engine, ModelDiedError, Outcome
+from pipelines.recaption.engine import Engine, ModelDiedError, Outcome, local_engine
 from pipelines.recaption.health import Health, health_of
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
@@ -77,7 +77,7 @@ def open_engine(
         return VLLMEngine(
             open_captioner(model, checkpoint, generate, torch.device("cpu")), generate, device
         )
-    return Engine(open_captioner(model, checkpoint, generate, device), generate)
+    return local_engine(open_captioner(model, checkpoint, generate, device), generate)
 
 
 def _update_metrics(captions: list[GeneratedCaption], start: float) -> None:
@@ -115,7 +115,7 @@ class CaptionImages:
         health: list[Health | None] = [None] * len(statuses)
         start = time.perf_counter()
         for outcome in self._caption(block.take(usable)):
-            row = usable[outcome.position]
+            row = usable[outcome.id]
             if (caption := outcome.caption) is not None:
                 captions[row] = caption = replace(caption, text=self.postprocess(caption.text))
                 health[row] = health_of(caption.text, caption.finish_reason == "length")

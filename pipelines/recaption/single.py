@@ -34,7 +34,8 @@ def caption_file(config: CaptionConfig) -> str:
         raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     device = torch.device("cuda" if use_gpu else "cpu")
-    engine = open_engine(model, checkpoint, config.generate, device)
+    one = config.generate.model_copy(update={"batch_size": 1})
+    engine = open_engine(model, checkpoint, one, device)
     (outcome,) = engine.captions([0], torch.from_numpy(square[None]))  # uint8 [1 3 s s]
     if outcome.caption is None:
         raise DataError(f"{config.image} cannot be captioned: {outcome.error}")

@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import Engine, Outcome
+from pipelines.recaption.engine import Engine, Outcome, Request
 from vlv_model.caption_tokens import FinishReason, GeneratedCaption, caption_text, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ConfigError
-from vlv_model.freezing import evaluating
 
 _GPU_SHARE = 0.8  # of GPU memory for vLLM; the encoder uses the rest
 
@@ -64,17 +63,22 @@ class VLLMEngine(Engine):
                 part.to(device)
         super().__init__(captioner, generate)
 
-    def _caption_all(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
+    def _advance(self, waiting: deque[Request]) -> list[Outcome]:
+        """Caption all that wait; vLLM does its own batching."""
         size = self.generate.batch_size
+        running: dict[int, Request] = {}
         prompts: list[dict[str, Tensor]] = []
-        with evaluating(self.captioner), torch.no_grad():
-            for start in range(0, len(images), size):
-                prefixes = self.captioner.prefix(images[start : start + size].to(self.device))
-                prompts += [{"prompt_embeds": prefix} for prefix in prefixes.cpu()]  # [q h] each
-        params = [self._params(key) for key in keys]
+        while batch := self._start(waiting, size):
+            running |= batch
+            prompts += [
+                {"prompt_embeds": prefix} for prefix in self._prefixes(batch).cpu()
+            ]  # [q h]
+        params = [self._params(request.key) for request in running.values()]
         results = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
-        for position, result in enumerate(results):
-            yield Outcome(position, self._caption(result.outputs[0]))
+        return [
+            self._finish(number, self._caption(result.outputs[0]))
+            for number, result in zip(running, results, strict=True)
+        ]
 
     def _params(self, key: int) -> Any:
         sampling = self.generate.sampling

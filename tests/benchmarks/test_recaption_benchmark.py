@@ -12,7 +12,7 @@ from benchmarks.recaption import captioners
 from benchmarks.recaption.loops import Loop, run_loop
 from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, summarise
 from pipelines.recaption import predictor
-from pipelines.recaption.engine import Engine
+from pipelines.recaption.engine import local_engine
 from pipelines.storage.tables import Table
 from vlv_model.caption_tokens import caption_text
 
@@ -37,10 +37,10 @@ def test_all_contenders_end_at_the_forced_length(bench: Bench) -> None:
 
     captioner = captioners.open_captioner(bench.model)
     squares = captioners.squares_of(bench.file, plain.ids, captioner)
-    engine = Engine(captioner, bench.config().generate)
+    engine = local_engine(captioner, bench.config().generate)
     images = torch.stack(list(squares.values()))
     for outcome in engine.captions(list(squares), images):
-        key = list(squares)[outcome.position]
+        key = list(squares)[outcome.id]
         ids = plain.ids[key]
         assert outcome.caption is not None
         assert outcome.caption.text == caption_text(captioner.tokenizer, ids)

@@ -9,7 +9,7 @@ import torch
 from pipelines.cli.config import build
 from pipelines.execution import metrics as telemetry
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import Engine, ModelDiedError
+from pipelines.recaption.engine import ModelDiedError, local_engine
 from pipelines.recaption.predictor import CaptionImages
 from tests.vlv_model.drawings import scenes
 from vlv_model.caption_tokens import decode_captions, end_of_text_id
@@ -51,8 +51,8 @@ def test_beam_search_follows_early_stopping(captioner, images):
     found = {}
     for early in (False, True):
         update = {"num_beams": 3, "early_stopping": early, "max_new_tokens": 12}
-        engine = Engine(captioner, GENERATE.model_copy(update=update))
-        found[early] = {o.position: o.caption for o in engine.captions(range(8), images)}
+        engine = local_engine(captioner, GENERATE.model_copy(update=update))
+        found[early] = {o.id: o.caption for o in engine.captions(range(8), images)}
         for i, image in enumerate(images):
             with evaluating(captioner):
                 ids = captioner.language_model.generate(
@@ -69,7 +69,7 @@ def test_captions_do_not_depend_on_the_batch(captioner, images, beams):
     for batch_size in (1, 3, 64):
         settings = GENERATE.model_copy(update={"batch_size": batch_size, "num_beams": beams})
         found = {
-            o.position: o.caption for o in Engine(captioner, settings).captions(range(8), images)
+            o.id: o.caption for o in local_engine(captioner, settings).captions(range(8), images)
         }
         assert [found[i] for i in range(8)] == expected
 
@@ -77,7 +77,7 @@ def test_captions_do_not_depend_on_the_batch(captioner, images, beams):
 def test_a_failing_image_does_not_affect_other_captions(captioner, images, monkeypatch):
     expected = captioner.generate(images, max_new_tokens=6)
     break_model(captioner, monkeypatch, images[4])
-    found = {o.position: o for o in Engine(captioner, GENERATE).captions(range(8), images)}
+    found = {o.id: o for o in local_engine(captioner, GENERATE).captions(range(8), images)}
     assert found[4].caption is None
     assert found[4].error == "RuntimeError: a bad day"
     others = [i for i in range(8) if i != 4]
@@ -88,7 +88,7 @@ def test_a_failing_image_does_not_affect_other_captions(captioner, images, monke
 def test_a_model_that_fails_for_every_image_raises(captioner, images, monkeypatch):
     break_model(captioner, monkeypatch, None)
     with pytest.raises(ModelDiedError, match="fails for every image: a bad day"):
-        list(Engine(captioner, GENERATE).captions(range(8), images))
+        list(local_engine(captioner, GENERATE).captions(range(8), images))
 
 
 def test_a_failed_row_has_an_error_and_a_broken_one_keeps_its_status(
@@ -98,7 +98,7 @@ def test_a_failed_row_has_an_error_and_a_broken_one_keeps_its_status(
 
     break_model(captioner, monkeypatch, images[1])
     step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
-    step.engine, step.image_size, step.fingerprint = Engine(captioner, GENERATE), 64, "f"
+    step.engine, step.image_size, step.fingerprint = local_engine(captioner, GENERATE), 64, "f"
     step.postprocess = GENERATE.postprocessed
     exported: dict[str, float] = {}
     monkeypatch.setattr(
@@ -127,9 +127,9 @@ def test_a_failed_row_has_an_error_and_a_broken_one_keeps_its_status(
 def test_sampled_captions_depend_only_on_seed_and_key(captioner, images):
     def drawn(seed: int, batch_size: int, keys: list[int]) -> list[str]:
         settings = {"num_beams": 1, "max_new_tokens": 6, "batch_size": batch_size, "seed": seed}
-        engine = Engine(captioner, GenerateConfig(temperature=1.5, top_p=0.9, **settings))
+        engine = local_engine(captioner, GenerateConfig(temperature=1.5, top_p=0.9, **settings))
         order = torch.tensor(keys)
-        found = {o.position: o.caption.text for o in engine.captions(keys, images[order])}
+        found = {o.id: o.caption.text for o in engine.captions(keys, images[order])}
         return [found[keys.index(key)] for key in range(8)]
 
     first = drawn(0, 3, list(range(8)))

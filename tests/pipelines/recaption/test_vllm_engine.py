@@ -114,7 +114,7 @@ def test_captions_match_the_transformers_engine(vllm, captioner):
     assert {caption.finish_reason for caption in expected} == {"stop", "length"}
     engine = VLLMEngine(captioner, greedy(batch_size=3), CPU)
     assert engine.llm.max_num_seqs == 3
-    found = {o.position: o.caption for o in engine.captions(range(7), images)}
+    found = {o.id: o.caption for o in engine.captions(range(7), images)}
     assert [found[i] for i in range(7)] == expected
     assert {params.temperature for params in engine.llm.asked} == {0.0}
     assert {p.device.type for p in captioner.language_model.parameters()} == {"meta"}
@@ -123,8 +123,8 @@ def test_captions_match_the_transformers_engine(vllm, captioner):
 def test_each_sampled_caption_has_its_own_seed(vllm, captioner):
     images, settings = scenes(3, seed=0), greedy(temperature=1.5, top_p=0.9, seed=7)
     engine = VLLMEngine(captioner, settings, CPU)
-    first = {o.position: o.caption for o in engine.captions([5, -6, 7], images)}
-    turned = {o.position: o.caption for o in engine.captions([7, -6, 5], images.flip(0))}
+    first = {o.id: o.caption for o in engine.captions([5, -6, 7], images)}
+    turned = {o.id: o.caption for o in engine.captions([7, -6, 5], images.flip(0))}
     assert [first[i] for i in range(3)] == [turned[2 - i] for i in range(3)]
     assert len({params.seed for params in engine.llm.asked}) == 3
 
@@ -140,7 +140,7 @@ def test_a_failing_image_does_not_affect_other_captions(vllm, captioner, monkeyp
         return prefix(pixels)
 
     monkeypatch.setattr(captioner, "prefix", failing)
-    found = {o.position: o for o in engine.captions(range(4), images)}
+    found = {o.id: o for o in engine.captions(range(4), images)}
     assert [found[i].caption is None for i in range(4)] == [False, False, True, False]
     assert found[2].error == "RuntimeError: a bad day"
 
