@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pipelines.cli.settings_file import parse_value, read_file, section_of, type_words
-from pipelines.storage.protocols import PROTOCOLS, is_url
+from pipelines.storage.files import PROTOCOLS, is_url
 from vlv_model.config import Config
 from vlv_model.errors import ConfigError
 

@@ -15,10 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.images.rows import IMAGE_STRUCT, OK, key_of
-from pipelines.storage.files import as_path, read_bytes
+from pipelines.storage.files import as_path, is_url, read_bytes
 from pipelines.storage.folders import is_folder
 from pipelines.storage.parquet import open_parquet, parquet_errors
-from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
 LISTED_ROW = pa.schema(

@@ -37,11 +37,10 @@ from pipelines.images.sources import (
     is_integer,
     walk,
 )
-from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.files import is_file, is_url, write_atomically
 from pipelines.storage.fingerprints import size_fingerprint
 from pipelines.storage.folders import files_below, remove_folder
 from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
-from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import PLAN, Table, read_json_object
 from vlv_model.errors import DataError
 

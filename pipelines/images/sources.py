@@ -13,10 +13,9 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipelines.storage.files import as_path, is_file
+from pipelines.storage.files import as_path, is_file, is_url
 from pipelines.storage.folders import is_folder, is_hidden, list_remote, matching_files
 from pipelines.storage.parquet import read_schema
-from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import TABLE_FILE, Table, parquet_files
 from vlv_model.errors import DataError
 

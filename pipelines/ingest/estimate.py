@@ -10,7 +10,7 @@ from pipelines.images.runs import runs_of
 from pipelines.ingest.plan import Plan
 from pipelines.ingest.run_statistics import last_throughput
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.protocols import is_url
+from pipelines.storage.files import is_url
 from pipelines.storage.tables import Table
 
 # Assumptions for a table without measurements.

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.lists.readers import SUFFIXES, format_of
-from pipelines.storage.files import as_path, is_file
+from pipelines.storage.files import as_path, is_file, is_url
 from pipelines.storage.folders import check_files, files_below, is_folder, is_hidden, matching_files
-from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
 _UNSUPPORTED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # compressions

@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.lists.json_lists import read_objects
+from pipelines.storage.files import is_url
 from pipelines.storage.parquet import open_parquet, schema_of
-from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")

@@ -16,10 +16,9 @@ from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader
 from pipelines.images.removal import SIDE_BY_SIDE, file_name
 from pipelines.images.rows import OK
-from pipelines.storage.files import as_path, write_atomically
+from pipelines.storage.files import as_path, is_url, write_atomically
 from pipelines.storage.folders import names_in
 from pipelines.storage.parquet import read_parquet_file
-from pipelines.storage.protocols import is_url
 from pipelines.storage.tables import Table
 from vlv_model.squares import Square
 

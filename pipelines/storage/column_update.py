@@ -29,10 +29,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage.files import remove_file, replace_atomically
+from pipelines.storage.files import is_url, remove_file, replace_atomically, with_retries
 from pipelines.storage.parquet import open_parquet, parquet_errors
-from pipelines.storage.protocols import is_url
-from pipelines.storage.retries import with_retries
 from pipelines.storage.thrift import (
     add_to_integer,
     apply_patches,

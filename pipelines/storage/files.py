@@ -12,17 +12,28 @@ import errno
 import os
 import re
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from upath import UPath
 
-from pipelines.storage.protocols import is_url
-from pipelines.storage.retries import with_retries
-from vlv_model.errors import RunError
+from vlv_model.errors import RunError, VLVError, one_line
+
+T = TypeVar("T")
+
+PROTOCOLS = ("s3", "gs", "hf")
+"""URL schemes at which tables and lists may lie; `gs` needs gcsfs."""
+PAUSES = (1.0, 2.0, 5.0, 15.0, 30.0)
+"""Seconds between attempts."""
+FINAL_ERRORS = (
+    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    VLVError, ValueError, TypeError, AttributeError, LookupError,
+)  # fmt: skip
+"""Errors that are never retried: the store's definite answers, and bugs in this program."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # names that `replace_atomically` gives
@@ -35,6 +46,39 @@ def as_path(path: str | Path) -> Path:
     # No cached listings: another process may have written since.
     remote: Any = UPath(str(path), use_listings_cache=False)
     return remote
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL (`s3://…`)."""
+    return "://" in str(path)
+
+
+def with_retries(action: Callable[[], T], path: Path, pauses: Sequence[float] | None = None) -> T:
+    """Run an action on a path. On a URL, retry it while the store fails.
+
+    `pauses` are the seconds between attempts (PAUSES by default, about a minute in all). Raises
+    FINAL_ERRORS unchanged, and RunError when the last attempt fails too.
+    """
+    if not is_url(path):
+        return action()
+    for pause in (*(PAUSES if pauses is None else pauses), None):
+        try:
+            return action()
+        except FINAL_ERRORS:
+            raise
+        except Exception as error:  # store clients have no common base class of errors
+            if pause is None:
+                raise store_unavailable(path, error) from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def store_unavailable(path: Path, error: Exception) -> RunError:
+    """The RunError for a store that keeps failing."""
+    return RunError(
+        f"{path}: the store does not answer ({one_line(error)}): once it does, the same command "
+        "continues where this one stopped"
+    )
 
 
 def is_file(path: Path) -> bool:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from pipelines.storage.files import is_url
 from pipelines.storage.folders import list_remote
-from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError
 
 _END_BYTES = 1 << 16

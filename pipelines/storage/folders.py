@@ -14,9 +14,7 @@ from typing import Any
 
 from fsspec.utils import glob_translate
 
-from pipelines.storage.files import as_path, remote_type
-from pipelines.storage.protocols import is_url
-from pipelines.storage.retries import with_retries
+from pipelines.storage.files import as_path, is_url, remote_type, with_retries
 from vlv_model.errors import DataError, RunError
 
 _SLASHES = re.compile(r"/+")

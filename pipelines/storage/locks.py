@@ -14,10 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.files import remove_temporary_files
+from pipelines.storage.files import is_url, remove_temporary_files, with_retries
 from pipelines.storage.folders import make_folder
-from pipelines.storage.protocols import is_url
-from pipelines.storage.retries import with_retries
 from vlv_model.errors import RunError
 
 LOCK_FILE = ".lock"

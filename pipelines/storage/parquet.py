@@ -13,9 +13,13 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage.files import replace_atomically
-from pipelines.storage.protocols import is_url
-from pipelines.storage.retries import FINAL_ERRORS, store_unavailable, with_retries
+from pipelines.storage.files import (
+    FINAL_ERRORS,
+    is_url,
+    replace_atomically,
+    store_unavailable,
+    with_retries,
+)
 from vlv_model.errors import DataError
 
 _BUFFER_BYTES = 1 << 20  # read buffer per column; eight times as large for a remote file

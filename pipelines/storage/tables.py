@@ -33,11 +33,17 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.storage.column_update import update_columns
-from pipelines.storage.files import as_path, is_file, read_text, read_texts, write_atomically
+from pipelines.storage.files import (
+    as_path,
+    is_file,
+    is_url,
+    read_text,
+    read_texts,
+    write_atomically,
+)
 from pipelines.storage.folders import files_below, is_folder, is_hidden, make_folder, names_in
 from pipelines.storage.locks import LOCK_FILE
 from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
-from pipelines.storage.protocols import is_url
 from vlv_model.errors import DataError, RunError, VLVError
 
 TABLE_FILE = "_table.json"

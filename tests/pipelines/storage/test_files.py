@@ -20,8 +20,8 @@ from pyarrow.parquet import encryption
 
 from benchmarks.faults.kinds import FlakyProxy
 from pipelines.images.sources import walk
-from pipelines.storage import retries
-from pipelines.storage.files import as_path, write_atomically
+from pipelines.storage import files
+from pipelines.storage.files import as_path, with_retries, write_atomically
 from pipelines.storage.folders import (
     files_below,
     is_folder,
@@ -32,7 +32,6 @@ from pipelines.storage.folders import (
 )
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_rows, write_parquet
-from pipelines.storage.retries import with_retries
 from pipelines.storage.tables import Table, parquet_files
 from vlv_model.errors import DataError, RunError
 
@@ -190,7 +189,7 @@ def test_unreachable_store_is_not_taken_for_an_empty_one(
     """Otherwise a job would create a new table over the existing one."""
     import s3fs
 
-    monkeypatch.setattr(retries, "PAUSES", (0.01,))
+    monkeypatch.setattr(files, "PAUSES", (0.01,))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     line = FlakyProxy(int(s3_server.rpartition(":")[2]))
