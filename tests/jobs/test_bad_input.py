@@ -23,7 +23,6 @@ JOBS = [
     "caption",
     "export",
     "demo",
-    "pretrain_tiny",
 ]
 OUTPUT = {"stage1": "run_dir", "stage2": "run_dir"}  # the others: data.output
 

@@ -1,4 +1,4 @@
-"""The tiny world's trained weights, written by `jobs/pretrain_tiny.py` and stage 1.
+"""The tiny world's trained weights, written by `benchmarks/pretraining` and stage 1.
 
 models/   base models (float16 on disk); pretraining.json has the settings and metrics of their training
 stage1/   a stage-1 checkpoint on these models, from which the demo starts

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.pretraining.fitting import Pictures
 from pipelines.demo.proof import denoising
 from pipelines.tiny_world import pretrained, scenes
-from pipelines.tiny_world.pretraining.fitting import Pictures
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoints.weights import stages_of
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Florence2ForConditionalGeneration
 
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.dataset import drawing_seed
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
 from vlv_model.preprocessing import encoder_pixels
 
 BATCH_SIZE = 32

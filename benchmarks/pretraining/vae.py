@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
 from vlv_model.freezing import evaluating
 
 KL_WEIGHT = 1e-6  # of a picture's divergence: a smooth but hardly hindered latent space

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.pretraining.fitting import Pictures
+from benchmarks.pretraining.florence import PROMPTS, annotation
+from benchmarks.pretraining.language_model import partial_text
+from benchmarks.pretraining.pretrain import Recipe, pretrain
+from benchmarks.pretraining.shipping import ship_stage1
+from benchmarks.pretraining.vision import KINDS, patch_labels
 from pipelines.tiny_world import scenes
-from pipelines.tiny_world.pretraining.config import PretrainConfig
-from pipelines.tiny_world.pretraining.fitting import Pictures
-from pipelines.tiny_world.pretraining.florence import PROMPTS, annotation
-from pipelines.tiny_world.pretraining.language_model import partial_text
-from pipelines.tiny_world.pretraining.parts import pretrain
-from pipelines.tiny_world.pretraining.shipping import ship_stage1
-from pipelines.tiny_world.pretraining.vision import KINDS, patch_labels
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.checkpoints.sources import resolve_model
 from vlv_model.checkpoints.weights import CheckpointMetadata, read_checkpoint, save_checkpoint
@@ -27,16 +27,13 @@ PARTS = ["vae", "text_encoder", "text_to_image", "vision", "florence", "language
 STEPS = {f"{part}_steps": 2 for part in PARTS}
 
 
-def config(output: Path, **settings: int) -> PretrainConfig:
-    return PretrainConfig(
-        output=str(output), pictures=64, validation_pictures=32, threads=1, **(STEPS | settings)
-    )
+RECIPE = Recipe(pictures=64, validation_pictures=32, **STEPS)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pretraining") / "models"
-    pretrain(config(output))
+    pretrain(output, recipe=RECIPE)
     return output
 
 
@@ -65,20 +62,20 @@ def test_the_record_has_the_metrics_of_each_part(models: Path) -> None:
 
 def test_finished_parts_are_not_trained_again(models: Path) -> None:
     before = {file: file.read_bytes() for file in models.rglob("*") if file.is_file()}
-    record = pretrain(config(models))
+    record = pretrain(models, recipe=RECIPE)
     assert list(record["parts"]) == PARTS
     assert {file: file.read_bytes() for file in models.rglob("*") if file.is_file()} == before
 
 
 def test_other_settings_are_refused(models: Path) -> None:
     with pytest.raises(RunError, match=r"another run \(vae_steps: 2 there, 3 here\)"):
-        pretrain(config(models, vae_steps=3))
+        pretrain(models, recipe=replace(RECIPE, vae_steps=3))
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("…")
     with pytest.raises(RunError, match="is not empty"):
-        pretrain(config(tmp_path))
+        pretrain(tmp_path, recipe=RECIPE)
 
 
 def test_pictures_are_only_of_their_split() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
 from pipelines.tiny_world.scenes import PHRASES, Object, Scene
 from vlv_model.caption_tokens import tokenize_captions
 

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.pretraining.text_encoder import caption_ids
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
+from benchmarks.pretraining.text_encoder import caption_ids
 from vlv_model.text_encoder import prompt_ids
 
 EMPTY = 0.1  # share of captions that are left out, for classifier-free guidance

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
 from pipelines.tiny_world.scenes import caption
 from vlv_model.text_encoder import prompt_ids
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from benchmarks.pretraining import florence
+from benchmarks.pretraining.fitting import Pictures
+from benchmarks.pretraining.language_model import partial_text
+from benchmarks.pretraining.vae import encode
 from pipelines.tiny_world.denoising import denoising_losses, text_conditions
-from pipelines.tiny_world.pretraining import florence
-from pipelines.tiny_world.pretraining.fitting import Pictures
-from pipelines.tiny_world.pretraining.language_model import partial_text
-from pipelines.tiny_world.pretraining.vae import encode
 from pipelines.tiny_world.scenes import caption
 from vlv_model.caption_tokens import IGNORED, tokenize_captions
 from vlv_model.checkpoints.loading import load_diffusion, load_text_encoder

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerBase
 
+from benchmarks.pretraining.fitting import Fitted, Pictures, fit
+from benchmarks.pretraining.vision import features, grid_side
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.dataset import drawing_seed
-from pipelines.tiny_world.pretraining.fitting import Fitted, Pictures, fit
-from pipelines.tiny_world.pretraining.vision import features, grid_side
 from vlv_model.caption_tokens import IGNORED
 from vlv_model.tiny import NUM_LOCATIONS
 
