@@ -32,8 +32,8 @@ from benchmarks.ingest.throughput import REPO, watched
 from pipelines.cli.config import build
 from pipelines.ingest import job
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.fetch import image_rows
 from pipelines.ingest.plan import Plan, passing
+from pipelines.ingest.steps import image_rows
 from pipelines.lists.files import input_files
 from pipelines.lists.filters import FilterConfig
 from pipelines.lists.metadata import read_batches

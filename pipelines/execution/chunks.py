@@ -24,7 +24,7 @@ class CommitChunk:
     `sums` are those of `run_chunks`.
     """
 
-    write: Callable[[int, pa.Table], Any]
+    write: Callable[..., Any]
     sums: Mapping[str, str]
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -32,13 +32,16 @@ class CommitChunk:
         (chunk,) = rows["chunk"].unique().to_pylist()
         return self.commit(chunk, rows.drop_columns(["chunk"]))
 
-    def commit(self, chunk: int, rows: pa.Table) -> pa.Table:
-        """Commit the rows of a chunk, which may be none: Ray Data drops blocks without a row."""
+    def commit(self, chunk: int, rows: pa.Table, *more: Any) -> pa.Table:
+        """Commit the rows of a chunk, which may be none: Ray Data drops blocks without a row.
+
+        `more` are further arguments of `write`.
+        """
         timings = [name for name in (BUSY, PRESENT) if name in rows.column_names]
         columns = {**self.sums, **{name: name for name in timings}}
         figures = {name: pc.sum(rows[column]).as_py() or 0 for name, column in columns.items()}
         rows = rows.drop_columns(timings)
-        self.write(chunk, rows)
+        self.write(chunk, rows, *more)
         statuses = Counter(rows["status"].to_pylist())
         return pa.table({"statuses": [json.dumps(statuses)], "figures": [json.dumps(figures)]})
 
@@ -63,7 +66,7 @@ def run_chunks(
     cluster: Cluster,
     pending: Sequence[int],
     stages: Callable[[Any, CommitChunk], Any],
-    write: Callable[[int, pa.Table], Any],
+    write: Callable[..., Any],
     title: str,
     total_rows: int,
     done: Mapping[str, int],
@@ -77,7 +80,7 @@ def run_chunks(
             returns a dataset of what the last step returns. Each of its steps is a `map_batches` of
             WHOLE chunks. The last step commits the rows of a chunk, to which actors add their
             timings (pipelines.execution.quarantine).
-        write: Commits the rows of a chunk; runs on the cluster.
+        write: Commits the rows of a chunk (its number, its rows); runs on the cluster.
         title: The job's name, for the bar and the metrics.
         done: Rows by status of earlier attempts, where the bar starts.
         watch: Receives the rows by status of this attempt, after each chunk.

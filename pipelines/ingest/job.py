@@ -2,10 +2,10 @@
 
 A run is planned once (plan.py); then its chunks stream through Ray Data, one block each:
 
-    chunk -> its plan -> ImageFetcher        connections and decoders, see fetch.py
+    chunk -> its plan -> ImageFetcher        connections and decoders
                               |  IMAGE_ROW
                               v
-                           Merge: with the existing part -> part + commit
+                         WritePart: with the existing part -> part + commit
 
 One actor does all of a chunk (steps.py), so no image passes through Ray's object store. A killed job
 continues with the chunks that its run has not committed (pipelines/images/runs.py).
@@ -28,12 +28,11 @@ from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
 from pipelines.ingest.estimate import estimate, rows_per_file
-from pipelines.ingest.fetch import ImageFetcher, fetchers_of
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, remove_report, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
-from pipelines.ingest.steps import IngestChunk, Merge
+from pipelines.ingest.steps import ImageFetcher, IngestChunk, WritePart, fetchers_of
 from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
@@ -135,7 +134,7 @@ class Ingest(TableJob):
                 cluster,
                 pending,
                 partial(_stages, cluster=cluster, config=self.config, run=run),
-                Merge(table, run),
+                WritePart(table, run),
                 "ingest",
                 fetched,
                 done=table.counts() if run.number == 1 else {},

@@ -1,8 +1,17 @@
-"""The steps of a chunk: read its plan, fetch its rows, write its part."""
+"""The one step of a chunk: read its plan, download and decode its images, write its part.
+
+    urls ──▶ Downloader: event loop, connections ──▶ bodies ──▶ DecoderPool: a child process each
+             ^                                         |
+             '---- waits while the byte budget is used '
+
+A body goes to a decoder as soon as it has arrived. Chunks that an actor works on at the same time share
+connections and decoders, so a slow host in one chunk leaves neither of them idle.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +21,13 @@ from pipelines.execution.chunks import CommitChunk
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
-from pipelines.ingest.fetch import ImageFetcher
+from pipelines.ingest.decoder import DecoderPool
 from pipelines.ingest.known_rows import UPDATABLE, with_marks
 from pipelines.ingest.plan import read_chunk
+from pipelines.ingest.web.config import DownloadConfig
+from pipelines.ingest.web.download import Downloader
+from pipelines.lists.filters import FilterConfig
+from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.parquet import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
@@ -22,55 +35,97 @@ from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 # write as many parts at a time as chunks are in flight.
 _write_slots = threading.BoundedSemaphore(2)
 
+CPUS_PER_FETCHER = 4
+"""CPUs that one event loop keeps busy with decoding; the loop itself takes half a CPU."""
 
-class Merge:
-    """Writes a chunk: fetched and marked rows replace those of the existing part."""
+
+def fetchers_of(nodes: Sequence[float]) -> tuple[int, int]:
+    """The number of fetchers for nodes with these numbers of CPUs, and the decoders of each.
+
+    A fetcher runs on one node, so it must fit the largest. For a cluster with only a head without
+    CPUs, the first fetcher makes the autoscaler start a node that fits it.
+    """
+    largest = int(max(nodes, default=0))
+    if not largest:
+        return 1, CPUS_PER_FETCHER
+    decoders = max(1, largest // max(1, largest // CPUS_PER_FETCHER))
+    return max(1, sum(int(cpus // decoders) for cpus in nodes)), decoders
+
+
+def image_rows(rows: pa.Table, results: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """IMAGE_ROW rows: METADATA_ROW `rows`, and the other columns of each."""
+    columns = [
+        rows[field.name]
+        if field.name in rows.column_names
+        else pa.array([result.get(field.name) for result in results], field.type)
+        for field in IMAGE_ROW
+    ]
+    return pa.table(columns, schema=with_image_feature(IMAGE_ROW))
+
+
+class ImageFetcher:
+    """Maps METADATA_ROW rows to IMAGE_ROW rows, in the same order."""
+
+    def __init__(
+        self, download: DownloadConfig, image: ImageConfig, filters: FilterConfig, decoders: int
+    ) -> None:
+        self.downloader = Downloader(download)
+        self.decoders = DecoderPool(decoders, image, filters)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        urls = rows["url"].to_pylist()
+        return image_rows(rows, self.downloader.map_urls(urls, self.decoders.columns))
+
+    def close(self) -> None:
+        """Close the connections and end the decoders."""
+        self.downloader.close()
+        self.decoders.close()
+
+
+class WritePart:
+    """Writes a chunk's part: fetched and marked rows replace those of the existing one."""
 
     def __init__(self, table: Table, run: Run) -> None:
         self.table = table
         self.run = run
 
-    def __call__(self, chunk: int, fetched: pa.Table) -> None:
+    def __call__(self, chunk: int, fetched: pa.Table, marked: pa.Table) -> None:
+        """Write IMAGE_ROW rows and the new marks and metadata of others, rows of the chunk's plan."""
         with _write_slots:
             if fetched.num_rows or not self.table.is_committed(chunk):
-                self._write(chunk, fetched)
+                self._write(chunk, fetched, marked)
             else:
-                self._update(chunk)
+                self._update(chunk, marked)
 
-    def _write(self, chunk: int, fetched: pa.Table) -> None:
+    def _write(self, chunk: int, fetched: pa.Table, marked: pa.Table) -> None:
         number = pa.array([self.run.number] * fetched.num_rows, pa.int32())
         position = fetched.schema.get_field_index("run")
         rows = fetched.set_column(position, IMAGE_ROW.field("run"), number)
         if self.table.is_committed(chunk):
-            rows = pa.concat_tables([self._other_rows(chunk, rows["key"]), rows])
+            rows = pa.concat_tables([self._other_rows(chunk, rows["key"], marked), rows])
         order = pc.sort_indices(rows["key"])
         self.table.write(
             chunk, rows.take(order), run=self.run.number, row_group_size=IMAGE_ROW_GROUP
         )
 
-    def _other_rows(self, chunk: int, fetched: pa.ChunkedArray) -> pa.Table:
+    def _other_rows(self, chunk: int, fetched: pa.ChunkedArray, marked: pa.Table) -> pa.Table:
         """The rows of the part that were not fetched, with their new marks and metadata."""
         stored = read_parquet_file(self.table.part(chunk))
         stored = stored.filter(pc.invert(pc.is_in(stored["key"], value_set=fetched)))
-        return with_marks(stored, self._marked(chunk))
+        return with_marks(stored, marked)
 
-    def _update(self, chunk: int) -> None:
+    def _update(self, chunk: int, marked: pa.Table) -> None:
         """Mark rows of a part without fetched rows; its images are not rewritten."""
         with open_parquet(self.table.part(chunk)) as parquet:
             stored = parquet.read(columns=["key", "status", *UPDATABLE])
-        rows = with_marks(stored, self._marked(chunk))
+        rows = with_marks(stored, marked)
         changed = [name for name in UPDATABLE if not rows[name].equals(stored[name])]
         columns = rows.select(["status", *changed])
         self.table.update(chunk, columns, run=self.run.number, row_group_size=IMAGE_ROW_GROUP)
 
-    def _marked(self, chunk: int) -> pa.Table:
-        """The rows of the chunk's plan that are marked, not fetched."""
-        plan = read_chunk(self.run.plan_folder, chunk)
-        return plan.filter(plan["mark"].is_valid())
-
 
 class IngestChunk:
-    """The one step of a chunk: reads its plan, fetches its rows, and commits them.
+    """Reads the plan of a chunk, fetches its rows, and commits them.
 
     All of it happens in one actor, so that no image passes through Ray's object store.
     """
@@ -90,19 +145,15 @@ class IngestChunk:
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         (chunk,) = chunks["chunk"].to_pylist()
-        planned = self._planned(chunk)
-        fetched = with_image_feature(IMAGE_ROW).empty_table()
-        if planned.num_rows:
-            fetched = self.fetch(planned).drop_columns(["chunk"])
-        return self.last.commit(chunk, fetched)
-
-    def _planned(self, chunk: int) -> pa.Table:
-        """The METADATA_ROW rows of a chunk that are to be fetched, with its number as `chunk`."""
         plan = read_chunk(self.run.plan_folder, chunk)
+        marked = plan.filter(plan["mark"].is_valid())
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
         blocked = Blocklist.read(self.table)  # it may have changed since the run was planned
         rows = rows.filter(pa.array(~blocked.mask(rows["key"], rows["url"])))
-        return rows.append_column("chunk", pa.array([chunk] * rows.num_rows, pa.int64()))
+        fetched = with_image_feature(IMAGE_ROW).empty_table()
+        if rows.num_rows:
+            fetched = self.fetch(rows)
+        return self.last.commit(chunk, fetched, marked)
 
     def close(self) -> None:
         """Close the fetcher's connections and end its decoders."""

@@ -18,7 +18,7 @@ from cluster.allocatable import DAEMONS, HEAD_SIDECARS, allocatable, oversized_p
 from cluster.render import HERE, rendered
 from pipelines.cli.config import load
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.fetch import fetchers_of
+from pipelines.ingest.steps import fetchers_of
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.reconstruct.config import ReconstructConfig

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.images.rows import IMAGE_ROW, METADATA_ROW
-from pipelines.ingest.fetch import ImageFetcher, fetchers_of
+from pipelines.ingest.steps import ImageFetcher, fetchers_of
 from pipelines.ingest.web.config import DownloadConfig
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
@@ -39,8 +39,7 @@ def chunk_of(urls: list[str]) -> pa.Table:
     rows = [
         {"key": number, "url": url, "alt_text": f"text {number}"} for number, url in enumerate(urls)
     ]
-    table = pa.Table.from_pylist(rows, METADATA_ROW)
-    return table.append_column("chunk", pa.array([7] * len(urls), pa.int64()))
+    return pa.Table.from_pylist(rows, METADATA_ROW)
 
 
 def children() -> list[int]:
@@ -58,10 +57,9 @@ def test_rows_keep_their_number_and_order(tmp_path: Path, fetcher: ImageFetcher)
         write_world(tmp_path, web.base_url, 6, num_broken=2)
         urls = pq.read_table(tmp_path / "metadata.parquet")["URL"].to_pylist()
         rows = fetcher(chunk_of(urls))
-    assert rows.drop_columns(["chunk"]).schema.equals(IMAGE_ROW)
+    assert rows.schema.equals(IMAGE_ROW)
     assert rows["url"].to_pylist() == urls
     assert rows["alt_text"].to_pylist() == [f"text {n}" for n in range(len(urls))]
-    assert set(rows["chunk"].to_pylist()) == {7}
     assert rows["status"].to_pylist().count("ok") == 6
     for row in rows.to_pylist():
         assert (row["status"] == "ok") == (row["image"] is not None) == (row["error"] is None)
