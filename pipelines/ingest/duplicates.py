@@ -10,8 +10,7 @@ Rows whose URLs are spellings of one address (pipelines.images.urls) are copies 
 server sent different files.
 
 Near duplicates have perceptual hashes with few different bits. A row is one if any earlier row is
-near it. Two hashes that differ in at most d of 64 bits are equal in at least one of d + 1 bands of
-bits. So rows are sorted by each band, and rows with equal bands are compared.
+near it (pipelines.storage.banding).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from pipelines.execution.chunks import map_chunks
 from pipelines.execution.cluster import Cluster
 from pipelines.images.rows import DUPLICATE, OK
 from pipelines.images.urls import addresses_of
+from pipelines.storage.banding import add_by_band, bands_of_bits, begins_group
 from pipelines.storage.parquet import open_parquet, read_parquet_file, write_parquet
 from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import IMAGE_ROW_GROUP, PLAN, Table
@@ -121,24 +122,24 @@ def _later_copies(
 ) -> np.ndarray:
     """(chunk, key) of every row that has an earlier copy, sorted, int64 `[n 2]`."""
     num_bands = config.distance + 1 if config.by == "near" else 0
-    sorters = [sorting(_HASHES, rows * _ROW_BYTES) for _ in range(2 + num_bands)]
-    by_address, by_sha, *by_band = sorters
+    by_address, by_sha = (sorting(_HASHES, rows * _ROW_BYTES) for _ in range(2))
+    by_band = sorting(_HASHES, rows * _ROW_BYTES * num_bands)
     other_spellings = 0
     read = partial(_read_hashes, table=table)
     for block in map_chunks(cluster, chunks, read):
         by_address.add(_keyed(block, block["address"], pa.array(np.zeros(len(block), np.int64))))
         other_spellings += pc.sum(pc.not_equal(block["address"], block["image"])).as_py() or 0
         by_sha.add(_keyed(block, block["sha_high"], block["sha_low"]))
-        not_flat = block.filter(pc.not_equal(block["phash"], _FLAT))
-        for number, sorter in enumerate(by_band):
-            band = _band(not_flat["phash"].to_numpy(), number, num_bands)
-            sorter.add(_keyed(not_flat, pa.array(band), not_flat["phash"]))
+        if num_bands:
+            not_flat = block.filter(pc.not_equal(block["phash"], _FLAT))
+            bands = bands_of_bits(not_flat["phash"].to_numpy(), num_bands)
+            hashes = _keyed(not_flat, not_flat["image"], not_flat["phash"]).drop_columns(["key"])
+            add_by_band(by_band, bands, hashes)
     copies = [_exact(bucket) for bucket in by_sha.sorted()]
     if other_spellings:  # otherwise every row has its own address
         copies += [_exact(bucket) for bucket in by_address.sorted()]
-    for sorter in by_band:
-        copies += [_near(bucket, config.distance) for bucket in sorter.sorted()]
-    for sorter in sorters:
+    copies += [_near(bucket, config.distance) for bucket in by_band.sorted()]
+    for sorter in (by_address, by_sha, by_band):
         sorter.remove()
     return np.unique(np.concatenate([*copies, np.zeros((0, 2), np.int64)]), axis=0)
 
@@ -173,16 +174,6 @@ def _keyed(block: pa.Table, key: Any, low: Any) -> pa.Table:
     return pa.table([key, block["image"], block["run"], block["chunk"], low], schema=_HASHES)
 
 
-def _band(phash: np.ndarray, number: int, num_bands: int) -> np.ndarray:
-    """The bits of one band, mixed so that they spread over the buckets' range of int64."""
-    edges = np.linspace(0, 64, num_bands + 1).astype(int)
-    width = int(edges[number + 1] - edges[number])
-    bits = phash.view(np.uint64) >> np.uint64(edges[number])
-    bits &= np.uint64(2**width - 1) if width < 64 else np.uint64(2**64 - 1)
-    mixed = bits * np.uint64(0x9E3779B97F4A7C15)  # an odd factor, so that values stay distinct
-    return mixed.view(np.int64)
-
-
 def _columns(bucket: pa.Table, *order: str) -> dict[str, np.ndarray]:
     """A bucket's columns as arrays, sorted by the columns `order`."""
     columns = {name: bucket[name].to_numpy() for name in bucket.column_names}
@@ -193,8 +184,7 @@ def _columns(bucket: pa.Table, *order: str) -> dict[str, np.ndarray]:
 def _exact(bucket: pa.Table) -> np.ndarray:
     """(chunk, key) of the rows of a bucket with the same hash as an earlier row."""
     rows = _columns(bucket, "key", "low", "run", "image")
-    copy = np.zeros(len(rows["key"]), bool)
-    copy[1:] = (rows["key"][1:] == rows["key"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+    copy = ~(begins_group(rows["key"]) | begins_group(rows["low"]))
     return np.stack([rows["chunk"][copy], rows["image"][copy]], axis=1)
 
 
@@ -202,8 +192,7 @@ def _near(bucket: pa.Table, distance: int) -> np.ndarray:
     """(chunk, key) of the rows of a bucket that are near an earlier row with the same band."""
     rows = _columns(bucket, "key", "low", "run", "image")
     # Of rows with one hash only the earliest is compared; the others are copies.
-    first = np.ones(len(rows["key"]), bool)
-    first[1:] = (rows["key"][1:] != rows["key"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+    first = begins_group(rows["key"]) | begins_group(rows["low"])
     copies = [np.stack([rows["chunk"][~first], rows["image"][~first]], axis=1)]
     for group in _groups({name: column[first] for name, column in rows.items()}):
         order = np.lexsort((group["image"], group["run"]))
@@ -225,7 +214,7 @@ def _near(bucket: pa.Table, distance: int) -> np.ndarray:
 
 def _groups(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """The rows of each `key` that at least two rows have."""
-    edges = np.flatnonzero(np.diff(rows["key"])) + 1
-    for start, end in zip([0, *edges], [*edges, len(rows["key"])], strict=True):
+    edges = [*np.flatnonzero(begins_group(rows["key"])), len(rows["key"])]
+    for start, end in pairwise(edges):
         if end - start > 1:
             yield {name: column[start:end] for name, column in rows.items()}

@@ -2,7 +2,7 @@
 
 A caption's signature has 16 minimal hashes of its pairs of neighbouring words; the share of equal hashes
 of two captions estimates the Jaccard similarity of their pairs. Captions that agree in one of four bands
-of the signature are compared, after sorting on disk, and are similar if 13 of 16 hashes agree (a
+of the signature (pipelines.storage.banding) are compared, and are similar if 13 of 16 hashes agree (a
 similarity of about 0.8). This finds 88 % of captions with a similarity of 0.8 and 99 % of those with
 0.9. A group has captions with equal signatures, so groups are disjoint.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.recaption.health import words
+from pipelines.storage.banding import add_by_band, bands_of_numbers, begins_group
 from pipelines.storage.sorting import ExternalSort
 
 HASHES, BANDS = 16, 4
@@ -26,11 +27,9 @@ _RNG = np.random.default_rng(20260101)
 _FACTORS = _RNG.integers(1, 2**63, (HASHES, 1), np.uint64) | np.uint64(1)
 _SHIFTS = _RNG.integers(0, 2**63, (HASHES, 1), np.uint64)
 _SIGNATURE_FACTORS = _RNG.integers(0, 2**63, HASHES // 2, np.uint64) | np.uint64(1)
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93],
-                np.uint64)  # fmt: skip
 
 _ROW = pa.schema([("key", pa.int64()), ("row", pa.int64()), ("signature", pa.binary(4 * HASHES))])
-"""`key` is a band's hash, `row` the number of the caption."""
+"""`key` is a band, `row` the number of the caption."""
 _ROW_BYTES = 8 + 8 + 4 * HASHES
 
 
@@ -59,10 +58,8 @@ class SimilarCaptions:
             len(rows),
             [None, pa.py_buffer(np.ascontiguousarray(signatures, np.uint32))],
         )
-        for number, band in enumerate(np.split(signatures.astype(np.uint64), BANDS, axis=1)):
-            mixed = (band * _MIX).sum(axis=1) + np.uint64(number)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX[1]
-            self._buckets.add(pa.table([mixed.view(np.int64), numbers, stored], schema=_ROW))
+        added = pa.table({"row": numbers, "signature": stored})
+        add_by_band(self._buckets, bands_of_numbers(signatures, BANDS), added)
 
     def count(self, rows: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Return a mask, bool `[rows]`, of captions similar to one with a smaller number, and the
@@ -110,8 +107,7 @@ def _sorted(bucket: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _later(band: np.ndarray, signatures: np.ndarray) -> np.ndarray:
     """Mask of captions similar to the first caption of their band or to the previous one."""
     count = len(band)
-    is_first = np.ones(count, bool)
-    is_first[1:] = band[1:] != band[:-1]
+    is_first = begins_group(band)
     positions = np.arange(count)
     first = np.maximum.accumulate(np.where(is_first, positions, 0))
     previous = np.where(is_first, positions, positions - 1)
