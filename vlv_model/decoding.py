@@ -7,8 +7,6 @@ every step computes only running sequences.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +17,7 @@ from transformers import Qwen2ForCausalLM
 
 from vlv_model.caption_tokens import FinishReason
 from vlv_model.errors import ModelError
+from vlv_model.seeds import mix_bytes
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class Sampling:
 
     def _uniform(self, key: int, index: int) -> float:
         """A pseudo-random number in [0, 1), the same on every machine."""
-        message = struct.pack("<qqq", self.seed, key, index)
-        digest = hashlib.blake2b(message, digest_size=8).digest()
-        return (int.from_bytes(digest, "little") >> 11) / 2**53
+        return (mix_bytes(self.seed, key, index) >> 11) / 2**53
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ fake; not yet run on a GPU.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 import tempfile
 from collections import deque
 from typing import Any
@@ -22,6 +20,7 @@ from pipelines.recaption.engine import Engine, Outcome, Request
 from vlv_model.caption_tokens import FinishReason, GeneratedCaption, caption_text, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.errors import ConfigError
+from vlv_model.seeds import mix_bytes
 
 _GPU_SHARE = 0.8  # of GPU memory for vLLM; the encoder uses the rest
 
@@ -84,9 +83,7 @@ class VLLMEngine(Engine):
         sampling = self.generate.sampling
         params: dict[str, Any] = {"temperature": 0.0}  # greedy
         if sampling is not None:
-            name = struct.pack("<qq", sampling["seed"], key)
-            digest = hashlib.blake2b(name, digest_size=8).digest()
-            seed = int.from_bytes(digest, "little") >> 1  # differs per image
+            seed = mix_bytes(sampling["seed"], key) >> 1  # differs per image
             params = {
                 "temperature": sampling["temperature"],
                 "top_p": sampling["top_p"],

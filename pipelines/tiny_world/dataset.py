@@ -27,6 +27,7 @@ from pipelines.storage.parquet import write_parquet
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.server import HOSTILE, quote_path
 from vlv_model.errors import DataError
+from vlv_model.seeds import mix
 
 ALT_TEXTS = ("photo", "untitled", "image", "Click to enlarge", "", "thumbnail", "IMG_{:04d}")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -71,8 +72,8 @@ def write_world(
 
 def drawing_seed(seed: int, split: scenes.Split, index: int) -> int:
     """Seed of the drawing of the `index`-th sampled scene, different for every split and seed."""
-    words = np.random.SeedSequence([seed, scenes.SPLITS.index(split), index]).generate_state(2)
-    return int(words[0]) << 32 | int(words[1])
+    mixed = mix(seed, scenes.SPLITS.index(split), index)
+    return (mixed % 2**32) << 32 | mixed >> 32
 
 
 def find_photos(folder: str | Path) -> list[Path]:

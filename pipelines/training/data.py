@@ -27,11 +27,6 @@ from pipelines.training.config import TrainConfig
 from vlv_model.squares import Square
 
 
-def mix(*values: int) -> int:
-    """Hash integers into one 64-bit seed, for example of (seed, epoch, key)."""
-    return int(np.random.SeedSequence([v % 2**64 for v in values]).generate_state(1, np.uint64)[0])
-
-
 def keys_digest(keys: Sequence[int]) -> int:
     """A 64-bit digest of a set of keys; digests of disjoint sets add up to that of their union.
 

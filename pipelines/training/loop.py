@@ -19,7 +19,7 @@ from pipelines.execution import checkpoints
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import GlobalOrder, StepReader, keys_digest, mix
+from pipelines.training.data import GlobalOrder, StepReader, keys_digest
 from pipelines.training.engine import clip_gradients, start_engine
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
@@ -31,6 +31,7 @@ from pipelines.training.stages import MicroBatch, Stage
 from pipelines.training.usage import Utilisation, memory_gb
 from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.errors import VLVError
+from vlv_model.seeds import mix
 from vlv_model.squares import Square
 
 MAX_LISTED_KEYS = 64  # in an error message

@@ -20,12 +20,13 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionBloc
 
 from pipelines.images.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.data import Batch, mix
+from pipelines.training.data import Batch
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError
 from vlv_model.lora import is_adapter
+from vlv_model.seeds import mix
 
 # Blocks of UNet and VAE (the first two), of Florence-2's vision tower, of the other transformers.
 BLOCKS = (

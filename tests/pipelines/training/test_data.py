@@ -16,7 +16,7 @@ from pipelines.images.plans import make_plan
 from pipelines.images.random_access import RowIndex, RowReader, in_holdout
 from pipelines.images.rows import PAIR_ROW
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest, mix
+from pipelines.training.data import Batch, GlobalOrder, StepReader, keys_digest
 from pipelines.training.reading import ReaderActors, ReaderThreads
 from vlv_model.errors import DataError
 from vlv_model.squares import Square
@@ -309,10 +309,6 @@ def test_holdout_is_a_stable_share() -> None:
     assert (small <= large).all()  # a larger share holds the smaller one
     shuffled = np.random.default_rng(2).permutation(len(keys))
     assert (in_holdout(keys[shuffled], 0.1) == small[shuffled]).all()
-
-
-def test_mixed_seeds_differ() -> None:
-    assert len({mix(s, e, k) for s in range(5) for e in range(-1, 5) for k in range(-5, 5)}) == 300
 
 
 @given(keys=st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=20), data=st.data())
