@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.execution.connection import quiet_libraries
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
-from pipelines.storage.tables import ADDED_SETTINGS, read_json_object
+from pipelines.storage.tables import ADDED_SETTINGS, check_same_settings, read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
 from vlv_model.checkpoints.files import read_chain, read_checkpoint
@@ -170,13 +170,11 @@ def _is_finished(output: str, made_of: Mapping[str, Any]) -> bool:
         origin = read_checkpoint(output).origin or {}
     except CheckpointError:
         origin = {}
-    recorded = origin.get("made_of")
-    recorded = {**ADDED_SETTINGS, **recorded} if recorded else None
-    if recorded == made_of:
-        return True
-    names = [k for k in made_of if recorded and recorded.get(k) != made_of[k]]
-    what = f"another export ({', '.join(names)} differ)" if names else "no export"
-    raise RunError(f"output={output} exists and holds {what}: choose another output")
+    if "made_of" not in origin:
+        raise RunError(f"output={output} exists and holds no export: choose another output")
+    recorded = {**ADDED_SETTINGS, **origin["made_of"]}
+    check_same_settings(Path(output), recorded, made_of, "output")
+    return True
 
 
 def without_local_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -317,11 +317,18 @@ def check_same_settings(
     current = json.loads(json.dumps(current))
     keys = [k for k in {**recorded, **current} if recorded.get(k) != current.get(k)]
     if keys:
-        shown = ", ".join(f"{k}: {recorded.get(k)} there, {current.get(k)} here" for k in keys[:3])
+        shown = ", ".join(
+            f"{k}: {_short(recorded.get(k))} there, {_short(current.get(k))} here" for k in keys[:3]
+        )
         raise RunError(
             f"output folder {folder} holds another run ({shown}): "
             f"choose another {setting}, or remove the folder"
         )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:50]}…{text[-50:]}"
 
 
 def parquet_files(path: str, setting: str = "data.input", published: bool = True) -> list[Path]:

@@ -151,9 +151,9 @@ def test_the_same_export_again_does_nothing_and_another_is_refused(
     export(config(output, trained.run))
     before = sorted((p, p.stat().st_mtime_ns) for p in output.rglob("*"))
     assert export(config(output, trained.run)) == "exported already: nothing to do"
-    with pytest.raises(RunError, match=r"another export \(precision differ"):
+    with pytest.raises(RunError, match=r"another run \(precision: float32 there, bfloat16 here"):
         export(config(output, trained.run, "precision=bfloat16"))
-    with pytest.raises(RunError, match=r"another export \(weights differ"):
+    with pytest.raises(RunError, match=r"another run \(weights: \["):
         export(config(output, trained.stage1))
     assert sorted((p, p.stat().st_mtime_ns) for p in output.rglob("*")) == before
     (tmp_path / "mine").mkdir()
@@ -264,7 +264,7 @@ def test_a_published_checkpoint_is_imported(
     ended = job(
         "export", tmp_path / "imported", "--from-reference", file, base, "model.preprocess=default"
     )
-    assert "holds another export (preprocess differ)" in ended.last_line
+    assert "another run (preprocess: reference there, default here)" in ended.last_line
     ended = job("export", tmp_path / "x", "--from-reference", file, base, "model.num_queries=5")
     assert ended.status == 2
     assert "query_embed [1, 16, 64] for [1, 5, 64]" in ended.last_line
