@@ -1,6 +1,6 @@
 """Renders Grafana's dashboard from one table of panels.
 
-Queries use metrics of pipelines/execution/metrics.py and of Ray; a test checks that they exist.
+Queries use metrics of pipelines/execution/telemetry.py and of Ray; a test checks that they exist.
 """
 
 from __future__ import annotations

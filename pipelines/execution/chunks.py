@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.execution.cluster import WHOLE, Cluster, Step
-from pipelines.execution.metrics import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
 from pipelines.execution.progress import BUSY, PRESENT, RowBar
+from pipelines.execution.telemetry import ACTOR_BUSY_SECONDS, ACTOR_SECONDS, ROWS
 
 
 @dataclass(frozen=True)

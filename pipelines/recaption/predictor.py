@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.execution import metrics as telemetry
+from pipelines.execution import telemetry
 from pipelines.execution.read_images import squares
 from pipelines.images.rows import CAPTION, CAPTION_ROW, JOINED_ROW, OK, status, with_image_feature
 from pipelines.recaption.config import GenerateConfig

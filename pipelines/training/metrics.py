@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.execution import metrics as telemetry
+from pipelines.execution import telemetry
 from pipelines.report.gallery import GalleryItem
 from pipelines.storage.files import write_atomically
 from pipelines.training.samples import Sampler

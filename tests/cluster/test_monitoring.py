@@ -11,7 +11,7 @@ import yaml
 
 from cluster.monitoring import AUTOSCALER_PORT, METRICS_PORT
 from cluster.render import read_sizes, rendered
-from pipelines.execution.metrics import METRICS
+from pipelines.execution.telemetry import METRICS
 
 promql = pytest.importorskip("promql_parser", reason="pip install -e '.[dev]'")
 

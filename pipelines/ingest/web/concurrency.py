@@ -8,7 +8,7 @@ import itertools
 import time
 from typing import Protocol
 
-from pipelines.execution.metrics import INGEST_REQUESTS
+from pipelines.execution.telemetry import INGEST_REQUESTS
 
 
 class PrioritySemaphore:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from aiohttp import SocketFactoryType
 from yarl import URL
 
-from pipelines.execution.metrics import INGEST_BYTES
+from pipelines.execution.telemetry import INGEST_BYTES
 from pipelines.images.rows import DOWNLOAD, OK, status
 from pipelines.ingest.web.addresses import public_socket
 from pipelines.ingest.web.byte_budget import BodyReservation, ByteBudget

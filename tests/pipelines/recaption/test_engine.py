@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.cli.config import build
-from pipelines.execution import metrics as telemetry
+from pipelines.execution import telemetry
 from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import ModelDiedError, local_engine
 from pipelines.recaption.predictor import CaptionImages

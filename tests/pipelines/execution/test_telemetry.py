@@ -5,7 +5,7 @@ import urllib.request
 
 import pytest
 
-from pipelines.execution import metrics as telemetry
+from pipelines.execution import telemetry
 
 
 def test_without_ray_nothing_is_exported_and_nothing_fails() -> None:
