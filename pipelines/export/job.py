@@ -96,8 +96,8 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
 def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
     from vlv_model.checkpoints.export import open_model, parts_read, sources_of
     from vlv_model.checkpoints.sources import pin
-    from vlv_model.reference.files import read_reference
     from vlv_model.reference.importer import fill, stage_of
+    from vlv_model.reference.state_dicts import read_reference
 
     model_config, checkpoint = config.model.resolve()
     if checkpoint is not None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.scale.driver_work import look, pass_chunks, write_commits
+from benchmarks.scale.driver import look, pass_chunks, write_commits
 
 
 def test_a_fake_table_lacks_its_last_chunk(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vlv_model.checkpoints.files import StageName
 from vlv_model.checkpoints.weights import describe_mismatches, shapes_of
 from vlv_model.errors import CheckpointError
-from vlv_model.reference.files import Reference
 from vlv_model.reference.layout import (
     BIAS,
     HEAD,
@@ -23,6 +22,7 @@ from vlv_model.reference.layout import (
     Expected,
     expected_tensors,
 )
+from vlv_model.reference.state_dicts import Reference
 
 # Prefixes of our names -> part in the report; the first match counts.
 _PARTS = {

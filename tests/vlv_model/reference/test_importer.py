@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from tests.vlv_model import published_layout
 from vlv_model.errors import CheckpointError
-from vlv_model.reference.files import Reference, read_reference
 from vlv_model.reference.importer import fill, stage_of
+from vlv_model.reference.state_dicts import Reference, read_reference
 
 LACKING = 3  # rows of the words that transformers added and the published vocabulary lacks
 
