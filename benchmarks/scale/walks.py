@@ -101,11 +101,11 @@ def training(folder: Path) -> Walk:
     import deepspeed
     import torch
 
-    from pipelines.cli.config import dump, load
+    from pipelines.cli.config import load
     from pipelines.storage.tables import parquet_files
     from pipelines.training.config import Stage1Config
     from pipelines.training.loop import Worker
-    from pipelines.training.worker import run_worker
+    from pipelines.training.worker import TrainingTask, run_worker
     from vlv_model.checkpoints.sources import resolve_model
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -127,14 +127,11 @@ def training(folder: Path) -> Walk:
     ]
     given += ["train.num_workers=1", "train.wandb=disabled", "train.samples=0"]
     config = load(Stage1Config, str(REPO / "jobs/configs/tiny/stage1.yaml"), given)
-    loop = {
-        "stage": "stage1", "config": dump(config), "parent": None,
-        "model": resolve_model(folder / "models")[0].model_dump(),
-        "files": [str(file) for file in parquet_files(str(folder / "images"))],
-    }  # fmt: skip
+    files = [str(file) for file in parquet_files(str(folder / "images"))]
+    task = TrainingTask(config, resolve_model(folder / "models")[0], None, files)
     worker = Worker(0, 1, torch.device("cpu"), is_first_on_machine=True)
     with Walk() as walk:
-        run_worker(loop, worker, emit=lambda event: None, preempted=set)
+        run_worker(task, worker, emit=lambda event: None, preempted=set)
     return walk
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +22,9 @@ from pipelines.training import run_folder, run_rows, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from pipelines.training.run_rows import split
-from pipelines.training.worker import run_on_worker
+from pipelines.training.worker import TrainingTask, run_on_worker
 from vlv_model.config import ModelConfig
 from vlv_model.errors import RunError
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
@@ -153,11 +150,7 @@ def _fit(
     trainer = TorchTrainer(
         run_on_worker,
         train_loop_config={
-            "stage": stage,
-            "config": dump(config),
-            "model": model.model_dump(),
-            "parent": str(parent) if parent else None,
-            "files": files,
+            "task": TrainingTask(config, model, parent, files),
             "events": events,
             "fatal_errors": fatal_errors,
         },

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.cli.config import build
+from pipelines.cli.config import dump
 from pipelines.execution import checkpoints
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import as_path
 from pipelines.training import checkpointing, run_rows
-from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.run_rows import split
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, RunError, VLVError, one_line
@@ -24,53 +26,66 @@ if TYPE_CHECKING:
     from pipelines.training.loop import Worker
 
 
-def run_on_worker(loop: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class TrainingTask:
+    """A run as its workers receive it."""
+
+    config: Stage1Config | Stage2Config
+    model: ModelConfig
+    parent: Path | None  # the run's copy of the checkpoint that it starts from
+    files: list[str]  # Parquet files of the images, as paths or URLs
+
+
+def run_on_worker(given: dict[str, Any]) -> None:
     """The function that each Ray Train worker runs.
+
+    `given` has the `task` and two queues that all workers share: `events` (of the metrics) and
+    `fatal_errors`.
 
     Retrying helps after a lost machine, not after a bad row, a bad setting or a full GPU. Ray Train
     restarts the workers after any error, so the second attempt raises the first one's error at once.
     """
-    run_unless_failed(loop, _train_on_worker)
+    task: TrainingTask = given["task"]
+    run_unless_failed(
+        task.config.train, given["fatal_errors"], partial(_train_on_worker, task, given["events"])
+    )
 
 
-def run_unless_failed(loop: dict[str, Any], work: Callable[[dict[str, Any]], None]) -> None:
-    """Run `work`, or raise the error that an earlier attempt put into `loop["fatal_errors"]`.
-
-    That is a queue shared by all workers.
-    """
+def run_unless_failed(train: TrainConfig, fatal_errors: Any, work: Callable[[], None]) -> None:
+    """Run `work`, or raise the error that an earlier attempt put into the queue `fatal_errors`."""
     import torch
 
-    fatal_errors = loop["fatal_errors"]
     if not fatal_errors.empty():
         fatal = fatal_errors.get()
         fatal_errors.put(fatal)  # for the other workers
         raise fatal
     try:
-        work(loop)
+        work()
     except VLVError as error:
         fatal_errors.put(type(error)(str(error)))
         raise
     except torch.OutOfMemoryError as error:
-        fatal = RunError(f"GPU out of memory ({one_line(error)}): {_memory_advice(loop)}")
+        fatal = RunError(f"GPU out of memory ({one_line(error)}): {_memory_advice(train)}")
         fatal_errors.put(fatal)
         raise fatal from error
 
 
-def _memory_advice(loop: dict[str, Any]) -> str:
+def _memory_advice(train: TrainConfig) -> str:
     """The settings that would save GPU memory and are not set yet."""
-    train = loop["config"]["train"]
     switches = ("activation_checkpointing", "offload_optimizer")
     advice = [
-        f"set train.{name}=true (also to continue this run)" for name in switches if not train[name]
+        f"set train.{name}=true (also to continue this run)"
+        for name in switches
+        if not getattr(train, name)
     ]
-    if (size := train["micro_batch_size"]) > 1:
+    if (size := train.rows_at_once) > 1:
         advice.append(f"start a new run with train.micro_batch_size below {size}")
     return ", or ".join([*advice, "use larger GPUs"])
 
 
-def _train_on_worker(loop: dict[str, Any]) -> None:
+def _train_on_worker(task: TrainingTask, events: Any) -> None:
     # Only workers need these imports.
-    use_gpu = loop["config"]["train"]["use_gpu"]
+    use_gpu = task.config.train.use_gpu
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -82,7 +97,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
 
     # Set alike: by default torch uses TF32 for convolutions but not for matrix products.
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = loop["config"]["train"]["tf32"]
+        backend.allow_tf32 = task.config.train.tf32
     if not use_gpu:
         # An optional CPU kernel that takes half a minute to compile on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -96,7 +111,7 @@ def _train_on_worker(loop: dict[str, Any]) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    run_worker(loop, worker, loop["events"].put, _preempted_nodes)
+    run_worker(task, worker, events.put, _preempted_nodes)
 
 
 def _preempted_nodes() -> set[str]:
@@ -108,7 +123,7 @@ def _preempted_nodes() -> set[str]:
 
 
 def run_worker(
-    loop: Mapping[str, Any],
+    task: TrainingTask,
     worker: Worker,
     emit: Callable[[dict[str, Any]], None],
     preempted: Callable[[], set[str]],
@@ -121,22 +136,18 @@ def run_worker(
     from pipelines.training.stages import stage1, stage2
     from vlv_model.checkpoints.weights import CheckpointMetadata
 
-    model = ModelConfig(**loop["model"])
-    run_dir = Path(loop["config"]["run_dir"])
+    config, model = task.config, task.model
+    run_dir = Path(config.run_dir)
     if worker.world_rank == 0:
         checkpointing.remove_unfinished(run_dir)
     latest = _latest_checkpoint(run_dir, worker)
-    parent = Path(loop["parent"]) if loop["parent"] else None
-    if (start := latest or parent) is not None:
+    if (start := latest or task.parent) is not None:
         _verify(start, worker)
-    config: Stage1Config | Stage2Config
-    if loop["stage"] == "stage1":
-        config = build(Stage1Config, loop["config"])
+    if isinstance(config, Stage1Config):
         stage = stage1(config, model, start)
     else:
-        config = build(Stage2Config, loop["config"])
         stage = stage2(config, model, start)
-    index = RowIndex.open([as_path(file) for file in loop["files"]], stage.columns)
+    index = RowIndex.open([as_path(file) for file in task.files], stage.columns)
     if (initial_keys := run_rows.load_keys(run_dir)) is None:
         initial_keys = index.keys
     index = index.select(np.isin(index.keys, initial_keys))  # rows added since need a new run
@@ -148,9 +159,9 @@ def run_worker(
             stage=stage.name,
             step=step,
             rows_seen=step * config.train.global_batch_size,
-            config=loop["config"],
+            config=dump(config),
             model=model,
-            parent=loop["parent"],
+            parent=str(task.parent) if task.parent else None,
         )
 
     trainer = Trainer(

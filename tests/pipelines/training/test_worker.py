@@ -1,22 +1,15 @@
 """Which errors of a training worker are permanent, and which are retried."""
 
 import queue
-from typing import Any
 
 import pytest
 import torch
 
+from pipelines.training.config import TrainConfig
 from pipelines.training.worker import run_unless_failed
 from vlv_model.errors import DataError, RunError, VLVError
 
-SWITCHES = {"activation_checkpointing": True, "offload_optimizer": False}
-
-
-def loop() -> dict[str, Any]:
-    return {
-        "fatal_errors": queue.SimpleQueue(),
-        "config": {"train": {"micro_batch_size": 16} | SWITCHES},
-    }
+TRAIN = TrainConfig(micro_batch_size=16, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(
@@ -37,27 +30,28 @@ def loop() -> dict[str, Any]:
 def test_a_permanent_error_is_raised_again_without_retrying(
     error: Exception, kind: type[VLVError], line: str
 ) -> None:
-    ours, attempts = loop(), []
+    errors: queue.SimpleQueue[VLVError] = queue.SimpleQueue()
+    attempts = []
 
-    def work(_: dict[str, Any]) -> None:
+    def work() -> None:
         attempts.append(1)
         raise error
 
     for _ in range(3):  # Ray Train's attempts, on whatever worker
         with pytest.raises(kind) as refused:
-            run_unless_failed(ours, work)
+            run_unless_failed(TRAIN, errors, work)
         assert str(refused.value) == line
     assert len(attempts) == 1
 
 
 def test_a_transient_error_is_retried() -> None:
-    ours = loop()
+    errors: queue.SimpleQueue[VLVError] = queue.SimpleQueue()
 
-    def lost(_: dict[str, Any]) -> None:
+    def lost() -> None:
         raise ConnectionError("a rank is gone")
 
     with pytest.raises(ConnectionError):
-        run_unless_failed(ours, lost)
+        run_unless_failed(TRAIN, errors, lost)
     done = []
-    run_unless_failed(ours, done.append)
-    assert done == [ours]
+    run_unless_failed(TRAIN, errors, lambda: done.append(1))
+    assert done == [1]

@@ -1,16 +1,16 @@
 """Runs trainings in gloo process groups with DeepSpeed, without Ray.
 
-    python -m tests.pipelines.training.worlds GROUPS.json
+    python -m tests.pipelines.training.worlds GROUPS
 
-A group is a world size and a list of segments, which run one after the other. A segment is the `loop` of
-`pipelines.training.job`, with `copy`, the checkpoint it continues from. A VLVError is written to the
+A group is a world size and a list of segments, which run one after the other. A segment is a TrainingTask,
+with `copy`, the checkpoint it continues from. A VLVError is written to the
 run's `error-RANK.txt`. Ranks are forked from one process, so that the slow imports happen once.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -19,8 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli.config import dump
 from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.worker import TrainingTask
 from vlv_model.checkpoints.sources import resolve_model
 
 REPO = Path(__file__).parents[3]
@@ -39,17 +39,15 @@ def segment(
 
     `damaged` names a file of the copied checkpoint in which a bit is flipped.
     """
-    loop: dict[str, Any] = {"config": dump(config), "parent": str(parent) if parent else None}
-    loop["stage"] = "stage2" if isinstance(config, Stage2Config) else "stage1"
-    loop["files"] = [str(file) for file in sorted(Path(config.data.input).glob("*.parquet"))]
-    loop["model"] = resolve_model(models)[0].model_dump()
-    return {"loop": loop, "copy": [str(after)] if after else [], "damaged": damaged}
+    files = [str(file) for file in sorted(Path(config.data.input).glob("*.parquet"))]
+    task = TrainingTask(config, resolve_model(models)[0], parent, files)
+    return {"task": task, "copy": [str(after)] if after else [], "damaged": damaged}
 
 
 def run_worlds(groups: list[Group], folder: Path, python: Path) -> None:
     """Run the groups, one after the other, with `python`; a failure shows their output."""
-    (folder / "groups.json").write_text(json.dumps(groups))
-    command = [python, "-m", "tests.pipelines.training.worlds", folder / "groups.json"]
+    (folder / "groups").write_bytes(pickle.dumps(groups))
+    command = [python, "-m", "tests.pipelines.training.worlds", folder / "groups"]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     ended = subprocess.run(
         command, cwd=REPO, env=os.environ | settings, capture_output=True, text=True, timeout=300
@@ -63,7 +61,7 @@ def main(file: str) -> int:
     import pipelines.training.loop  # noqa: F401  imported before the fork
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for world_size, segments in json.loads(Path(file).read_text()):
+    for world_size, segments in pickle.loads(Path(file).read_bytes()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
@@ -98,7 +96,7 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for segment in segments:
-        run_dir = Path(segment["loop"]["config"]["run_dir"])
+        run_dir = Path(segment["task"].config.run_dir)
         if rank == 0:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             for copied in segment["copy"]:
@@ -108,7 +106,7 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
         torch.distributed.barrier()
         worker = Worker(rank, world_size, torch.device("cpu"), is_first_on_machine=rank == 0)
         try:
-            run_worker(segment["loop"], worker, emit=lambda event: None, preempted=set)
+            run_worker(segment["task"], worker, emit=lambda event: None, preempted=set)
         except VLVError as error:
             (run_dir / f"error-{rank}.txt").write_text(str(error))
 
