@@ -102,7 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     full=True,
                     scenes=given.scenes,
                     test_scenes=given.test_scenes,
-                    broken_urls=0,
                     seed=seed,
                     stage1_steps=given.stage1_steps,
                     stage2_steps=given.stage2_steps,

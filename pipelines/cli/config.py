@@ -23,7 +23,13 @@ from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from pipelines.cli.settings_file import parse_value, read_file, section_of, type_words
+from pipelines.cli.settings_file import (
+    annotation_of,
+    parse_value,
+    read_file,
+    section_of,
+    type_words,
+)
 from pipelines.storage.files import PROTOCOLS, is_url
 from vlv_model.config import Config
 from vlv_model.errors import ConfigError
@@ -95,14 +101,17 @@ InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_inpu
 def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
     """Build `cls` from its defaults, a YAML file and `key=value` overrides; the later ones win.
 
-    Raises ConfigError, one line, for an unreadable file, an unknown setting (with the nearest known
-    one), a value of the wrong type or out of range, and a missing required setting.
+    A setting that earlier versions had (`Config.removed`) is ignored, with a warning that says what
+    decides, so their files still open. Raises ConfigError, one line, for an unreadable file, an unknown
+    setting (with the nearest known one), a value of the wrong type or out of range, and a missing
+    required setting.
     """
     values: dict[str, Any] = {}
     file_settings = read_file(cls, config_file) if config_file else {}
     origins = {k: f" (--config {config_file} line {s.line})" for k, s in file_settings.items()}
     for key, setting in file_settings.items():
-        _insert(values, key, setting.value, origins[key])
+        if not _is_removed(cls, key, origins[key]):
+            _insert(values, key, setting.value, origins[key])
     previous = ""
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -111,9 +120,11 @@ def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
             raise ConfigError(
                 f"cannot read '{override}': settings are given as key=value{hint if previous else ''}"
             )
+        previous = override
+        if _is_removed(cls, key, ""):
+            continue
         _insert(values, key, parse_value(cls, key, text))
         origins.pop(key, None)
-        previous = override
     return build(cls, values, origins)
 
 
@@ -135,6 +146,16 @@ def build(
 def dump(config: Config) -> dict[str, Any]:
     """The resolved settings as JSON values, as run folders and checkpoints store them."""
     return config.model_dump(mode="json")
+
+
+def _is_removed(cls: type[Config], key: str, origin: str) -> bool:
+    """Whether an earlier version had this setting; if so, say what decides in its place."""
+    section, _, name = key.rpartition(".")
+    owner = section_of(annotation_of(cls, section)) if section else cls
+    if owner is None or name not in owner.removed:
+        return False
+    print(f"warning: setting '{key}' is gone{origin}: {owner.removed[name]}", file=sys.stderr)
+    return True
 
 
 def _insert(values: dict[str, Any], dotted: str, value: Any, origin: str = "") -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from pipelines.cli.config import InputPath, OutputPath
@@ -46,12 +49,20 @@ class DemoConfig(Config):
     test_scenes: int = Field(
         400, ge=2, description="number of test scenes; every second has a held-out combination"
     )
-    broken_urls: int = Field(40, ge=0, description="number of broken and missing URLs to add")
     seed: int = Field(0, ge=0, description="seed of the scenes and the training")
     stage1_steps: int | None = Field(None, ge=1, description="default: as in configs/tiny")
     stage2_steps: int | None = Field(None, ge=1, description="default: as in configs/tiny")
     ray: RayConfig = RayConfig(num_cpus=LOGICAL_CPUS)
 
+    removed: ClassVar[Mapping[str, str]] = {
+        "broken_urls": "they are an eighth as many as the scenes, at most 40"
+    }
+
     @property
     def num_scenes(self) -> int:
         return self.scenes or (8_000 if self.full else 1_600)
+
+    @property
+    def num_broken(self) -> int:
+        """Broken and missing URLs in the list, beside those of the scenes."""
+        return min(40, self.num_scenes // 8)

@@ -157,9 +157,9 @@ class Demo:
             # With the same port, each attempt writes byte-identical files.
             seed, url = config.seed, web.base_url
             if config.photos:
-                write_photos(world, url, config.photos, seed=seed, num_broken=config.broken_urls)
+                write_photos(world, url, config.photos, seed=seed, num_broken=config.num_broken)
             else:
-                write_world(world, url, config.num_scenes, seed, num_broken=config.broken_urls)
+                write_world(world, url, config.num_scenes, seed, num_broken=config.num_broken)
                 write_world(world / "test", f"{url}/test", config.test_scenes, seed, "test")
                 self._ingest(world / "test", tables[1])
             return self._ingest(world, tables[0])

@@ -77,8 +77,7 @@ class IngestConfig(Config):
 
     def identity(self) -> dict[str, Any]:
         """The settings that all runs of a table share: how images are stored."""
-        values = dump(self)["image"]
-        return {f"image.{name}": v for name, v in values.items() if name != "decode_timeout"}
+        return {f"image.{name}": value for name, value in dump(self.image).items()}
 
     def run_settings(self, files: list[Path]) -> dict[str, Any]:
         """The settings that make a new run of the list `files`; those of speed do not."""

@@ -45,15 +45,21 @@ def _failed(kind: FailureClass, message: str) -> dict[str, Any]:
     return {"status": status(DECODE, kind), "error": clean(message)}
 
 
+DECODE_SECONDS = 60.0
+
+
 class Decoder(ChildProcess):
     """`image_columns` in a child process."""
 
-    def __init__(self, image: ImageConfig, filters: FilterConfig) -> None:
+    def __init__(
+        self, image: ImageConfig, filters: FilterConfig, seconds: float = DECODE_SECONDS
+    ) -> None:
+        """`seconds` is the time to decode and store one file."""
         settings = {
             "image": image.model_dump(mode="json"),
             "filters": filters.model_dump(mode="json"),
         }
-        super().__init__(__name__, settings, image.decode_timeout)
+        super().__init__(__name__, settings, seconds)
 
     def __call__(self, data: bytes) -> dict[str, Any]:
         """The columns of one file's row. Never raises because of a file."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from functools import cache
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import cv2
 import numpy as np
@@ -54,7 +55,8 @@ class ImageConfig(Config):
     max_pixels: int = Field(
         64_000_000, ge=1, description="largest image to decode, in pixels of its header"
     )
-    decode_timeout: float = Field(60.0, gt=0, description="seconds to decode and store one file")
+
+    removed: ClassVar[Mapping[str, str]] = {"decode_timeout": "a file has 60 seconds"}
 
     @model_validator(mode="after")
     def _never_resized(self) -> Self:

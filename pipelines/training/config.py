@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -145,18 +146,17 @@ class TrainConfig(Config):
         ge=0,
         description="lost workers after which the job gives up; preempted machines do not count",
     )
-    prefetch: int = Field(2, ge=1, description="steps whose rows are read ahead")
     wandb: Literal["auto", "offline", "disabled"] = Field(
         "auto",
         description="Weights & Biases; auto: online with an API key (WANDB_API_KEY or `wandb "
         "login`), else offline; WANDB_MODE in the environment overrides it, unless disabled",
     )
     wandb_project: str = Field("vlv", min_length=1, description="project at Weights & Biases")
-    wandb_name: str | None = Field(
-        None,
-        min_length=1,
-        description="name of the run at Weights & Biases; default: stage and folder name",
-    )
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "prefetch": "the rows of two steps are read ahead",
+        "wandb_name": "WANDB_NAME in the environment names the run; default: stage and folder name",
+    }
 
     @field_validator("betas")
     @classmethod

@@ -26,6 +26,9 @@ from pipelines.images.random_access import RowReader
 from pipelines.training.config import TrainConfig
 from vlv_model.squares import Square
 
+PREFETCHED_STEPS = 2
+"""Steps whose rows are read ahead."""
+
 
 def keys_digest(keys: Sequence[int]) -> int:
     """A 64-bit digest of a set of keys; digests of disjoint sets add up to that of their union.
@@ -172,8 +175,8 @@ class StepReader:
             ahead: deque[Future[list[tuple[int, Any]]]] = deque()
             try:
                 for step in range(start, stop):
-                    # This step and the `prefetch` steps after it.
-                    while len(ahead) <= self.train.prefetch and step + len(ahead) < stop:
+                    # This step and those after it.
+                    while len(ahead) <= PREFETCHED_STEPS and step + len(ahead) < stop:
                         pending = self._begin(step + len(ahead))
                         ahead.append(pool.submit(self._finish, pending))
                     yield step, ahead.popleft().result()

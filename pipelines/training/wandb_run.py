@@ -102,7 +102,7 @@ def _init(run_dir: Path, stage: str, config: dict[str, Any], mode: str) -> Any:
             settings.init_timeout = _INIT_SECONDS
     return wandb.init(
         project=train["wandb_project"],
-        name=train["wandb_name"] or f"{stage}-{run_dir.name}",
+        name=os.environ.get("WANDB_NAME") or f"{stage}-{run_dir.name}",
         dir=run_dir,
         config=config,
         mode=mode,

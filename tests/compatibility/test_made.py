@@ -91,7 +91,7 @@ def test_every_kind_of_table_opens(home: Path) -> None:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_its_settings_mean_the_same(home: Path, name: str) -> None:
-    """Those of today may be more; none of then is gone, or has another value."""
+    """Those of today may be more, or fewer (`Config.removed`); none has another value."""
     file = home / "settings" / f"{name}.yaml"
     then, now = load(CONFIGS[name], str(file), []), config_of(name, home, home)
     free = {"ray"}  # in which the jobs of this test differ

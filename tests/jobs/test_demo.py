@@ -20,11 +20,11 @@ from tests.jobs.conftest import ROOT
 
 pytestmark = pytest.mark.end_to_end
 
-SCENES, BROKEN, TEST_SCENES = 60, 8, 12
+SCENES, BROKEN, TEST_SCENES = 64, 8, 12
 
 
 def settings(run_dir: Path) -> list[str]:
-    scenes = [f"scenes={SCENES}", f"test_scenes={TEST_SCENES}", f"broken_urls={BROKEN}"]
+    scenes = [f"scenes={SCENES}", f"test_scenes={TEST_SCENES}"]
     return [f"run_dir={run_dir}", *scenes, "stage1_steps=4", "stage2_steps=6"]
 
 

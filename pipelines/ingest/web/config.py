@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from typing import ClassVar
+
 from pydantic import Field
 
 from pipelines.ingest.web.optout import AGENT
@@ -27,28 +31,18 @@ class DownloadConfig(Config):
         ge=1,
         description="requests in flight to one host in the whole job (at least one in each process)",
     )
-    connect_timeout: float = Field(5.0, gt=0, description="seconds to connect to one address")
-    read_timeout: float = Field(10.0, gt=0, description="seconds without a byte from the server")
-    total_timeout: float = Field(30.0, gt=0, description="seconds for one attempt, with redirects")
-    host_timeouts: int | None = Field(
-        None,
-        ge=1,
-        description="time-outs in a row after which a host counts as down, if it has not answered in "
-        "the last five minutes; its URLs then fail as host_down without a request, except one a minute "
-        "(in each process), which probes it; default: twice concurrency_per_host, at least 8",
-    )
-    retries: int = Field(1, ge=0, description="retries after timeout, refused, http_429, http_5xx")
-    retry_delay: float = Field(
-        1.0,
-        gt=0,
-        description="seconds before the first retry, doubled for each further one, with jitter",
-    )
-    max_retry_after: float = Field(
+    total_timeout: float = Field(
         30.0,
-        ge=0,
-        description="longest Retry-After to wait for, in seconds; beyond it there is no retry",
+        gt=0,
+        description="seconds for one attempt, with redirects: at most a sixth of it to connect to an "
+        "address, and a third without a byte from the server; also the longest Retry-After to wait for",
     )
-    max_redirects: int = Field(5, ge=0, description="redirects to follow")
+    retries: int = Field(
+        1,
+        ge=0,
+        description="retries after timeout, refused, http_429, http_5xx; the first after a second, each "
+        "further one after twice as long, with jitter",
+    )
     max_bytes: int = Field(
         32 << 20, ge=1, description="largest body, in bytes, as sent and after decompression"
     )
@@ -77,6 +71,28 @@ class DownloadConfig(Config):
         description="your URL or e-mail address, sent to every server: set it before you fetch from "
         "the open web",
     )
+
+    retry_delay: ClassVar[float] = 1.0  # seconds
+    max_redirects: ClassVar[int] = 5
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "connect_timeout": "it is a sixth of download.total_timeout",
+        "read_timeout": "it is a third of download.total_timeout",
+        "host_timeouts": "it is twice download.concurrency_per_host, at least 8",
+        "retry_delay": "the first retry follows after a second, each further one after twice as long",
+        "max_retry_after": "download.total_timeout is the longest Retry-After to wait for",
+        "max_redirects": "five redirects are followed",
+    }
+
+    @cached_property
+    def connect_timeout(self) -> float:
+        """Seconds to connect to one address."""
+        return self.total_timeout / 6
+
+    @cached_property
+    def read_timeout(self) -> float:
+        """Seconds without a byte from the server."""
+        return self.total_timeout / 3
 
 
 def config_per_process(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:

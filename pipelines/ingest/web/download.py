@@ -74,7 +74,7 @@ class Downloader:
         )
         self.calls = itertools.count()
         limit = max(_MIN_HOST_TIMEOUTS, 2 * config.concurrency_per_host)
-        self.breakers = CircuitBreakers(config.host_timeouts or limit)
+        self.breakers = CircuitBreakers(limit)
         wanted = window.max_size if window else config.concurrency or PER_CPU
         fit = requests_that_fit(wanted)
         self.has_few_files = fit < wanted
@@ -170,7 +170,7 @@ class Downloader:
         """Seconds until the next attempt, or None for no retry."""
         if attempt >= self.config.retries or not failure.transient:
             return None
-        if failure.retry_after > self.config.max_retry_after:
+        if failure.retry_after > self.config.total_timeout:
             return None
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
@@ -192,7 +192,7 @@ class Downloader:
     async def _hop(self, target: URL, seconds_left: float) -> tuple[bytes | URL, float]:
         """The body, or the target of a redirect; and the seconds that it took."""
         # If earlier hosts have used up the time, a time-out does not count against this one.
-        is_fair = seconds_left >= min(self.config.read_timeout, self.config.total_timeout)
+        is_fair = seconds_left >= self.config.read_timeout
         try:
             async with BodyReservation(self.budget, seconds_left) as reservation:
                 began = time.monotonic()

@@ -1,7 +1,8 @@
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,8 @@ class Inner(Config):
     schedule: Literal["cosine", "linear"] = Field("cosine", description="how it falls")
     steps: int | None = Field(None, ge=1, description="how long")
 
+    removed: ClassVar[Mapping[str, str]] = {"patience": "half of train.steps decides"}
+
 
 class Outer(Config):
     run_dir: OutputPath = Field(description="where")
@@ -32,6 +35,22 @@ def test_order_is_defaults_then_yaml_then_command_line(tmp_path: Path) -> None:
     config = load(Outer, str(file), ["train.steps=9"])
     assert config.train == Inner(learning_rate=3e-4, steps=9)
     assert config.run_dir == "/a"
+
+
+def test_a_removed_setting_is_ignored_with_a_line_that_says_what_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files that earlier versions printed with --print-config still open."""
+    file = tmp_path / "c.yaml"
+    file.write_text("run_dir: /a\ntrain:\n  steps: 7\n  patience: 2\n")
+    config = load(Outer, str(file), ["train.patience=3"])
+    assert config == Outer(run_dir="/a", train=Inner(steps=7))
+    gone = "warning: setting 'train.patience' is gone{}: half of train.steps decides"
+    in_file = gone.format(f" (--config {file} line 4)")
+    assert capsys.readouterr().err.splitlines() == [in_file, gone.format("")]
+    assert "patience" not in help_text(Outer, "", "")
+    with pytest.raises(ConfigError, match=r"unknown setting 'patience'"):
+        load(Outer, None, ["run_dir=/a", "patience=3"])
 
 
 def test_config_is_frozen() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.ingest.web.download import DownloadConfig, Downloader
-from tests.pipelines.ingest.sites import QUICK, Site
+from tests.pipelines.ingest.sites import FIXED, QUICK, Site
 
 
 @pytest.fixture
@@ -27,7 +27,11 @@ def open_downloader() -> Iterator[Callable[..., Downloader]]:
         parts: Mapping[str, Any] | None = None,  # in place of what the downloader has of its own
         **settings: Any,
     ) -> Downloader:
-        opened.append(Downloader(DownloadConfig(**{**QUICK, **settings}), **(parts or {})))
+        given = {**QUICK, **settings}
+        fixed = {name: given.pop(name) for name in FIXED if name in given}
+        config = DownloadConfig(**given)
+        vars(config).update(fixed)  # in place of what follows from total_timeout
+        opened.append(Downloader(config, **(parts or {})))
         return opened[-1]
 
     yield opener

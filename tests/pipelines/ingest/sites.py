@@ -13,6 +13,7 @@ from pipelines.ingest.web.failures import FAILURE_CLASSES
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
 QUICK: dict[str, Any] = {"allow_private": True, "retry_delay": 0.01, "read_timeout": 0.3}
+FIXED = ("connect_timeout", "read_timeout", "retry_delay", "max_redirects")  # which are no settings
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 

@@ -22,7 +22,7 @@ def png(colour: str = "red", side: int = 40) -> bytes:
     return file.getvalue()
 
 
-IMAGE = ImageConfig(size=32, decode_timeout=20.0)
+IMAGE = ImageConfig(size=32)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_slow_start_does_not_count_for_the_time_out(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(2)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    decoder = Decoder(ImageConfig(size=32, decode_timeout=1.9), FilterConfig())
+    decoder = Decoder(IMAGE, FilterConfig(), seconds=1.9)
     assert decoder(png())["status"] == "ok"
     decoder.close()
 

@@ -39,7 +39,7 @@ from vlv_model.squares import Square
 
 REPO = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
-    "download": {"allow_private": True, "read_timeout": 3, "retries": 0},
+    "download": {"allow_private": True, "total_timeout": 9, "retries": 0},
     "image": {"size": 64, "format": "png"},
     "rows_per_chunk": 16,
     "ray": {"address": "in-process"},
@@ -188,7 +188,7 @@ def test_a_killed_job_is_continued(forked_python: Path, tmp_path: Path) -> None:
         write_world(tmp_path, web.base_url, 300, num_broken=8)
         command = [forked_python, "jobs/ingest.py", f"data.input={tmp_path}/metadata.parquet"]
         command += [f"data.output={tmp_path}/out", "download.allow_private=true", "image.size=64"]
-        command += ["download.read_timeout=1", "download.retries=0", "rows_per_chunk=8"]
+        command += ["download.total_timeout=3", "download.retries=0", "rows_per_chunk=8"]
         command += ["download.concurrency=2", "ray.num_cpus=2"]
         environment = os.environ | {"PYTHONPATH": str(REPO)}
         job = subprocess.Popen(command, cwd=REPO, env=environment, start_new_session=True)

@@ -232,7 +232,7 @@ def test_micro_batches_do_not_depend_on_the_number_of_workers(
 ) -> None:
     index = RowIndex.open(files, [])
     order = GlobalOrder(len(index), 0)
-    train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2, prefetch=3)
+    train = TrainConfig(steps=9, global_batch_size=16, micro_batch_size=2)
 
     reading = ReaderThreads(RowReader(index), Square(SIZE), threads=3)
 
@@ -270,9 +270,9 @@ def test_the_next_steps_are_prefetched() -> None:
         begun.append(len(begun))
         return lambda: None
 
-    train = TrainConfig(steps=5, global_batch_size=1, prefetch=1)
+    train = TrainConfig(steps=5, global_batch_size=1)
     seen = [len(begun) for _ in StepReader(GlobalOrder(5, 0), begin, train, 0, 1).steps(0)]
-    assert seen == [2, 3, 4, 5, 5]
+    assert seen == [3, 4, 5, 5, 5]
 
 
 @pytest.mark.end_to_end

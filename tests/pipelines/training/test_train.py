@@ -277,7 +277,7 @@ def test_a_killed_job_continues_from_the_last_complete_checkpoint(
         Image.new("RGB", (70, 64), (0, 90 * n, 0)).save(named / f"{n}.png")
     (named / "broken.png").write_bytes(b"\x89PNG")  # costs its own sample
     shows = [f"data.validation={named}", "train.samples=9"]
-    shows += ["train.wandb_project=ours", "train.wandb_name=the-first"]
+    shows += ["train.wandb_project=ours"]
     train(stage1_config(pair_table, tiny_models, run_dir, *shows))
     assert losses(run_dir) == pytest.approx(losses(unbroken), rel=1e-6)
     assert heldout_losses(run_dir) == pytest.approx(heldout_losses(unbroken), rel=1e-6)
@@ -285,7 +285,7 @@ def test_a_killed_job_continues_from_the_last_complete_checkpoint(
     originals = [np.asarray(Image.open(io.BytesIO(content))) for content in pictures[::2]]
     assert sorted(picture[0, 0].tolist() for picture in originals) == [[0, 90, 0], [0, 180, 0]]
     names = [(run.project, run.display_name) for run in map(wandb_run, wandb_files(run_dir))]
-    assert sorted(names) == [("ours", "the-first"), ("vlv", "stage1-unbroken")]
+    assert sorted(names) == [("ours", f"stage1-{run_dir.name}"), ("vlv", "stage1-unbroken")]
 
 
 def stage2_config(table: Path, stage1: Path, run_dir: Path, *more: str) -> Stage2Config:

@@ -14,9 +14,7 @@ from pipelines.training.wandb_run import start_wandb, wandb_mode
 from vlv_model.errors import ConfigError
 
 KEY = "a" * 40
-CONFIG: dict[str, Any] = {
-    "train": {"wandb": "auto", "wandb_project": "vlv", "wandb_name": None, "steps": 1}
-}
+CONFIG: dict[str, Any] = {"train": {"wandb": "auto", "wandb_project": "vlv", "steps": 1}}
 
 
 @pytest.fixture(autouse=True)

@@ -121,9 +121,7 @@ def test_a_dead_host_does_not_delay_a_list(site: Site, open_downloader: Any) -> 
         handler.close_connection = True
 
     site.answers = {"/": silent, "/ok": reply()}
-    downloader = open_downloader(
-        read_timeout=0.1, concurrency_per_host=8, host_timeouts=16, retries=1
-    )
+    downloader = open_downloader(read_timeout=0.1, concurrency_per_host=8, retries=1)
     found = fetch_all(downloader, *(site.url(f"/?{i}") for i in range(2000)))
     kinds = {fetched.status for fetched in found}
     assert kinds <= {"download:timeout", "download:host_down"}

@@ -264,7 +264,7 @@ def test_only_the_proxy_gets_the_password(
 
 def config_of(folder: Path, proxy: str | None, **download: Any) -> IngestConfig:
     """The job's settings, from its command line."""
-    given = {"proxy": proxy, "read_timeout": 3, "retries": 0, **download}
+    given = {"proxy": proxy, "total_timeout": 9, "retries": 0, **download}
     return load(IngestConfig, None, [
         f"data.input={folder / 'metadata.parquet'}", f"data.output={folder / 'out'}", "image.size=32",
         "image.format=png", "ray.address=in-process", "rows_per_chunk=4",
