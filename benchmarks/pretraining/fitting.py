@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pipelines.tiny_world import scenes
 from pipelines.tiny_world.dataset import drawing_seed
 from pipelines.training.config import TrainConfig
-from pipelines.training.schedule import learning_rate as rate_of
+from pipelines.training.engine import learning_rate as rate_of
 from vlv_model.preprocessing import vae_pixels
 
 WARMUP_STEPS = 100

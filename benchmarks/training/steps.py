@@ -19,7 +19,7 @@ from benchmarks.training import models
 from benchmarks.training.reference_step import ReferenceStage1, ReferenceStage2, ReferenceStep
 from pipelines.training.config import Stage2TrainConfig, TrainConfig
 from pipelines.training.data import Batch
-from pipelines.training.optimizer import build_optimizer
+from pipelines.training.engine import build_optimizer
 from pipelines.training.stages import Stage, captioning, denoising
 from vlv_model.config import Precision
 from vlv_model.latents import posterior

@@ -13,7 +13,8 @@ saving. Nothing in a checkpoint depends on the number of workers or the ZeRO sta
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,29 @@ def save(
     save_checkpoint(folder, model, metadata, weights, more_files={OPTIMIZER_FILE: moments})
     prune(run_dir, keep)
     return folder
+
+
+class Saver:
+    """A thread that writes one checkpoint at a time, so that training waits only for the copy to the CPU.
+
+    An error in the thread is raised by the next `submit` or `wait`. A killed process leaves a temporary
+    folder, which the next start of the run removes.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Wait for the previous checkpoint, then run `write` in the thread."""
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises the error of a failed write."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def prune(run_dir: Path, keep: int) -> None:

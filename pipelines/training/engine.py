@@ -1,4 +1,7 @@
-"""Wraps a model in DeepSpeed; without ZeRO, also computes and clips the gradient norm."""
+"""The optimiser, the learning rate of each step, and the DeepSpeed engine that wraps a model.
+
+Without ZeRO, this module also computes and clips the gradient norm.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,37 @@ import torch
 
 from pipelines.training.config import TrainConfig
 from pipelines.training.deepspeed_config import deepspeed_config
-from pipelines.training.optimizer import build_optimizer
 from pipelines.training.optimizer_state import initialize_state, trainable
 from pipelines.training.stages import Stage
+
+
+def build_optimizer(stage: Stage, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; a group's `share` multiplies the scheduled rate."""
+    return torch.optim.AdamW(
+        stage.parameter_groups(train.pretrained_rate),
+        lr=train.learning_rate,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=True,  # one kernel per update, on CPUs too
+    )
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Learning rate of `step` (0-based): linear warm-up, then cosine, linear or constant.
+
+    The decaying schedules reach zero at `train.steps`, one past the last step.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
+    progress = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
+    match train.schedule:
+        case "cosine":
+            factor = (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            factor = 1 - progress
+        case "constant":
+            factor = 1.0
+    return train.learning_rate * factor
 
 
 def start_engine(stage: Stage, train: TrainConfig, world_size: int) -> Any:

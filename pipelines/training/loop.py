@@ -20,13 +20,11 @@ from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest
-from pipelines.training.engine import clip_gradients, start_engine
+from pipelines.training.engine import clip_gradients, learning_rate, start_engine
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.reading import BatchReader, ReaderActors, ReaderThreads
 from pipelines.training.run_rows import positions
-from pipelines.training.saver import Saver
-from pipelines.training.schedule import learning_rate
 from pipelines.training.stages import MicroBatch, Stage
 from pipelines.training.usage import Utilisation, memory_gb
 from vlv_model.checkpoints.weights import CheckpointMetadata
@@ -81,7 +79,7 @@ class Trainer:
         self.preempted = preempted
         self.saved_for: set[str] = set()  # preempted nodes for which a checkpoint was saved
         self.log = MetricsLog(run_dir)
-        self.saver = Saver()
+        self.saver = checkpointing.Saver()
         self.utilisation: Utilisation | None = None
         self.metadata = metadata
         self.run_dir = run_dir

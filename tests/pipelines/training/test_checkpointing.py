@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from pipelines.execution.checkpoints import FOLDER, checkpoint_name, latest_checkpoint
 from pipelines.training.checkpointing import (
+    Saver,
     prune,
     remove_unfinished,
     save,
 )
-from pipelines.training.saver import Saver
 from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.config import ModelConfig
 

@@ -5,7 +5,7 @@ import pytest
 from pipelines.cli.config import load
 from pipelines.training.config import Stage2Config, TrainConfig
 from pipelines.training.deepspeed_config import deepspeed_config
-from pipelines.training.schedule import learning_rate
+from pipelines.training.engine import learning_rate
 from vlv_model.errors import ConfigError
 
 
