@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from PIL import Image
 
-from pipelines.images.rows import OK
 from pipelines.pictures.decode import DecodeError, ImageFile
-from pipelines.report.html import Html, count, join, tag
 
 TINY = 160  # pixels; images up to this side are enlarged without smoothing
 LARGEST = 480  # pixels; larger images are scaled down to a column's width
@@ -37,84 +34,40 @@ class GalleryItem:
     held_out: bool = False  # has a combination of colour and shape that is not in training
 
 
-def gallery(
-    items: Sequence[GalleryItem], limit: int = 12, *, pictures: bool = True, words: bool = True
-) -> Html:
-    """The first `limit` items and the number of all; without `pictures` no reconstructions, without
-    `words` no captions.
-    """
-    if not items:
-        return tag("p", "No images to show.", class_="empty")
-    shown = items[:limit]
-    rest = f"{count(len(shown))} of {count(len(items))} images." if len(items) > limit else ""
-    tiles = [_item(item, pictures, words) for item in shown]
-    return join([tag("ul", *tiles, class_="gallery"), tag("p", rest, class_="empty")])
+@dataclass(frozen=True)
+class Embedded:
+    """An image as the attributes of an `img` element."""
+
+    src: str  # data URI
+    width: int
+    height: int
+
+    @property
+    def is_tiny(self) -> bool:
+        return max(self.width, self.height) <= TINY
 
 
-def _item(item: GalleryItem, with_pictures: bool, with_words: bool) -> Html:
-    scene = item.target or f"key {item.key}"
-    pictures = [_picture(item.original, "original", f"Original: {scene}")]
-    if with_pictures:
-        description = f"Reconstruction of: {scene}"
-        pictures.append(_picture(item.reconstruction, "reconstruction", description))
-    if item.from_caption is not None:
-        ceiling = _picture(item.from_caption, "from true caption", f"Drawn from the words: {scene}")
-        pictures.append(ceiling)
-    same = item.caption is not None and item.caption == item.target
-    words = tag(
-        "dl",
-        tag(
-            "dt",
-            "generated caption",
-            tag("span", "exact match", class_="badge ok") if same else Html(),
-        ),
-        _caption(item.caption, compare_words(item.caption or "", item.target)),
-        tag("dt", "teacher’s caption"),
-        _caption(item.target, Html()),
-    )
-    foot = [tag("span", f"key {item.key}")]
-    if item.held_out:
-        foot.append(tag("span", "held-out combination", class_="tag"))
-    if item.status != OK:
-        foot.append(tag("span", item.status, class_="badge"))
-    shown = tag("div", *pictures, class_="pictures")
-    return tag("li", shown, words if with_words else Html(), tag("p", *foot, class_="key"))
+def compare_words(caption: str, target: str | None) -> list[tuple[str, bool]]:
+    """`caption` in stretches, each with whether its words differ from `target`.
 
-
-def _caption(caption: str | None, marked: Html) -> Html:
-    if not caption:
-        return tag("dd", "none" if caption is None else "empty", class_="none")
-    return tag("dd", marked or caption, dir="auto")
-
-
-def compare_words(caption: str, target: str | None) -> Html:
-    """Mark the words of `caption` that differ from `target`.
-
-    Returns empty Html without a target, and if the captions share less than half of their words: then
+    Returns one stretch without a target, and if the captions share less than half of their words: then
     they are worded differently, and a difference is not an error.
     """
-    if not target:
-        return Html()
-    caption_words, target_words = caption.split(), target.split()
-    matcher = SequenceMatcher(None, caption_words, target_words, autojunk=False)
-    if matcher.ratio() < 0.5:
-        return Html()
-    parts: list[object] = []
-    for operation, start, end, _, _ in matcher.get_opcodes():
-        if start < end:
-            words = " ".join(caption_words[start:end])
-            parts += [words if operation == "equal" else tag("mark", words), " "]
-    return join(parts[:-1])
+    words, target_words = caption.split(), (target or "").split()
+    matcher = SequenceMatcher(None, words, target_words, autojunk=False)
+    if not target or matcher.ratio() < 0.5:
+        return [(caption.strip(), False)]
+    return [
+        (" ".join(words[start:end]), operation != "equal")
+        for operation, start, end, _, _ in matcher.get_opcodes()
+        if start < end
+    ]
 
 
-def _picture(content: bytes | None, name: str, description: str) -> Html:
-    shown = embedded(content, description) if content else tag("span", f"no {name}", class_="none")
-    return tag("figure", shown, tag("figcaption", name))
-
-
-def embedded(content: bytes, description: str) -> Html:
-    """Embed an encoded image as a data URI, unchanged if browsers can show it and it is small, upright
-    and not animated; else its first frame as a smaller JPEG.
+def embedded(content: bytes) -> Embedded | None:
+    """Embed an encoded image, unchanged if browsers can show it and it is small, upright and not
+    animated; else its first frame as a smaller JPEG. None if it cannot be decoded: the table has the
+    reason in the row's status, and the page must not fail.
     """
     try:
         opened = ImageFile(content)
@@ -127,14 +80,7 @@ def embedded(content: bytes, description: str) -> Html:
             image.save(smaller, "JPEG", quality=90)
             kind, content = "JPEG", smaller.getvalue()
     except DecodeError:
-        # The table has the reason in the row's status; do not fail the page.
-        return tag("span", "not readable", class_="none")
-    width, height = image.size
-    return tag(
-        "img",
-        src=f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}",
-        alt=description,
-        width=width,
-        height=height,
-        class_="tiny" if max(width, height) <= TINY else None,
+        return None
+    return Embedded(
+        f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}", *image.size
     )

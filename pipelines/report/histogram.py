@@ -1,37 +1,48 @@
-"""Histograms of integers as inline SVG."""
+"""Histograms of integers. Template: charts.html.jinja."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from pipelines.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, ticks
-from pipelines.report.html import Html, count, join, table, tag
+from pipelines.report.axes import Axis, horizontal, vertical
+from pipelines.report.figures import count
 
 MAX_BARS = 40
 
 
-def histogram(title: str, counts: Mapping[int, int], unit: str, lead: str) -> Html:
-    """Figure of captions (at least one) by their number of `unit`."""
-    bars, width = binned(counts)
-    last = max(bars) + width
-    x = Scale(min(bars), last, LEFT, WIDTH - RIGHT)
-    y = Scale(0, max(bars.values()) * 1.05, HEIGHT - BOTTOM, TOP)
-    middle, least, most = quantile(counts, 0.5), min(counts), max(counts)
-    summary = f"Median {count(middle)} {unit}, from {count(least)} to {count(most)}; "
-    summary += f"nine tenths have at most {count(quantile(counts, 0.9))}."
-    chart = tag(
-        "svg",
-        _axes(x, y, unit),
-        *(_bar(start, start + width, number, x, y) for start, number in bars.items()),
-        viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
-        role="img",
-        aria_label=f"{title}. {summary}",
-    )
-    rows = [(_range(start, width), count(number)) for start, number in bars.items()]
-    values = tag("details", tag("summary", "As a table"), table([unit, "captions"], rows))
-    parts = (tag("h3", title), tag("p", lead, class_="lead"), chart)
-    return tag("figure", *parts, tag("figcaption", tag("p", summary), values), class_="chart")
+@dataclass(frozen=True)
+class Histogram:
+    """The figure of captions (at least one) by their number of `unit`."""
+
+    title: str
+    lead: str
+    unit: str
+    counts: Mapping[int, int]  # captions by number
+
+    @property
+    def summary(self) -> str:
+        middle, least, most = quantile(self.counts, 0.5), min(self.counts), max(self.counts)
+        return (
+            f"Median {count(middle)} {self.unit}, from {count(least)} to {count(most)}; nine tenths "
+            f"have at most {count(quantile(self.counts, 0.9))}."
+        )
+
+    @property
+    def bars(self) -> list[tuple[int, int, int]]:
+        """First number, end and captions of each bin."""
+        bars, width = binned(self.counts)
+        return [(start, start + width, number) for start, number in bars.items()]
+
+    @property
+    def x(self) -> Axis:
+        return horizontal(self.bars[0][0], self.bars[-1][1])
+
+    @property
+    def y(self) -> Axis:
+        highest = max(number for _, _, number in self.bars)
+        return vertical(0, highest * 1.05, most_ticks=5, whole=True)
 
 
 def binned(counts: Mapping[int, int]) -> tuple[dict[int, int], int]:
@@ -57,38 +68,3 @@ def quantile(counts: Mapping[int, int], share: float) -> int:
         if so_far >= needed:
             return number
     raise ValueError("nothing was counted")
-
-
-def _range(start: int, width: int) -> str:
-    return count(start) if width == 1 else f"{count(start)}\u2013{count(start + width - 1)}"
-
-
-def _bar(start: float, end: float, number: int, x: Scale, y: Scale) -> Html:
-    left, right, top = x(start), x(end), y(number)
-    gap = min(1.0, 0.15 * (right - left))
-    return tag(
-        "rect",
-        tag("title", f"{_range(int(start), int(end - start))}: {count(number)}"),
-        x=f"{left + gap / 2:.1f}",
-        y=f"{top:.1f}",
-        width=f"{right - left - gap:.1f}",
-        height=f"{y.start - top:.1f}",
-    )
-
-
-def _axes(x: Scale, y: Scale, unit: str) -> Html:
-    parts = []
-    for value in ticks(y.low, y.high, 5):
-        if value == int(value):
-            at, words = f"{y(value):.1f}", count(int(value))
-            parts.append(
-                tag("line", x1=f"{x.start:.1f}", x2=f"{x.end:.1f}", y1=at, y2=at, class_="grid")
-            )
-            parts.append(tag("text", words, x=x.start - 8, y=at, dy="0.35em", text_anchor="end"))
-    for value in ticks(x.low, x.high):
-        if value == int(value):
-            place, below = f"{x(value):.1f}", y.start + 18
-            parts.append(tag("text", count(int(value)), x=place, y=below, text_anchor="middle"))
-    middle = (x.start + x.end) / 2
-    parts.append(tag("text", unit, x=middle, y=HEIGHT - 5, text_anchor="middle", class_="name"))
-    return join(parts)

@@ -23,7 +23,7 @@ from pipelines.images.external import UndecodableImage
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.images.rows import OK
 from pipelines.reconstruct.config import DiffusionConfig
-from pipelines.report.gallery import GalleryItem, gallery
+from pipelines.report.gallery import GalleryItem
 from pipelines.report.html import page
 from pipelines.storage.files import write_atomically
 from vlv_model.config import ModelConfig
@@ -86,11 +86,12 @@ class Samples:
             )
             for key, row, square, output in zip(keys, rows, squares, outputs, strict=True)
         ]
-        figure = gallery(items, len(items), pictures=not self.captions, words=self.captions)
         subtitle = f"Images that are not trained on, after {step:,} steps of {self.run_dir.name}"
         file = self.page(step)
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, page("Samples", subtitle, [figure]))
+        shown = page("training/samples.html.jinja", "Samples", subtitle, items=items,
+                     captions=self.captions)  # fmt: skip
+        write_atomically(file, shown)
         return items
 
     def _read(self) -> tuple[list[int], list[dict[str, Any]], list[np.ndarray]]:

@@ -8,9 +8,16 @@ import pytest
 
 from pipelines.storage.files import as_path
 from tests.pipelines.pictures.nasty import make_nasty, real_nasty
-from tests.pipelines.report.pages import browse, parse, proof, report
+from tests.pipelines.report.pages import browse, caption_report, overflowing, parse, proof, report
 
-__all__ = ["browse", "parse", "proof", "report"]  # fixtures of all reports
+__all__ = [
+    "browse",
+    "caption_report",
+    "overflowing",
+    "parse",
+    "proof",
+    "report",
+]  # fixtures of all reports
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.demo.page import render
-from pipelines.demo.proof_page import proof_cards, proof_section
-from pipelines.report.shares import gap, meter, share
+from pipelines.report.figures import gap, share, width
 
 HOSTILE = """</code><script>alert("1")</script>'"><img src=https://a.example/x>"""
 
@@ -32,13 +31,24 @@ def leaves(figures):
             yield value
 
 
+@pytest.fixture
+def section(report, parse):
+    """The section of a report with a proof."""
+
+    def of(proof):
+        document = parse(render(replace(report, gallery=[], stages={}, proof=proof)))
+        return next(s for s in document.all("section") if s.attributes["id"] == "proof")
+
+    return of
+
+
 def cells(table):
     """The text of a table's body: name of each row, then its figures."""
     return {row.all("th")[0].text: [c.text for c in row.all("td")] for row in table.all("tr")[2:]}
 
 
-def test_every_figure_is_shown(proof, parse):
-    text = parse(proof_section(proof)).text
+def test_every_figure_is_shown(proof, section):
+    text = section(proof).text
     for part in ("captions", "control", "reconstruction"):
         for value in leaves(proof[part]):
             words = share(value).replace("\u00a0", " ")
@@ -47,8 +57,8 @@ def test_every_figure_is_shown(proof, parse):
         assert re.search(rf"(?<![\w.,]){re.escape(figure)}", text), f"{figure} is not shown"
 
 
-def test_cells_show_their_own_scores(proof, parse):
-    captions, losses, pictures = parse(proof_section(proof)).all("table")
+def test_cells_show_their_own_scores(proof, section):
+    captions, losses, pictures = section(proof).all("table")
     rows = cells(captions)
     assert list(rows) == [
         "exact match every word",
@@ -76,8 +86,8 @@ def test_cells_show_their_own_scores(proof, parse):
     ]
 
 
-def test_meters_match_their_shares_and_ours_looks_different(proof, parse):
-    captions, losses, pictures = parse(proof_section(proof)).all("table")
+def test_meters_match_their_shares_and_ours_looks_different(proof, section):
+    captions, losses, pictures = section(proof).all("table")
     row = captions.all("tr")[2]
     assert [i.attributes["style"] for i in row.all("i")] == [
         "width:97.00%",
@@ -93,8 +103,8 @@ def test_meters_match_their_shares_and_ours_looks_different(proof, parse):
     assert looks == ["meter other", "meter ours", "meter other"]
 
 
-def test_the_claim_shows_its_scores_and_the_control(proof, parse):
-    lead = parse(proof_section(proof)).all("p", of_class="lead")[0].text
+def test_the_claim_shows_its_scores_and_the_control(proof, section):
+    lead = section(proof).all("p", of_class="lead")[0].text
     for words in (
         "Stage 1 saw pictures only",
         "97.0 % of 201 scenes",
@@ -108,8 +118,8 @@ def test_the_claim_shows_its_scores_and_the_control(proof, parse):
 
 
 @pytest.mark.parametrize("columns", [["key", "image", "caption"], ["caption"], []])
-def test_pictures_only_is_not_claimed_with_other_columns(proof, parse, columns):
-    text = parse(proof_section(changed(proof, "stage1", columns_read=columns))).text
+def test_pictures_only_is_not_claimed_with_other_columns(proof, section, columns):
+    text = section(changed(proof, "stage1", columns_read=columns)).text
     assert "Stage 1 saw pictures only" not in text
     assert "did not see pictures only" in text
 
@@ -121,8 +131,8 @@ def test_pictures_only_is_not_claimed_with_other_columns(proof, parse, columns):
         (False, "Stage 1 was trained in full.", "warm-started"),
     ],
 )
-def test_the_start_of_stage_1_is_shown(proof, parse, warm_start, words, absent):
-    text = parse(proof_section(changed(proof, "stage1", warm_start=warm_start))).text
+def test_the_start_of_stage_1_is_shown(proof, section, warm_start, words, absent):
+    text = section(changed(proof, "stage1", warm_start=warm_start)).text
     assert words in text
     assert absent not in text
     assert "1,060" in text
@@ -168,10 +178,10 @@ def test_the_page_with_its_proof_is_small_and_fetches_nothing(report, proof):
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
-def test_a_missing_figure_is_a_dash(proof, parse, missing):
+def test_a_missing_figure_is_a_dash(report, proof, section, parse, missing):
     broken = changed(proof, "captions", exact_match=missing, attributes={})
     broken = changed(broken, "denoising", encoder=missing, no_caption=missing, gap_closed=missing)
-    captions, losses, _ = parse(proof_section(broken)).all("table")
+    captions, losses, _ = section(broken).all("table")
     assert cells(captions)["exact match every word"][0] == "–"
     assert cells(captions)["size one of 2"][0] == "–"
     assert [i.attributes["style"] for i in losses.all("i")] == [
@@ -179,7 +189,8 @@ def test_a_missing_figure_is_a_dash(proof, parse, missing):
         "width:0.00%",
         "width:0.00%",
     ]
-    assert [card.value for card in proof_cards(broken)][::2] == ["–", "–"]
+    values = parse(render(replace(report, proof=broken))).all("ol")[0].all("span", "value")
+    assert [value.text for value in values] == ["–", "88.0 %", "–", "93.0 %"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +202,6 @@ def test_a_gap_may_grow_or_be_more_than_closed(value, words):
 
 
 @given(st.none() | st.floats(allow_nan=True, allow_infinity=True))
-def test_any_share_has_a_meter_within_its_frame(parse, value):
-    width = parse(meter(value, "ours")).all("i")[0].attributes["style"]
-    assert 0 <= float(width.removeprefix("width:").removesuffix("%")) <= 100
+def test_any_share_has_a_meter_within_its_frame(value):
+    assert 0 <= float(width(value).removeprefix("width:").removesuffix("%")) <= 100
     assert re.fullmatch(r"–|<?\s?\d+(\.\d)?\s%", share(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,37 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine, render
+from pipelines.recaption.page import CaptionSample, render
 from pipelines.report.histogram import MAX_BARS, binned, quantile
 from tests.pipelines.report.test_report_page import HOSTILE
-
-
-@pytest.fixture
-def caption_report() -> CaptionReport:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), "teal").save(buffer, "PNG")
-    seen = CaptionSample(1, "a/one.jpg", "A teal wall.", (), 3, buffer.getvalue())
-    cut = CaptionSample(2, "a/two.jpg", "A wall and", ("truncated",), 3, buffer.getvalue())
-    return CaptionReport(
-        title="Captions of walls",
-        model="0123456789abcdef",
-        settings=[("generate.max_new_tokens", "300")],
-        counts={"ok": 4321, "caption:failed": 21},
-        captions=4321,
-        health=[
-            HealthLine("truncated", "cut", 117, 0.02),
-            HealthLine("empty", "no word", 5, 0.01),
-            HealthLine("duplicates", "repeated", 211),
-        ],
-        words={3: 4000, 40: 321},
-        tokens={4: 4000, 300: 321},
-        commonest=[(212, "A wall.")],
-        gallery=[seen],
-        unhealthy=[cut],
-        searched=[replace(seen, image=None), replace(cut, image=None)],
-    )
 
 
 def test_page_shows_the_report(caption_report, parse):

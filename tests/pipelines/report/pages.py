@@ -1,21 +1,28 @@
-"""A strict HTML parser, and a demo's report."""
+"""A strict HTML parser, a browser, and reports."""
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from pipelines.demo.page import DemoReport, GalleryItem
+from pipelines.demo.page import DemoReport
+from pipelines.recaption.page import CaptionReport, CaptionSample, HealthLine
+from pipelines.report.gallery import GalleryItem
+from pipelines.report.html import environment
 from pipelines.tiny_world import scenes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -41,6 +48,52 @@ def browse(tmp_path: Path) -> Callable[..., str]:
         ).stdout
 
     return open_page
+
+
+@pytest.fixture
+def overflowing(browse: Callable[..., str], tmp_path: Path) -> Callable[..., list[str]]:
+    """The elements of pages that stick out of the window or of their tile, at widths in pixels."""
+
+    def find(pages: Sequence[str], widths: Sequence[int]) -> list[str]:
+        frames = []
+        for width, page in product(widths, pages):
+            page = re.sub(r"<meta http-equiv[^>]*>", "", page)  # its policy forbids the script
+            inside = html.escape(page.replace("</body>", f"<script>{_OVERFLOWING}</script></body>"))
+            frames.append(f'<iframe style="width:{width}px" srcdoc="{inside}"></iframe>')
+        whole = f"<body><script>{_COLLECTED}</script>{''.join(frames)}"
+        (tmp_path / "frames.html").write_text(whole)
+        shown = browse(tmp_path / "frames.html", "--window-size=1400,1000", "--dump-dom")
+        assert shown.count("<li>done</li>") == len(frames)
+        return [html.unescape(found) for found in re.findall("<li>too wide: (.*?)</li>", shown)]
+
+    return find
+
+
+_COLLECTED = """addEventListener("message", (message) => {
+  const item = document.createElement("li");
+  item.textContent = message.data;
+  document.body.append(item);
+});"""
+_OVERFLOWING = """addEventListener("load", () => {
+  const scrolls = (element) => element && (
+    ["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+  for (const element of document.querySelectorAll("body *")) {
+    if (element.closest("svg") || scrolls(element)) continue;
+    const tile = element.closest(".cards li, .gallery li, .chart") ?? document.documentElement;
+    const end = element.getBoundingClientRect().left + element.scrollWidth;
+    if (end > tile.getBoundingClientRect().right + 1)
+      parent.postMessage(`too wide: ${innerWidth} px, ${element.tagName} ${element.textContent.trim().slice(0, 40)}`, "*");
+  }
+  parent.postMessage("done", "*");
+});"""
+
+
+def macro(template: str, name: str) -> Callable[..., str]:
+    """A macro of a template in `pipelines/report`."""
+    found: Callable[..., str] = getattr(
+        environment().get_template(f"report/{template}.html.jinja").module, name
+    )
+    return found
 
 
 VOID = {"img", "input", "link", "meta"}
@@ -197,4 +250,30 @@ def report() -> DemoReport:
         gallery=items,
         seconds={"ingest": 14.3, "stage 1": 171.2, "stage 2": 3725.0},
         versions={"ray": "2.60.0", "torch": "2.13.0"},
+    )
+
+
+@pytest.fixture
+def caption_report() -> CaptionReport:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(buffer, "PNG")
+    seen = CaptionSample(1, "a/one.jpg", "A teal wall.", (), 3, buffer.getvalue())
+    cut = CaptionSample(2, "a/two.jpg", "A wall and", ("truncated",), 3, buffer.getvalue())
+    return CaptionReport(
+        title="Captions of walls",
+        model="0123456789abcdef",
+        settings=[("generate.max_new_tokens", "300")],
+        counts={"ok": 4321, "caption:failed": 21},
+        captions=4321,
+        health=[
+            HealthLine("truncated", "cut", 117, 0.02),
+            HealthLine("empty", "no word", 5, 0.01),
+            HealthLine("duplicates", "repeated", 211),
+        ],
+        words={3: 4000, 40: 321},
+        tokens={4: 4000, 300: 321},
+        commonest=[(212, "A wall.")],
+        gallery=[seen],
+        unhealthy=[cut],
+        searched=[replace(seen, image=None), replace(cut, image=None)],
     )

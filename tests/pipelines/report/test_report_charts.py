@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.report import charts
-from pipelines.report.charts import heldout_ends, loss_chart, ticks
+from pipelines.report import axes, charts
+from pipelines.report.axes import tick_labels, ticks
+from pipelines.report.charts import heldout_ends
+from tests.pipelines.report.pages import macro
+
+
+def loss_chart(title: str, events: list[dict]) -> str:
+    return macro("charts", "loss_chart")(charts.loss_chart(title, events))
 
 
 def step(number: int, loss: float) -> dict:
@@ -64,7 +70,7 @@ def test_spikes_leave_the_axis_and_are_counted(parse):
     chart = parse(loss_chart("Stage", [*events, evaluation(0, 1.2), evaluation(200, 0.9)]))
     assert "Outside the axis: 1 of 200 training losses." in chart.text
     inner = chart.all("svg")[1]  # the one that clips
-    assert float(inner.attributes["height"]) == charts.HEIGHT - charts.BOTTOM
+    assert float(inner.attributes["height"]) == axes.HEIGHT - axes.BOTTOM
     circles = [float(c.attributes["cy"]) for c in chart.all("circle")]
     assert circles[1] - circles[0] > 100  # the spike did not press the held-out curve flat
 
@@ -116,8 +122,8 @@ def test_any_losses_give_a_valid_chart(parse, train, heldout):
     events += [evaluation(10 * i, loss) for i, loss in enumerate(heldout)]
     chart = parse(loss_chart("Stage", events))
     for circle in chart.all("circle"):
-        assert 0 <= float(circle.attributes["cx"]) <= charts.WIDTH
-        assert 0 <= float(circle.attributes["cy"]) <= charts.HEIGHT
+        assert 0 <= float(circle.attributes["cx"]) <= axes.WIDTH
+        assert 0 <= float(circle.attributes["cy"]) <= axes.HEIGHT
     for path in chart.all("path"):
         assert "nan" not in path.attributes["d"]
         assert "inf" not in path.attributes["d"]
@@ -131,7 +137,7 @@ def test_ticks_are_round_few_and_distinct(low, span):
     values = ticks(low, low + span)
     assert 2 <= len(values) <= 6
     assert all(low - 1e-6 * span <= v <= low + span * (1 + 1e-6) for v in values)
-    labels = charts._tick_labels(values)
+    labels = tick_labels(values)
     assert len(set(labels)) == len(labels)
     read = [float(label.replace(",", "").replace("−", "-")) for label in labels]
     assert read == pytest.approx(values, rel=1e-9, abs=1e-9)

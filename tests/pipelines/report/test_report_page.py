@@ -7,17 +7,26 @@ import io
 import re
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.demo.page import DemoReport, GalleryItem, render, write_report
-from pipelines.report import html
-from pipelines.report.gallery import compare_words, gallery
+from pipelines.demo.page import DemoReport, render, write_report
+from pipelines.ingest.page import IngestReport, RunLine, Sample
+from pipelines.ingest.page import render as render_ingest
+from pipelines.recaption.page import render as render_captions
+from pipelines.report.figures import duration, percent
+from pipelines.report.gallery import GalleryItem, compare_words
+from pipelines.report.html import environment
+from tests.pipelines.report.pages import macro
 
 HOSTILE = """</style></title><script>alert("1")</script>'"><img src=https://a.example/x>&amp;\0"""
+
+gallery = macro("gallery", "gallery")
+status_table = macro("parts", "status_table")
 
 
 def test_every_figure_is_shown(report, parse):
@@ -30,7 +39,7 @@ def test_every_figure_is_shown(report, parse):
 
 
 def test_statuses_are_sorted_ok_first_and_summed_by_kind(report, parse):
-    rows = parse(html.status_table(report.ingest, "Rows by status")).all("tr")
+    rows = parse(status_table(report.ingest, "Rows by status")).all("tr")
     cells = [[cell.text for cell in (*row.all("th"), *row.all("td"))] for row in rows]
     assert [line[0].split()[0] for line in cells[1:]] == [
         "ok",
@@ -47,12 +56,12 @@ def test_statuses_are_sorted_ok_first_and_summed_by_kind(report, parse):
 
 
 def test_bars_are_as_wide_as_their_share(parse):
-    spans = parse(html.status_table({"ok": 3, "duplicate": 1}, "x")).all("span")
+    spans = parse(status_table({"ok": 3, "duplicate": 1}, "x")).all("span")
     assert [span.attributes["style"] for span in spans] == ["width:75.00%", "width:25.00%"]
 
 
 def test_an_unknown_status_is_shown_last(parse):
-    table = parse(html.status_table({"quarantined:new": 2, "duplicate": 1, "ok": 5}, "x"))
+    table = parse(status_table({"quarantined:new": 2, "duplicate": 1, "ok": 5}, "x"))
     kinds = [body.all("th")[0].text.split()[0] for body in table.all("tbody")]
     assert kinds == ["ok", "duplicate", "quarantined"]
 
@@ -80,9 +89,29 @@ def test_hostile_text_stays_text(report, parse):
     assert document.all("img")[0].attributes["alt"] == f"Original: {shown} x"
 
 
+def test_hostile_rows_stay_text(report, parse):
+    """Addresses are not links, so `javascript:` in one is text too."""
+    address = f"javascript:alert(1)//{HOSTILE}"
+    image = report.gallery[0].original
+    samples = [
+        Sample(1, address, HOSTILE, "ok", image, HOSTILE),
+        Sample(2, address, HOSTILE, HOSTILE, None, HOSTILE),
+    ]
+    run = RunLine(1, "2026-11-30 10:00", 60.0, 1, 1, 0, {HOSTILE: 1})
+    hosts = [(HOSTILE, 1, 1, HOSTILE)]
+    document = parse(render_ingest(IngestReport(HOSTILE, {HOSTILE: 1}, [run], samples, hosts)))
+    assert not document.all("script")
+    assert len(document.all("img")) == len(document.all("style")) == 1
+    shown = address.replace("\0", "�")
+    assert document.all("img")[0].attributes["alt"] == f"The image of {shown}"
+    assert shown in [cell.text for cell in document.all("th")]
+    assert {a.attributes["href"] for a in document.all("a")} == {"#rows", "#runs"}
+
+
 @given(st.text())
 def test_any_text_survives_as_child_and_attribute(parse, text):
-    element = parse(html.tag("p", text, title=text)).children[0]
+    template = environment().from_string('<p title="{{ text }}">{{ text }}</p>')
+    element = parse(template.render(text=text)).children[0]
     # Lone surrogates and NUL cannot be written; white space is the reader's to keep.
     expected = text.encode("utf-8", "replace").decode().replace("\0", "�")
     assert "".join(map(str, element.children)) == expected
@@ -127,6 +156,59 @@ def test_a_run_without_ok_rows_and_evaluations(parse):
     assert "1 of 1 losses" in text
 
 
+def test_templates_cannot_print_markup():
+    """No template switches the escaping off, and none prints where escaping does not help."""
+    from jinja2 import nodes
+
+    templates = sorted((Path(__file__).parents[3] / "pipelines").rglob("*.html.jinja"))
+    assert len(templates) >= 8
+    for file in templates:
+        source = file.read_text("utf-8")
+        tree = environment().parse(source)
+        assert not {f.name for f in tree.find_all(nodes.Filter)} & {"safe", "urlize", "xmlattr"}, (
+            file
+        )
+        assert not list(tree.find_all(nodes.ScopedEvalContextModifier)), file  # autoescape blocks
+        markup = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)
+        assert not re.search(r"=\s*\{\{", re.sub(r"\{%.*?%\}", "", markup)), f"{file}: no quotes"
+        for name, value in re.findall(r'\s(href|src|style|srcdoc|on\w+)="([^"]*)"', markup):
+            known = {"href": "#{{ target }}", "src": "{{ shown.src }}"}
+            computed = name == "style" and value.startswith("{{ width(")
+            assert computed or value == known.get(name, "data:,") or value == "data:,", (
+                file,
+                value,
+            )
+
+
+def test_only_our_own_files_are_marked_as_markup():
+    package = Path(__file__).parents[3] / "pipelines"
+    marking = {f.name: f.read_text().count("Markup(") for f in package.rglob("*.py")}
+    assert {name: n for name, n in marking.items() if n} == {"html.py": 2}  # style and script
+
+
+def test_nothing_overflows(report, proof, caption_report, overflowing):
+    long = "x" * 200
+    sample = replace(
+        caption_report.gallery[0],
+        caption=long,
+        name=f"shard-00001/{long}.jpg",
+        faults=("truncated", "repeated", "non_language", "duplicates"),
+    )
+    captions = replace(caption_report, gallery=[sample] * 3, searched=[sample])
+    item = replace(report.gallery[0], target=long, held_out=True, status=f"download:{long}")
+    demo = replace(report, proof=proof, gallery=[item] * 2, seconds={"ingest": 1364.0})
+    demo = replace(demo, title=long, ingest={"ok": 12_345_678_901, f"download:{long}": 4})
+    ingest = IngestReport(
+        long,
+        {"ok": 12_345_678_901},
+        [RunLine(1, "2026-11-30 10:00", 1364.0, 10**7, 10**9, 10**8, {"filtered:punsafe": 10**8})],
+        [Sample(1, f"http://a.org/{long}", long, "ok", report.gallery[0].original, long)],
+        [(f"{long}.org", 3, 4, "download:dns")],
+    )
+    pages = [render(demo), render_captions(captions), render_ingest(ingest)]
+    assert overflowing(pages, widths=[400, 900]) == []
+
+
 def test_the_page_without_images_is_small(report):
     assert len(render(replace(report, gallery=[])).encode()) < 60_000
 
@@ -165,18 +247,24 @@ def test_gallery_marks_exact_captions_and_wrong_words(report, parse):
         ("a red dot", "a blue dot", ["red"]),
         ("a dot", "a blue dot", []),
         ("a very blue dot", "a blue dot", ["very"]),
-        ("a dot", "two men on skis", None),
-        ("a dot", None, None),
-        ("", "a dot", None),
+        (" a red dot\n", "a blue dot", ["red"]),
+        ("a dot", "two men on skis", []),
+        ("a dot", None, []),
     ],
 )
-def test_marked_words(parse, caption, target, marked):
-    answer = compare_words(caption, target)
-    if marked is None:
-        assert answer == ""
-    else:
-        assert [mark.text for mark in parse(answer).all("mark")] == marked
-        assert parse(answer).text == caption
+def test_marked_words(parse, report, caption, target, marked):
+    compared = compare_words(caption, target)
+    assert [words for words, differ in compared if differ] == marked
+    item = replace(report.gallery[0], caption=caption, target=target)
+    shown = parse(gallery([item])).all("dd")[0]
+    assert [mark.text for mark in shown.all("mark")] == marked
+    assert "".join(c if isinstance(c, str) else c.text for c in shown.children) == caption.strip()
+
+
+@pytest.mark.parametrize(("caption", "words"), [(None, "none"), ("", "empty"), (" \n", "empty")])
+def test_a_missing_caption_is_not_blank(parse, report, caption, words):
+    shown = parse(gallery([replace(report.gallery[0], caption=caption)])).all("dd")[0]
+    assert (shown.text, shown.attributes["class"]) == (words, "none")
 
 
 def test_gallery_shows_the_picture_of_the_true_caption_beside_the_others(report, parse):
@@ -291,7 +379,7 @@ def contrast(one: str, other: str) -> float:
     ],
 )
 def test_durations_never_show_sixty_seconds(seconds, words):
-    assert html.duration(seconds).replace("\u00a0", " ") == words
+    assert duration(seconds).replace("\u00a0", " ") == words
 
 
 @pytest.mark.parametrize(
@@ -305,4 +393,4 @@ def test_durations_never_show_sixty_seconds(seconds, words):
     ],
 )
 def test_shares_never_round_to_nothing_or_all(part, whole, words):
-    assert html.percent(part, whole).replace("\u00a0", " ") == words
+    assert percent(part, whole).replace("\u00a0", " ") == words
