@@ -9,11 +9,11 @@ contains no path of this machine. The card of a caption table has more: pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.images.markdown import card, table
+from pipelines.images.markdown import card
 from pipelines.images.rows import IMAGE_STRUCT, OK
 from pipelines.images.runs import runs_of
 from pipelines.storage.files import is_file, read_text, write_atomically
@@ -21,7 +21,6 @@ from pipelines.storage.parquet import read_schema
 from pipelines.storage.tables import Table
 
 FILE = "README.md"
-_METHOD = "the Vision-Language-Vision auto-encoder (arXiv 2507.07104)"
 # The hub's size categories and their upper bounds.
 _SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"),
           (1e7, "1M<n<10M"), (1e8, "10M<n<100M"), (1e9, "100M<n<1B")]  # fmt: skip
@@ -70,12 +69,10 @@ _IMAGE_COLUMNS = COLUMNS | {
 class Card:
     """The specific parts of a card; `table_card` adds what all tables share."""
 
-    what: str  # the first paragraph
+    template: str  # extends images/cards/table.md.jinja
     columns: Mapping[str, str]  # name -> meaning
     header: Mapping[str, Any] = field(default_factory=dict)
-    reading: Sequence[str] = ()  # how to read it, in blocks; default: an SQL query
-    sections: Sequence[str] = ()
-    public: Sequence[str] = ()  # names with an underscore that may be published
+    values: Mapping[str, Any] = field(default_factory=dict)  # of the template
 
 
 def write_card(output: Table, counts: Mapping[str, int] | None = None) -> None:
@@ -94,67 +91,44 @@ def write_card(output: Table, counts: Mapping[str, int] | None = None) -> None:
     if not exists and output.pending():
         return
     counts = output.counts() if counts is None else counts
-    text = table_card(output, counts, kind(output, counts))
+    text = table_card(output, counts, kind(output))
     if not (exists and read_text(file) == text):
         write_atomically(file, text)
 
 
 def table_card(output: Table, counts: Mapping[str, int], content: Card) -> str:
     """The text of a table's card."""
-    name, rows = output.folder.name, sum(counts.values())
-    path, features = path_of(output), _features(output)
-    header = {
-        "license": None,  # first, as on the hub
-        "pretty_name": name,
-        "task_categories": None,
-        "tags": None,
-        "size_categories": [next((size for end, size in _SIZES if rows < end), "n>1T")],
-        "base_model": None,
-        **content.header,
-        "dataset_info": {"features": features},
+    from huggingface_hub import DatasetCardData
+
+    name, rows, features = output.folder.name, sum(counts.values()), _features(output)
+    path = f"path/to/{name}"
+    header = DatasetCardData(
+        pretty_name=name,
+        size_categories=[next((size for end, size in _SIZES if rows < end), "n>1T")],
+        dataset_info={"features": features},
         # Nothing else in the folder is data.
-        "configs": [
+        configs=[
             {
                 "config_name": "default",
                 "data_files": [{"split": "train", "path": "data/*.parquet"}],
             }
         ],
-    }
-    besides = " and ".join(f"`{file}`" for file in content.public)
-    blocks = [
-        f"# {name}",
-        content.what,
-        f"""```python
-from datasets import load_dataset
-
-rows = load_dataset("{path}", split="train")  # streaming=True makes no copy
-```""",
-        f"""```python
-import pandas, polars, ray
-
-pandas.read_parquet("{path}/data")
-polars.scan_parquet("{path}/data/*.parquet")
-ray.data.read_parquet("{path}/data")  # Spark: spark.read.parquet("{path}/data")
-```""",
-        *(content.reading or [_sql(path)]),
-        "Only `data/` contains rows. Names with an underscore belong to the job, and `_table.json` contains "
-        "the paths of its input: do not publish them"
-        + (f", except {besides}." if besides else "."),
-        "## Rows by status",
-        table(("status", "rows"), [(status, f"{n:,}") for status, n in counts.items()]),
-        *content.sections,
-        "## Columns",
-        table(
-            ("column", "type", "meaning"),
-            [(f"`{f['name']}`", f["dtype"], content.columns.get(f["name"], "")) for f in features],
-        ),
-    ]
-    return card(header, blocks)
-
-
-def path_of(output: Table) -> str:
-    """The path of the table in the card's examples."""
-    return f"path/to/{output.folder.name}"
+        **{key: value for key, value in content.header.items() if value},
+    )
+    return card(
+        header,
+        content.template,
+        name=name,
+        path=path,
+        sql_path=path.replace("'", "''"),
+        ok=f"{counts.get(OK, 0):,}",
+        total=f"{rows:,}",
+        counts=[(status, f"{n:,}") for status, n in counts.items()],
+        columns=[
+            (f"`{f['name']}`", f["dtype"], content.columns.get(f["name"], "")) for f in features
+        ],
+        **content.values,
+    )
 
 
 def _features(output: Table) -> list[dict[str, str]]:
@@ -168,18 +142,11 @@ def _features(output: Table) -> list[dict[str, str]]:
     ]
 
 
-def _sql(path: str) -> str:
-    return f"""```sql
--- DuckDB
-select status, count(*) from '{path}/data/*.parquet' group by status;
-```"""
-
-
 # ------------------------------------------------------------------------------------- kinds
 
 
-def _settings(output: Table, more: Mapping[str, Any] | None = None) -> list[str]:
-    """The section on how the table was made: the settings that decide its rows."""
+def _settings(output: Table, more: Mapping[str, Any] | None = None) -> list[tuple[str, Any]]:
+    """The settings that decide the table's rows."""
     found: dict[str, Any] = {}
     for name, value in {**output.describe()["identity"], **(more or {})}.items():
         if name in _OMITTED_SETTINGS or value in (None, [], {}):
@@ -189,12 +156,11 @@ def _settings(output: Table, more: Mapping[str, Any] | None = None) -> list[str]
             if isinstance(value, dict)
             else {name: value}
         )
-    return ["## How it was made", table(("setting", "value"), list(found.items()))]
+    return list(found.items())
 
 
-def _image_card(output: Table, counts: Mapping[str, int]) -> Card:
+def _image_card(output: Table) -> Card:
     runs = [run.describe() for run in runs_of(output)]
-    settings = _settings(output, runs[-1]["settings"] if runs else None)
     lines = [
         (
             run["number"],
@@ -205,65 +171,41 @@ def _image_card(output: Table, counts: Mapping[str, int]) -> Card:
         for run in runs
         if "read" in run
     ]
-    if lines:
-        settings += [table(("run", "rows of the list", "dropped by metadata", "downloaded"), lines)]
+    settings = _settings(output, runs[-1]["settings"] if runs else None)
     return Card(
-        what=f"{counts.get(OK, 0):,} usable images, of {sum(counts.values()):,} URLs. Use the rows whose `status` is "
-        "`ok`. The others say why there is no image, or why it should not be used: duplicates (`duplicate`) "
-        "and images that a filter rejects (`filtered:…`) are kept. The images are works of others: `license` "
-        "and `source` come from the list.",
-        columns=_IMAGE_COLUMNS,
-        header={"tags": ["vlv"]},
-        sections=settings,
-        public=["_report.html"],
+        "images/cards/image.md.jinja",
+        _IMAGE_COLUMNS,
+        {"tags": ["vlv"]},
+        {"settings": settings, "runs": lines},
     )
 
 
-def _pair_card(output: Table, counts: Mapping[str, int]) -> Card:
-    return Card(
-        what=f"{counts.get(OK, 0):,} images, each with a caption from which a captioner learns, in stage 2 of "
-        f"{_METHOD}. The images are works of others: `license` and `source` come from the list.",
-        columns=_IMAGE_COLUMNS,
-        header={"task_categories": ["image-to-text"], "tags": ["vlv"]},
-        sections=_settings(output),
-    )
+def _pair_card(output: Table) -> Card:
+    header = {"task_categories": ["image-to-text"], "tags": ["vlv"]}
+    settings = {"settings": _settings(output)}
+    return Card("images/cards/pair.md.jinja", _IMAGE_COLUMNS, header, settings)
 
 
-def _latent_card(output: Table, counts: Mapping[str, int]) -> Card:
+def _latent_card(output: Table) -> Card:
     shape = output.describe()["identity"].get("latent_shape", [])
-    decode = f"""```python
-import numpy as np, torch
+    columns = COLUMNS | {
+        "mean": f"bfloat16, little-endian, of shape {shape} (channels, height, width)",
+        "deviation": "the standard deviation, in the same format",
+    }
+    values = {"settings": _settings(output), "shape": shape}
+    return Card("images/cards/latents.md.jinja", columns, {"tags": ["vlv"]}, values)
 
-row = next(row for row in rows if row["status"] == "ok")  # null in the others
-words = np.frombuffer(row["mean"], "<i2").copy()
-mean = torch.from_numpy(words).view(torch.bfloat16).view({", ".join(map(str, shape))})
-```"""
+
+def _picture_card(output: Table) -> Card:
     return Card(
-        what=f"The VAE's latent distributions of {counts.get(OK, 0):,} of {sum(counts.values()):,} images. Stage 1 "
-        f"of {_METHOD} reads them instead of the images.",
-        columns=COLUMNS
-        | {
-            "mean": f"bfloat16, little-endian, of shape {shape} (channels, height, width)",
-            "deviation": "the standard deviation, in the same format",
-        },
-        header={"tags": ["vlv"]},
-        reading=[decode],
-        sections=_settings(output),
+        "images/cards/reconstruction.md.jinja",
+        COLUMNS | {"image": "the generated image, a PNG file; null if the status is not ok"},
+        {"tags": ["vlv", "arxiv:2507.07104", "synthetic"]},
+        {"settings": _settings(output)},
     )
 
 
-def _picture_card(output: Table, counts: Mapping[str, int]) -> Card:
-    return Card(
-        what=f"{counts.get(OK, 0):,} images generated by a frozen diffusion model from the caption embeddings of "
-        f"{sum(counts.values()):,} images, by {_METHOD}. None is a photograph.",
-        columns=COLUMNS
-        | {"image": "the generated image, a PNG file; null if the status is not ok"},
-        header={"tags": ["vlv", "arxiv:2507.07104", "synthetic"]},
-        sections=_settings(output),
-    )
-
-
-_KINDS: dict[str, Callable[[Table, Mapping[str, int]], Card]] = {
+_KINDS: dict[str, Callable[[Table], Card]] = {
     "image": _image_card,
     "pair": _pair_card,
     "latents": _latent_card,

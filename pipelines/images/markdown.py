@@ -1,19 +1,47 @@
-"""Markdown for dataset and model cards, with the YAML header that the Hugging Face hub reads."""
+"""Markdown for dataset and model cards, with the YAML header that the Hugging Face hub reads.
+
+The text comes from jinja2 templates, `*.md.jinja` in the packages of the jobs. Markdown has no escaping
+that fits all places: `table` escapes its cells, and templates escape other foreign text with `plain`.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
-import yaml
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
+    from jinja2 import Environment
 
 
-def card(header: Mapping[str, Any], blocks: Iterable[str]) -> str:
-    """The whole file; empty values are left out of the header."""
-    given = {name: value for name, value in header.items() if value}
-    dumped = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-    return "\n\n".join([f"---\n{dumped}---", *blocks]) + "\n"
+@cache
+def environment() -> Environment:
+    """The environment of the cards' templates; their names are paths below `pipelines`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("pipelines", ""),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.globals["table"] = table
+    made.filters |= {"plain": plain, "literal": _literal}
+    return made
+
+
+def card(header: CardData, template: str, **values: object) -> str:
+    """The whole file.
+
+    Not `RepoCard.from_template` of huggingface_hub, which prints nothing for a misspelt name.
+    """
+    text = environment().get_template(template).render(values)
+    return f"---\n{header.to_yaml()}\n---\n\n{text}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -23,8 +51,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Escape foreign text, so that it can add no image, link or emphasis."""
-    return re.sub(r"([\\`*\[\]])", r"\\\1", text)
+    """Escape foreign text, so that it can add no line, image, link, emphasis or markup."""
+    escaped = re.sub(r"([\\`*\[\]])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("<", "&lt;")
+
+
+def _literal(text: str) -> str:
+    """A string literal of Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _cell(value: object) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Qwen2ForCausalLM
 
 from pipelines.cli.config import load
@@ -127,9 +128,10 @@ def test_the_card_shows_the_run_and_no_local_path(trained: Trained, exported: Pa
 
 def test_the_card_links_base_models_of_the_hub(exported: Path) -> None:
     about = read_checkpoint(exported).model_dump()
-    card = model_card("captioner", ModelConfig(), about, "apache-2.0")
-    header = yaml.safe_load(card.split("---")[1])
-    model = ModelConfig()
+    model, name = ModelConfig(), 'a: "b" # été'
+    card = model_card(name, model, about, "apache-2.0")
+    header = ModelCard(card).data.to_dict()  # as the hub's own library reads it
+    assert f"from_pretrained({json.dumps(name, ensure_ascii=False)})" in card
     assert header["license"] == "apache-2.0"
     assert header["base_model"] == sorted([model.language_model, model.florence, model.diffusion])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -210,6 +211,32 @@ def test_card_describes_the_table(table: Table) -> None:
     if table.describe()["kind"] == "image":
         assert "| filter.min_aesthetic | 5.5 |" in text
         assert "| 1 | 40 | 1 | 3 |" in text  # the run
+
+
+HOSTILE_NAMES = [
+    "a: 'b' \"c\" {d} #e",
+    "---\nlicense: mit\n---",
+    "été 图 🖼",
+    "[x](a.org) <b>",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_the_hub_reads_the_card_of_any_name(tmp_path: Path, name: str) -> None:
+    from huggingface_hub import DatasetCard
+
+    table = finished(tmp_path, "reconstruction")
+    table = Table(table.folder.rename(tmp_path / name))
+    write_card(table)
+    read = DatasetCard.load(table.folder / FILE)
+    data = read.data.to_dict()
+    assert (data["pretty_name"], data.get("license")) == (name, None)
+    assert data["tags"] == ["vlv", "arxiv:2507.07104", "synthetic"]
+    assert data["configs"][0]["data_files"] == [{"split": "train", "path": "data/*.parquet"}]
+    assert read.text.splitlines()[1].startswith("# ")
+    assert not re.search(r"(?<!\\)\]\(|<b>", read.text.splitlines()[1])  # no link, no markup
+    (code, *_) = re.findall(r"load_dataset\((.*?), split", read.text)
+    assert ast.literal_eval(code) == f"path/to/{name}"
 
 
 def test_code_in_the_card_of_latents_works(tmp_path: Path) -> None:
