@@ -35,7 +35,7 @@ ROOMS = [
 ]
 """Of `pipelines`, from the ground up: each may import those before it."""
 NOT_IN_VLV_MODEL = {"ray", "deepspeed", "wandb", "pyarrow", "aiohttp"}
-HEAVY = {"torch", "transformers", "diffusers"}
+HEAVY = {"torch", "transformers", "diffusers", "jinja2", "huggingface_hub.repocard"}
 
 
 def imported(file: Path) -> set[str]:
