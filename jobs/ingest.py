@@ -43,12 +43,15 @@ def run(config: IngestConfig) -> None:
     if finished and before == last:
         print("this table is already complete: nothing was downloaded")
     else:
-        fetched, marked = about["fetched"], about["marked"]
-        print(f"run {last.number}: {fetched:,} rows fetched, {marked:,} with a new status")
+        fetched, marked, again = about["fetched"], about["marked"], about.get("again", 0)
+        print(
+            f"run {last.number}: {fetched:,} rows fetched ({again:,} of them again), {marked:,} with a "
+            "new status or new metadata"
+        )
     print(counts_table(counts))
-    for rule, rows in about["dropped"].items():
-        print(f"not fetched: {rule} {rows:,}")
     print(f"metadata rows read: {about['read']:,}")
+    for rule, rows in about["dropped"].items():
+        print(f"of these not fetched: {rule} {rows:,}")
     print(f"image table: {config.data.output}")
     print(f"report: {table.folder / REPORT}")
 

@@ -167,6 +167,7 @@ def _image_card(output: Table) -> Card:
             f"{run['read']:,}",
             f"{sum(run['dropped'].values()):,}",
             f"{run['fetched']:,}",
+            f"{run.get('again', 0):,}",
         )
         for run in runs
         if "read" in run

@@ -27,13 +27,25 @@ _MIN_FILES, _MIN_ROWS = 32, 32  # so that a short list keeps all workers busy
 
 
 def plan_table(plan: Plan) -> str:
-    """The rows that each rule drops, in the order of the rules and by itself."""
+    """What becomes of the rows of the list, and which rows of the table change.
+
+    A row of the list counts for the first rule that drops it; the rows that a rule drops by itself stand
+    beside. So `rows read` is the sum of the rules and of what is left.
+    """
     lines = [("rows read", plan.read, ""), *_dropped(plan), ("left", plan.listed, "")]
-    lines += [("to be fetched", plan.fetched, ""), ("to be marked", plan.marked, "")]
-    width = max(len(name) for name, *_ in lines)
-    return "\n".join(
+    width = max(len(name) for name in ("to be fetched", *(name for name, *_ in lines)))
+    again = f"  ({plan.again:,} of them again, of the table)" if plan.again else ""
+    of_list = [
         f"{name:<{width}}  {rows:>13,}  {rows / max(plan.read, 1):6.1%}{note}"
         for name, rows, note in lines
+    ]
+    # The table may have rows that the list has not: no shares of the list.
+    return "\n".join(
+        [
+            *of_list,
+            f"{'to be fetched':<{width}}  {plan.fetched:>13,}{again}",
+            f"{'to be marked':<{width}}  {plan.marked:>13,}  (rows of the table)",
+        ]
     )
 
 

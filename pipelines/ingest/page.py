@@ -23,6 +23,8 @@ class RunLine:
     fetched: int
     marked: int
     dropped: Mapping[str, int]  # rows of the list that were not fetched, by rule
+    read: int | None = None  # rows of the list; None in runs of earlier versions
+    again: int = 0  # of `fetched`: rows that the table had
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Plan:
 
     chunks: list[int] = field(default_factory=list)  # the chunks to work on
     fetched: int = 0  # to be fetched
+    again: int = 0  # of these, rows that the table has, which may be missing in the list
     marked: int = 0  # to get another status or other metadata only
     listed: int = 0  # of the list, that pass the filters
     read: int = 0  # of the list
@@ -196,6 +197,8 @@ def next_plan(
             write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))
             plan.chunks.append(chunk)
             plan.fetched += fetch.num_rows
+            is_known = pc.is_in(fetch["key"], value_set=stored["key"].combine_chunks())
+            plan.again += pc.sum(is_known, min_count=0).as_py()
             plan.marked += marks.num_rows
 
 

@@ -61,6 +61,8 @@ def _line(run: Run) -> RunLine:
         fetched=about["fetched"],
         marked=about["marked"],
         dropped=about["dropped"],
+        read=about.get("read"),
+        again=about.get("again", 0),
     )
 
 

@@ -210,7 +210,7 @@ def test_card_describes_the_table(table: Table) -> None:
         assert "| base_models.vae | sha256:1 |" in text
     if table.describe()["kind"] == "image":
         assert "| filter.min_aesthetic | 5.5 |" in text
-        assert "| 1 | 40 | 1 | 3 |" in text  # the run
+        assert "| 1 | 40 | 1 | 3 | 0 |" in text  # the run
 
 
 HOSTILE_NAMES = [

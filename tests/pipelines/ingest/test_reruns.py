@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -375,16 +376,38 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(
     first, asked = asked_by(web, lambda: printed("filter.min_aesthetic=15"))
     assert asked == 0
     assert not (tmp_path / "out").exists()
-    for line in ("rows read 20 100.0%", "- filtered:aesthetic 15 75.0%", "fetched 5 25.0%"):
+    for line in (
+        "rows read 20 100.0%",
+        "- filtered:aesthetic 15 75.0%",
+        "left 5 25.0%",
+        "fetched 5 ",
+    ):
         assert line in first
     assert "assumed" in first
     run(tmp_path, urls, scores, filter={"min_aesthetic": 5})
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
     again = printed("filter.min_aesthetic=12", "retry=timeout,http_404")
     assert "to be fetched 0 " in again
-    assert "to be marked 7 " in again
+    assert "to be marked 7 (rows of the table)" in again
     assert "measured here" in printed()  # the size of an image, by the table's own parts
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files
+
+
+def test_rows_of_the_table_are_no_rows_of_the_list(tmp_path: Path, web: Web) -> None:
+    """Counts of the list add up to it, whatever a run fetches again or marks."""
+    gone = [web.url(f"gone{i}.png") for i in range(6)]
+    run(tmp_path, [*gone, web.url("0.png"), web.url("1.png")], [9.0] * 8)
+    # A short list: a new row, a row that its new score drops, and that URL once more.
+    listed = [web.url("2.png"), web.url("0.png"), web.url("0.png")]
+    more = {"filter": {"min_aesthetic": 5}, "retry": ["http_404"]}
+    run(tmp_path, listed, [9.0, 1.0, 1.0], **more)
+    about = json.loads((tmp_path / "out/_runs/0002/run.json").read_text())
+    assert about["read"] == 3 == about["listed"] + sum(about["dropped"].values())
+    assert (about["listed"], about["dropped"]) == (1, {"filtered:aesthetic": 2})
+    assert (about["fetched"], about["again"], about["marked"]) == (7, 6, 1)
+    runs = (tmp_path / "out/_report.html").read_text().partition('id="runs"')[2]
+    numbers = re.findall(r'class="number">([\d–]+)<', runs.partition("</section>")[0])
+    assert numbers == ["8", "0", "0", "8", "7", "6", "1", "3"]
 
 
 def test_a_run_writes_its_throughput_and_link_rot(tmp_path: Path, web: Web) -> None:

@@ -46,6 +46,15 @@ def test_hostile_captions_stay_text(caption_report, parse):
     assert HOSTILE.replace("\0", "�") in document.all("dd")[0].text
 
 
+def test_similar_captions_do_not_contradict_that_none_is_the_same(caption_report, parse):
+    shown = " ".join(parse(render(replace(caption_report, commonest=[]))).text.split())
+    assert "No two captions are the same. 211 similar to an earlier one: _similar.csv" in shown
+    health = [line for line in caption_report.health if line.name != "duplicates"]
+    alone = parse(render(replace(caption_report, commonest=[], health=health))).text
+    assert "No two captions are the same." in alone
+    assert "similar to an earlier one" not in alone
+
+
 def test_a_table_without_a_caption_has_a_page(caption_report, parse):
     empty = replace(caption_report, captions=0, counts={"decode:corrupt": 3}, words={}, tokens={})
     assert "decode:corrupt" in parse(render(empty)).text
