@@ -34,8 +34,8 @@ from pipelines.ingest import job
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.plan import Plan, passing
 from pipelines.ingest.steps import image_rows
-from pipelines.lists.files import input_files
 from pipelines.lists.filters import FilterConfig
+from pipelines.lists.input_files import input_files
 from pipelines.lists.metadata import read_batches
 
 ROWS = (100_000, 1_000_000, 10_000_000)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pipelines.cli.config import InputPathOrUrl
-from pipelines.execution.checkpoints import latest_checkpoint, step_of
+from pipelines.execution.model import latest_checkpoint, step_of
 from pipelines.execution.progress import counts_table
 from pipelines.images.runs import runs_of
 from pipelines.storage.files import as_path, is_file

@@ -1,17 +1,20 @@
-"""Which model a job opens: the settings under `model.*`; the same in every job."""
+"""Which model a job opens: the settings under `model.*`, and the finished checkpoints of a training run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import Field
 
 from pipelines.cli.config import InputPath
-from pipelines.execution.checkpoints import latest_checkpoint
+from vlv_model.checkpoints.files import WEIGHTS_FILE, read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a training run's checkpoints."""
 
 
 class ModelSettings(ModelConfig):
@@ -54,3 +57,40 @@ class ModelSettings(ModelConfig):
                     "let its training reach one"
                 )
         return resolve_checkpoint(folder, parts=given)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def finished_checkpoints(run_dir: Path) -> Iterator[Path]:
+    """Finished checkpoints of a run, newest first."""
+    for folder in sorted((run_dir / CHECKPOINTS).glob("step-*"), reverse=True):
+        if is_finished(folder):
+            yield folder
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end."""
+    return next(finished_checkpoints(run_dir), None)
+
+
+def is_finished(folder: Path) -> bool:
+    """True when all files are there, each in the length that its own head tells.
+
+    That they were renamed together is not enough: a folder may have been copied in part.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        files = [WEIGHTS_FILE, *read_checkpoint(folder).more_files]
+        for name in files:
+            with safe_open(folder / name, "np"):
+                pass
+        return True
+    except (OSError, SafetensorError, CheckpointError):
+        return False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.images.markdown import card
-from vlv_model.checkpoints.fingerprint import short
+from vlv_model.checkpoints.digests import short
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
 

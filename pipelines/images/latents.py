@@ -32,7 +32,7 @@ def latents_identity(
 
     `recorded` is the identity of an existing table: the same VAE keeps the fingerprint recorded there.
     """
-    from vlv_model.checkpoints.fingerprint import fingerprint_like, matches_fingerprint
+    from vlv_model.checkpoints.digests import fingerprint_like, matches_fingerprint
     from vlv_model.checkpoints.loading import read_latent_format
     from vlv_model.checkpoints.sources import part_source
 

@@ -87,7 +87,7 @@ def list_images(
             description.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(description, json.dumps(unfinished))
         others: Counter[str] = Counter()
-        if not _write(output, source, key_column, where, others):
+        if not _write_listing(output, source, key_column, where, others):
             what = f"no row for which {where}" if where is not None else "no image"
             skipped = f" (and {_suffixes(others)})" if others else ""
             raise DataError(f"{setting}={path} has {what}{skipped}")
@@ -119,7 +119,7 @@ def _files_fingerprint(source: Source) -> str | None:
     return size_fingerprint({_relative(file, source.root): file for file in source.files})
 
 
-def _write(
+def _write_listing(
     output: Path, source: Source, key_column: str | None, where: str | None, others: Counter[str]
 ) -> int:
     """Replace the listing; returns its number of rows. `others` counts skipped files in shards."""
@@ -140,7 +140,7 @@ def _write(
         buffer.clear()
         written += 1
 
-    for table in _rows(source, key_column, condition, others):
+    for table in _listed_rows(source, key_column, condition, others):
         buffer.append(table)
         rows += table.num_rows
         if sum(t.num_rows for t in buffer) >= _FILE_ROWS:
@@ -150,7 +150,7 @@ def _write(
     return rows
 
 
-def _rows(
+def _listed_rows(
     source: Source, key_column: str | None, where: Where | None, others: Counter[str]
 ) -> Iterator[pa.Table]:
     if source.layout in ("table", "parquet"):
@@ -162,7 +162,7 @@ def _rows(
 
             def list_one(shard: Path) -> tuple[pa.Table, Counter[str]]:
                 counted: Counter[str] = Counter()  # per thread
-                return _table(list_shard(shard, _relative(shard, source.root), counted)), counted
+                return _as_table(list_shard(shard, _relative(shard, source.root), counted)), counted
 
             for first in range(0, len(source.files), _THREADS):
                 shards = readers.map(list_one, source.files[first : first + _THREADS])
@@ -172,7 +172,7 @@ def _rows(
         return
     files = _image_files(source)
     while batch := list(islice(files, 16_384)):
-        yield _select(_table(batch), where)
+        yield _select(_as_table(batch), where)
 
 
 def _select(table: pa.Table, where: Where | None) -> pa.Table:
@@ -266,7 +266,7 @@ def _file_row(parent: Path, name: str, size: int | None, root: Path) -> dict[str
     return listed_row(text, as_utf8(str(parent / name)), None, size, key_of(relative))
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, LISTED_ROW)
 
 

@@ -36,7 +36,7 @@ from pipelines.ingest.steps import ImageFetcher, IngestChunk, WritePart, fetcher
 from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.proxy import Proxy, check_proxy
-from pipelines.lists.files import input_files
+from pipelines.lists.input_files import input_files
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.folders import is_folder, remove_folder
 from pipelines.storage.tables import Table

@@ -32,8 +32,8 @@ from pipelines.ingest.known_rows import (
     check_same,
     known_rows,
 )
-from pipelines.lists.files import input_bytes
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
+from pipelines.lists.input_files import input_bytes
 from pipelines.lists.metadata import InvalidValues, read_batches
 from pipelines.storage.parquet import read_parquet_file, write_parquet
 from pipelines.storage.sorting import ExternalSort, SortFactory

@@ -19,8 +19,8 @@ from pipelines.recaption.health import REPEATED
 from pipelines.recaption.survey import SIMILAR_FILE, Survey
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.tables import PUBLISHED_FILE, Table, read_json_object
+from vlv_model.checkpoints.digests import short
 from vlv_model.checkpoints.files import read_checkpoint
-from vlv_model.checkpoints.fingerprint import short
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
 

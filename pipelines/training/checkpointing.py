@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.execution.checkpoints import FOLDER, checkpoint_name, finished_checkpoints
+from pipelines.execution.model import CHECKPOINTS, checkpoint_name, finished_checkpoints
 from vlv_model.checkpoints.files import (
     WEIGHTS_FILE,
     CheckpointMetadata,
@@ -45,7 +45,7 @@ def save(
     """Write a checkpoint from gathered tensors, then delete all but the `keep` newest."""
     from vlv_model.checkpoints.weights import save_checkpoint
 
-    folder = run_dir / FOLDER / checkpoint_name(metadata.step)
+    folder = run_dir / CHECKPOINTS / checkpoint_name(metadata.step)
     shutil.rmtree(folder, ignore_errors=True)  # an unfinished one of an earlier attempt
     save_checkpoint(folder, model, metadata, weights, more_files={OPTIMIZER_FILE: moments})
     prune(run_dir, keep)
@@ -78,7 +78,7 @@ class Saver:
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the `keep` newest finished ones."""
     kept = list(finished_checkpoints(run_dir))[:keep]
-    for other in (run_dir / FOLDER).glob("step-*"):
+    for other in (run_dir / CHECKPOINTS).glob("step-*"):
         if other not in kept:
             shutil.rmtree(other, ignore_errors=True)
 
@@ -89,7 +89,7 @@ def remove_unfinished(run_dir: Path) -> None:
     Called only when a run starts: a rank of a killed job may live on for seconds and save, and must
     not delete what the new job is writing.
     """
-    for folder in (run_dir / FOLDER).glob(".step-*"):
+    for folder in (run_dir / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.cli.config import dump
-from pipelines.execution import checkpoints
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import check_resources, ray_session
+from pipelines.execution.model import CHECKPOINTS
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import lock_folder
@@ -167,7 +167,7 @@ def _fit(
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
-            name=checkpoints.FOLDER,
+            name=CHECKPOINTS,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.execution import checkpoints
+from pipelines.execution.model import step_of
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
@@ -115,7 +115,7 @@ class Trainer:
             self.stage.compile(self.worker.device)
         self.engine = start_engine(self.stage, self.train_config, self.worker.world_size)
         if checkpoint is not None:
-            self.step = checkpoints.step_of(checkpoint)
+            self.step = step_of(checkpoint)
             checkpointing.load_optimizer(self.engine, checkpoint)
         if self.worker.world_rank == 0:
             self.log.begin(self.step)

@@ -39,7 +39,7 @@ from pipelines.images.rows import (
     with_image_feature,
 )
 from pipelines.images.urls import address_of
-from pipelines.lists.files import input_bytes
+from pipelines.lists.input_files import input_bytes
 from pipelines.lists.metadata import as_text, match_columns
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file

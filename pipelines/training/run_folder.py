@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli.config import build, dump
-from pipelines.execution import checkpoints
+from pipelines.execution.model import CHECKPOINTS, latest_checkpoint
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import RowIndex
 from pipelines.images.sources import find_source
@@ -99,7 +99,7 @@ def identity(
     `recorded` is the identity in the run folder. A base model with the same weights keeps the name that
     it has there.
     """
-    from vlv_model.checkpoints.fingerprint import fingerprint_parts
+    from vlv_model.checkpoints.digests import fingerprint_parts
 
     values = {**dump(config), "model": model.model_dump()}
     flat = {k: v for k, v in _flatten(values) if not k.startswith(CHANGEABLE)}
@@ -131,12 +131,12 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     The digest of a base model that the driver had not downloaded when the run began is taken from the
     newest checkpoint.
     """
-    from vlv_model.checkpoints.fingerprint import is_digest
+    from vlv_model.checkpoints.digests import is_digest
 
     if not os.path.isfile(run_dir / "run.json"):
         return {}
     identity = read_json_object(run_dir / "run.json")
-    latest = checkpoints.latest_checkpoint(run_dir)
+    latest = latest_checkpoint(run_dir)
     for part, digest in (read_checkpoint(latest).base_models if latest else {}).items():
         if not is_digest(identity.get(f"model.{part} digest") or ""):
             identity[f"model.{part} digest"] = digest
@@ -157,7 +157,7 @@ def _recorded_names(
     Compares file digests (`digests` has the current ones, by part); where one is unknown, hub ids or
     folders.
     """
-    from vlv_model.checkpoints.fingerprint import is_digest, matches_fingerprint
+    from vlv_model.checkpoints.digests import is_digest, matches_fingerprint
     from vlv_model.checkpoints.sources import field_of, part_source
 
     differing, names = set(), {}
@@ -241,13 +241,13 @@ def tidy(run_dir: Path, keep: int) -> None:
     Ray Train does not track our checkpoints; workers find the newest finished one in the folder.
     """
     checkpointing.prune(run_dir, keep)
-    for snapshot in (run_dir / checkpoints.FOLDER).glob("checkpoint_manager_snapshot*"):
+    for snapshot in (run_dir / CHECKPOINTS).glob("checkpoint_manager_snapshot*"):
         snapshot.unlink()
 
 
 def write_result(config: Stage1Config | Stage2Config, run_dir: Path) -> dict[str, Any]:
     """Write result.json and return its content."""
-    losses, latest = heldout_losses(run_dir), checkpoints.latest_checkpoint(run_dir)
+    losses, latest = heldout_losses(run_dir), latest_checkpoint(run_dir)
     steps = [event["step"] for event in read_metrics(run_dir) if event["event"] == "eval"]
     if latest is None or config.train.steps not in steps:
         raise RuntimeError(f"training of {run_dir} ended without a checkpoint or an evaluation")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.execution import checkpoints
+from pipelines.execution.model import CHECKPOINTS, checkpoint_name, is_finished
 from pipelines.images.external import UndecodableImage
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.images.rows import OK
@@ -56,7 +56,7 @@ class Samples:
     isolated: bool = False  # decode in a separate process: untrusted images
 
     def page(self, step: int) -> Path:
-        return self.run_dir / FOLDER / f"{checkpoints.checkpoint_name(step)}.html"
+        return self.run_dir / FOLDER / f"{checkpoint_name(step)}.html"
 
     def make(self, step: int, use_gpu: bool) -> list[GalleryItem]:
         """Make the samples of the checkpoint of `step` and write its page; none if it was deleted."""
@@ -64,8 +64,8 @@ class Samples:
 
         from pipelines.reconstruct.predictor import png
 
-        checkpoint = self.run_dir / checkpoints.FOLDER / checkpoints.checkpoint_name(step)
-        if not checkpoints.is_finished(checkpoint):
+        checkpoint = self.run_dir / CHECKPOINTS / checkpoint_name(step)
+        if not is_finished(checkpoint):
             return []
         keys, rows, arrays = self._read()
         if not rows:

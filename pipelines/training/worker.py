@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.cli.config import dump
-from pipelines.execution import checkpoints
+from pipelines.execution.model import latest_checkpoint
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import as_path
 from pipelines.training import checkpointing, run_rows
@@ -209,7 +209,7 @@ def _latest_checkpoint(run_dir: Path, worker: Worker) -> Path | None:
     """The newest finished checkpoint as rank 0 sees it: on a shared disk, others may lag behind."""
     import torch.distributed as dist
 
-    latest = [checkpoints.latest_checkpoint(run_dir)]
+    latest = [latest_checkpoint(run_dir)]
     if worker.world_size > 1:
         dist.broadcast_object_list(latest, src=0, device=worker.device)
     return latest[0]

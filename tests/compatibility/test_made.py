@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipelines.cli.config import dump, load
-from pipelines.execution.checkpoints import latest_checkpoint
+from pipelines.execution.model import latest_checkpoint
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.ingest.config import IngestConfig

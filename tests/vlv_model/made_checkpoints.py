@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.checkpoints.fingerprint import sha256_of
+from vlv_model.checkpoints.digests import sha256_of
 from vlv_model.checkpoints.loading import resolve_model
 from vlv_model.checkpoints.weights import CheckpointMetadata, read_checkpoint
 from vlv_model.errors import CheckpointError

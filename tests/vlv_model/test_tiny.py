@@ -4,7 +4,7 @@ import subprocess
 import pytest
 from transformers import AutoTokenizer
 
-from vlv_model.checkpoints.fingerprint import fingerprint_parts
+from vlv_model.checkpoints.digests import fingerprint_parts
 from vlv_model.checkpoints.loading import resolve_model
 from vlv_model.tiny import SCENE_WORDS, write_tiny_models
 

@@ -23,8 +23,8 @@ from transformers.utils import cached_file
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.digests import fingerprint, fingerprint_parts
 from vlv_model.checkpoints.files import StageName, new_folder, write_checkpoint_files
-from vlv_model.checkpoints.fingerprint import fingerprint, fingerprint_parts
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.config import ModelConfig, Precision
 from vlv_model.precision import cast

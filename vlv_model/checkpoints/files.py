@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from safetensors import SafetensorError
 
-from vlv_model.checkpoints.fingerprint import sha256_of
+from vlv_model.checkpoints.digests import sha256_of
 from vlv_model.checkpoints.sources import CHECKPOINT_FILE
 from vlv_model.config import Config, Lora, ModelConfig
 from vlv_model.errors import CheckpointError, one_line

@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlv_model.checkpoints.digests import (
+    fingerprint_like,
+    fingerprint_parts,
+    matches_fingerprint,
+    short,
+)
 from vlv_model.checkpoints.files import (
     WEIGHTS_FILE,
     Chain,
@@ -28,12 +34,6 @@ from vlv_model.checkpoints.files import (
     read_weights,
     shapes_in,
     write_checkpoint,
-)
-from vlv_model.checkpoints.fingerprint import (
-    fingerprint_like,
-    fingerprint_parts,
-    matches_fingerprint,
-    short,
 )
 from vlv_model.checkpoints.sources import part_source, resolve_model
 from vlv_model.config import Lora, ModelConfig

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from vlv_model.checkpoints.fingerprint import sha256_of
+from vlv_model.checkpoints.digests import sha256_of
 from vlv_model.errors import CheckpointError, one_line
 
 _STATE_DICTS = ("model.pt", "pytorch_model.bin", "model.safetensors")

@@ -29,8 +29,8 @@ from pipelines.ingest.plan import (
     first_plan,
     read_list,
 )
-from pipelines.lists.files import input_files
 from pipelines.lists.filters import FilterConfig
+from pipelines.lists.input_files import input_files
 from pipelines.lists.metadata import COLUMN_NAMES, match_columns, read_batches
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.sorting import ExternalSort

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.execution.checkpoints import FOLDER, checkpoint_name, latest_checkpoint
+from pipelines.execution.model import CHECKPOINTS, checkpoint_name, latest_checkpoint
 from pipelines.training.checkpointing import (
     Saver,
     prune,
@@ -51,14 +51,14 @@ def write(run_dir: Path, step: int, size: int = 8, keep: int = 2) -> Path:
 def test_prune_keeps_the_newest_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
-    assert sorted(os.listdir(tmp_path / FOLDER)) == [checkpoint_name(2), checkpoint_name(3)]
+    assert sorted(os.listdir(tmp_path / CHECKPOINTS)) == [checkpoint_name(2), checkpoint_name(3)]
 
 
 def test_an_incomplete_checkpoint_is_skipped_and_rewritten(tmp_path: Path) -> None:
     for step in (1, 2):
         write(tmp_path, step)
-    (tmp_path / FOLDER / checkpoint_name(2) / "optimizer.safetensors").unlink()
-    assert latest_checkpoint(tmp_path) == tmp_path / FOLDER / checkpoint_name(1)
+    (tmp_path / CHECKPOINTS / checkpoint_name(2) / "optimizer.safetensors").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / CHECKPOINTS / checkpoint_name(1)
     assert write(tmp_path, 2) == latest_checkpoint(tmp_path)
 
 
@@ -67,7 +67,7 @@ def test_after_a_kill_during_writing_the_previous_checkpoint_is_used(
     tmp_path: Path, moment: float
 ) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
-    folder, deadline = tmp_path / FOLDER, time.monotonic() + 60
+    folder, deadline = tmp_path / CHECKPOINTS, time.monotonic() + 60
     while not (folder / checkpoint_name(3)).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     while not (half := list(folder.glob(".step-*"))) and time.monotonic() < deadline:
@@ -100,7 +100,7 @@ def test_saver_writes_in_order_in_a_thread(tmp_path: Path) -> None:
 
 def test_an_error_in_the_thread_is_raised_by_the_next_save(tmp_path: Path) -> None:
     saver = Saver()
-    (tmp_path / FOLDER).write_text("no folder")
+    (tmp_path / CHECKPOINTS).write_text("no folder")
     saver.submit(lambda: write(tmp_path, 1))
     with pytest.raises(OSError, match="checkpoints"):
         saver.submit(lambda: None)

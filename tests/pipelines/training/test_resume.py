@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.cli.config import load
-from pipelines.execution.checkpoints import is_finished
+from pipelines.execution.model import is_finished
 from pipelines.images.random_access import RowIndex
 from pipelines.training import run_rows
 from pipelines.training.checkpointing import load_optimizer

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipelines.cli.config import load
-from pipelines.execution.checkpoints import finished_checkpoints, is_finished, latest_checkpoint
+from pipelines.execution.model import finished_checkpoints, is_finished, latest_checkpoint
 from pipelines.images.random_access import RowIndex, RowReader
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch

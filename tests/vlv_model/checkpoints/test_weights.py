@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.vlv_model.made_checkpoints import metadata, refused, same_weights, tamper
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoints.digests import sha256_of
 from vlv_model.checkpoints.files import write_checkpoint, write_checkpoint_files
-from vlv_model.checkpoints.fingerprint import sha256_of
 from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint, save_checkpoint
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError

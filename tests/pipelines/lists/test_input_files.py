@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.lists.files import input_files
+from pipelines.lists.input_files import input_files
 from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.errors import DataError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vlv_model.checkpoints.fingerprint import (
+from vlv_model.checkpoints.digests import (
     SAMPLE_BYTES,
     SAMPLES_PER_FILE,
     fingerprint,
