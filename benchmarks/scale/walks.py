@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -109,7 +110,9 @@ def training(folder: Path) -> Walk:
     from vlv_model.checkpoints.sources import resolve_model
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": "29517", "DS_ACCELERATOR": "cpu"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_PORT": str(free.getsockname()[1]), "DS_ACCELERATOR": "cpu"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     run_dir = folder / "run"
