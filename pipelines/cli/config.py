@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pipelines.cli.settings_file import (
     annotation_of,
+    is_list,
     parse_value,
     read_file,
     section_of,
@@ -98,8 +99,14 @@ InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_inpu
 # ------------------------------------------------------------------------------------- building
 
 
-def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
-    """Build `cls` from its defaults, a YAML file and `key=value` overrides; the later ones win.
+def load(
+    cls: type[C],
+    config_file: str | None,
+    overrides: Sequence[str],
+    given: Mapping[str, Any] = types.MappingProxyType({}),
+) -> C:
+    """Build `cls` from its defaults, a YAML file, `key=value` overrides, and values that need no parsing
+    (`given`, by dotted key); the later ones win.
 
     A setting that earlier versions had (`Config.removed`) is ignored, with a warning that says what
     decides, so their files still open. Raises ConfigError, one line, for an unreadable file, an unknown
@@ -124,6 +131,9 @@ def load(cls: type[C], config_file: str | None, overrides: Sequence[str]) -> C:
         if _is_removed(cls, key, ""):
             continue
         _insert(values, key, parse_value(cls, key, text))
+        origins.pop(key, None)
+    for key, value in given.items():
+        _insert(values, key, value)
         origins.pop(key, None)
     return build(cls, values, origins)
 
@@ -249,8 +259,13 @@ def _bounds(field: FieldInfo) -> str:
     return "".join(words)
 
 
-def help_text(cls: type[Config], usage: str, description: str) -> str:
-    """The text of `--help`: usage, what the job does, and every setting."""
+def help_text(
+    cls: type[Config],
+    usage: str,
+    description: str,
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
+) -> str:
+    """The text of `--help`: usage, what the job does, its options, and every setting."""
     lines = [
         f"usage: {usage} [--config FILE] [--print-config] [key=value ...]",
         "",
@@ -259,6 +274,7 @@ def help_text(cls: type[Config], usage: str, description: str) -> str:
         "  --config FILE    YAML file of settings; the command line overrides it",
         "  --print-config   print the resolved settings as YAML and exit",
         *(f"  --{name.replace('_', '-'):<15}  {name}=true" for name in _flags(cls)),
+        *(f"  {option + ' VALUE':<15}  {key}=VALUE" for option, key in aliases.items() if option),
         "  --help           print this text and exit",
         "",
         "settings: key (type, default): meaning",
@@ -289,6 +305,16 @@ def _flag(cls: type[Config], word: str) -> str | None:
     return name if word.startswith("--") and name in _flags(cls) else None
 
 
+_OPTIONS_EVERYWHERE = {"--model": "model.path"}
+
+
+def _names_file(cls: type[Config], word: str) -> bool:
+    """Whether a word with `=` or a leading `-` is the name of a file and cannot be a setting."""
+    if not word.startswith("-") and "=" not in word:
+        return False
+    return annotation_of(cls, word.partition("=")[0]) is None and os.path.lexists(word)
+
+
 def parse(
     cls: type[C],
     argv: Sequence[str],
@@ -298,17 +324,26 @@ def parse(
 ) -> C:
     """Parse a job's command line; `--help` and `--print-config` print and exit with status 0.
 
-    `aliases` maps options to settings (`{"--model": "model.path"}`). The empty name is the positional
-    argument (`{"": "image"}` in `jobs/caption.py IMAGE`).
+    `aliases` maps options to settings (`{"--format": "format"}`); every job with a model also has
+    `--model`. The empty name is the positional argument (`{"": "table"}` in `jobs/status.py TABLE`), or
+    all of them where its setting is a list. Of these, a word that is a file's name is no setting, and
+    after `--` no word is.
     """
+    aliases = dict(_OPTIONS_EVERYWHERE if annotation_of(cls, "model.path") else {}) | dict(aliases)
+    takes_many = "" in aliases and is_list(annotation_of(cls, aliases[""]))
     config_file: str | None = None
     show = False
     overrides: list[str] = []
+    listed: list[str] = []
     words = iter(argv)
     for word in words:
         option, separator, value = word.partition("=")
-        if word in ("-h", "--help"):
-            print(help_text(cls, usage, description))
+        if takes_many and word == "--":
+            listed += words
+        elif takes_many and _names_file(cls, word):
+            listed.append(word)
+        elif word in ("-h", "--help"):
+            print(help_text(cls, usage, description, aliases))
             sys.exit(0)
         elif word == "--print-config":
             show = True
@@ -327,6 +362,8 @@ def parse(
                 overrides.append(f"{aliases[option]}={value}")
         elif word.startswith("-"):
             raise ConfigError(f"unknown option '{option}': settings are given as key=value")
+        elif takes_many and not separator:
+            listed.append(word)
         elif "" in aliases and not separator:
             earlier = next((o for o in overrides if o.startswith(f"{aliases['']}=")), None)
             if earlier is not None:
@@ -337,7 +374,7 @@ def parse(
             overrides.append(f"{aliases['']}={word}")
         else:
             overrides.append(word)
-    config = load(cls, config_file, overrides)
+    config = load(cls, config_file, overrides, {aliases[""]: listed} if listed else {})
     if show:
         print(yaml.safe_dump(dump(config), sort_keys=False), end="")
         sys.exit(0)

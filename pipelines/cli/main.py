@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from pipelines.cli.config import parse
+from pipelines.cli.settings_file import annotation_of, is_list
 from pipelines.cli.signals import (
     ReceivedSignal,
     interrupt_on_signals,
@@ -23,7 +25,7 @@ from vlv_model.errors import VLVError
 
 C = TypeVar("C", bound=Config)
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, OUTPUT_CLOSED = 2, 130, 141
 
 # Ray Data appends this, and the location of the step, to the message of an error.
 _RAY_SUFFIX = " Failed to apply UDF transform"
@@ -46,15 +48,45 @@ def main(
 ) -> int:
     """Run a job from its command line and return its exit status.
 
-    0: done. 2: bad input. 130: Ctrl-C. 143: SIGTERM. 129: SIGHUP. If the job's own Ray is killed, the
-    process exits with 3 (pipelines.execution.connection).
+    0: done. 2: bad input. 130: Ctrl-C. 143: SIGTERM. 129: SIGHUP. 141: nobody reads the standard output,
+    as after `| head`. If the job's own Ray is killed, the process exits with 3
+    (pipelines.execution.connection).
 
     A VLVError, also one raised on a worker and wrapped by Ray, is printed to standard error as one
     line. Any other error is a bug and keeps its traceback.
     """
+    try:
+        try:
+            return _main(cls, run, description, aliases)
+        finally:
+            if sys.stdout is not None:  # None: closed
+                sys.stdout.flush()  # so that an error of the last lines is reported here
+    except OSError as error:
+        line = _system_error_line(error)
+        if not line and not (isinstance(error, BrokenPipeError) and _reader_is_gone()):
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes again at exit
+        if line:
+            print(f"error: {line}", file=sys.stderr)
+        return BAD_INPUT if line else OUTPUT_CLOSED
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads; such an error may also be a socket's."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+def _main(
+    cls: type[C], run: Callable[[C], None], description: str, aliases: Mapping[str, str]
+) -> int:
     usage = f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
     if "" in aliases:
-        usage += f" {aliases[''].upper()}"
+        several = " ..." if is_list(annotation_of(cls, aliases[""])) else ""
+        usage += f" {aliases[''].upper()}{several}"
     received = ReceivedSignal()
     try:
         with interrupt_on_signals() as received:

@@ -43,6 +43,11 @@ def annotation_of(cls: type[Config], dotted: str) -> Any:
     return annotation
 
 
+def is_list(annotation: Any) -> bool:
+    """Whether a setting is a list of any length."""
+    return any(Ellipsis in get_args(inner) for inner in (annotation, *get_args(annotation)))
+
+
 def type_words(annotation: Any) -> str:
     """The type of a setting in words, as `--help` shows it."""
     origin = get_origin(annotation)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.cli.config import InputPath, InputPathOrUrl
+from pipelines.cli.config import InputPathOrUrl
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
@@ -160,10 +160,21 @@ class RecaptionConfig(Config):
     )
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class CaptionConfig(Config):
     """All settings of `jobs/caption.py`."""
 
-    image: InputPath = Field(description="image file")
+    image: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        (), description="image files, folders of them (at any depth), and globs"
+    )
     model: ModelSettings = ModelSettings()
     generate: GenerateConfig = GenerateConfig()
+    format: Literal["text", "json"] = Field(
+        "text",
+        description="text: the caption of one image file, otherwise lines of file, tab and caption "
+        '(with \\t, \\n and \\\\ inside them escaped); json: one object of {"file": "caption"}',
+    )
     use_gpu: bool | None = Field(None, description="run on a CUDA GPU; default: if available")

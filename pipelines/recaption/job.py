@@ -13,6 +13,7 @@ from pipelines.images.rows import CAPTION_ROW, JOINED_ROW
 from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
+from pipelines.recaption.identity import model_fingerprint
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
 from pipelines.recaption.report import FILE as REPORT_FILE
@@ -56,7 +57,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     and the errors of `run_table_job` and ImageJob.
     """
     # Imported here, since the model libraries would delay --help.
-    from pipelines.recaption.predictor import CaptionImages, model_fingerprint
+    from pipelines.recaption.predictor import CaptionImages
     from vlv_model.captioner import VLVCaptioner
 
     model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)

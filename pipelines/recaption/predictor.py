@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,35 +21,10 @@ from pipelines.recaption.engine import Engine, ModelDiedError, Outcome, local_en
 from pipelines.recaption.health import Health, health_of
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoints.weights import read_checkpoint
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, ConfigError
+from vlv_model.errors import ConfigError
 
 _HEALTH = [field.name for field in fields(Health)]
-
-
-def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig) -> str:
-    """16 hex digits of everything that affects captions: weights, base models, sizes, decoding.
-
-    Raises CheckpointError when `checkpoint` is not of stage 2.
-    """
-    if checkpoint is None or (info := read_checkpoint(checkpoint)).stage != "stage2":
-        raise CheckpointError(
-            "model.path must be a stage-2 run or checkpoint: only stage 2 trains a captioner"
-        )
-    identity: dict[str, Any] = {
-        "weights": info.sha256,
-        "parent": info.parent.sha256 if info.parent else None,
-        "base_models": info.base_models,
-        "sizes": [model.num_queries, model.image_size, model.encoder_image_size, model.prompt],
-        "generate": generate.identity(),
-    }
-    # Only if not the default, so that captions of earlier versions keep their fingerprint.
-    if model.preprocess != "default":
-        identity["preprocess"] = model.preprocess
-    if model.bottleneck != info.model.bottleneck:
-        identity["bottleneck"] = model.bottleneck
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_captioner(

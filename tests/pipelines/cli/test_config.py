@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from pipelines.cli.config import OutputPath, dump, help_text, load, parse, settings
+from pipelines.recaption.config import RecaptionConfig
 from vlv_model.config import Config
 from vlv_model.errors import ConfigError
 
@@ -240,6 +241,36 @@ def test_options_set_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
         parse(Outer, ["run_dir=/a", "--print-config"], "job", "")
     assert exit.value.code == 0
     assert "learning_rate: 0.001" in capsys.readouterr().out
+
+
+class Listed(Config):
+    """Settings of a job that takes many words."""
+
+    files: tuple[str, ...] = ()
+    steps: int = 1
+
+
+def test_a_list_takes_all_words_that_are_no_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b,c.png", "-x.png", "steps=3"):
+        Path(name).touch()
+    words = ["one.png", "steps=2", "a=b,c.png", "-x.png", "--", "steps=3", "--files"]
+    config = parse(Listed, words, "job", "", {"": "files"})
+    assert config.files == ("one.png", "a=b,c.png", "-x.png", "steps=3", "--files")
+    assert config.steps == 2
+    for unknown in ("d=e.png", "-y.png"):  # no files
+        with pytest.raises(ConfigError, match="unknown"):
+            parse(Listed, [unknown], "job", "", {"": "files"})
+
+
+def test_every_job_with_a_model_takes_it_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.input=/i", "data.output=/o", "--model", "/m"]
+    assert parse(RecaptionConfig, words, "job", "").model.path == "/m"
+    with pytest.raises(SystemExit):
+        parse(RecaptionConfig, ["--help"], "job", "")
+    assert "  --model VALUE    model.path=VALUE\n" in capsys.readouterr().out
 
 
 def test_relative_output_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

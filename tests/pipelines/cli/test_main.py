@@ -1,6 +1,7 @@
 """A job reports an error in one line, however deep the cause lies."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli.main import BAD_INPUT, main
+from pipelines.cli.main import BAD_INPUT, OUTPUT_CLOSED, main
 from vlv_model.config import Config
 from vlv_model.errors import DataError
 
@@ -162,3 +163,40 @@ def test_other_exits_are_unchanged(code: object, monkeypatch: pytest.MonkeyPatch
 def test_exit_of_ray_during_its_start_has_the_status_of_the_signal(monkeypatch, capsys) -> None:
     assert exit_status(SystemExit(signal.SIGTERM), monkeypatch) == 143
     assert capsys.readouterr().err.startswith("interrupted: ")
+
+
+WRITER = """
+import sys
+from pipelines.cli.main import main
+from vlv_model.config import Config
+def run(config):
+    for _ in range(100_000):
+        print("a caption")
+sys.exit(main(Config, run, "A job."))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_job_ends_quietly_when_nobody_reads_its_output(unbuffered: str) -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-c", WRITER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    assert job.stdout is not None
+    assert job.stderr is not None
+    job.stdout.readline()
+    job.stdout.close()
+    assert (job.stderr.read(), job.wait()) == (b"", OUTPUT_CLOSED)
+
+
+def test_a_full_disk_under_the_standard_output_is_a_one_line_error() -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", WRITER], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.stderr, ended.returncode) == (
+        "error: No space left on device: writing\n",
+        BAD_INPUT,
+    )

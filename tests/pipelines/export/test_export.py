@@ -16,9 +16,8 @@ from pipelines.execution.model import ModelSettings
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
 from pipelines.export.job import export
-from pipelines.recaption.config import CaptionConfig, GenerateConfig
-from pipelines.recaption.predictor import model_fingerprint
-from pipelines.recaption.single import caption_file
+from pipelines.recaption.config import GenerateConfig
+from pipelines.recaption.identity import model_fingerprint
 from pipelines.tiny_world import scenes
 from tests.jobs.conftest import Job, job  # noqa: F401
 from tests.pipelines.export.conftest import Trained
@@ -70,25 +69,22 @@ def test_the_folder_alone_gives_the_same_captioner(
     assert same_weights(VLVEncoder.from_pretrained(exported), trained.captioner.encoder)
 
 
-def test_jobs_take_it_as_model_path(trained: Trained, exported: Path, tmp_path: Path) -> None:
+def test_jobs_take_it_as_model_path(
+    trained: Trained,
+    exported: Path,
+    tmp_path: Path,
+    job: Job,  # noqa: F811
+) -> None:
     buffer = io.BytesIO()
     scenes.draw(next(iter(scenes.sample(seed=3, n=1))), 0).save(buffer, "PNG")
     (tmp_path / "scene.png").write_bytes(buffer.getvalue())
     captions = [
-        caption_file(
-            load(
-                CaptionConfig,
-                None,
-                [
-                    f"image={tmp_path / 'scene.png'}",
-                    f"model.path={path}",
-                    "generate.max_new_tokens=9",
-                ],
-            )
-        )
+        job(
+            "caption", tmp_path / "scene.png", f"model.path={path}", "generate.max_new_tokens=9"
+        ).out
         for path in (trained.run, exported)
     ]
-    assert captions[0] == captions[1]
+    assert captions[0] == captions[1] != ""
     model, checkpoint = ModelSettings(path=str(exported)).resolve()
     assert len(model_fingerprint(model, checkpoint, GenerateConfig())) == 16
     assert stages_of(exported) == ["stage1", "stage2"]  # stage 2 may go on from it
