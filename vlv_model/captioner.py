@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
@@ -31,6 +33,7 @@ from vlv_model.errors import ModelError
 from vlv_model.freezing import evaluating, freeze, thaw
 from vlv_model.lora import add_adapters, merge_adapters, train_only_adapters
 from vlv_model.precision import cast
+from vlv_model.squares import Picture
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -151,6 +154,51 @@ class VLVCaptioner(nn.Module):
         merge_adapters(self.language_model)
         self.lora = Lora()
         self.set_trainable("projector+llm+encoder")
+
+    @overload
+    def caption(
+        self,
+        images: Picture,
+        *,
+        num_beams: int = ...,
+        max_new_tokens: int = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+
+    @overload
+    def caption(
+        self,
+        images: Sequence[Picture],
+        *,
+        num_beams: int = ...,
+        max_new_tokens: int = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+
+    def caption(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        num_beams: int = 4,
+        max_new_tokens: int = 300,
+        batch_size: int = 8,
+    ) -> str | list[str]:
+        """The caption of an image file or a Pillow image; for a list of them, a list of captions.
+
+        Images are prepared as the jobs do it (`Square.open`), and captioned by beam search
+        (one beam: greedy) in batches. Raises DataError for what is not an image.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image):
+            return self.caption([images], num_beams=num_beams, max_new_tokens=max_new_tokens)[0]
+        captions: list[str] = []
+        for first in range(0, len(images), batch_size):
+            squares = [
+                self.encoder.square.open(image) for image in images[first : first + batch_size]
+            ]
+            pixels = torch.from_numpy(np.stack(squares))  # uint8 [b 3 s s]
+            made = self.generate(pixels.to(self.language_model.device), num_beams, max_new_tokens)
+            captions += [caption.text for caption in made]
+        return captions
 
     def tokenize(self, captions: Sequence[str], max_tokens: int = 300) -> dict[str, Tensor]:
         """Captions -> `input_ids attention_mask labels` `[b n]`; see `tokenize_captions`."""

@@ -19,7 +19,8 @@ from vlv_model.config import Precision
 from vlv_model.errors import ModelError
 from vlv_model.freezing import freeze, thaw
 from vlv_model.precision import cast
-from vlv_model.preprocessing import encoder_pixels
+from vlv_model.preprocessing import check_squares, encoder_pixels
+from vlv_model.squares import Square
 
 
 class VLVEncoder(nn.Module):
@@ -46,6 +47,7 @@ class VLVEncoder(nn.Module):
         *,
         width: int,
         num_queries: int,
+        square: Square,
         encoder_image_size: int,
         prompt: str,
         projector_scale: float = 1.0,
@@ -58,6 +60,7 @@ class VLVEncoder(nn.Module):
         florence.multi_modal_projector.image_projection.register_forward_pre_hook(
             _cast_to_weight_dtype
         )
+        self.square = square
         self.encoder_image_size = encoder_image_size
         d_model = florence.config.text_config.d_model
         with torch.random.fork_rng(devices=[]):
@@ -99,6 +102,7 @@ class VLVEncoder(nn.Module):
             tokenizer,
             width=loading.text_encoder_width(config),
             num_queries=config.num_queries,
+            square=Square.of(config),
             encoder_image_size=config.encoder_image_size,
             prompt=config.prompt,
             projector_scale=config.projector_scale,
@@ -128,9 +132,11 @@ class VLVEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """uint8 squares `[b 3 s s]`, or float encoder pixels `[b 3 e e]` -> `[b q d]`.
 
-        Float input must be resized and normalised already (`preprocessing.encoder_pixels`).
+        Float input must be resized and normalised already (`preprocessing.encoder_pixels`). Raises
+        ModelError for squares of another size than the model's.
         """
         if pixel_values.dtype == torch.uint8:
+            check_squares(pixel_values, self.square.size)
             pixel_values = encoder_pixels(pixel_values, self.encoder_image_size)
         bart = self.florence.language_model
         dtype = self.learnable_queries.dtype

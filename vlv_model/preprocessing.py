@@ -32,18 +32,17 @@ def square_image(image: Image.Image, image_size: int, preprocess: Preprocess = "
     return torch.from_numpy(Square(image_size, preprocess).cut(image))
 
 
-def check_squares(pixel_values: Tensor) -> None:
-    """Raise ModelError unless `pixel_values` is a batch of square uint8 images `[b 3 s s]`."""
+def check_squares(pixel_values: Tensor, size: int | None = None) -> None:
+    """Raise ModelError unless `pixel_values` is a batch of square uint8 images `[b 3 s s]`, s = `size`.
+
+    A square of another size than the model was trained with has other detail, and other captions.
+    """
     shape = list(pixel_values.shape)
-    if (
-        pixel_values.dtype != torch.uint8
-        or len(shape) != 4
-        or shape[1] != 3
-        or shape[2] != shape[3]
-    ):
+    side = size or shape[-1]
+    if pixel_values.dtype != torch.uint8 or len(shape) != 4 or shape[1:] != [3, side, side]:
         raise ModelError(
-            f"pixel_values are {pixel_values.dtype} {shape}, expected uint8 [b 3 s s]: "
-            "make squares with vlv_model.preprocessing.square_image"
+            f"pixel_values are {pixel_values.dtype} {shape}, expected uint8 [b 3 {size or 's'} "
+            f"{size or 's'}]: make squares with vlv_model.preprocessing.square_image"
         )
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from vlv_model.colour import fix_mode, orientation, to_srgb, upright
 from vlv_model.config import ModelConfig, Preprocess
+from vlv_model.errors import DataError, one_line
+
+Picture = str | os.PathLike[str] | Image.Image
+"""An image: the path of its file, or a Pillow image."""
+
+# Pillow would open others by programs of the machine: PostScript by Ghostscript.
+_FORMATS = (
+    "JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "QOI", "HEIF", "JXL",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,29 @@ class Square:
     def of(cls, model: ModelConfig) -> Square:
         """The square of a model's settings."""
         return cls(model.image_size, model.preprocess)
+
+    def open(self, picture: Picture) -> np.ndarray:
+        """The square of an image file or of a Pillow image, uint8 `[3 size size]`.
+
+        `default` turns the image upright by its EXIF orientation, converts it to sRGB by its colour
+        profile and puts alpha on white; `reference` does none of it. Raises DataError, one line, for
+        what is not a complete image.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = picture if isinstance(picture, Image.Image) else _open(picture)
+                image.load()  # the EXIF of a PNG may come after the pixels
+                if self.preprocess == "reference":
+                    return self.cut(fix_mode(image).convert("RGB"))
+                pixels = upright(np.asarray(to_srgb(image)), orientation(image))
+                return self.cut(Image.fromarray(np.ascontiguousarray(pixels)))
+        except Exception as error:  # decoders raise any type
+            name = (
+                f"an image of mode {picture.mode}" if isinstance(picture, Image.Image) else picture
+            )
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise DataError(f"{name} cannot be read as an image: {reason}") from error
 
     def cut(self, image: Image.Image) -> np.ndarray:
         """Resize the shorter side to `size` and crop the centre: uint8 `[3 size size]`.
@@ -52,6 +87,14 @@ class Square:
         width, height = (int(self.size * side / min(size)) for side in size)
         corner = round((width - self.size) / 2), round((height - self.size) / 2)  # halves to even
         return (width, height), corner, Image.Resampling.BILINEAR
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    Image.init()  # finds the formats, also those of other packages that were imported
+    try:
+        return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except Image.UnidentifiedImageError:
+        raise DataError("it is none of the formats that are decoded") from None
 
 
 _Cut = tuple[tuple[int, int], tuple[int, int], Image.Resampling]

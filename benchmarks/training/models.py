@@ -31,6 +31,7 @@ from vlv_model.checkpoints.loading import load_caption_tokenizer, load_florence,
 from vlv_model.config import ModelConfig
 from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.encoder import VLVEncoder
+from vlv_model.squares import Square
 from vlv_model.text_encoder import TextEncoder
 
 
@@ -185,6 +186,7 @@ def _encoder(size: Size, device: torch.device) -> VLVEncoder:
         tokenizer,
         width=size.text_encoder["hidden_size"],
         num_queries=size.num_queries,
+        square=Square(size.image_size),
         encoder_image_size=size.encoder_image_size,
         prompt=_DEFAULTS.prompt,
     )

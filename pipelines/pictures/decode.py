@@ -44,14 +44,6 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.pictures.avif import clean_aperture, repair
-from pipelines.pictures.colour import (
-    SIDEWAYS,
-    fix_mode,
-    from_profile,
-    orientation,
-    to_srgb,
-    upright,
-)
 from pipelines.pictures.encode import (
     MAX_SIDE,
     ImageConfig,
@@ -71,6 +63,14 @@ from pipelines.pictures.jpeg import (
 )
 from pipelines.pictures.png import read_chunks, scale_transparency
 from pipelines.pictures.tiff import read_odd_tiff
+from vlv_model.colour import (
+    SIDEWAYS,
+    fix_mode,
+    from_profile,
+    orientation,
+    to_srgb,
+    upright,
+)
 
 FailureClass = Literal["not_an_image", "unsupported", "too_large", "corrupt", "crashed", "timeout"]
 FAILURE_CLASSES: tuple[str, ...] = get_args(FailureClass)

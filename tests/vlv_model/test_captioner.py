@@ -1,11 +1,12 @@
 import pytest
 import torch
+from PIL import Image
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from tests.vlv_model import formulas as reference
 from vlv_model.caption_tokens import GeneratedCaption, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.errors import ModelError
+from vlv_model.errors import DataError, ModelError
 from vlv_model.precision import cast
 from vlv_model.preprocessing import encoder_pixels
 
@@ -214,3 +215,27 @@ def test_a_tokenizer_of_a_larger_model_is_rejected(captioner):
             captioner.language_model,
             captioner.tokenizer,
         )
+
+
+def test_caption_takes_files_and_pictures_and_returns_text(captioner, squares, tmp_path):
+    pictures = [Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares]
+    file = tmp_path / "scene.png"
+    pictures[0].save(file)
+    texts = [made.text for made in captioner.generate(squares, num_beams=2, max_new_tokens=5)]
+    how = {"num_beams": 2, "max_new_tokens": 5}
+    assert captioner.caption(pictures, batch_size=3, **how) == texts
+    assert captioner.caption(file, **how) == captioner.caption(str(file), **how) == texts[0]
+    assert captioner.caption(pictures[1], **how) == texts[1]
+    assert captioner.caption([], **how) == []
+    (tmp_path / "broken.png").write_bytes(file.read_bytes()[:100])
+    (tmp_path / "text.jpg").write_text("milk")
+    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name in ("broken.png", "text.jpg", "page.eps", "nowhere.jpg"):
+        with pytest.raises(DataError, match=f"{name} cannot be read as an image: [^\n]+$"):
+            captioner.caption([file, tmp_path / name], **how)
+
+
+def test_squares_of_another_size_are_refused(captioner, squares):
+    smaller = squares[:, :, :48, :48]
+    with pytest.raises(ModelError, match=r"expected uint8 \[b 3 64 64\]"):
+        captioner.generate(smaller, max_new_tokens=3)

@@ -8,6 +8,7 @@ from vlv_model.config import MORE_DETAILED_CAPTION, ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
 from vlv_model.preprocessing import encoder_pixels
+from vlv_model.squares import Square
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_sizes_that_do_not_fit_florence_are_rejected(tiny, settings, message):
 def test_a_grid_beyond_the_vision_positions_is_rejected(tiny):
     florence, tokenizer = load_florence(resolve_model(tiny)[0])
     florence.config.text_config.max_position_embeddings = 1000
-    sizes = {"width": 64, "num_queries": 16, "encoder_image_size": 272}
+    sizes = {"width": 64, "num_queries": 16, "square": Square(64), "encoder_image_size": 272}
     with pytest.raises(ModelError, match=r"gives a 17 x 17 grid") as error:
         VLVEncoder(florence, tokenizer, prompt="what", **sizes)
     assert "\n" not in str(error.value)

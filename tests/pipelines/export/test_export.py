@@ -31,6 +31,7 @@ from vlv_model.config import ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import CheckpointError, ConfigError, ModelError, RunError
 from vlv_model.precision import cast
+from vlv_model.squares import Square
 
 SQUARES = drawn(3, seed=1)  # uint8 [3 3 64 64]
 
@@ -249,7 +250,8 @@ def test_a_published_checkpoint_is_imported(
     assert info.origin["reference"]["files"].keys() == {"model.pt"}
     card = (tmp_path / "imported" / "README.md").read_text()
     assert "published implementation" in card
-    assert 'image = Image.open("photo.jpg")\nsquare = square_image(image, 64, "reference")' in card
+    assert 'captioner.caption("photo.jpg")' in card
+    assert captioner.encoder.square == Square(64, "reference")
     # Its squares are cut as those that it was trained on, wherever it is opened.
     assert info.model.preprocess == "reference"
     usual = info.model.model_copy(update={"preprocess": "default"})

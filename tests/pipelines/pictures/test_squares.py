@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
 from pipelines.storage.tables import Table
 from tests.pipelines.image_jobs import open_table
+from tests.pipelines.pictures.files import encoded, photo
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
@@ -156,3 +157,35 @@ def test_an_image_table_needs_no_child_process(pair_table: Path, tmp_path: Path)
     assert isolated_squares.cache_info().currsize == 0  # no child was started
     pixels = {row["key"]: row["pixels"] for row in strangers}
     assert {row["key"]: row["pixels"] for row in own} == pixels
+
+
+def _odd_files() -> dict[str, bytes]:
+    """Files that Pillow alone would show turned, dark, or in other colours."""
+    plain = photo(90, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    veiled = plain.convert("RGBA")
+    veiled.putalpha(90)
+    deep = Image.fromarray(np.linspace(0, 65_535, 60 * 90).reshape(60, 90).astype(np.uint16))
+    return {
+        "turned.jpg": encoded(plain, "JPEG", exif=exif),
+        "cmyk.jpg": encoded(plain.convert("CMYK"), "JPEG"),
+        "profile.png": encoded(plain, icc_profile=lab),
+        "veiled.png": encoded(veiled),
+        "palette.gif": encoded(plain.convert("P"), "GIF"),
+        "deep.png": encoded(deep),
+        "plain.webp": encoded(plain, "WEBP"),
+    }
+
+
+@pytest.mark.parametrize("preprocess", ["default", "reference"])
+@pytest.mark.parametrize("name", _odd_files())
+def test_a_model_opens_a_file_as_the_jobs_do(
+    name: str, preprocess: Literal["default", "reference"], tmp_path: Path
+) -> None:
+    square, content = Square(32, preprocess), _odd_files()[name]
+    (tmp_path / name).write_bytes(content)
+    assert np.array_equal(square.open(tmp_path / name), square_of(content, square))
+    opened = Image.open(tmp_path / name)
+    assert np.array_equal(square.open(opened), square_of(content, square))

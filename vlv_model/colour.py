@@ -1,4 +1,4 @@
-"""Converts images to upright 8-bit sRGB, by the rules of pictures/decode.py."""
+"""Converts images to upright 8-bit sRGB, by the rules of pipelines/pictures/decode.py."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def upright(picture: np.ndarray, exif: int) -> np.ndarray:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image of any mode to 8-bit sRGB: rules 3 to 5 of pictures/decode.py.
+    """Convert a loaded image of any mode to 8-bit sRGB: rules 3 to 5 of pipelines/pictures/decode.py.
 
     Returns `image` itself if it already is.
     """
@@ -106,7 +106,7 @@ def _deep_values(image: Image.Image) -> np.ndarray:
 
 
 def to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Integers or floats `[h …]` as uint8 of the same shape: rule 3 of pictures/decode.py."""
+    """Integers or floats `[h …]` as uint8 of the same shape: rule 3 of pipelines/pictures/decode.py."""
     if values.dtype == np.uint8:
         return values
     if values.dtype.itemsize == 2 and values.dtype.kind == "u":
