@@ -156,7 +156,7 @@ class VLVCaptioner(nn.Module):
         self.set_trainable("projector+llm+encoder")
 
     @overload
-    def caption(
+    def caption(  # type: ignore[overload-overlap]  # a str is a sequence too
         self,
         images: Picture,
         *,

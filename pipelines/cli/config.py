@@ -211,7 +211,9 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
         return f"setting '{key}' is required: give {key}=… or put it in the --config file"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        # Rules between settings of a section name them in full themselves.
+        names = key and section_of(annotation_of(cls, key)) is not None and f"{key}." in message
+        return message if names or not key else f"{key}: {message}"
     return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}"
 
 

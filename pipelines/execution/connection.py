@@ -79,6 +79,16 @@ class RayConfig(Config):
         """Whether the job runs without a Ray."""
         return self.address == "in-process"
 
+    def uses_gpu(self, use_gpu: bool | None) -> bool:
+        """The value of a setting `use_gpu`; None: on a cluster, and on a machine that has a GPU."""
+        if use_gpu is not None:
+            return use_gpu
+        if self.cluster:  # it may start its machines with GPUs when they are asked for
+            return True
+        import torch
+
+        return torch.cuda.is_available()
+
     def pinned(self) -> dict[str, float]:
         """The resources by which Ray places a worker or an actor with a model on `group`."""
         return {self.group: 0.001} if self.group else {}
@@ -270,10 +280,14 @@ def check_resources(
         line = (
             f"{settings}: {amount:g} {resource}s are needed, {there.get(resource, 0):g} are there"
         )
+        on_cpus = f"{settings.partition('.')[0]}.use_gpu=false"
         if config.cluster:
-            print(f"{line}: waiting for the cluster to start nodes")
+            print(
+                f"{line}: waiting for the cluster to start nodes"
+                + (f" ({on_cpus} runs on CPUs)" if resource == "GPU" else "")
+            )
         elif resource == "GPU":
-            raise RunError(f"{line}: set use_gpu=false to run on CPUs, or run on a cluster")
+            raise RunError(f"{line}: set {on_cpus} to run on CPUs, or run on a cluster")
         else:
             raise RunError(
                 f"{line}: ask for fewer, or set ray.num_cpus={amount:g} to share the cores"

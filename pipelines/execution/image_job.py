@@ -47,7 +47,15 @@ class ActorConfig(Config):
         "[least, most]: more as long as there is work waiting and the cluster has, or starts, machines "
         "for them; default: one for each GPU that the Ray has, or for each core",
     )
-    use_gpu: bool = Field(True, description="one CUDA GPU for each actor; false runs on CPUs")
+    use_gpu: bool | None = Field(
+        None,
+        description="one CUDA GPU for each actor; false runs on CPUs; default: true on a cluster, and on "
+        "a machine that has a GPU",
+    )
+
+    def on(self, ray: RayConfig) -> ActorConfig:
+        """These settings with the default of `use_gpu` decided."""
+        return self.model_copy(update={"use_gpu": ray.uses_gpu(self.use_gpu)})
 
     def count(self, config: RayConfig, cluster: Cluster) -> tuple[int, int]:
         """Fewest and most actors of a cluster: as asked for, or that can work at once."""

@@ -65,7 +65,7 @@ class FilterConfig(Config):
         low, high = self.min_aspect_ratio, self.max_aspect_ratio
         if low is not None and high is not None and low > high:
             raise ValueError(
-                f"min_aspect_ratio={low:g} is above max_aspect_ratio={high:g}: "
+                f"filter.min_aspect_ratio={low:g} is above filter.max_aspect_ratio={high:g}: "
                 "no image could pass; swap them"
             )
         return self

@@ -15,8 +15,8 @@ from vlv_model.errors import DataError
 _UNSUPPORTED = (".bz2", ".xz", ".zst", ".zstd", ".lz4", ".br", ".zip", ".snappy")  # compressions
 
 
-def input_files(path: str) -> list[Path]:
-    """The metadata files of `data.input`: one file, those of a folder, or the matches of a glob.
+def input_files(path: str, setting: str = "data.input") -> list[Path]:
+    """The metadata files of a setting: one file, those of a folder, or the matches of a glob.
 
     Raises DataError if there are none, for a broken link, and for an unsupported compression.
     """
@@ -28,7 +28,7 @@ def input_files(path: str) -> list[Path]:
     if not files:
         what = "holds no metadata" if folder else "does not exist"
         shown = path if len(path) <= 200 else f"{path[:200]}…"
-        raise DataError(f"data.input={shown} {what}: expected {', '.join(SUFFIXES)} files")
+        raise DataError(f"{setting}={shown} {what}: expected {', '.join(SUFFIXES)} files")
     return files
 
 

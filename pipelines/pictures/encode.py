@@ -62,8 +62,8 @@ class ImageConfig(Config):
     def _never_resized(self) -> Self:
         if self.reencode == "never" and self.resize != "no":
             raise ValueError(
-                f"reencode=never keeps files unchanged, resize={self.resize} changes them: "
-                "add resize=no, or use reencode=when_needed"
+                "image.reencode=never keeps files unchanged, image.resize="
+                f"{self.resize} changes them: add image.resize=no, or use image.reencode=when_needed"
             )
         return self
 

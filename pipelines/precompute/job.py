@@ -23,14 +23,15 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     load_vae(model)  # fails early; a VAE of the hub is downloaded, so it has a fingerprint
     output = Table(config.data.output)
     recorded = output.describe()["identity"] if output.exists else None
+    actors = config.actors.on(config.ray)
     job = ImageJob(
         kind=KIND,
         data=config.data,
         identity={**latents_identity(model, recorded), "precision": config.encode.precision},
         square=Square.of(model),
         step=EncodeImages,
-        arguments=(model, config.encode, config.actors.use_gpu),
-        actors=config.actors,
+        arguments=(model, config.encode, actors.use_gpu),
+        actors=actors,
         ray=config.ray,
         title="precompute",
         row_group=IMAGE_ROW_GROUP,  # training reads single rows in random order

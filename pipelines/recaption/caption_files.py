@@ -17,9 +17,9 @@ from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import isolated_squares
 from pipelines.recaption.config import CaptionConfig
 from pipelines.recaption.find_files import NamedFile, escaped, find_files
-from pipelines.recaption.identity import model_fingerprint
+from pipelines.recaption.identity import caption_identity
 from pipelines.storage.files import read_bytes
-from vlv_model.errors import ConfigError, DataError
+from vlv_model.errors import ConfigError, DataError, RunError
 from vlv_model.squares import Square
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def caption_files(config: CaptionConfig) -> None:
             "setting 'model.path' is required: give model.path=FOLDER, a stage-2 run or an exported captioner"
         )
     model, checkpoint = config.model.resolve()
-    model_fingerprint(model, checkpoint, config.generate)  # raises for an untrained captioner
+    caption_identity(model, checkpoint, config.generate)  # raises for an untrained captioner
     files, problems = find_files(config.image)
     words = list(config.image)
     if problems and len(words) == 1:
@@ -125,12 +125,17 @@ def _caption(
     import numpy as np
     import torch
 
+    from pipelines.recaption.engine import ModelDiedError
+
     positions = list(pixels)
     keys = [files[position].key for position in positions]
     images = torch.from_numpy(np.stack([pixels[position] for position in positions]))
-    for outcome in engine.captions(keys, images):  # uint8 [n 3 s s]
-        text = outcome.caption.text if outcome.caption else None
-        yield positions[outcome.id], text, outcome.error
+    try:
+        for outcome in engine.captions(keys, images):  # uint8 [n 3 s s]
+            text = outcome.caption.text if outcome.caption else None
+            yield positions[outcome.id], text, outcome.error
+    except ModelDiedError as error:
+        raise RunError(str(error)) from error
 
 
 def _open_engine(config: CaptionConfig) -> Engine:

@@ -62,18 +62,19 @@ class GenerateConfig(Config):
     def _samples_or_searches(self) -> GenerateConfig:
         if self.temperature is not None and self.num_beams > 1:
             raise ValueError(
-                f"temperature={self.temperature:g} samples, num_beams={self.num_beams} searches for the "
-                "most probable caption: set num_beams=1, or leave temperature out"
+                f"generate.temperature={self.temperature:g} samples, generate.num_beams="
+                f"{self.num_beams} searches for the most probable caption: set generate.num_beams=1, or "
+                "leave generate.temperature out"
             )
         if self.engine == "vllm" and self.num_beams > 1:
             raise ValueError(
-                f"engine=vllm has no beam search over embeddings, got num_beams={self.num_beams}: set "
-                "num_beams=1"
+                "generate.engine=vllm has no beam search over embeddings, got generate.num_beams="
+                f"{self.num_beams}: set generate.num_beams=1"
             )
         if self.early_stopping and self.num_beams == 1:
-            raise ValueError("early_stopping needs num_beams of at least 2")
+            raise ValueError("generate.early_stopping needs generate.num_beams of at least 2")
         if self.temperature is None and (self.top_p < 1 or self.seed):
-            raise ValueError("top_p and seed need a temperature")
+            raise ValueError("generate.top_p and generate.seed need generate.temperature")
         return self
 
     @property
@@ -123,7 +124,9 @@ class EarlierConfig(Config):
     @model_validator(mode="after")
     def _both_or_none(self) -> EarlierConfig:
         if (self.captions is None) != (self.where is None):
-            raise ValueError("captions and where belong together: give both, or neither")
+            raise ValueError(
+                "earlier.captions and earlier.where belong together: give both, or neither"
+            )
         return self
 
     def keys(self) -> np.ndarray:

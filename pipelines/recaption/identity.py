@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.recaption.config import GenerateConfig
+from vlv_model.checkpoints.digests import short
 from vlv_model.checkpoints.files import read_checkpoint
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
+
+_USUAL = GenerateConfig()
+_IN_IDENTITY = ("engine", "early_stopping", "temperature", "top_p", "seed", "postprocess")
+"""Settings that an identity has only if they are not the usual ones."""
 
 
 def caption_identity(
@@ -39,7 +45,24 @@ def caption_identity(
     return identity
 
 
-def model_fingerprint(model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig) -> str:
-    """16 hex digits of `caption_identity`."""
-    identity = caption_identity(model, checkpoint, generate)
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """16 hex digits of a `caption_identity`."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def as_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A `caption_identity` by the names of the settings that decide it, to say how two differ."""
+    num_queries, image_size, encoder_image_size, prompt = identity["sizes"]
+    generate = {name: getattr(_USUAL, name) for name in _IN_IDENTITY} | identity["generate"]
+    return {
+        "model.path (weights)": identity["weights"][:12],
+        "model.path (weights of its stage 1)": identity["parent"] and identity["parent"][:12],
+        **{f"model.{part}": short(found) for part, found in identity["base_models"].items()},
+        "model.num_queries": num_queries,
+        "model.image_size": image_size,
+        "model.encoder_image_size": encoder_image_size,
+        "model.prompt": prompt,
+        "model.preprocess": identity.get("preprocess", "default"),
+        "model.bottleneck": identity.get("bottleneck", "as trained"),
+        **{f"generate.{name}": value for name, value in generate.items()},
+    }

@@ -13,14 +13,20 @@ from pipelines.images.rows import CAPTION_ROW, JOINED_ROW
 from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
-from pipelines.recaption.identity import model_fingerprint
+from pipelines.recaption.identity import as_settings, caption_identity, fingerprint_of
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
 from pipelines.recaption.report import FILE as REPORT_FILE
 from pipelines.recaption.report import remove_derived_files, write_report
 from pipelines.recaption.survey import Survey, survey
 from pipelines.storage.files import is_file, remove_file
-from pipelines.storage.tables import IMAGE_ROW_GROUP, PUBLISHED_FILE, Table, read_json_object
+from pipelines.storage.tables import (
+    IMAGE_ROW_GROUP,
+    PUBLISHED_FILE,
+    Table,
+    check_same_settings,
+    read_json_object,
+)
 from vlv_model.squares import Square
 
 
@@ -32,6 +38,9 @@ class Recaption(ImageJob):
     model_notes: dict[str, Any] = field(kw_only=True)  # the model in the table's card
 
     def plan(self, table: Table) -> None:
+        # Before the fingerprints are compared, which tell nobody what differs.
+        if table.exists and (recorded := table.describe().get("captioner")):
+            check_same_settings(table.folder, recorded, self.notes["captioner"], "data.output")
         super().plan(table)
         if table.pending():
             remove_file(table.folder / PUBLISHED_FILE)  # it describes other rows
@@ -61,9 +70,11 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     from vlv_model.captioner import VLVCaptioner
 
     model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
-    fingerprint = model_fingerprint(model, checkpoint, config.generate)
+    made_of = caption_identity(model, checkpoint, config.generate)
+    fingerprint = fingerprint_of(made_of)
     assert checkpoint is not None
     earlier = config.earlier
+    actors = config.actors.on(config.ray)
     job = Recaption(
         kind="caption",
         data=config.data,
@@ -75,8 +86,8 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         },
         square=Square.of(model),
         step=CaptionImages,
-        arguments=(model, checkpoint, config.generate, fingerprint, config.actors.use_gpu),
-        actors=config.actors,
+        arguments=(model, checkpoint, config.generate, fingerprint, actors.use_gpu),
+        actors=actors,
         ray=config.ray,
         title="recaption",
         row_group=IMAGE_ROW_GROUP if config.join else ROW_GROUP,
@@ -84,7 +95,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         columns=(JOINED_ROW if config.join else CAPTION_ROW).names,
         among=earlier.keys if earlier.captions else None,
         sums={"tokens": "num_tokens"},
-        notes={"checked": True},
+        notes={"checked": True, "captioner": as_settings(made_of)},
         config=config,
         model_notes=model_notes(model, checkpoint, fingerprint),
     )

@@ -44,7 +44,8 @@ def open_engine(
 
         if device.type != "cuda":
             raise ConfigError(
-                "generate.engine=vllm needs a CUDA GPU: set use_gpu=true, or leave engine out"
+                "generate.engine=vllm needs a CUDA GPU: leave generate.engine out, or run where there is "
+                "one (with actors.use_gpu; jobs/caption.py: use_gpu)"
             )
         return VLLMEngine(
             open_captioner(model, checkpoint, generate, torch.device("cpu")), generate, device

@@ -42,6 +42,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
             "model.path must be a training run or a checkpoint: base models have no trained encoder"
         )
     info = read_checkpoint(checkpoint)
+    actors = config.actors.on(config.ray)
     job = Reconstruction(
         kind="reconstruction",
         data=config.data,
@@ -54,8 +55,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
         },
         square=Square.of(model),
         step=ReconstructImages,
-        arguments=(model, checkpoint, config.diffusion, config.actors.use_gpu),
-        actors=config.actors,
+        arguments=(model, checkpoint, config.diffusion, actors.use_gpu),
+        actors=actors,
         ray=config.ray,
         title="reconstruct",
         side_by_side=config.side_by_side,

@@ -86,6 +86,21 @@ class Commit:
 ADDED_SETTINGS = {"preprocess": "default"}
 """Identity settings that older tables do not record, and the values those tables were made with."""
 
+_DECIDED_BY = {
+    "weights": "model.path (weights)",
+    "parent": "model.path (weights of its stage 1)",
+    "base_models": "model.* (base models)",
+    "model": "model.*, generate.*",
+    "vae": "model.vae",
+    "image_size": "model.image_size",
+    "preprocess": "model.preprocess",
+    "precision": "encode.precision",
+    "files": "data.input (files)",
+    "rows": "data.input (rows)",
+    "layout": "data.input (layout)",
+}
+"""The settings that decide what of an identity is no setting itself, as an error shows it."""
+
 
 class Table:
     """A folder of committed Parquet parts; the module's docstring shows its layout."""
@@ -135,7 +150,11 @@ class Table:
         recorded |= described["identity"]
         required = [name for name, value in identity.items() if value is not None]
         self._check_version("setting", required, recorded)
-        check_same_settings(self.folder, recorded, identity, "data.output")
+        shown = [
+            {_DECIDED_BY.get(name, name): value for name, value in values.items()}
+            for values in (recorded, identity)
+        ]
+        check_same_settings(self.folder, shown[0], shown[1], "data.output")
         if columns and (files := self._commit_files()):
             names = read_schema(self.part(int(files[0].stem))).names
             self._check_version("column", columns, names)

@@ -48,11 +48,14 @@ class PairData(ImageData):
 
     captions: InputPathOrUrl | None = Field(
         None,
-        description="table of captions to join to data.input; default: data.input has the captions",
+        description="captions to join to data.input: a table, or Parquet, CSV, TSV, JSONL or JSON; "
+        "default: data.input has the captions",
     )
     caption_column: str = Field("caption", description="name of the caption column")
-    join_on: Literal["key", "url"] = Field(
-        "key", description="column that joins data.captions to data.input"
+    join_on: Literal["key", "url"] | None = Field(
+        None,
+        description="column that joins data.captions to data.input; default: `key` if the captions "
+        "have keys of ours, else their URLs",
     )
     output: OutputPathOrUrl | None = Field(
         None, description="folder of the joined pair table; default: <run_dir>/pairs"
@@ -75,7 +78,11 @@ class TrainConfig(Config):
         description="workers, one per GPU; [least, most]: as many as the cluster has room for; the "
         "run goes on with fewer when machines are lost",
     )
-    use_gpu: bool = Field(True, description="one CUDA GPU for each worker; false trains on CPUs")
+    use_gpu: bool | None = Field(
+        None,
+        description="one CUDA GPU for each worker; false trains on CPUs; default: true on a cluster, and "
+        "on a machine that has a GPU",
+    )
     cpus_per_worker: int = Field(
         1, ge=1, description="CPUs reserved per worker; also its number of reading threads"
     )
@@ -170,12 +177,12 @@ class TrainConfig(Config):
         if self.global_batch_size % self.rows_at_once:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} must be a multiple of "
-                f"micro_batch_size={self.rows_at_once}"
+                f"train.micro_batch_size={self.rows_at_once}"
             )
         if self.micro_batches < self.most_workers:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} has {self.micro_batches} "
-                f"micro-batches of {self.rows_at_once} rows for num_workers={self.most_workers}: "
+                f"micro-batches of {self.rows_at_once} rows for train.num_workers={self.most_workers}: "
                 "each worker needs one"
             )
         if self.offload_optimizer and not self.zero_stage:
@@ -187,7 +194,7 @@ class TrainConfig(Config):
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"train.warmup_steps={self.warmup_steps} must be less than steps={self.steps}"
+                f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}"
             )
         return self
 

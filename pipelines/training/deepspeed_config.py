@@ -19,10 +19,10 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
         # Reduces gradients during the backward pass; needs CUDA streams.
-        "overlap_comm": train.use_gpu,
+        "overlap_comm": bool(train.use_gpu),
     }
     if train.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": train.use_gpu}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": bool(train.use_gpu)}
     return {
         "train_batch_size": train.rows_at_once * accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.rows_at_once,

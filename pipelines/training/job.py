@@ -73,7 +73,7 @@ class OpenedRun:
 def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     """Check data, models and run folder without writing anything. Raises what `train` does."""
     run_dir = Path(config.run_dir)
-    config = run_folder.with_micro_batch_size(config, run_dir)
+    config = run_folder.with_micro_batch_size(_on_device(config), run_dir)
     recorded = run_folder.recorded(run_dir)
     parts = run_folder.parts_read(config)
     model, checkpoint = config.model.resolve(parts, run_folder.base_models(recorded))
@@ -95,6 +95,12 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     identity |= kept.identity
     run_folder.check_same_run(run_dir, identity)  # before a lock file is written into it
     return OpenedRun(config, model, checkpoint, files, rows, kept.keys, identity)
+
+
+def _on_device(config: Stage1Config | Stage2Config) -> Stage1Config | Stage2Config:
+    """`config` with the default of `train.use_gpu` decided."""
+    use_gpu = config.ray.uses_gpu(config.train.use_gpu)
+    return config.model_copy(update={"train": config.train.model_copy(update={"use_gpu": use_gpu})})
 
 
 def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
@@ -201,4 +207,4 @@ def _sampler(
         max_tokens=max_tokens,
         isolated=bool(validation),
     )
-    return samples.Sampler(task, train.steps, train.use_gpu, config.ray.pinned())
+    return samples.Sampler(task, train.steps, bool(train.use_gpu), config.ray.pinned())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,13 +55,19 @@ from pipelines.storage.tables import (
     parquet_files,
     plan_file,
 )
+from pipelines.training.captions import (
+    JoinOn,
+    caption_columns,
+    caption_files,
+    caption_rows,
+    join_column_of,
+)
 from vlv_model.errors import DataError
 
 if TYPE_CHECKING:
     from pipelines.training.config import Stage2Config
 
 KIND = "pair"
-JoinOn = Literal["key", "url"]
 
 _ROWS_PER_CHUNK = 256  # minimum; chunks are whole row groups
 _BATCH_ROWS = 65_536
@@ -88,7 +94,7 @@ def write_pairs(
     captions: str,
     output: str,
     caption_column: str = "caption",
-    join_on: JoinOn = "url",
+    join_on: JoinOn | None = None,
     ray: RayConfig | None = None,
 ) -> dict[str, int]:
     """Join an image table and a table of captions into a pair table (PAIR_ROW); returns counts.
@@ -106,7 +112,7 @@ def write_pairs(
     if not pairs:
         raise DataError(
             f"none of the {description['captions']} captions of {captions} matches an image of "
-            f"{images}: they were joined by {join_on} (data.join_on)"
+            f"{images}: they were joined by {job.join_on} (data.join_on)"
         )
     return {
         "pairs": pairs,
@@ -120,11 +126,14 @@ def write_pairs(
 class Pairs(TableJob):
     """The job that joins a table of images and a table of captions."""
 
-    def __init__(self, images: str, captions: str, caption_column: str, join_on: JoinOn) -> None:
+    def __init__(
+        self, images: str, captions: str, caption_column: str, join_on: JoinOn | None
+    ) -> None:
         self.image_files = parquet_files(images)
-        self.caption_files = parquet_files(captions, "data.captions")
+        self.caption_files = caption_files(captions)
         self.sources = {"data.input": images, "data.captions": captions}
-        self.caption_column, self.join_on = caption_column, join_on
+        self.caption_column = caption_column
+        self.join_on: JoinOn = join_on or join_column_of(self.caption_files[0])
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -274,11 +283,12 @@ def _sort_captions(
     counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
     buckets = sorting(_CAPTIONS, input_bytes(files))
     for file in files:
-        schema = read_schema(file)
+        schema = caption_columns(file)
         names = match_columns(schema, {}, str(file)) if join_on == "url" else {}
         join_column = names.get(join_on, join_on)
-        require_columns(schema, [join_column, caption_column], str(file))
-        for rows in read_parquet(file, [join_column, caption_column], _BATCH_ROWS):
+        where = f"{file} (data.join_on={join_on}, data.caption_column={caption_column})"
+        require_columns(schema, [join_column, caption_column], where)
+        for rows in caption_rows(file, [join_column, caption_column]):
             text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
             usable = pc.and_(has_text(text), rows[join_column].is_valid())
             counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()

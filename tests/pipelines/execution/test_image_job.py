@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipelines.cli.config import build
 from pipelines.execution import image_job as selection_module
 from pipelines.execution.cluster import InProcess
-from pipelines.execution.connection import RayConfig
+from pipelines.execution.connection import RayConfig, check_resources
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.read_images import ReadImages
 from pipelines.images.plans import make_plan, read_plan
@@ -240,3 +240,29 @@ def test_a_task_reads_no_more_of_a_larger_plan(tmp_path: Path) -> None:
         assert rows[0] == {
             "key": number * 14, "file": 0, "group": number // 8, "row": number * 2 % 16,
         }  # fmt: skip
+
+
+def test_use_gpu_defaults_to_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    here, cluster = RayConfig(), RayConfig(address="10.0.0.1:6379")
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert ActorConfig().on(here).use_gpu is has_gpu
+        assert ActorConfig().on(RayConfig(address="in-process")).use_gpu is has_gpu
+        assert ActorConfig().on(cluster).use_gpu is True  # it may start machines with GPUs
+        for given_value in (True, False):
+            assert ActorConfig(use_gpu=given_value).on(here).use_gpu is given_value
+            assert ActorConfig(use_gpu=given_value).on(cluster).use_gpu is given_value
+
+
+@pytest.mark.parametrize("asked", ["actors.num_actors=2", "train.num_workers=2"])
+def test_a_missing_gpu_names_the_setting_in_full(
+    asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = f"{asked.partition('.')[0]}.use_gpu=false"
+    with pytest.raises(RunError, match=f"^{asked}: 2 GPUs are needed, 0 are there: set {setting} "):
+        check_resources(RayConfig(), InProcess(), {"GPU": 2}, asked)
+    check_resources(RayConfig(address="10.0.0.1:6379"), InProcess(), {"GPU": 2}, asked)
+    line = capsys.readouterr().out
+    assert f"waiting for the cluster to start nodes ({setting} runs on CPUs)" in line

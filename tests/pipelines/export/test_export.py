@@ -17,7 +17,7 @@ from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
 from pipelines.export.job import export
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.identity import model_fingerprint
+from pipelines.recaption.identity import caption_identity, fingerprint_of
 from pipelines.tiny_world import scenes
 from tests.jobs.conftest import Job, job  # noqa: F401
 from tests.pipelines.export.conftest import Trained
@@ -87,7 +87,7 @@ def test_jobs_take_it_as_model_path(
     ]
     assert captions[0] == captions[1] != ""
     model, checkpoint = ModelSettings(path=str(exported)).resolve()
-    assert len(model_fingerprint(model, checkpoint, GenerateConfig())) == 16
+    assert len(fingerprint_of(caption_identity(model, checkpoint, GenerateConfig()))) == 16
     assert stages_of(exported) == ["stage1", "stage2"]  # stage 2 may go on from it
 
 
@@ -256,7 +256,8 @@ def test_a_published_checkpoint_is_imported(
     assert info.model.preprocess == "reference"
     usual = info.model.model_copy(update={"preprocess": "default"})
     made = [
-        model_fingerprint(m, tmp_path / "imported", GenerateConfig()) for m in (info.model, usual)
+        fingerprint_of(caption_identity(m, tmp_path / "imported", GenerateConfig()))
+        for m in (info.model, usual)
     ]
     assert made[0] != made[1]
     ended = job("export", tmp_path / "imported", "--from-reference", file, base)

@@ -235,7 +235,7 @@ def test_reencode_never_keeps_every_valid_file() -> None:
         assert (stored.data, stored.width, stored.height) == (data, 50, 30)
     with pytest.raises(DecodeError):
         store(encoded(photo(), "JPEG")[:-200], config)
-    with pytest.raises(ValueError, match="add resize=no"):
+    with pytest.raises(ValueError, match=r"add image\.resize=no"):
         ImageConfig(reencode="never")
 
 

@@ -141,10 +141,13 @@ def test_sampled_captions_depend_only_on_seed_and_key(captioner, images):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"temperature": 1.0}, "set num_beams=1"),
-        ({"top_p": 0.5, "num_beams": 1}, "need a temperature"),
+        ({"temperature": 1.0}, r"set generate\.num_beams=1, or leave generate\.temperature out"),
+        ({"top_p": 0.5, "num_beams": 1}, "need generate.temperature"),
         ({"temperature": 0.0, "num_beams": 1}, "temperature"),
-        ({"early_stopping": True, "num_beams": 1}, "early_stopping needs num_beams of at least 2"),
+        (
+            {"early_stopping": True, "num_beams": 1},
+            "generate.early_stopping needs generate.num_beams of at least 2",
+        ),
     ],
 )
 def test_contradictory_sampling_settings_are_refused(given, message):

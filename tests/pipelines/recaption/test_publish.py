@@ -90,6 +90,10 @@ def test_other_libraries_read_the_table(settings, pictures: Path) -> None:
 
     with pytest.raises(RunError, match="join: True there, None here"):
         recaption(settings(f"data.input={pictures}"))
+    with pytest.raises(RunError, match=r"\(generate.max_new_tokens: 8 there, 9 here\)"):
+        recaption(settings(f"data.input={pictures}", "join=true", "generate.max_new_tokens=9"))
+    with pytest.raises(RunError, match=r"\(generate.temperature: None there, 0.5 here\)"):
+        recaption(settings(f"data.input={pictures}", "join=true", "generate.temperature=0.5"))
     written = (folder / "README.md").stat().st_mtime_ns
     assert recaption(config) == {"ok": 3, "decode:not_an_image": 1}  # which is left as it is
     assert (folder / "README.md").stat().st_mtime_ns == written

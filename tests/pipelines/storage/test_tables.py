@@ -54,6 +54,14 @@ def test_error_for_another_run_names_the_setting_that_differs(tmp_path: Path) ->
     new_table(tmp_path / "t")
     with pytest.raises(RunError, match="a: 1 there, 2 here"):
         Table(tmp_path / "t").check_same_run("image", {"a": 2})
+    table = Table(tmp_path / "made")
+    table.create("reconstruction", {"weights": "8f", "preprocess": "default"}, 1)
+    for identity, line in (
+        ({"weights": "9e", "preprocess": "default"}, r"model\.path \(weights\): 8f there, 9e here"),
+        ({"weights": "8f", "preprocess": "reference"}, r"\(model\.preprocess: default there"),
+    ):
+        with pytest.raises(RunError, match=line):
+            table.check_same_run("reconstruction", identity)
     with pytest.raises(RunError, match="image table, not caption"):
         Table(tmp_path / "t").check_same_run("caption", {"a": 1})
 

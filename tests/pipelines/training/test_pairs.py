@@ -103,6 +103,43 @@ def test_urls_are_joined_in_any_spelling_of_column_and_host(tmp_path: Path) -> N
     assert pairs_of(tmp_path / "pairs") == {url(1): "one"}
 
 
+def test_captions_are_read_from_text_files_and_joined_by_what_they_have(tmp_path: Path) -> None:
+    images = image_table(tmp_path / "images", 3)
+    texts = {
+        "by_url.csv": f'URL,caption\n{url(0)},"one, two"\n{url(1)},three\n',
+        "by_key.csv": f'key,caption\n{url_key(url(0))},"one, two"\n{url_key(url(1))},three\n',
+        "by_url.jsonl": f'{{"url": "{url(0)}", "caption": "one, two"}}\n'
+        f'{{"url": "{url(1)}", "caption": "three"}}\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        output = str(tmp_path / f"{name}.pairs")
+        assert write_pairs(images, str(tmp_path / name), output)["pairs"] == 2
+        rows = pq.read_table(parquet_files(output))
+        found = dict(zip(rows["url"].to_pylist(), rows["caption"].to_pylist(), strict=True))
+        assert found == {url(0): "one, two", url(1): "three"}
+    teacher = captions_file(tmp_path, [{"url": url(2), "caption": "c", "key": "00012"}])
+    assert write_pairs(images, teacher, str(tmp_path / "parquet.pairs"))["pairs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,caption\n1,c\n", "data.captions: .* neither a column `key` .* has id, caption"),
+        ("key,caption\nabc,c\n", "column 'key' has other values .* data.join_on=url"),
+        ("url,words\nhttp://h/1,c\n", "data.caption_column=caption.* no column 'caption'"),
+    ],
+)
+def test_captions_that_cannot_be_joined_name_the_setting(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "captions.csv").write_text(text)
+    images = image_table(tmp_path / "images", 1)
+    with pytest.raises(DataError, match=message) as error:
+        write_pairs(images, str(tmp_path / "captions.csv"), str(tmp_path / "pairs"))
+    assert "\n" not in str(error.value)
+
+
 def test_urls_are_joined_as_they_are_sent_and_keys_stay(tmp_path: Path) -> None:
     listed = ["http://h.org/a b.png", "http://bücher.example/%7ex.png"]
     rows = [{"url": url, "image": {"bytes": b"x", "path": None}} for url in listed]  # a user's own
