@@ -16,13 +16,13 @@ import os
 import sys
 
 from pipelines.cli.main import main
-from pipelines.execution.progress import counts_table
 from pipelines.images.runs import last_run
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.estimate import estimate, plan_table
 from pipelines.ingest.job import ingest, plan_only
-from pipelines.ingest.report import REPORT
+from pipelines.ingest.outcome import cause_of_nothing, end_of_run, retry_line
 from pipelines.storage.tables import Table
+from vlv_model.errors import DataError
 
 
 def run(config: IngestConfig) -> None:
@@ -33,27 +33,17 @@ def run(config: IngestConfig) -> None:
         if plan.fetched:
             cpus = config.ray.num_cpus or os.cpu_count() or 1
             print(estimate(plan.fetched, table, config.image, cpus))
+        if table.exists and (failed := retry_line(table.counts())):
+            print(failed)
         return
     before = last_run(table)
     finished = before is not None and before.is_finished
     counts = ingest(config)
     last = last_run(table)
     assert last is not None
-    about = last.describe()
-    if finished and before == last:
-        print("this table is already complete: nothing was downloaded")
-    else:
-        fetched, marked, again = about["fetched"], about["marked"], about.get("again", 0)
-        print(
-            f"run {last.number}: {fetched:,} rows fetched ({again:,} of them again), {marked:,} with a "
-            "new status or new metadata"
-        )
-    print(counts_table(counts))
-    print(f"metadata rows read: {about['read']:,}")
-    for rule, rows in about["dropped"].items():
-        print(f"of these not fetched: {rule} {rows:,}")
-    print(f"image table: {config.data.output}")
-    print(f"report: {table.folder / REPORT}")
+    print(end_of_run(table, last, counts, had_work=not (finished and before == last)))
+    if cause := cause_of_nothing(counts, last.describe()["dropped"]):
+        raise DataError(cause)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,20 @@ from pipelines.cli.main import main
 from pipelines.execution.progress import counts_table
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.job import recaption
+from pipelines.recaption.summary import summary
+from pipelines.storage.tables import Table
+from vlv_model.errors import DataError
 
 
 def run(config: RecaptionConfig) -> None:
     counts = recaption(config)
     print(counts_table(counts))
+    print(summary(Table(config.data.output)))
     print(f"captions: {config.data.output}")
+    if not counts.get("ok"):
+        raise DataError(
+            f"no image has a caption: the column error of {config.data.output} says why"
+        )
 
 
 if __name__ == "__main__":

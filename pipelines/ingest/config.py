@@ -19,12 +19,16 @@ from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
 
-# The names that `retry` accepts, and the statuses that each stands for.
-_RETRY_STATUSES = {
+RETRY_STATUSES = {
     **{name: [status(DOWNLOAD, name)] for name in FAILURE_CLASSES},
     **{f"{DECODE}:{name}": [status(DECODE, name)] for name in decode.FAILURE_CLASSES},
     "transient": sorted(status(DOWNLOAD, name) for name in TRANSIENT),
+    "all": [
+        *(status(DOWNLOAD, name) for name in FAILURE_CLASSES),
+        *(status(DECODE, name) for name in decode.FAILURE_CLASSES),
+    ],
 }
+"""The names that `retry` accepts, and the statuses that each stands for."""
 
 
 class IngestData(Config):
@@ -52,7 +56,7 @@ class IngestConfig(Config):
     retry: tuple[str, ...] = Field(
         (),
         description="failure classes whose rows are retried, such as timeout,http_5xx; transient: "
-        "all classes for which a retry may succeed",
+        "all classes for which a retry may succeed; all: every class",
     )
     dry_run: bool = Field(
         False,
@@ -71,8 +75,8 @@ class IngestConfig(Config):
     @classmethod
     def _known_classes(cls, retry: tuple[str, ...]) -> tuple[str, ...]:
         for name in retry:
-            if name not in _RETRY_STATUSES:
-                raise ValueError(f"'{name}': expected some of {', '.join(_RETRY_STATUSES)}")
+            if name not in RETRY_STATUSES:
+                raise ValueError(f"'{name}': expected some of {', '.join(RETRY_STATUSES)}")
         return retry
 
     def identity(self) -> dict[str, Any]:
@@ -94,4 +98,4 @@ class IngestConfig(Config):
 
     def retried(self) -> frozenset[str]:
         """The statuses of `retry`."""
-        return frozenset(state for name in self.retry for state in _RETRY_STATUSES[name])
+        return frozenset(state for name in self.retry for state in RETRY_STATUSES[name])

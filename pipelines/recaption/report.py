@@ -72,6 +72,13 @@ def write_report(output: Table, survey: Survey, published: Mapping[str, Any]) ->
     write_atomically(output.folder / FILE, render(report))
 
 
+def sample_captions(output: Table, count: int) -> list[tuple[str, str]]:
+    """Name and caption of some random rows of status ok, the same ones each time."""
+    return [
+        (row["name"] or str(row["key"]), row["caption"]) for row in _sample_rows(output)[:count]
+    ]
+
+
 def remove_derived_files(output: Table) -> None:
     """Delete files that describe removed rows, and rewrite the card."""
     delete_derived_files(output)

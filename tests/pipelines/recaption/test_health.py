@@ -16,6 +16,7 @@ from pipelines.recaption.gate import GateConfig, check_gates
 from pipelines.recaption.health import health_of
 from pipelines.recaption.job import recaption
 from pipelines.recaption.similar import SimilarCaptions, signature
+from pipelines.recaption.summary import summary
 from pipelines.recaption.survey import survey
 from pipelines.storage.parquet import read_rows
 from pipelines.storage.tables import parquet_files
@@ -182,3 +183,22 @@ def test_only_selected_rows_are_captioned_again(settings, tmp_path: Path) -> Non
         recaption(nothing)
     with pytest.raises(ConfigError, match=r"earlier\.where"):
         recaption(settings(again[0], "earlier.where=no_column", f"data.output={tmp_path / 'm'}"))
+
+
+def test_a_finished_table_is_summed_up_in_words(tmp_path: Path) -> None:
+    good = [f"a photograph of number {n} on a wall" for n in range(4)]
+    table = caption_table(tmp_path / "t", [[*good, "red " * 40, "@@@@ ####", None]])
+    survey(InProcess(), table)
+    lines = summary(table).splitlines()
+    assert lines[0].startswith(
+        "health of 6 captions: 1 repeat themselves (17%), 1 no language (17%)"
+    )
+    assert len(lines) == 5
+    assert all(
+        any(caption[:20] in line for caption in (*good, "red ", "@@@@")) for line in lines[1:4]
+    )
+    assert all(len(line) <= 120 for line in lines[1:4])
+    assert lines[4] == f"report: {table.folder}/_report.html"
+    healthy = caption_table(tmp_path / "healthy", [["a dog on a wall", "two cats in a red box"]])
+    survey(InProcess(), healthy)
+    assert summary(healthy).startswith("health of 2 captions: no fault found\n")
