@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pydantic import Field
+from tqdm import tqdm
 
 from pipelines.cli.config import InputPathOrUrl
 from pipelines.execution.model import latest_checkpoint, step_of
@@ -47,7 +48,8 @@ def _table_text(path: str, table: Table) -> str:
     size = sum(table.part(commit.chunk).stat().st_size for commit in commits)
     lines = [
         f"{description['kind']} table {path}",
-        f"{len(commits):,} of {description['chunks']:,} chunks are written, {size / 1e9:,.2f} GB",
+        f"{len(commits):,} of {description['chunks']:,} chunks are written, "
+        f"{tqdm.format_sizeof(size, 'B')}",
     ]
     runs = runs_of(table)
     for run in runs:

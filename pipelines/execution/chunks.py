@@ -72,6 +72,7 @@ def run_chunks(
     done: Mapping[str, int],
     watch: Callable[[Mapping[str, int]], None] | None = None,
     sums: Mapping[str, str] | None = None,
+    start: str = "starting workers",
 ) -> None:
     """Pass the `pending` chunks of a table through `stages` on the `cluster` and commit the results.
 
@@ -85,10 +86,11 @@ def run_chunks(
         done: Rows by status of earlier attempts, where the bar starts.
         watch: Receives the rows by status of this attempt, after each chunk.
         sums: Columns whose sums the bar shows as rates, by the name that it shows.
+        start: What is waited for until the first chunk is done.
     """
     counts = Counter[str]()
     last = CommitChunk(write, sums or {})
-    with RowBar(title, total_rows, done) as bar:
+    with RowBar(title, total_rows, done, start) as bar:
         for chunks in cluster.datasets(pending):
             for row in stages(chunks, last).iter_rows():
                 statuses = json.loads(row["statuses"])

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from pipelines.cli.signals import interrupt_on_signals
+from pipelines.cli.waiting import waiting
 from pipelines.execution.cluster import Cluster, InProcess, RayCluster
 from vlv_model.config import Config
 from vlv_model.errors import RunError, one_line
@@ -149,7 +151,8 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
     if address := config.cluster:
         _check_reachable(address)
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            with waiting(f"connecting to Ray at {address}"):
+                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _no_ray(address, error) from None
     else:
@@ -159,14 +162,15 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         store = config.object_store_gb
         try:
-            ray.init(
-                "local",
-                num_cpus=config.num_cpus,
-                object_store_memory=int(store * 1e9) if store else None,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with waiting("starting Ray"), _dropping(b"RAY_BACKEND_LOG_LEVEL"):
+                ray.init(
+                    "local",
+                    num_cpus=config.num_cpus,
+                    object_store_memory=int(store * 1e9) if store else None,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
         except Exception as error:  # Ray raises that class itself
             raise RunError(
                 f"Ray did not start on this machine ({one_line(error)}): try again when it has cores, "
@@ -177,6 +181,28 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
             yield RayCluster()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _dropping(words: bytes) -> Iterator[None]:
+    """Hold back what is written to standard error in here, and drop lines with `words` from it.
+
+    Ray's core reports in a line of C++ that it reads its log level.
+    """
+    with tempfile.TemporaryFile() as held:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if words not in line))
 
 
 @contextmanager

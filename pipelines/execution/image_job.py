@@ -191,5 +191,8 @@ class ImageJob(TableJob):
 
         write = partial(table.write, row_group_size=self.row_group)
         total, done = table.describe()["planned_rows"], table.counts()
-        run_chunks(cluster, table.pending(), stages, write, self.title, total, done, sums=self.sums)
+        run_chunks(
+            cluster, table.pending(), stages, write, self.title, total, done,
+            sums=self.sums, start=f"{self.title}: loading the model, then the first rows",
+        )  # fmt: skip
         remove_folder(table.folder / ATTEMPTS)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 
 from tqdm import tqdm
+
+from pipelines.cli.waiting import waiting
 
 BUSY, PRESENT = "busy", "present"
 """Figures of a chunk: seconds in its actor's model, and seconds since that actor's chunk before."""
@@ -17,7 +20,8 @@ class RowBar:
     """A bar of a table's rows, with counts by status and rates of other figures.
 
     It starts at `done`, the rows by status of earlier attempts. Rates and shares cover this attempt, from
-    its first chunk on, so that start-up does not count; `clock` returns seconds.
+    its first chunk on, so that start-up does not count; `clock` returns seconds. Until that chunk a
+    terminal shows what is waited for instead: `start` … 12 s.
     """
 
     def __init__(
@@ -25,17 +29,20 @@ class RowBar:
         title: str,
         total_rows: int,
         done: Mapping[str, int],
+        start: str = "starting workers",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.statuses = Counter(done)
+        self._title, self._total = title, total_rows
+        self._start = ExitStack()
+        self._waiting = waiting(start)
         self._clock = clock
         self.figures = Counter[str]()
         self._first: float | None = None  # when the first chunk came
-        rows = sum(self.statuses.values())
-        self._bar = tqdm(total=total_rows, initial=rows, desc=title, unit="row")
-        self._bar.set_postfix_str(summary(self.statuses))
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> RowBar:
+        self._start.enter_context(self._waiting)
         return self
 
     def __exit__(
@@ -44,7 +51,9 @@ class RowBar:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        self._start.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, statuses: Mapping[str, int], figures: Mapping[str, float]) -> None:
         """Count a committed chunk."""
@@ -54,6 +63,12 @@ class RowBar:
             figures = {name: figures[name] for name in figures.keys() & {BUSY, PRESENT}}
         self.figures.update(figures)
         words = [summary(self.statuses), *self._rates(self._clock() - self._first)]
+        if self._bar is None:
+            self._start.close()
+            rows = sum(self.statuses.values())
+            self._bar = tqdm(total=self._total, initial=rows, desc=self._title, unit="row")
+            self._bar.set_postfix_str(" | ".join(words))
+            return
         self._bar.set_postfix_str(" | ".join(words), refresh=False)
         self._bar.update(sum(statuses.values()))
 

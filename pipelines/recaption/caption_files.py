@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from pipelines.cli.waiting import waiting
 from pipelines.execution.connection import quiet_libraries
 from pipelines.images.external import MAX_IMAGE_BYTES
 from pipelines.pictures.decode import DecodeError
@@ -59,18 +60,23 @@ def caption_files(config: CaptionConfig) -> None:
     output = _Output(config.format, alone=one)
     failed = len(problems)
     # Lines on the terminal are progress enough.
-    hide = one or sys.stdout.isatty() or not sys.stderr.isatty()
-    with tqdm(total=len(files), desc="caption", unit="image", disable=hide) as bar:
-        for file, caption, error in _captions(config, files, Square.of(model)):
+    shows_bar = not one and not sys.stdout.isatty() and sys.stderr.isatty()
+    bar: tqdm | None = None
+    for done, (file, caption, error) in enumerate(_captions(config, files, Square.of(model)), 1):
+        if bar is not None:
             bar.update()
-            if caption is not None:
-                output.add(file.path, caption)
-                continue
-            failed += 1
-            line = f"{escaped(file.path)} {error}"
-            if one:
-                raise DataError(line)
-            tqdm.write(line, file=sys.stderr)
+        elif shows_bar:  # from the first image on: the model's start is none of its time
+            bar = tqdm(total=len(files), initial=done, desc="caption", unit="image")
+        if caption is not None:
+            output.add(file.path, caption)
+            continue
+        failed += 1
+        line = f"{escaped(file.path)} {error}"
+        if one:
+            raise DataError(line)
+        tqdm.write(line, file=sys.stderr)
+    if bar is not None:
+        bar.close()
     output.end()
     if failed:
         total = len(files) + len(problems)
@@ -90,7 +96,9 @@ def _captions(
         pixels, reasons = _decoded(batch, square)
         captions: dict[int, str] = {}
         if pixels:
-            engine = engine or _open_engine(config)
+            if engine is None:
+                with waiting("loading the model"):
+                    engine = _open_engine(config)
             for position, caption, error in _caption(engine, batch, pixels):
                 if caption is not None:
                     captions[position] = config.generate.postprocessed(caption)

@@ -14,12 +14,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.cli.waiting import waiting
 from pipelines.execution import telemetry
 from pipelines.report.gallery import GalleryItem
 from pipelines.storage.files import write_atomically
@@ -116,7 +118,10 @@ class MetricsSink:
         self._ended = threading.Event()
 
     def __enter__(self) -> MetricsSink:
-        self._bar = tqdm(total=self.steps, desc=self.stage, unit="step")
+        # Its first lines come from the first step on: until then a bar would say nothing.
+        self._start = ExitStack()
+        self._start.enter_context(waiting(f"{self.stage}: starting workers, loading the model"))
+        self._bar: tqdm | None = None
         self._heldout = ""
         self._last: deque[dict[str, Any]] = deque(maxlen=50)
         self._thread.start()
@@ -125,7 +130,9 @@ class MetricsSink:
     def __exit__(self, failure: object, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        self._bar.close()
+        self._start.close()
+        if self._bar is not None:
+            self._bar.close()
         if self.sampler and not failure:
             self.sampler.finish(self._show)
         if self.run is not None:
@@ -154,23 +161,31 @@ class MetricsSink:
         step = event["step"]
         telemetry.TRAIN_STEP.set(step, **self._tags)
         if event["event"] == "start":
-            self._bar.n = step
-            self._bar.refresh()
+            bar = self._show_bar(step)
+            bar.n = step
+            bar.refresh()
             return
         for name, gauge in GAUGES.items():
             if event.get(name) is not None:
                 gauge.set(event[name], **self._tags)
         if event["event"] == "step":
             self._last.append(event)
-            waiting = f", waits {data_share(self._last):.1%}"
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waiting}")
+            waiting = f", {data_share(self._last):.0%} of the time waiting for rows"
+            bar = self._show_bar(step)
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {event['loss']:.4f}{self._heldout}{waiting}")
         elif event["event"] == "eval":
             loss = event["heldout_loss"]  # None when all held-out rows were removed
             self._heldout = "" if loss is None else f", held-out {loss:.4f}"
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self._log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
+
+    def _show_bar(self, step: int) -> tqdm:
+        if self._bar is None:
+            self._start.close()
+            self._bar = tqdm(total=self.steps, initial=step, desc=self.stage, unit="step")
+        return self._bar
 
     def _show(self, step: int, items: list[GalleryItem]) -> None:
         """Log samples to W&B: originals with reconstructions, or originals with captions."""

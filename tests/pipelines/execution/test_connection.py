@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.execution.connection import RAY_LOST, RayConfig, ray_session
+from pipelines.execution.connection import RAY_LOST, RayConfig, _dropping, ray_session
 from vlv_model.errors import RunError
 
 
@@ -163,3 +163,11 @@ def test_a_job_that_waits_for_a_task_is_unwound_by_a_signal(
     assert job.returncode == 128 + number, said
     assert "unwound\n" in out
     assert "Traceback" not in said
+
+
+def test_the_line_of_rays_log_level_is_dropped_and_others_are_kept(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with _dropping(b"RAY_BACKEND_LOG_LEVEL"):
+        os.write(2, b"an error\n[I] Set ray log level from RAY_BACKEND_LOG_LEVEL to 3\nlast")
+    assert capfd.readouterr().err == "an error\nlast"

@@ -34,3 +34,10 @@ def test_most_frequent_failures_come_first() -> None:
         "decode:corrupt          1   25.0%",
         "total                   4",
     ]
+
+
+def test_no_bar_is_shown_before_the_first_chunk() -> None:
+    said = io.StringIO()
+    with redirect_stderr(said), RowBar("recaption", 40, {"ok": 10}):
+        pass
+    assert said.getvalue() == ""
