@@ -7,7 +7,11 @@ RUN := $(VENV)/bin/python
 # tests to each at a time, in the order of tests/conftest.py.
 GROUPS := -n 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-faults fast check format lint types gpu lock audit clean
+.PHONY: help demo test test-faults fast check format lint types gpu lock audit clean
+
+help:  ## these targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; \
+		do printf '  make %-12s %s\n' "$$name" "$$what"; done
 
 demo: $(INSTALLED)  ## the whole path on this machine; FULL=1 trains all of it, PHOTOS=FOLDER takes your photographs
 	$(RUN) jobs/demo.py $(if $(FULL),full=true) $(if $(PHOTOS),'photos=$(PHOTOS)') $(ARGS)
@@ -30,11 +34,11 @@ format: $(INSTALLED)  ## rewrite the code in the one format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## formatting and lint, changing nothing
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-types: $(INSTALLED)
+types: $(INSTALLED)  ## mypy
 	$(VENV)/bin/mypy
 
 lock: $(INSTALLED)  ## cluster/requirements.lock from pyproject.toml: what stands in it stays where it may

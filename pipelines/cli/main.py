@@ -8,6 +8,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -73,6 +74,20 @@ def main(
         return BAD_INPUT if line else OUTPUT_CLOSED
 
 
+_subcommand = ""
+
+
+@contextmanager
+def as_subcommand(command: str) -> Iterator[None]:
+    """Let the help of a job that runs in here show `command` in place of its script."""
+    global _subcommand
+    _subcommand = command
+    try:
+        yield
+    finally:
+        _subcommand = ""
+
+
 def _reader_is_gone() -> bool:
     """Whether standard output is a pipe that nobody reads; such an error may also be a socket's."""
     output = select.poll()
@@ -83,7 +98,7 @@ def _reader_is_gone() -> bool:
 def _main(
     cls: type[C], run: Callable[[C], None], description: str, aliases: Mapping[str, str]
 ) -> int:
-    usage = f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
+    usage = _subcommand or f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
     if "" in aliases:
         several = " ..." if is_list(annotation_of(cls, aliases[""])) else ""
         usage += f" {aliases[''].upper()}{several}"
