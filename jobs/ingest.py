@@ -18,7 +18,7 @@ import sys
 from pipelines.cli.main import main
 from pipelines.images.runs import last_run
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.estimate import estimate, plan_table
+from pipelines.ingest.estimate import estimate, plan_table, site_requests
 from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.outcome import cause_of_nothing, end_of_run, retry_line
 from pipelines.storage.tables import Table
@@ -33,6 +33,8 @@ def run(config: IngestConfig) -> None:
         if plan.fetched:
             cpus = config.ray.num_cpus or os.cpu_count() or 1
             print(estimate(plan.fetched, table, config.image, cpus))
+            if line := site_requests(plan):
+                print(line)
         if table.exists and (failed := retry_line(table.counts())):
             print(failed)
         return

@@ -99,11 +99,13 @@ def parse_value(cls: type[Config], key: str, text: str) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-        if value is None or isinstance(value, list | dict) or Ellipsis not in get_args(annotation):
+        lists = [get_args(a) for a in _alternatives(annotation) if Ellipsis in get_args(a)]
+        is_switch = isinstance(value, bool) and bool in _alternatives(annotation)
+        if value is None or isinstance(value, list | dict) or is_switch or not lists:
             return value
         # A list of any length may be written without brackets: a,b,c.
         items = [item.strip() for item in text.split(",")]
-        return items if get_args(annotation)[0] is not int else [yaml.safe_load(i) for i in items]
+        return items if lists[0][0] is not int else [yaml.safe_load(i) for i in items]
     except _YAML_ERRORS:
         raise ConfigError(f"{key}: cannot read the value '{text}'") from None
 

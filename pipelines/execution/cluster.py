@@ -36,6 +36,11 @@ class Cluster(Protocol):
     def actors(self, least: int, most: int | None, **options: Any) -> Any:
         """A pool of actors, for the `compute` option of `map_batches`."""
 
+    def shared(self, kind: type) -> Any:
+        """The handle of one actor of this class, for all processes of the job as long as it is held;
+        None if this process is the only one. If the actor dies it begins again.
+        """
+
 
 class RayCluster:
     """The Ray that this process is connected to."""
@@ -75,6 +80,12 @@ class RayCluster:
 
         return ray.data.ActorPoolStrategy(min_size=least, max_size=most, **options)
 
+    def shared(self, kind: type) -> Any:
+        import ray
+
+        actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind)
+        return actor.remote()
+
 
 def _quiet_ray_data() -> None:
     # The import of ray.data sets its loggers up; the file handlers stay as they are.
@@ -98,6 +109,9 @@ class InProcess:
         yield LocalDataset(pa.table({"chunk": [chunk]}) for chunk in chunks)
 
     def actors(self, least: int, most: int | None, **options: Any) -> Any:
+        return None
+
+    def shared(self, kind: type) -> Any:
         return None
 
 

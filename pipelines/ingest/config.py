@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from pipelines.images.rows import DECODE, DOWNLOAD, status
 from pipelines.ingest.duplicates import DuplicateConfig
 from pipelines.ingest.web.config import DownloadConfig
 from pipelines.ingest.web.failures import FAILURE_CLASSES, TRANSIENT
+from pipelines.ingest.web.optout import recorded_rules
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
 
+RULES_SETTING = "download.respect_optout"
+
+# The names that `retry` accepts, and the statuses that each stands for.
 RETRY_STATUSES = {
     **{name: [status(DOWNLOAD, name)] for name in FAILURE_CLASSES},
     **{f"{DECODE}:{name}": [status(DECODE, name)] for name in decode.FAILURE_CLASSES},
@@ -93,8 +98,18 @@ class IngestConfig(Config):
             **{f"filter.{name}": value for name, value in values["filter"].items()},
             **{f"duplicates.{name}": value for name, value in values["duplicates"].items()},
             "download.max_bytes": self.download.max_bytes,
-            "download.respect_optout": self.download.respect_optout,
+            RULES_SETTING: list(self.download.rules),
         }
+
+    def with_rules_of(self, settings: Mapping[str, Any]) -> IngestConfig:
+        """These settings with the refusals that `settings` of a table's last run recorded, unless these
+        name them.
+        """
+        if self.download.respect_optout is not True or RULES_SETTING not in settings:
+            return self
+        rules = recorded_rules(settings[RULES_SETTING])
+        download = self.download.model_copy(update={"respect_optout": rules})
+        return self.model_copy(update={"download": download})
 
     def retried(self) -> frozenset[str]:
         """The statuses of `retry`."""

@@ -6,12 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
+import duckdb
+
 from pipelines.images.runs import runs_of
 from pipelines.ingest.plan import Plan
 from pipelines.ingest.run_statistics import last_throughput
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.files import is_url
-from pipelines.storage.tables import Table
+from pipelines.storage.tables import PLAN, Table
 
 # Assumptions for a table without measurements.
 _BYTES_PER_PIXEL = {"jpeg": 0.4, "webp": 0.3, "png": 1.7}  # of photographs; quality 95
@@ -71,6 +73,29 @@ def stored_size(image: ImageConfig) -> float:
         return _BYTES_AT_ORIGINAL_SIZE
     pixels = image.size**2 if image.enlarge else min(image.size**2, _MAX_PIXELS)
     return _BYTES_PER_PIXEL[image.format] * pixels + _BYTES_PER_ROW
+
+
+def count_sites(folder: Path) -> int:
+    """The sites (scheme, host and port) of the rows that the plan in a local folder fetches."""
+    site = "regexp_extract(url, '^[A-Za-z]+://[^/?#]*')"
+    with duckdb.connect() as database:
+        found = database.execute(
+            f"SELECT count(DISTINCT {site}) FROM read_parquet(?) WHERE mark IS NULL",
+            [f"{folder}/*{PLAN}"],
+        ).fetchone()
+    return int(found[0]) if found else 0
+
+
+def site_requests(plan: Plan) -> str:
+    """One line with the requests for the sites' rules, from a dry run's plan; empty if there are none."""
+    if not plan.sites:
+        return ""
+    requests = len(plan.site_files) * plan.sites
+    return (
+        f"about {requests:,} more requests for the rules of {plan.sites:,} sites "
+        f"({requests / plan.fetched:.2f} for each row), as download.respect_optout has "
+        f"{' and '.join(plan.site_files)}; sites that images redirect to add theirs"
+    )
 
 
 def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,20 @@ from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import FOLDER, Run, last_run, next_run
-from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.config import RULES_SETTING, IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
-from pipelines.ingest.estimate import estimate, rows_per_file
+from pipelines.ingest.estimate import count_sites, estimate, rows_per_file
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, remove_report, write_report
-from pipelines.ingest.run_statistics import ThroughputLog, write_link_rot
+from pipelines.ingest.run_statistics import ThroughputLog, write_host_statistics
 from pipelines.ingest.steps import ImageFetcher, IngestChunk, WritePart, fetchers_of
 from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
+from pipelines.ingest.web.optout import DEFAULT_RULES, Rule, recorded_rules
 from pipelines.ingest.web.proxy import Proxy, check_proxy
+from pipelines.ingest.web.rules_store import RulesStore
+from pipelines.ingest.web.site_rules import SITE_RULES
 from pipelines.lists.input_files import input_files
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.folders import is_folder, remove_folder
@@ -78,9 +82,15 @@ class Ingest(TableJob):
 
     def plan(self, table: Table) -> None:
         """Continue the last run, or plan a new one."""
+        given = self.config.download.respect_optout
+        last = last_run(table) if table.exists else None
+        settings = last.describe()["settings"] if last else {}
+        self.config = self.config.with_rules_of(settings)
         self.current = self._continue_or_plan(table)
         self.was_done = self.is_done(table)
         download = self.config.download
+        if not self.was_done and self.current.describe()["fetched"]:
+            _tell_of_rules(given, self.config, settings)
         if download.proxy is None:
             warn_of_ignored_proxies()
         elif not self.was_done and self.current.describe()["fetched"]:
@@ -103,7 +113,7 @@ class Ingest(TableJob):
                 raise RunError(
                     f"{table.folder} holds a table without runs: choose another data.output"
                 )
-            same = last.describe()["settings"] == settings
+            same = _comparable(last.describe()["settings"]) == settings
             if same and not (last.is_finished and (self.config.retry or table.pending())):
                 return last
         else:
@@ -112,7 +122,8 @@ class Ingest(TableJob):
         chunks = _plan_into(run.plan_folder, files, self.config, table, plan)
         if chunks is not None:
             write_atomically(table.folder / CHUNKS_FILE, chunks)
-        about = {name: value for name, value in vars(plan).items() if name != "chunks"}
+        skipped = ("chunks", "sites", "site_files")
+        about = {name: value for name, value in vars(plan).items() if name not in skipped}
         run.begin(settings, plan.chunks, **about)
         if not table.exists:
             table.create(KIND, self.config.identity(), len(plan.chunks))
@@ -130,10 +141,13 @@ class Ingest(TableJob):
                 cpus = cluster.resources().get("CPU", 1)
                 print(estimate(fetched, table, self.config.image, cpus), flush=True)
             throughput = ThroughputLog(run)
+            rules_store = _rules_store(cluster, self.config)  # ends when no name holds it
             run_chunks(
                 cluster,
                 pending,
-                partial(_stages, cluster=cluster, config=self.config, run=run),
+                partial(
+                    _stages, cluster=cluster, config=self.config, run=run, rules_store=rules_store
+                ),
                 WritePart(table, run),
                 "ingest",
                 fetched,
@@ -143,7 +157,7 @@ class Ingest(TableJob):
             throughput.write()
         marks = run.folder / "copies"
         mark_duplicates(cluster, table, self.config.duplicates, run.number, marks)
-        write_link_rot(cluster, table, run)
+        write_host_statistics(cluster, table, run)
 
     def finish(self, table: Table) -> None:
         if not self.was_done:
@@ -159,9 +173,56 @@ def plan_only(config: IngestConfig) -> Plan:
     table, plan = Table(config.data.output), Plan()
     if is_folder(table.folder):
         table.check_same_run(KIND, config.identity(), IMAGE_ROW.names)
+    if table.exists and (last := last_run(table)):
+        config = config.with_rules_of(last.describe()["settings"])
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
         _plan_into(Path(folder), input_files(config.data.input), config, table, plan)
+        plan.site_files = [rule for rule in config.download.rules if rule in SITE_RULES]
+        if plan.site_files:
+            plan.sites = count_sites(Path(folder))
     return plan
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings, as this version would record them."""
+    rules = {
+        name: list(recorded_rules(settings[name])) for name in settings.keys() & {RULES_SETTING}
+    }
+    return {**settings, **rules}
+
+
+def _tell_of_rules(
+    given: bool | tuple[Rule, ...], config: IngestConfig, recorded: Mapping[str, Any]
+) -> None:
+    """Print a line if the rules of a table's last run are others than a new table's, or than these."""
+    if RULES_SETTING not in recorded:
+        return
+    before, now = recorded_rules(recorded[RULES_SETTING]), config.download.rules
+    if before != now:
+        print(
+            f"{RULES_SETTING}: {_words(now)} from this run on, {_words(before)} before; rows of earlier "
+            "runs stay as they are (retry=opted_out fetches the refused ones again)",
+            file=sys.stderr,
+        )
+    elif given is True and now != DEFAULT_RULES:
+        print(
+            f"{RULES_SETTING}: this table keeps its rules: {_words(now)}; a new table has "
+            f"{_words(DEFAULT_RULES)}: name rules to change them",
+            file=sys.stderr,
+        )
+
+
+def _words(rules: Sequence[Rule]) -> str:
+    return ",".join(rules) or "none"
+
+
+def _rules_store(cluster: Cluster, config: IngestConfig) -> Any:
+    """The handle of the store of the sites' rules; None if one process fetches alone, or none reads them."""
+    if not set(config.download.rules) & set(SITE_RULES):
+        return None
+    fetchers, _ = fetchers_of(cluster.cpus_by_node())
+    is_alone = fetchers == 1 and not config.ray.cluster
+    return None if is_alone else cluster.shared(RulesStore)
 
 
 def _plan_into(
@@ -179,7 +240,12 @@ def _plan_into(
 
 
 def _stages(
-    chunks: Any, last: CommitChunk, cluster: Cluster, config: IngestConfig, run: Run
+    chunks: Any,
+    last: CommitChunk,
+    cluster: Cluster,
+    config: IngestConfig,
+    run: Run,
+    rules_store: Any,
 ) -> Any:
     """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
     nodes = cluster.cpus_by_node()
@@ -190,7 +256,7 @@ def _stages(
     fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
     in_flight = min(at_most, max(at_least, fitting))
     download = config_per_process(config.download, fetchers, cpus)
-    settings = (download, config.image, config.filter, decoders)
+    settings = (download, config.image, config.filter, decoders, rules_store)
     return chunks.map_batches(
         IngestChunk,
         fn_constructor_args=(ImageFetcher, settings, run, Table(config.data.output), last),

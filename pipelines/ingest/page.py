@@ -1,4 +1,4 @@
-"""The report page of an image table: rows by status, runs, samples of each status, dead links."""
+"""The report page of an image table: rows by status, runs, samples of each status, dead links, refusals."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class IngestReport:
     samples: Sequence[Sample] = field(default_factory=list)  # in any order
     hosts: Sequence[tuple[str, int, int, str]] = field(default_factory=list)
     """Host, failed rows, all rows, most common failure; in order of failed rows."""
+    refusals: Sequence[tuple[str, str, int]] = field(default_factory=list)
+    """Host, rule, refused rows; in order of rows."""
 
     def samples_by_status(self) -> list[tuple[str, list[Sample]]]:
         """`ok` first."""

@@ -47,7 +47,7 @@ _MAX_GROWTH = 32  # of the rows of a chunk, when a longer list falls into the sa
 
 @dataclass
 class Plan:
-    """The numbers of a plan; all but `chunks` are rows."""
+    """The numbers of a plan; all but `chunks` and those of sites are rows."""
 
     chunks: list[int] = field(default_factory=list)  # the chunks to work on
     fetched: int = 0  # to be fetched
@@ -57,6 +57,9 @@ class Plan:
     read: int = 0  # of the list
     dropped: dict[str, int] = field(default_factory=dict)  # by the first rule that they fail
     failing: dict[str, int] = field(default_factory=dict)  # by each rule that they fail
+    # Of a dry run alone:
+    sites: int = 0  # of the rows to be fetched
+    site_files: list[str] = field(default_factory=list)  # the rules that each site has in a file
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:

@@ -13,7 +13,12 @@ import numpy as np
 from pipelines.images.rows import DOWNLOAD, OK
 from pipelines.images.runs import Run, last_run, runs_of
 from pipelines.ingest.page import IngestReport, RunLine, Sample, render
-from pipelines.ingest.run_statistics import OTHERS, last_throughput, read_link_rot
+from pipelines.ingest.run_statistics import (
+    OTHERS,
+    last_throughput,
+    read_link_rot,
+    read_refusals,
+)
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table
@@ -47,6 +52,7 @@ def write_report(table: Table, hides: Callable[[str], bool] = lambda host: False
         runs=[_line(run) for run in runs_of(table)],
         samples=_samples(table),
         hosts=_hosts(last, hides),
+        refusals=_refusals(last, hides),
     )
     write_atomically(table.folder / REPORT, render(report))
 
@@ -126,3 +132,12 @@ def _hosts(run: Run, hides: Callable[[str], bool]) -> list[tuple[str, int, int, 
         (host, failed[host].total(), rows[host], failed[host].most_common(1)[0][0])
         for host in worst
     ]
+
+
+def _refusals(run: Run, hides: Callable[[str], bool]) -> list[tuple[str, str, int]]:
+    """Host, rule and rows; those with most rows."""
+    lines = [line for line in read_refusals(run) if line["host"] != OTHERS]
+    shown = [
+        (line["host"], line["rule"], line["rows"]) for line in lines if not hides(line["host"])
+    ]
+    return sorted(shown, key=lambda line: (-line[2], line))[:_HOSTS_SHOWN]

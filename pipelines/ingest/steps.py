@@ -67,9 +67,15 @@ class ImageFetcher:
     """Maps METADATA_ROW rows to IMAGE_ROW rows, in the same order."""
 
     def __init__(
-        self, download: DownloadConfig, image: ImageConfig, filters: FilterConfig, decoders: int
+        self,
+        download: DownloadConfig,
+        image: ImageConfig,
+        filters: FilterConfig,
+        decoders: int,
+        rules_store: Any = None,
     ) -> None:
-        self.downloader = Downloader(download)
+        """`rules_store` as in Downloader."""
+        self.downloader = Downloader(download, rules_store=rules_store)
         self.decoders = DecoderPool(decoders, image, filters)
 
     def __call__(self, rows: pa.Table) -> pa.Table:

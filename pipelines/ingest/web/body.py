@@ -14,6 +14,8 @@ from pipelines.ingest.web.content_encodings import content_encodings, decode_bod
 from pipelines.ingest.web.failures import DownloadError
 from pipelines.pictures.formats import image_format, sniff_length
 
+_MAX_UNPACKED = 8  # times the limit of a small file that is compressed
+
 
 @dataclass
 class Response:
@@ -69,6 +71,22 @@ async def read_body(response: Response, reservation: BodyReservation, max_bytes:
     if not checked:
         check_image(data, media_type)
     return data
+
+
+async def read_text(response: Response, reservation: BodyReservation, max_bytes: int) -> bytes:
+    """The first `max_bytes` bytes of a small file, without its content encodings; the rest is not read.
+
+    Raises DownloadError, also for a compressed file that unpacks to far more, and what
+    `response.pieces` raises.
+    """
+    body = bytearray()
+    async for piece in response.pieces:
+        body += piece
+        if len(body) >= max_bytes:
+            break
+    if encodings := content_encodings(response.headers):
+        body = bytearray(decode_body(body, encodings, _MAX_UNPACKED * max_bytes))
+    return bytes(body[:max_bytes])
 
 
 def content_type_of(headers: MultiMapping[str]) -> str:

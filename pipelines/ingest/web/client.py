@@ -1,4 +1,4 @@
-"""The HTTP client: one GET request, whose result is the body of an image or the target of a redirect.
+"""The HTTP client: one GET request, whose result is a body or the target of a redirect.
 
     aiohttp, whose parser is fast and strict -> response
         '-- cannot read it -> lenient.py, on a connection of its own -> response
@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from pipelines.ingest.web.addresses import Resolver
-from pipelines.ingest.web.body import MalformedResponseError, Response, read_body
+from pipelines.ingest.web.body import MalformedResponseError, Response, read_body, read_text
 from pipelines.ingest.web.byte_budget import BodyReservation
 from pipelines.ingest.web.concurrency import RequestWindow
 from pipelines.ingest.web.config import DownloadConfig
@@ -31,7 +31,7 @@ from pipelines.ingest.web.failures import (
     retry_after,
 )
 from pipelines.ingest.web.lenient import LenientClient
-from pipelines.ingest.web.optout import AGENT, agent_of, opted_out
+from pipelines.ingest.web.optout import AGENT, agent_of, header_refusal
 from pipelines.ingest.web.proxy import (
     AUTH_REQUIRED,
     PROBE_URL,
@@ -108,8 +108,13 @@ class HttpClient:
         """Close the connections."""
         await self.session.close()
 
-    async def get(self, target: URL, reservation: BodyReservation) -> bytes | URL:
-        """The body, or the target of a redirect. Raises DownloadError and connection errors."""
+    async def get(
+        self, target: URL, reservation: BodyReservation, text_bytes: int | None = None
+    ) -> bytes | URL:
+        """The body of an image, or the target of a redirect. Raises DownloadError and connection errors.
+
+        With `text_bytes`, the first bytes of a file of any kind, to which no refusal applies.
+        """
         if self.proxy is not None and not self.config.allow_private:
             refuse_private(target)
         proxied = _proxy_arguments(self.proxy, target) if self.proxy is not None else {}
@@ -117,7 +122,7 @@ class HttpClient:
             async with self.session.get(target, allow_redirects=False, **proxied) as response:
                 stop = _raise_parser_errors(response)
                 try:
-                    return await self._result(target, _strict(response), reservation)
+                    return await self._result(target, _strict(response), reservation, text_bytes)
                 finally:
                     stop()
         except aiohttp.ClientHttpProxyError as error:
@@ -126,10 +131,14 @@ class HttpClient:
             raise
         except (aiohttp.ClientResponseError, HttpProcessingError, MalformedResponseError):
             async with self.lenient.get(target) as lenient_response:
-                return await self._result(target, lenient_response, reservation)
+                return await self._result(target, lenient_response, reservation, text_bytes)
 
     async def _result(
-        self, target: URL, response: Response, reservation: BodyReservation
+        self,
+        target: URL,
+        response: Response,
+        reservation: BodyReservation,
+        text_bytes: int | None,
     ) -> bytes | URL:
         status, headers = response.status, response.headers
         # A server may send a 407 too. In a tunnel only the server answers.
@@ -138,15 +147,18 @@ class HttpClient:
             raise auth_error(self.proxy)
         location = headers.get("Location")
         redirects = status in _REDIRECTS or (status == 300 and location)
+        if status == 204 and text_bytes is not None:
+            return b""
         if not redirects and (not 200 <= status < 300 or status == 204):
             raise DownloadError(
                 http_class(status),
                 f"HTTP {status} {response.reason}".rstrip(),
                 retry_after=retry_after(headers.get("Retry-After")),
             )
-        tags = headers.getall("X-Robots-Tag", ())
-        if self.config.respect_optout and (directive := opted_out(tags, self.agents)):
-            raise DownloadError("opted_out", f"X-Robots-Tag: {directive}")
+        if text_bytes is None:
+            refusal = header_refusal(headers, self.config.rules, self.agents)
+            if refusal is not None:
+                raise DownloadError("opted_out", refusal)
         if redirects:
             if not location:
                 raise DownloadError("redirects", f"HTTP {status} without Location")
@@ -154,6 +166,8 @@ class HttpClient:
         if status == 206:
             check_range(headers.get("Content-Range"))
         try:
+            if text_bytes is not None:
+                return await read_text(response, reservation, text_bytes)
             return await read_body(response, reservation, self.config.max_bytes)
         except (TimeoutError, asyncio.CancelledError):
             self.window.shrink()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipelines.ingest.web.optout import AGENT
+from pipelines.ingest.web.optout import AGENT, DEFAULT_RULES, RULES, Rule
 from pipelines.ingest.web.proxy import ProxyURL
 from vlv_model.config import Config
 
@@ -57,8 +57,13 @@ class DownloadConfig(Config):
         "others can see a command line); the proxy resolves host names and so decides which addresses "
         "are reached: only private addresses in URLs are still refused; default: none, http_proxy is ignored",
     )
-    respect_optout: bool = Field(
-        True, description="honour X-Robots-Tag: noai, noimageai, noindex, noimageindex"
+    respect_optout: bool | tuple[Rule, ...] = Field(
+        True,
+        description="owners' refusals to honour: x_robots_tag (header X-Robots-Tag: noai, noimageai, "
+        "noindex, noimageindex), noml (X-Robots-Tag: noml), tdm_header (tdm-reservation: 1), robots_txt "
+        "and tdm_file (/.well-known/tdmrep.json), which each cost one request to every host, "
+        "content_usage (Content-Usage: train-ai=n, as a header and in robots.txt); true: those of the "
+        f"table, of a new table {', '.join(DEFAULT_RULES)}; false: none",
     )
     user_agent: str = Field(
         f"{AGENT}/1.0 (VLV image dataset ingest; honours X-Robots-Tag: noai)",
@@ -93,6 +98,24 @@ class DownloadConfig(Config):
     def read_timeout(self) -> float:
         """Seconds without a byte from the server."""
         return self.total_timeout / 3
+
+    @field_validator("respect_optout", mode="before")
+    @classmethod
+    def _known_rules(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        names = value if isinstance(value, list | tuple) else [value]
+        for name in names:
+            if name not in RULES:
+                raise ValueError(f"'{name}': expected true, false or some of {', '.join(RULES)}")
+        return tuple(names)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The refusals to honour, in the order of RULES."""
+        if isinstance(self.respect_optout, bool):
+            return DEFAULT_RULES if self.respect_optout else ()
+        return tuple(rule for rule in RULES if rule in self.respect_optout)
 
 
 def config_per_process(config: DownloadConfig, processes: int, cpus: float) -> DownloadConfig:

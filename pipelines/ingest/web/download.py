@@ -2,8 +2,9 @@
 
 A `Downloader` is an event loop in its own thread, with one pool of connections:
 
-    URL -> slot of its host, slot of the process, byte budget -> [connect, redirects, headers, body] -> use
-              ^---------------- retry with backoff, outside the slots, for transient classes <---'
+    URL -> rules of its site -> slot of its host, slot of the process, byte budget
+              ^                     -> [connect, redirects, headers, body] -> use
+              '---------- retry with backoff, outside the slots, for transient classes <---'
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from pipelines.ingest.web.environment import requests_that_fit
 from pipelines.ingest.web.failures import DownloadError, classify, clean, parse_url
 from pipelines.ingest.web.hosts import CircuitBreakers, host_name
 from pipelines.ingest.web.proxy import Outage, Proxy
+from pipelines.ingest.web.robots import MAX_BYTES
+from pipelines.ingest.web.site_rules import MAX_REDIRECTS, SiteRulesChecker, make_checker
+from vlv_model.errors import RunError
 
 T = TypeVar("T")
 
@@ -61,9 +65,11 @@ class Downloader:
         budget: ByteBudget | None = None,
         socket_factory: SocketFactoryType = public_socket,
         outage: Outage | None = None,
+        rules_store: Any = None,
     ) -> None:
         """`window`, `budget` and `outage` replace those of the configuration; `socket_factory` makes
-        the sockets, unless private addresses are allowed.
+        the sockets, unless private addresses are allowed; `rules_store` is the handle of a RulesStore
+        that the downloaders of other processes use too.
         """
         self.config, self.socket_factory = config, socket_factory
         self.loop = asyncio.new_event_loop()
@@ -86,7 +92,7 @@ class Downloader:
         if config.proxy and outage is None:
             outage = Outage(Proxy.parse(config.proxy))
         self.outage = outage
-        self.client = self._run(self._open_client())
+        self.client, self.site_rules = self._run(self._open(rules_store))
 
     def map_urls(self, urls: Sequence[str], use: Callable[[Fetched], Awaitable[T]]) -> list[T]:
         """Fetch `urls` in any order and return `use(fetched)` of each, in the order of `urls`.
@@ -117,17 +123,25 @@ class Downloader:
 
     def close(self) -> None:
         """Close the connections and end the thread."""
-        self._run(self.client.close())
+        self._run(self._close())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def _open_client(self) -> HttpClient:
+    async def _open(self, rules_store: Any) -> tuple[HttpClient, SiteRulesChecker | None]:
         factory = None if self.config.allow_private else self.socket_factory
         # asyncio stops reading from a connection at twice its buffer size.
         buffer = self.budget.reservation // 2
-        return HttpClient(self.config, self.window, factory, buffer, self.has_few_files)
+        client = HttpClient(self.config, self.window, factory, buffer, self.has_few_files)
+        return client, make_checker(
+            self.config.rules, client.agents, self._fetch_rules, rules_store
+        )
+
+    async def _close(self) -> None:
+        if self.site_rules is not None:
+            await self.site_rules.close()
+        await self.client.close()
 
     # ------------------------------------------------------------------------------ one URL
 
@@ -136,28 +150,40 @@ class Downloader:
 
         Every failure of the web becomes a status. Raises RunError if the proxy stays unavailable.
         """
-        attempt = 0
+        try:
+            data = await self._with_retries(lambda: self._fetch_image(parse_url(url), priority))
+        except DownloadError as failure:
+            return Fetched(None, status(DOWNLOAD, failure.kind), clean(str(failure)))
+        return Fetched(data, OK)
+
+    async def _with_retries(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+        """The result of an attempt. Raises the last one's DownloadError; RunError as `fetch` does."""
+        number = 0
         proxy_failed_at: float | None = None  # the first time
         while True:
             try:
-                return Fetched(await self._attempt(parse_url(url), priority), OK)
+                return await attempt()
+            except RunError:
+                raise
             except TimeoutError as error:
                 limit = f"not done in {self.config.total_timeout:g} seconds"
                 failure = DownloadError("timeout", str(error) or limit)
             except Exception as error:  # servers cause errors of any type
                 failure = classify(error)
+            if failure.final:
+                raise failure
             if self.outage is not None and failure.kind == "timeout":
                 failure = await self.outage.judge(failure, self.client.proxy_status)
             if self.outage is not None and failure.kind == "proxy":
                 proxy_failed_at = proxy_failed_at or time.monotonic()
                 if await self.outage.wait(failure, proxy_failed_at):
                     continue
-                attempt = self.config.retries
-            delay = self._delay(failure, attempt)
+                number = self.config.retries
+            delay = self._delay(failure, number)
             if delay is None:
-                return Fetched(None, status(DOWNLOAD, failure.kind), clean(str(failure)))
+                raise failure
             await asyncio.sleep(delay)
-            attempt += 1
+            number += 1
 
     def _end_outage(self) -> None:
         if self.outage is not None:
@@ -175,30 +201,59 @@ class Downloader:
         backoff = self.config.retry_delay * 2**attempt * random.uniform(0.5, 1.5)
         return max(failure.retry_after, backoff)
 
-    async def _attempt(self, target: URL, priority: int) -> bytes:
+    async def _fetch_image(self, target: URL, priority: int) -> bytes:
         seconds_left = self.config.total_timeout
         for _ in range(self.config.max_redirects + 1):
-            # Each hop takes a slot of its own host: many hosts may redirect to one.
-            async with self._slots_of(host_name(target)).slot(priority):
-                self.breakers.check(target)
-                async with self.window.slot(priority):
-                    result, seconds = await self._hop(target, seconds_left)
+            if self.site_rules is not None:  # before a slot is taken: it may need one itself
+                await self.site_rules.check(target, priority)
+            result, seconds = await self._hop(target, priority, seconds_left)
             if isinstance(result, bytes):
+                if self.budget.is_free:  # otherwise requests wait for the decoders, not for a slot
+                    self.window.grow()
+                INGEST_BYTES.add(len(result))
                 return result
             seconds_left -= seconds
             target = result
         raise DownloadError("redirects", f"more than {self.config.max_redirects} redirects")
 
-    async def _hop(self, target: URL, seconds_left: float) -> tuple[bytes | URL, float]:
-        """The body, or the target of a redirect; and the seconds that it took."""
+    async def _fetch_rules(self, target: URL, priority: int) -> bytes:
+        """A file with a site's rules, with retries. Raises DownloadError; RunError as `fetch` does."""
+        return await self._with_retries(lambda: self._fetch_text(target, priority))
+
+    async def _fetch_text(self, target: URL, priority: int) -> bytes:
+        seconds_left = self.config.total_timeout
+        for _ in range(MAX_REDIRECTS + 1):
+            result, seconds = await self._hop(target, priority, seconds_left, MAX_BYTES)
+            if isinstance(result, bytes):
+                return result
+            seconds_left -= seconds
+            target = result
+        raise DownloadError("redirects", f"more than {MAX_REDIRECTS} redirects")
+
+    async def _hop(
+        self, target: URL, priority: int, seconds_left: float, text_bytes: int | None = None
+    ) -> tuple[bytes | URL, float]:
+        """The body, or the target of a redirect; and the seconds that it took.
+
+        Each hop takes a slot of its own host: many hosts may redirect to one. `text_bytes` as in
+        `HttpClient.get`.
+        """
+        async with self._slots_of(host_name(target)).slot(priority):
+            self.breakers.check(target)
+            async with self.window.slot(priority):
+                return await self._request(target, seconds_left, text_bytes)
+
+    async def _request(
+        self, target: URL, seconds_left: float, text_bytes: int | None
+    ) -> tuple[bytes | URL, float]:
         # If earlier hosts have used up the time, a time-out does not count against this one.
         is_fair = seconds_left >= self.config.read_timeout
         try:
             async with BodyReservation(self.budget, seconds_left) as reservation:
                 began = time.monotonic()
-                result = await self.client.get(target, reservation)
+                result = await self.client.get(target, reservation, text_bytes)
                 seconds = time.monotonic() - began
-                if isinstance(result, bytes):
+                if isinstance(result, bytes) and text_bytes is None:
                     reservation.kept = len(result)
         except Exception as error:
             self.breakers.record_failure(target, error, counts=is_fair)
@@ -207,8 +262,4 @@ class Downloader:
             raise
         self.breakers.record_answer(target)
         self._end_outage()
-        if isinstance(result, bytes):
-            if self.budget.is_free:  # otherwise requests wait for the decoders, not for a slot
-                self.window.grow()
-            INGEST_BYTES.add(len(result))
         return result, seconds

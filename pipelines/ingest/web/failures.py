@@ -55,13 +55,21 @@ _RANGE = re.compile(
 
 
 class DownloadError(Exception):
-    """The failure of one attempt, with its class (`kind`); `retry_after` is in seconds."""
+    """The failure of one attempt, with its class (`kind`); `retry_after` is in seconds.
+
+    A `final` one is not retried in the same run, whatever its class.
+    """
 
     def __init__(
-        self, kind: FailureClass, message: str, transient: bool = False, retry_after: float = 0.0
+        self,
+        kind: FailureClass,
+        message: str,
+        transient: bool = False,
+        retry_after: float = 0.0,
+        final: bool = False,
     ) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.final = kind, final
         self.transient = transient or (kind in TRANSIENT and kind != "host_down")
         self.retry_after = retry_after
 

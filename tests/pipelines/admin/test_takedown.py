@@ -28,6 +28,7 @@ from pipelines.ingest.report import REPORT
 from pipelines.storage import tables
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
+from tests.pipelines.ingest.sites import HEADERS_ALONE
 from vlv_model.errors import ConfigError, DataError
 
 
@@ -45,7 +46,7 @@ def fetch(tmp_path: Path, urls: list[str]) -> dict[str, int]:
     data = {"input": str(tmp_path / "list.parquet"), "output": str(tmp_path / "out")}
     settings: dict[str, Any] = {
         "data": data,
-        "download": {"allow_private": True},
+        "download": {"allow_private": True, "respect_optout": HEADERS_ALONE},
         "image": {"size": 32},
         "rows_per_chunk": 4,
         "ray": {"address": "in-process"},

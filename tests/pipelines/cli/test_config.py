@@ -307,6 +307,7 @@ class Lists(Config):
     words: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     pair: tuple[float, float] = (0.0, 1.0)
+    switch: bool | tuple[str, ...] = True
 
 
 @pytest.mark.parametrize(
@@ -319,9 +320,12 @@ class Lists(Config):
         ("numbers=-5", (-5,)),
         ("numbers=-5,7", (-5, 7)),
         ("numbers=[]", ()),
+        ("switch=a", ("a",)),
+        ("switch=a,b", ("a", "b")),
+        ("switch=false", False),
     ],
 )
-def test_lists_of_any_length_need_no_brackets(setting: str, value: tuple[object, ...]) -> None:
+def test_lists_of_any_length_need_no_brackets(setting: str, value: object) -> None:
     loaded = load(Lists, None, [setting])
     assert getattr(loaded, setting.partition("=")[0]) == value
 

@@ -12,7 +12,14 @@ from pipelines.ingest.web.download import Downloader, Fetched
 from pipelines.ingest.web.failures import FAILURE_CLASSES
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(200)
-QUICK: dict[str, Any] = {"allow_private": True, "retry_delay": 0.01, "read_timeout": 0.3}
+HEADERS_ALONE = ("x_robots_tag",)
+"""Rules that add no request, for tests that count them."""
+QUICK: dict[str, Any] = {
+    "allow_private": True,
+    "retry_delay": 0.01,
+    "read_timeout": 0.3,
+    "respect_optout": HEADERS_ALONE,
+}
 FIXED = ("connect_timeout", "read_timeout", "retry_delay", "max_redirects")  # which are no settings
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

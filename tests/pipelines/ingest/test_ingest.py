@@ -33,13 +33,19 @@ from pipelines.storage.parquet import read_parquet_file
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import Web, serve
+from tests.pipelines.ingest.sites import HEADERS_ALONE
 from tests.pipelines.pictures.files import photograph
 from vlv_model.errors import DataError, RunError
 from vlv_model.squares import Square
 
 REPO = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {
-    "download": {"allow_private": True, "total_timeout": 9, "retries": 0},
+    "download": {
+        "allow_private": True,
+        "total_timeout": 9,
+        "retries": 0,
+        "respect_optout": HEADERS_ALONE,
+    },
     "image": {"size": 64, "format": "png"},
     "rows_per_chunk": 16,
     "ray": {"address": "in-process"},

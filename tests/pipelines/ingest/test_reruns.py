@@ -34,10 +34,11 @@ from pipelines.ingest.plan import chunk_file
 from pipelines.ingest.steps import WritePart
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
+from tests.pipelines.ingest.sites import HEADERS_ALONE
 from vlv_model.errors import ConfigError, DataError, RunError
 
 SETTINGS: dict[str, Any] = {
-    "download": {"allow_private": True, "retries": 0},
+    "download": {"allow_private": True, "retries": 0, "respect_optout": HEADERS_ALONE},
     "image": {"size": 32, "format": "png"},
     "rows_per_chunk": 8,
     "ray": {"address": "in-process"},

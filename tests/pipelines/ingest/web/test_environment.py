@@ -24,7 +24,8 @@ async def itself(fetched):
     return fetched.status
 
 downloader = Downloader(
-    DownloadConfig(allow_private=True, retries=0, concurrency=200, concurrency_per_host=200)
+    DownloadConfig(allow_private=True, retries=0, concurrency=200, concurrency_per_host=200,
+                   respect_optout=False)
 )
 print(*collections.Counter(downloader.map_urls([sys.argv[1]] * 250, itself)).items())
 downloader.close()

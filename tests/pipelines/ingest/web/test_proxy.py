@@ -24,7 +24,7 @@ from pipelines.storage.tables import Table
 from pipelines.tiny_world.dataset import write_world
 from pipelines.tiny_world.server import serve
 from tests.pipelines.ingest.proxies import HttpProxy, certificate, proxied
-from tests.pipelines.ingest.sites import JPEG, Site, fetch_all, reply, statuses
+from tests.pipelines.ingest.sites import HEADERS_ALONE, JPEG, Site, fetch_all, reply, statuses
 from vlv_model.errors import ConfigError, RunError
 
 PUBLIC = {"allow_private": False}  # as in a job: QUICK of the tests has it otherwise
@@ -265,6 +265,7 @@ def test_only_the_proxy_gets_the_password(
 def config_of(folder: Path, proxy: str | None, **download: Any) -> IngestConfig:
     """The job's settings, from its command line."""
     given = {"proxy": proxy, "total_timeout": 9, "retries": 0, **download}
+    given.setdefault("respect_optout", ",".join(HEADERS_ALONE))
     return load(IngestConfig, None, [
         f"data.input={folder / 'metadata.parquet'}", f"data.output={folder / 'out'}", "image.size=32",
         "image.format=png", "ray.address=in-process", "rows_per_chunk=4",
