@@ -5,14 +5,20 @@
 Both fetch the same photograph-like images from the same local server and store them at 512 px
 (center_crop, JPEG 95) as Parquet, on all cores, in turn, several times. img2dataset (the "peer") runs
 with the fastest of several numbers of processes and threads. The limit is our decoding of the same
-bytes in memory, in one single-threaded process per core. Prints a table and, as the last line, JSON with
-medians; ratio and share_of_limit are those of the worst case. A case takes about forty minutes.
+bytes in memory, in one single-threaded process per core. Prints JSON of each case and, as the last line,
+of all: medians; ratio and share_of_limit are those of the worst case. A case takes about forty minutes.
+
+In the cases with many hosts ingest also runs without the rules that cost requests to each host
+(download.respect_optout=x_robots_tag, "ours_without_rules"), and `cost_of_rules` is the share of
+ours_without_rules' rate that the rules take. The peer reads no rules. Hosts are loopback addresses, so
+no name is looked up.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import ipaddress
 import json
 import math
 import os
@@ -22,10 +28,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +46,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, too
 from benchmarks.ingest.web import write_photos
+from pipelines.ingest.config import RULES_SETTING
 from pipelines.ingest.decoder import image_columns
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
@@ -50,14 +59,20 @@ IMAGE = ImageConfig(size=512, resize="center_crop", format="jpeg", quality=95)
 
 @dataclass(frozen=True)
 class Case:
-    """Behaviour of the server: latency in seconds, and the fraction of URLs that never answer."""
+    """Behaviour of the server: latency in seconds, and the fraction of URLs that never answer.
+
+    `per_host`: images of each host; None: all images are on one.
+    """
 
     name: str
     latency: float = 0.0
     dead: float = 0.0
+    per_host: int | None = None
 
 
-CASES = (Case("no latency"), Case("200 ms", 0.2), Case("30 percent dead", 0.0, 0.3))
+ONE_HOST = (Case("no latency"), Case("200 ms", 0.2), Case("30 percent dead", 0.0, 0.3))
+MANY_HOSTS = tuple(Case(f"{number} a host", per_host=number) for number in (1, 5, 100))
+CASES = (*ONE_HOST, *MANY_HOSTS)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Measured:
     seconds: float
     cpu_seconds: float
     peak_memory: int  # bytes
+    requests: int = 0  # that the server counted
 
     @property
     def rate(self) -> float:
@@ -136,15 +152,24 @@ def served(photos: Path, case: Case) -> Iterator[str]:
         server.wait()
 
 
-def write_list(folder: Path, base: str, requests: int) -> Path:
+def write_list(folder: Path, base: str, requests: int, per_host: int | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "list.parquet"
-    urls = [f"{base}/{number}.jpg" for number in range(requests)]
+    port = base.rpartition(":")[2]
+    urls = []
+    for number in range(requests):
+        host = ipaddress.ip_address("127.0.0.1") + (number // per_host if per_host else 0)
+        urls.append(f"http://{host}:{port}/{number}.jpg")
     pq.write_table(pa.table({"url": urls, "text": ["a photograph"] * requests}), file)
     return file
 
 
-def ours(folder: Path, urls: Path) -> Measured:
+def requests_so_far(base: str) -> int:
+    with urllib.request.urlopen(f"{base}/requests") as answer:
+        return int(answer.read())
+
+
+def ours(folder: Path, urls: Path, *settings: str) -> Measured:
     output = folder / "ours"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "jobs/ingest.py", f"data.input={urls}", f"data.output={output}"]
@@ -153,7 +178,7 @@ def ours(folder: Path, urls: Path) -> Measured:
     command += [f"download.total_timeout={3 * TIMEOUT}"]
     # All images are on one host, unlike in real lists. Repeated photographs are kept.
     command += ["download.retries=0", "download.concurrency_per_host=1000000"]
-    command += ["duplicates.by=none", f"image.size={IMAGE.size}"]
+    command += ["duplicates.by=none", f"image.size={IMAGE.size}", *settings]
     seconds, watch = watched(command, folder / "ours.log", PYTHONPATH=str(REPO))
     commits = [json.loads(file.read_text()) for file in (output / "_commits").iterdir()]
     ok = sum(commit["statuses"].get("ok", 0) for commit in commits)
@@ -259,32 +284,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="folder for images, lists and tables")
     parser.add_argument(
-        "--quick", action="store_true", help="1,500 requests, no latency, one round"
+        "--quick",
+        action="store_true",
+        help="1,500 requests, one round, and no search for the peer's best settings",
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, help="default: 3")
+    parser.add_argument("--requests", type=int, help="default: 20,000")
     names = [case.name for case in CASES]
     parser.add_argument(
-        "--cases", nargs="+", choices=names, default=names, metavar="CASE",
-        help=f"behaviour of the server: {', '.join(names)}; default: all",
+        "--cases", nargs="+", choices=names, metavar="CASE",
+        help=f"behaviour of the server: {', '.join(names)}; default: all, the first if --quick",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    requests = 1_500 if given.quick else given.requests
-    rounds = 1 if given.quick else given.rounds
-    cases = CASES[:1] if given.quick else [case for case in CASES if case.name in given.cases]
+    requests = given.requests or (1_500 if given.quick else 20_000)
+    rounds = given.rounds or (1 if given.quick else 3)
+    wanted = given.cases or (names[:1] if given.quick else names)
+    cases = [case for case in CASES if case.name in wanted]
     folder = given.folder.absolute()
     write_photos(folder / "photos", 40 if given.quick else 200)
     results: dict[str, Any] = {}
     for case in cases:
         with served(folder / "photos", case) as base:
-            urls = write_list(folder / "sweep", base, requests // 10)
+            urls = write_list(folder / "sweep", base, requests // 10, case.per_host)
             processes, threads = (CORES, 64) if given.quick else best_of_peer(folder, urls)
-            urls = write_list(folder, base, requests)
-            runs: dict[str, list[Measured]] = {"ours": [], "peer": []}
+            urls = write_list(folder, base, requests, case.per_host)
+            programs: dict[str, Callable[[], Measured]] = {
+                "ours": partial(ours, folder, urls),
+                "peer": partial(peer, folder, urls, processes, threads),
+            }
+            if case in MANY_HOSTS:
+                without = partial(ours, folder, urls, f"{RULES_SETTING}=x_robots_tag")
+                programs = {"ours_without_rules": without, **programs}
+            runs: dict[str, list[Measured]] = {name: [] for name in programs}
             limits = []
             for _ in range(rounds):
-                runs["ours"].append(ours(folder, urls))
-                runs["peer"].append(peer(folder, urls, processes, threads))
+                for name, program in programs.items():
+                    before = requests_so_far(base)
+                    measured = program()
+                    asked = requests_so_far(base) - before
+                    runs[name].append(replace(measured, requests=asked))
                 limits.append(limit(folder / "photos", min(requests, 1_000)))
         results[case.name] = summarise(case, runs, limits, processes, threads)
         print(json.dumps({case.name: results[case.name]}), flush=True)
@@ -313,12 +351,15 @@ def summarise(
             ),
             "peak_memory_mb": round(statistics.median(m.peak_memory for m in measured) / 1e6),
             "ok": measured[-1].ok,
+            "requests": measured[-1].requests,
             "seconds": [round(m.seconds, 1) for m in measured],
         }
     figures["limit"] = round(statistics.median(limits), 1)
     rate = figures["ours"]["images_per_second"]
     figures["ratio"] = round(rate / figures["peer"]["images_per_second"], 3)
     figures["share_of_limit"] = round(rate / figures["limit"], 3)
+    if without := figures.get("ours_without_rules"):
+        figures["cost_of_rules"] = round(1 - rate / without["images_per_second"], 3)
     return figures
 
 

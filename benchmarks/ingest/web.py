@@ -2,8 +2,10 @@
 
     python benchmarks/ingest/web.py FOLDER [--latency SECONDS] [--dead FRACTION]
 
-Serves http://127.0.0.1:PORT/N.jpg for any N, with the images in FOLDER in turn, and prints the port.
-A fraction of the URLs never answers; another fraction answers like broken links.
+Serves http://127.x.y.z:PORT/N.jpg for any N and any loopback address, with the images in FOLDER in
+turn, and prints the port. Each address is a host of its own to a downloader, and its robots.txt
+allows all. A fraction of the URLs never answers; another fraction answers like broken links. /requests
+is the number of requests so far.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from aiohttp import web
@@ -30,6 +34,8 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> None:
     They are noise of all octaves, stronger when coarser, like the spectrum of photographs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if all((folder / f"{number:04d}.jpg").exists() for number in range(count)):
+        return  # drawing them takes minutes
     rng = np.random.default_rng(seed)
     for number in range(count):
         longer = int(rng.integers(700, 3_001))
@@ -51,6 +57,24 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> None:
             file.write_bytes(buffer.getvalue())
 
 
+def loopback_socket() -> socket.socket:
+    """A socket at a free port of all loopback addresses (127.0.0.0/8), and of no others; Linux alone."""
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    listening.bind(("0.0.0.0", 0))
+    return listening
+
+
+ROBOTS = "".join(
+    f"User-agent: {agent}\n" + "".join(f"Disallow: /{path}\n" for path in paths) + "\n"
+    for agent, paths in (
+        ("*", [f"{name}{tail}" for name in "abcdefgh" for tail in ("/", "*?sort=", "/*.php$")]),
+        *((f"bot-{number}", [""]) for number in range(10)),
+    )
+)
+"""Rules as long as an average shop's; they allow all images."""
+
 BROKEN = ("404", "410", "500", "truncated", "html", "noai")
 """Answers of broken URLs, in turn."""
 
@@ -69,22 +93,37 @@ class Site:
         self.latency, self.dead, self.broken, self.copies = latency, dead, broken, copies
         self.rate = 0.0
         self.next_answer = 0.0  # time at which the rate allows the next answer
+        self.requests = 0
 
     async def start(self) -> int:
         """Serve on loopback in the running event loop; returns the port."""
-        app = web.Application()
+        app = web.Application(middlewares=[self._count])
         app.router.add_get("/{number:[0-9]+}.jpg", self.answer)
+        app.router.add_get("/requests", self._requests)
+        app.router.add_get("/robots.txt", self._robots)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        await web.SockSite(runner, loopback_socket(), backlog=1024).start()
         return int(runner.addresses[0][1])
+
+    @web.middleware
+    async def _count(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path != "/requests":
+            self.requests += 1
+            if self.latency:
+                await asyncio.sleep(self.latency)
+        return await handler(request)
+
+    async def _robots(self, request: web.Request) -> web.Response:
+        return web.Response(text=ROBOTS)
+
+    async def _requests(self, request: web.Request) -> web.Response:
+        return web.Response(text=str(self.requests))
 
     async def answer(self, request: web.Request) -> web.Response:
         number = int(request.match_info["number"])
         if is_dead(number, self.dead):
             await asyncio.sleep(3600)
-        if self.latency:
-            await asyncio.sleep(self.latency)
         if self.rate:
             now = time.monotonic()
             self.next_answer = max(now, self.next_answer + 1 / self.rate)

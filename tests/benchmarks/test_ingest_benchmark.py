@@ -1,12 +1,24 @@
 """The measuring parts of the benchmark of ingest; the measuring itself takes minutes."""
 
 import io
+from collections import Counter
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.ingest.throughput import CASES, Case, Measured, ssim, summarise
+from benchmarks.ingest.throughput import (
+    CASES,
+    MANY_HOSTS,
+    Case,
+    Measured,
+    ssim,
+    summarise,
+    write_list,
+)
 from benchmarks.ingest.web import is_dead, write_photos
 
 
@@ -43,4 +55,18 @@ def test_ratio_and_share_are_of_medians() -> None:
     )
     assert (figures["ratio"], figures["share_of_limit"]) == (2.0, 0.556)
     assert figures["ours"]["cpu_ms_per_image"] == 500.0
+    assert "cost_of_rules" not in figures
+    programs = {"ours_without_rules": runs(1), "ours": runs(1.25), "peer": runs(4)}
+    assert summarise(MANY_HOSTS[0], programs, [80.0], 2, 64)["cost_of_rules"] == 0.2
     assert isinstance(CASES[1], Case)
+
+
+def test_a_list_has_the_given_number_of_images_of_each_host(tmp_path: Path) -> None:
+    for per_host, hosts in ((None, 1), (1, 600), (5, 120), (100, 6)):
+        file = write_list(tmp_path, "http://127.0.0.1:81", 600, per_host)
+        urls = [urlsplit(url) for url in pq.read_table(file)["url"].to_pylist()]
+        found = Counter(url.hostname for url in urls)
+        assert len(found) == hosts
+        assert set(found.values()) == {600 // hosts}
+        assert {url.port for url in urls} == {81}
+        assert all(ip_address(host or "").is_loopback for host in found)
