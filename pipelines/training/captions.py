@@ -9,7 +9,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipelines.images.rows import require_columns
-from pipelines.lists.files import input_files
+from pipelines.lists.input_files import input_files
 from pipelines.lists.metadata import match_columns
 from pipelines.lists.readers import format_of, read_parquet, read_tables
 from pipelines.storage.parquet import read_schema
