@@ -15,4 +15,5 @@ from pipelines.recaption.caption_files import caption_files
 from pipelines.recaption.config import CaptionConfig
 
 if __name__ == "__main__":
-    sys.exit(main(CaptionConfig, caption_files, __doc__, {"": "image", "--format": "format"}))
+    aliases = {"": "image", "--format": "format"}
+    sys.exit(main(CaptionConfig, caption_files, __doc__, aliases, continues=False))

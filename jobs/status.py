@@ -17,4 +17,4 @@ def run(config: StatusConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(StatusConfig, run, __doc__, aliases={"": "table"}))
+    sys.exit(main(StatusConfig, run, __doc__, aliases={"": "table"}, continues=False))

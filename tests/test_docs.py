@@ -87,6 +87,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[Config]]:
         run: Any,
         description: str,
         aliases: Mapping[str, str] = MappingProxyType({}),
+        **_: bool,
     ) -> int:
         seen[sys.argv[0]] = cls
         parse(cls, sys.argv[1:], "", "", aliases)

@@ -46,8 +46,11 @@ def main(
     run: Callable[[C], None],
     description: str,
     aliases: Mapping[str, str] = MappingProxyType({}),
+    continues: bool = True,
 ) -> int:
     """Run a job from its command line and return its exit status.
+
+    `continues`: after an interruption the same command continues, as of every job with an output.
 
     0: done. 2: bad input. 130: Ctrl-C. 143: SIGTERM. 129: SIGHUP. 141: nobody reads the standard output,
     as after `| head`. If the job's own Ray is killed, the process exits with 3
@@ -58,7 +61,7 @@ def main(
     """
     try:
         try:
-            return _main(cls, run, description, aliases)
+            return _main(cls, run, description, aliases, continues)
         finally:
             if sys.stdout is not None:  # None: closed
                 sys.stdout.flush()  # so that an error of the last lines is reported here
@@ -96,7 +99,11 @@ def _reader_is_gone() -> bool:
 
 
 def _main(
-    cls: type[C], run: Callable[[C], None], description: str, aliases: Mapping[str, str]
+    cls: type[C],
+    run: Callable[[C], None],
+    description: str,
+    aliases: Mapping[str, str],
+    continues: bool,
 ) -> int:
     usage = _subcommand or f"python {'/'.join(Path(sys.argv[0]).absolute().parts[-2:])}"
     if "" in aliases:
@@ -107,16 +114,16 @@ def _main(
         with interrupt_on_signals() as received:
             run(parse(cls, sys.argv[1:], usage, description, aliases))
     except KeyboardInterrupt:
-        print_interrupted()
+        print_interrupted(continues)
         return received.status or INTERRUPTED
     except SystemExit as exit:
         if (status := signal_status(exit)) is None:
             raise
-        print_interrupted()
+        print_interrupted(continues)
         return status
     except Exception as error:
         if received.status is not None:  # the cleanup after the signal may have failed
-            print_interrupted()
+            print_interrupted(continues)
             return received.status
         for cause in causes_of(error):
             if isinstance(cause, VLVError) and not hasattr(cause, "cause"):

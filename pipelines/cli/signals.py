@@ -68,8 +68,14 @@ def signal_status(exit: SystemExit) -> int | None:
     return exit.code if isinstance(exit.code, int) and exit.code in STATUSES else None
 
 
-def print_interrupted() -> None:
-    """Print one line to standard error, unless the terminal is closed."""
+def print_interrupted(continues: bool) -> None:
+    """Print one line to standard error, unless the terminal is closed.
+
+    `continues`: the same command continues where this one stopped.
+    """
+    line = "interrupted"
+    if continues:
+        line += ": the same command continues where this one stopped"
     with suppress(OSError, ValueError):
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        print(line, file=sys.stderr)
         sys.stderr.flush()

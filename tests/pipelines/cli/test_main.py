@@ -165,6 +165,27 @@ def test_exit_of_ray_during_its_start_has_the_status_of_the_signal(monkeypatch, 
     assert capsys.readouterr().err.startswith("interrupted: ")
 
 
+@pytest.mark.parametrize(
+    ("continues", "line"),
+    [
+        (True, "interrupted: the same command continues where this one stopped\n"),
+        (False, "interrupted\n"),
+    ],
+)
+def test_an_interruption_promises_no_more_than_the_job_keeps(
+    continues: bool,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_: Nothing) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["jobs/some.py"])
+    assert main(Nothing, run, "A job.", continues=continues) == 130
+    assert capsys.readouterr().err == line
+
+
 WRITER = """
 import sys
 from pipelines.cli.main import main
