@@ -108,7 +108,8 @@ def _write(
     by_host: Counter[str] = Counter()
     for (host, _), rows in weights.items():
         by_host[host] += rows
-    rank = {host: n for n, (host, _) in enumerate(by_host.most_common(_MAX_HOSTS))}
+    ranked = sorted(by_host, key=lambda host: (-by_host[host], host))
+    rank = {host: n for n, host in enumerate(ranked[:_MAX_HOSTS])}
     merged: Counter[tuple[str, str]] = Counter()
     for (host, name), rows in counts.items():
         merged[host if host in rank else OTHERS, name] += rows
