@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from cluster.permissions import SHELL, buckets, nat, policy
+from pipelines.estimate.machines import find_machine
 
 _ACCELERATORS = {"A100": "nvidia-a100-80gb", "L4": "nvidia-l4"}  # GKE's names
 
@@ -189,7 +190,7 @@ def _gke(sizes: dict[str, Any]) -> str:
             f"--labels={','.join(f'{k}={v}' for k, v in site['tags'].items())}",
         ]
         if group["gpus"]:
-            kind = _ACCELERATORS[sizes["prices"]["gpus"][group["gcp"]]]
+            kind = _ACCELERATORS[find_machine(group["gcp"]).gpu.name]
             # CUDA 13 in the image needs driver r580 or newer.
             flags.append(
                 f"--accelerator=type={kind},count={group['gpus']},gpu-driver-version=latest"

@@ -17,6 +17,11 @@ from pipelines.export.job import export
 
 
 def run(config: ExportConfig) -> None:
+    if config.dry_run:
+        from pipelines.export.dry_run import dry_run  # the model libraries would delay --help
+
+        print(dry_run(config))
+        return
     print(export(config))
     print(f"model: {config.output}")
 

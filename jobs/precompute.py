@@ -8,16 +8,22 @@ Repeat the command to continue an interrupted run.
 import sys
 
 from pipelines.cli.main import main
+from pipelines.estimate.config import MACHINE
 from pipelines.execution.progress import counts_table
 from pipelines.precompute.config import PrecomputeConfig
 from pipelines.precompute.job import precompute
 
 
 def run(config: PrecomputeConfig) -> None:
+    if config.dry_run:
+        from pipelines.precompute.dry_run import dry_run  # the model libraries would delay --help
+
+        print(dry_run(config))
+        return
     counts = precompute(config)
     print(counts_table(counts))
     print(f"latents: {config.data.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(PrecomputeConfig, run, __doc__))
+    sys.exit(main(PrecomputeConfig, run, __doc__, MACHINE))

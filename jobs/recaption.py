@@ -9,6 +9,7 @@ Repeat the command to continue an interrupted run.
 import sys
 
 from pipelines.cli.main import main
+from pipelines.estimate.config import MACHINE
 from pipelines.execution.progress import counts_table
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.job import recaption
@@ -18,6 +19,11 @@ from vlv_model.errors import DataError
 
 
 def run(config: RecaptionConfig) -> None:
+    if config.dry_run:
+        from pipelines.recaption.dry_run import dry_run  # the model libraries would delay --help
+
+        print(dry_run(config))
+        return
     counts = recaption(config)
     print(counts_table(counts))
     print(summary(Table(config.data.output)))
@@ -29,4 +35,4 @@ def run(config: RecaptionConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(RecaptionConfig, run, __doc__, {"--format": "format"}))
+    sys.exit(main(RecaptionConfig, run, __doc__, {"--format": "format", **MACHINE}))

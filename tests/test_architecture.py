@@ -23,6 +23,7 @@ ROOMS = [
     "lists",
     "execution",
     "report",
+    "estimate",
     "ingest",
     "precompute",
     "reconstruct",

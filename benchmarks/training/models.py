@@ -13,26 +13,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    Florence2Config,
-    Florence2Model,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from benchmarks.training import published_configs as published
 from vlv_model import tiny
 from vlv_model.autoencoder import VLVAutoEncoder
-from vlv_model.captioner import VLVCaptioner, build_language_projector
+from vlv_model.captioner import VLVCaptioner
+from vlv_model.checkpoints import published
 from vlv_model.checkpoints.loading import load_caption_tokenizer, load_florence, resolve_model
+from vlv_model.checkpoints.skeleton import build_autoencoder, build_captioner
 from vlv_model.config import ModelConfig
-from vlv_model.diffusion_decoder import DiffusionDecoder
-from vlv_model.encoder import VLVEncoder
-from vlv_model.squares import Square
-from vlv_model.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -51,10 +39,25 @@ class Size:
     caption_tokens: tuple[int, int]  # shortest and longest caption, with the end-of-text
     batch: tuple[int, int]  # images per step of stage 1 and of stage 2, on one device
 
+    @property
+    def model(self) -> ModelConfig:
+        """The sizes; the names of the parts mean nothing."""
+        return ModelConfig(
+            num_queries=self.num_queries,
+            image_size=self.image_size,
+            encoder_image_size=self.encoder_image_size,
+        )
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """The configuration of each part."""
+        parts = ("florence", "text_encoder", "vae", "unet", "scheduler", "language_model")
+        return {part: getattr(self, part) for part in parts}
+
 
 _DEFAULTS = ModelConfig()
 PARAGRAPH = (60, 240)  # tokens of teachers' captions of photographs; drawn uniformly
-_TENTH = {  # about a tenth of published_configs; heads of 64 and norm groups limit the choice
+_TENTH = {  # about a tenth of the published sizes; heads of 64 and norm groups limit the choice
     "florence": {
         "vision_config": {
             **published.FLORENCE_2_LARGE["vision_config"],
@@ -151,57 +154,18 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 def autoencoder(size: Size, device: torch.device, seed: int = 0) -> VLVAutoEncoder:
     """Stage 1's model, float32, on `device`; the same seed and device give the same weights."""
     torch.manual_seed(seed)
-    encoder = _encoder(size, device)
-    with device:
-        vae = AutoencoderKL(**size.vae)
-        unet = UNet2DConditionModel(**size.unet)
-        text_encoder = _text_encoder(size)
-    scheduler = DDPMScheduler.from_config(dict(size.scheduler))
-    decoder = DiffusionDecoder(vae, unet, scheduler, size.image_size)
-    return VLVAutoEncoder(encoder, text_encoder, decoder)
+    return build_autoencoder(size.model, size.configs, _tokenizers()[0], device)
 
 
 def captioner(size: Size, device: torch.device, seed: int = 0) -> VLVCaptioner:
     """Stage 2's model with everything trainable, float32, on `device`; seed as in `autoencoder`."""
     torch.manual_seed(seed)
-    encoder = _encoder(size, device)
-    width, hidden = size.text_encoder["hidden_size"], size.language_model["hidden_size"]
-    with device:
-        text_encoder = _text_encoder(size)
-        language_model = Qwen2ForCausalLM(Qwen2Config(**size.language_model))
-        projector = build_language_projector(width, hidden, seed)
+    tokenizer, caption_tokenizer = _tokenizers()
+    return build_captioner(size.model, size.configs, tokenizer, device, caption_tokenizer)
+
+
+def _tokenizers() -> tuple[Any, Any]:
+    """Those of the tiny models; Florence-2's splits the prompt into 13 tokens, as the published one does."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = load_caption_tokenizer(tiny.write_tiny_models(folder))
-    return VLVCaptioner(encoder, text_encoder, projector, language_model, tokenizer)
-
-
-def _encoder(size: Size, device: torch.device) -> VLVEncoder:
-    # The tiny tokenizer splits the prompt into 13 tokens, as the published one does.
-    with tempfile.TemporaryDirectory() as folder:
-        _, tokenizer = load_florence(resolve_model(tiny.write_tiny_models(folder))[0])
-    with device:
-        florence = Florence2Model(Florence2Config(**_copy(size.florence)))
-    encoder = VLVEncoder(
-        florence,
-        tokenizer,
-        width=size.text_encoder["hidden_size"],
-        num_queries=size.num_queries,
-        square=Square(size.image_size),
-        encoder_image_size=size.encoder_image_size,
-        prompt=_DEFAULTS.prompt,
-    )
-    return encoder.to(device)
-
-
-def _text_encoder(size: Size) -> TextEncoder:
-    # The last two tokens, as in CLIP's vocabulary; the default ids are outside a smaller one.
-    last = size.text_encoder["vocab_size"] - 1
-    special = {"bos_token_id": last - 1, "eos_token_id": last}
-    return TextEncoder(
-        CLIPTextModel(CLIPTextConfig(**size.text_encoder, **special)), tokenizer=None
-    )
-
-
-def _copy(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy: transformers modifies the dictionaries it gets."""
-    return {name: _copy(v) if isinstance(v, Mapping) else v for name, v in config.items()}
+        tiny_models = tiny.write_tiny_models(folder)
+        return load_florence(resolve_model(tiny_models)[0])[1], load_caption_tokenizer(tiny_models)

@@ -37,7 +37,7 @@ from benchmarks.training.steps import (
     settings,
     step_of,
 )
-from pipelines.training.flops import Flops, count_flops, matrix_rate, synchronize
+from pipelines.estimate.flops import Flops, count_flops, matrix_rate, synchronize
 
 REFERENCE = Variant("reference", ours=False)
 TURNS = 3

@@ -39,10 +39,11 @@ class ModelSettings(ModelConfig):
         # Here, so that --help need not wait for the libraries of the models.
         from vlv_model.checkpoints.sources import pin
 
-        config, checkpoint = self._found()
+        config, checkpoint = self.find()
         return pin(config, parts, known), checkpoint
 
-    def _found(self) -> tuple[ModelConfig, Path | None]:
+    def find(self) -> tuple[ModelConfig, Path | None]:
+        """What `resolve` returns, without asking the hub: its ids stay as they are given."""
         from vlv_model.checkpoints.sources import resolve_checkpoint, resolve_model
 
         given = self.model_dump(include=self.model_fields_set - {"path"})

@@ -37,3 +37,6 @@ class ExportConfig(Config):
         description="licence in the model card, by its name on the hub; the base models' licences "
         "apply in addition",
     )
+    dry_run: bool = Field(
+        False, description="only print the size of the folder, from the models' configurations"
+    )

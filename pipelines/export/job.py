@@ -23,7 +23,10 @@ if TYPE_CHECKING:  # the model libraries would delay --help
     from vlv_model.captioner import VLVCaptioner
 
 REPORT = "import.json"
-_LOCAL_SETTINGS = ("run_dir", "ray", "model", "input", "output", "captions")  # have local paths
+# Of this machine, or of no run.
+_LOCAL_SETTINGS = (
+    "run_dir", "ray", "model", "input", "output", "captions", "dry_run", "estimate",
+)  # fmt: skip
 
 
 def export(config: ExportConfig) -> str:

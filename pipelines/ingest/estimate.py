@@ -8,6 +8,7 @@ from pathlib import Path
 
 import duckdb
 
+from pipelines.estimate.words import size_words, time_words
 from pipelines.images.runs import runs_of
 from pipelines.ingest.plan import Plan
 from pipelines.ingest.run_statistics import last_throughput
@@ -109,14 +110,14 @@ def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str
     rate = measured or _ROWS_PER_CPU_SECOND * cpus
     disk = fetched * (alive or _ALIVE) * size
     line = (
-        f"about {_bytes(disk)} and {_time(fetched / rate)} for {fetched:,} rows "
-        f"({_bytes(size)} an image, {'measured here' if stored else 'assumed'}; {rate:,.0f} rows/s, "
+        f"about {size_words(disk)} and {time_words(fetched / rate)} for {fetched:,} rows "
+        f"({size_words(size)} an image, {'measured here' if stored else 'assumed'}; {rate:,.0f} rows/s, "
         f"{'measured here' if measured else 'assumed'})"
     )
     if not is_url(table.folder):
         free = shutil.disk_usage(_existing_parent(table.folder)).free
         if disk > free:
-            line += f"\nwarning: only {_bytes(free)} are free at {table.folder}"
+            line += f"\nwarning: only {size_words(free)} are free at {table.folder}"
     return line
 
 
@@ -144,21 +145,3 @@ def _existing_parent(folder: Path) -> Path:
     while not os.path.isdir(folder):
         folder = folder.parent
     return folder
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    hours = minutes / 60
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
@@ -28,3 +29,5 @@ class PrecomputeConfig(Config):
     encode: EncodeConfig = EncodeConfig()
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()
+    dry_run: bool = Field(False, description=DRY_RUN)
+    estimate: EstimateConfig = EstimateConfig()

@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.cli.config import InputPathOrUrl
+from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
@@ -153,6 +154,8 @@ class RecaptionConfig(Config):
     gate: GateConfig = GateConfig()
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()
+    dry_run: bool = Field(False, description=DRY_RUN)
+    estimate: EstimateConfig = EstimateConfig()
     format: Literal["parquet", "json"] = Field(
         "parquet",
         description='json: also write captions.json, one object of {"file name": "caption"}',

@@ -24,7 +24,7 @@ from vlv_model.decoding import Sampling
 from vlv_model.freezing import evaluating
 
 # Prefixes computed at once on a CPU: more are hardly faster and take more memory.
-_CPU_PREFIXES = 32
+CPU_PREFIXES = 32
 
 
 class ModelDiedError(RuntimeError):
@@ -155,7 +155,7 @@ class SlotEngine(Engine):
         self.decoder = captioner.decoder(generate.batch_size, generate.max_new_tokens, sampling)
         self._encode_at_once = generate.batch_size
         if self.device.type == "cpu":
-            self._encode_at_once = min(generate.batch_size, _CPU_PREFIXES)
+            self._encode_at_once = min(generate.batch_size, CPU_PREFIXES)
         self._encoded: deque[int] = deque()  # images with a prefix and without a slot
         self._ready = torch.empty(0)  # their prefixes [n q h]
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.model import ModelSettings
@@ -38,3 +39,5 @@ class ReconstructConfig(Config):
     )
     actors: ActorConfig = ActorConfig()
     ray: RayConfig = RayConfig()
+    dry_run: bool = Field(False, description=DRY_RUN)
+    estimate: EstimateConfig = EstimateConfig()

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.cli.config import InputPathOrUrl, OutputPath, OutputPathOrUrl
+from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import PoolSize, RayConfig, bounds
 from pipelines.execution.model import ModelSettings
 from vlv_model.config import Config, Lora, Precision, Trainable
@@ -253,6 +254,8 @@ class Stage1Config(Config):
     model: ModelSettings = ModelSettings()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
+    dry_run: bool = Field(False, description=DRY_RUN)
+    estimate: EstimateConfig = EstimateConfig()
 
 
 class Stage2Config(Config):
@@ -263,3 +266,5 @@ class Stage2Config(Config):
     model: ModelSettings = ModelSettings()
     train: Stage2TrainConfig = Stage2TrainConfig()
     ray: RayConfig = RayConfig()
+    dry_run: bool = Field(False, description=DRY_RUN)
+    estimate: EstimateConfig = EstimateConfig()

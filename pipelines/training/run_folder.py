@@ -40,7 +40,7 @@ VALIDATION = "validation"  # folder
 _VALIDATION_SETTING = "data.validation"
 
 # Settings that may change when a run continues, since they do not change what it computes.
-CHANGEABLE = ("ray", "run_dir", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
+CHANGEABLE = ("ray", "run_dir", "dry_run", "estimate", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
         "train.offload_optimizer", "train.tf32", "train.activation_checkpointing", "train.compile",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.training.flops import Flops, count_flops, matrix_rate
+from pipelines.estimate.flops import Flops, count_flops, matrix_rate
 from pipelines.training.stages import MicroBatch, Stage
 
 
@@ -20,7 +20,7 @@ def memory_gb(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Model FLOP utilisation of a stage's steps (see `pipelines.training.flops`)."""
+    """Model FLOP utilisation of a stage's steps (see `pipelines.estimate.flops`)."""
 
     flops: Flops
     peak_flops: float  # FLOP/s of one device on large matrices

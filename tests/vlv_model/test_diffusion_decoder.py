@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from benchmarks.training.published_configs import SD_21_BASE_SCHEDULER
 from tests.vlv_model import formulas as reference
 from vlv_model.checkpoints.loading import load_diffusion, resolve_model
+from vlv_model.checkpoints.published import SD_21_BASE_SCHEDULER
 from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.errors import ModelError
 from vlv_model.preprocessing import vae_pixels

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.training import models
-from benchmarks.training.published_configs import PARAMETERS, QWEN_25
+from vlv_model.checkpoints.published import PARAMETERS, QWEN_25
 
 META = torch.device("meta")
 FULL = models.SIZES["full"]

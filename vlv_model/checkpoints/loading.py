@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 __all__ = [
+    "CONFIG_FILES",
     "Model",
+    "check_kind",
     "load_caption_tokenizer",
     "load_diffusion",
     "load_florence",
@@ -63,6 +65,15 @@ __all__ = [
 ]
 
 
+# What a part's config.json says of its class.
+_KINDS = {
+    "florence": ("model_type", "florence2"),
+    "text_encoder": ("model_type", CLIPTextConfig.model_type),
+    "language_model": ("model_type", "qwen2"),
+    "vae": ("_class_name", "AutoencoderKL"),
+    "unet": ("_class_name", "UNet2DConditionModel"),
+}
+CONFIG_FILES = {"scheduler": "scheduler_config.json"}  # of a part, where it is not config.json
 _CONVERTER = "src/transformers/models/florence2/convert_florence2_original_pytorch_to_hf.py"
 
 
@@ -94,7 +105,7 @@ def load_text_encoder(
 def text_encoder_width(config: ModelConfig) -> int:
     """Width of the text encoder's embeddings, from its configuration."""
     source = part_source(config, "text_encoder")
-    _check_kind("text_encoder", source, "model_type", CLIPTextConfig.model_type)
+    _check_kind("text_encoder", source)
     load = partial(CLIPTextConfig.from_pretrained, source.name, **source.load_kwargs)
     return _load("text_encoder", source, load).hidden_size
 
@@ -118,7 +129,7 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
     from diffusers import AutoencoderKL
 
     source = part_source(config, "vae")
-    _check_kind("vae", source, "_class_name", AutoencoderKL.__name__)
+    _check_kind("vae", source)
     load = partial(AutoencoderKL.load_config, source.name, **source.load_kwargs)
     return LatentFormat.of(_load("vae", source, load))
 
@@ -176,13 +187,13 @@ def _load_transformer(
     config: ModelConfig, part: str, kind: Any, precision: Precision = "float32"
 ) -> Any:
     source = part_source(config, part)
-    _check_kind(part, source, "model_type", kind.config_class.model_type)
+    _check_kind(part, source)
     return _load_weights(part, source, kind, dtype=dtype_of(precision))
 
 
 def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precision) -> Any:
     source = part_source(config, part)
-    _check_kind(part, source, "_class_name", kind.__name__)
+    _check_kind(part, source)
     return _load_weights(part, source, kind, torch_dtype=dtype_of(precision))
 
 
@@ -204,22 +215,29 @@ def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) ->
     return model
 
 
-def _check_kind(part: str, source: Source, key: str, expected: str) -> None:
-    # Checked first: a class accepts another model's configuration, fills missing fields with
-    # defaults (Qwen2's are a 7B model) and fails later, if at all, far from the cause.
-    def read() -> Any:
-        path = cached_file(source.name, "config.json", **source.load_kwargs)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-
-    content = _load(part, source, read)
+def check_kind(part: str, source: Source, content: Any) -> None:
+    """Raise ModelError unless `content`, a part's config.json, is of the part's class."""
+    # A class accepts another model's configuration, fills missing fields with defaults (Qwen2's are
+    # a 7B model) and fails later, if at all, far from the cause.
+    if part not in _KINDS:
+        return
     if part == "florence":
         _reject_microsoft_layout(source, content)
+    key, expected = _KINDS[part]
     found = content.get(key) if isinstance(content, dict) else None
     if found != expected:
         raise ModelError(
             f"{part}: config.json in '{source}' says {key} {found!r}, expected "
             f"{expected!r}: set the model's '{part}' to a model of that type"
         )
+
+
+def _check_kind(part: str, source: Source) -> None:
+    def read() -> Any:
+        path = cached_file(source.name, "config.json", **source.load_kwargs)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+    check_kind(part, source, _load(part, source, read))
 
 
 def _reject_microsoft_layout(source: Source, content: Any) -> None:

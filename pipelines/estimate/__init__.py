@@ -1,0 +1,1 @@
+"""What a job takes before it starts: memory, disk, hours and dollars."""
