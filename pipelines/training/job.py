@@ -22,6 +22,7 @@ from pipelines.training import run_folder, run_rows, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from pipelines.training.run_rows import split
+from pipelines.training.start_check import check_before_start
 from pipelines.training.worker import TrainingTask, run_on_worker
 from vlv_model.config import ModelConfig
 from vlv_model.errors import RunError
@@ -46,6 +47,7 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
         if (run_dir / run_folder.RESULT).is_file():
             print(f"{run_dir} is finished: nothing to train")
             return read_json_object(run_dir / run_folder.RESULT)
+        check_before_start(config)
         rows, held_out = run.rows
         run_rows.save_keys(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)

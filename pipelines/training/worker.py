@@ -18,11 +18,14 @@ from pipelines.storage.files import as_path
 from pipelines.training import checkpointing, run_rows
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.run_rows import split
+from pipelines.training.start_check import check_fits
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, RunError, VLVError, one_line
 from vlv_model.squares import Square
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipelines.training.loop import Worker
 
 
@@ -147,6 +150,7 @@ def run_worker(
         stage = stage1(config, model, start)
     else:
         stage = stage2(config, model, start)
+    _check_memory(stage.model, config.train, worker)
     index = RowIndex.open([as_path(file) for file in task.files], stage.columns)
     if (initial_keys := run_rows.load_keys(run_dir)) is None:
         initial_keys = index.keys
@@ -179,6 +183,18 @@ def run_worker(
     )
     trainer.setup(latest)
     trainer.train()
+
+
+def _check_memory(model: nn.Module, train: TrainConfig, worker: Worker) -> None:
+    """Raise RunError when the GPU cannot even hold weights, gradients and optimiser."""
+    import torch
+
+    from pipelines.training.memory import Parameters, states
+
+    if worker.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(worker.device)
+        memory = states(train, Parameters.of(model), worker.world_size)
+        check_fits(memory, gpu.total_memory, gpu.name, train, worker.world_size)
 
 
 def _verify(checkpoint: Path, worker: Worker) -> None:

@@ -1,0 +1,81 @@
+"""The check of memory at the start of a training: only the closed form, so that it takes a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pipelines.estimate.memory import Memory
+from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
+from vlv_model.errors import ModelError, RunError
+
+
+def check_before_start(config: Stage1Config | Stage2Config) -> None:
+    """Raise RunError when weights, gradients and optimiser alone exceed a known GPU.
+
+    Known are the GPU of `estimate.machine` and one that this process sees, if the job starts its own
+    Ray. Of a cluster's GPU only a line is printed, and its workers check; of a CPU's memory a warning.
+    """
+    from pipelines.training.dry_run import training_states
+
+    train = config.train
+    try:
+        memory, _ = training_states(config)
+    except ModelError:
+        return  # a model that has yet to be downloaded: its workers check
+    if train.use_gpu is False:
+        if not config.ray.cluster:
+            _warn_of_host(memory, train.least_workers)
+    elif machine := config.estimate.found_machine():
+        check_fits(memory, machine.gpu.memory, machine.gpu.name, train, train.most_workers)
+    elif (seen := _seen_gpu()) and not config.ray.cluster:
+        check_fits(memory, *seen, train, train.most_workers)
+    else:
+        print(
+            f"weights, gradients and optimiser take {memory.least / 1e9:.1f} GB of each GPU: "
+            "estimate.machine is not set, so the workers compare it with theirs",
+            file=sys.stderr,
+        )
+
+
+def check_fits(memory: Memory, capacity: int, gpu: str, train: TrainConfig, workers: int) -> None:
+    """Raise RunError when weights, gradients and optimiser alone exceed `capacity` bytes."""
+    if memory.least > capacity:
+        raise RunError(
+            f"weights, gradients and optimiser take {memory.least / 1e9:.1f} GB of each GPU, and "
+            f"{gpu} has {capacity / 1e9:.1f} GB: {_advice(train, workers)}"
+        )
+
+
+def _seen_gpu() -> tuple[int, str] | None:
+    """Memory and name of this process's first GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    return seen.total_memory, seen.name
+
+
+def _warn_of_host(memory: Memory, workers: int) -> None:
+    needed = memory.least * workers
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        print(
+            f"warning: weights, gradients and optimiser of {workers} workers take "
+            f"{needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB: use fewer workers, "
+            "smaller models or GPUs",
+            file=sys.stderr,
+        )
+
+
+def _advice(train: TrainConfig, workers: int) -> str:
+    """The settings that would save memory and are not set yet."""
+    advice = []
+    if train.precision == "float32":
+        advice.append("train.precision=bfloat16")
+    if workers > 1 and train.zero_stage < 3:
+        advice.append(f"train.zero_stage={max(2, train.zero_stage + 1)}")
+    if train.zero_stage and not train.offload_optimizer:
+        advice.append("train.offload_optimizer=true")
+    return ", or ".join([*(f"set {setting}" for setting in advice), "use larger or more GPUs"])
