@@ -150,13 +150,14 @@ def _open_engine(config: CaptionConfig) -> Engine:
     quiet_libraries()
     import torch
 
-    from pipelines.recaption.predictor import open_engine
+    from pipelines.recaption.predictor import check_length, open_engine
     from vlv_model.captioner import VLVCaptioner
 
     if config.use_gpu and not torch.cuda.is_available():
         raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
     model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
+    check_length(model, config.generate)
     device = torch.device("cuda" if use_gpu else "cpu")
     return open_engine(model, checkpoint, config.generate, device)
 

@@ -62,17 +62,19 @@ class Recaption(ImageJob):
 def recaption(config: RecaptionConfig) -> dict[str, int]:
     """Caption the missing rows of the output table and publish it; returns its rows by status.
 
-    Raises CheckpointError without a trained captioner, GateError when the captions do not pass `gate.*`,
-    and the errors of `run_table_job` and ImageJob.
+    Raises CheckpointError without a trained captioner, ConfigError for captions longer than its language
+    model can write, GateError when the captions do not pass `gate.*`, and the errors of `run_table_job`
+    and ImageJob.
     """
     # Imported here, since the model libraries would delay --help.
-    from pipelines.recaption.predictor import CaptionImages
+    from pipelines.recaption.predictor import CaptionImages, check_length
     from vlv_model.captioner import VLVCaptioner
 
     model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
     made_of = caption_identity(model, checkpoint, config.generate)
     fingerprint = fingerprint_of(made_of)
     assert checkpoint is not None
+    check_length(model, config.generate)
     earlier = config.earlier
     actors = config.actors.on(config.ray)
     job = Recaption(

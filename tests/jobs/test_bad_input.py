@@ -220,6 +220,20 @@ def test_caption_of_one_image(
     refused(job("caption", image, "--model", tiny_models), "stage-2")
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_longer_captions_than_the_language_model_has_positions(
+    job: Job, tmp_path: Path, trained_captioner: Path, pair_table: Path, engine: str
+) -> None:
+    """Said before a model is loaded or a table is made."""
+    longer = ["generate.num_beams=1", f"generate.engine={engine}", "generate.max_new_tokens=1009"]
+    (image := tmp_path / "i.png").write_bytes(first_image(pair_table))
+    said = ("max_new_tokens=1009", "1024 positions", "takes 16", "at most 1008")
+    refused(job("caption", image, "--model", trained_captioner, *longer), *said)
+    paths = [f"data.input={pair_table}", f"data.output={tmp_path / 'o'}"]
+    refused(job("recaption", *paths, f"model.path={trained_captioner}", *longer), *said)
+    assert not (tmp_path / "o").exists()
+
+
 def test_missing_models(job: Job, tmp_path: Path, pair_table: Path) -> None:
     paths = [f"data.input={pair_table}", f"run_dir={tmp_path / 'r'}", "data.holdout=0.2"]
     refused(job("stage1", *paths, "model.path=/no/models"), "/no/models")

@@ -26,6 +26,7 @@ from transformers import (
     Florence2Model,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.utils import cached_file
@@ -57,6 +58,7 @@ __all__ = [
     "load_text_encoder",
     "load_unet",
     "load_vae",
+    "num_positions",
     "quietly",
     "read_latent_format",
     "resolve_checkpoint",
@@ -149,6 +151,14 @@ def load_unet(
 def load_language_model(config: ModelConfig, precision: Precision = "float32") -> Qwen2ForCausalLM:
     """The caption decoder."""
     return _load_transformer(config, "language_model", Qwen2ForCausalLM, precision)
+
+
+def num_positions(config: ModelConfig) -> int:
+    """Positions that the caption decoder has for a prefix and its caption, from its configuration."""
+    source = part_source(config, "language_model")
+    _check_kind("language_model", source, "model_type", Qwen2Config.model_type)
+    load = partial(Qwen2Config.from_pretrained, source.name, **source.load_kwargs)
+    return _load("language_model", source, load).max_position_embeddings
 
 
 def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
