@@ -92,24 +92,28 @@ def _captions(
     """
     engine: Engine | None = None
     remaining, size = iter(files), 1
-    while batch := list(islice(remaining, size)):
-        pixels, reasons = _decoded(batch, square)
-        captions: dict[int, str] = {}
-        if pixels:
-            if engine is None:
-                with waiting("loading the model"):
-                    engine = _open_engine(config)
-            for position, caption, error in _caption(engine, batch, pixels):
-                if caption is not None:
-                    captions[position] = config.generate.postprocessed(caption)
-                reasons[position] = f"cannot be captioned: {error}"
-            # The first caption soon, then larger batches. They grow by the same steps each time:
-            # the batch affects rounding.
-            on_cpu = engine.device.type == "cpu"
-            most = min(config.generate.batch_size, _CPU_BATCH if on_cpu else sys.maxsize)
-            size = min(2 * size, most)
-        for position, file in enumerate(batch):
-            yield file, captions.get(position), reasons.get(position, "")
+    try:
+        while batch := list(islice(remaining, size)):
+            pixels, reasons = _decoded(batch, square)
+            captions: dict[int, str] = {}
+            if pixels:
+                if engine is None:
+                    with waiting("loading the model"):
+                        engine = _open_engine(config)
+                for position, caption, error in _caption(engine, batch, pixels):
+                    if caption is not None:
+                        captions[position] = config.generate.postprocessed(caption)
+                    reasons[position] = f"cannot be captioned: {error}"
+                # The first caption soon, then larger batches. They grow by the same steps each time:
+                # the batch affects rounding.
+                on_cpu = engine.device.type == "cpu"
+                most = min(config.generate.batch_size, _CPU_BATCH if on_cpu else sys.maxsize)
+                size = min(2 * size, most)
+            for position, file in enumerate(batch):
+                yield file, captions.get(position), reasons.get(position, "")
+    finally:
+        if engine is not None:
+            engine.close()
 
 
 def _decoded(

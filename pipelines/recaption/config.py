@@ -22,13 +22,17 @@ from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import parquet_files
 from vlv_model.config import Config, Precision
 
+# vLLM raises lower temperatures to the first, in silence, and refuses higher ones than the second.
+VLLM_TEMPERATURES = (0.01, 2.0)
+
 
 class GenerateConfig(Config):
     """Decoding of captions. All settings but `batch_size` are part of a caption's fingerprint."""
 
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="decoder: transformers, or vLLM (CUDA; not yet run on a GPU)",
+        description="decoder of greedy captions and samples: transformers, or vLLM (same captions on "
+        "vLLM's CPU build; not yet run on a GPU)",
     )
     num_beams: int = Field(4, ge=1, description="beams of beam search; 1 is greedy decoding")
     early_stopping: bool = Field(
@@ -72,6 +76,13 @@ class GenerateConfig(Config):
                 "generate.engine=vllm has no beam search over embeddings, got generate.num_beams="
                 f"{self.num_beams}: set generate.num_beams=1"
             )
+        if self.engine == "vllm" and self.temperature is not None:
+            least, most = VLLM_TEMPERATURES
+            if not least <= self.temperature <= most:
+                raise ValueError(
+                    f"engine=vllm samples at temperatures of {least:g} to {most:g}, got "
+                    f"temperature={self.temperature:g}: set one of these, or leave engine out"
+                )
         if self.early_stopping and self.num_beams == 1:
             raise ValueError("generate.early_stopping needs generate.num_beams of at least 2")
         if self.temperature is None and (self.top_p < 1 or self.seed):

@@ -60,6 +60,9 @@ class Engine(ABC):
         self.captioner = captioner.eval()
         self.generate = generate
         self.device = next(captioner.parameters()).device
+        self._encode_at_once = generate.batch_size  # for decoders that take prefixes one by one
+        if self.device.type == "cpu":
+            self._encode_at_once = min(generate.batch_size, CPU_PREFIXES)
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}  # by a number of our own
         self._suspects: deque[Request] = deque()  # to be tried alone
@@ -99,6 +102,9 @@ class Engine(ABC):
         self.add(map(Request, positions, keys, images))
         while self.busy:
             yield from self.step()
+
+    def close(self) -> None:  # noqa: B027
+        """Free what does not end with this object; the engine cannot be used again."""
 
     @abstractmethod
     def _advance(self, waiting: deque[Request]) -> list[Outcome]:
@@ -153,9 +159,6 @@ class SlotEngine(Engine):
         super().__init__(captioner, generate)
         sampling = Sampling(**settings) if (settings := generate.sampling) else None
         self.decoder = captioner.decoder(generate.batch_size, generate.max_new_tokens, sampling)
-        self._encode_at_once = generate.batch_size
-        if self.device.type == "cpu":
-            self._encode_at_once = min(generate.batch_size, CPU_PREFIXES)
         self._encoded: deque[int] = deque()  # images with a prefix and without a slot
         self._ready = torch.empty(0)  # their prefixes [n q h]
 

