@@ -34,7 +34,7 @@ from pipelines.tiny_world.pretrained import FOLDER, STAGE1
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints.export import export_model
 from vlv_model.checkpoints.sources import resolve_model
-from vlv_model.decoding import RunningSequence, Sampling, SlotDecoder
+from vlv_model.decoding import FinishedSequence, RunningSequence, Sampling, SlotDecoder
 from vlv_model.preprocessing import square_image
 from vlv_model.tiny import write_tiny_models
 
@@ -106,11 +106,27 @@ def forced_length(key: int, longest: int) -> int:
     return int(np.random.default_rng(abs(key)).integers(shortest, limit + 1))
 
 
-class _ForcedDecoder(SlotDecoder):
+def spread_length(key: int, longest: int) -> int:
+    """Like `forced_length`, but most captions are short: of 300 tokens, 20 and an exponential of 60."""
+    drawn = longest / 15 + np.random.default_rng(abs(key)).exponential(longest / 5)
+    return max(1, min(longest, round(drawn)))
+
+
+class ForcedDecoder(SlotDecoder):
+    """Ends captions at `length_of` their keys, and counts the slots in use at each step."""
+
+    length_of = staticmethod(forced_length)
+    steps = used = 0
+
+    def step(self) -> list[FinishedSequence]:
+        self.steps += bool(self._sequences)
+        self.used += len(self._sequences)
+        return super().step()
+
     def _choose_tokens(self, logits: Tensor, sequences: Sequence[RunningSequence]) -> list[int]:
         logits[:, self.end_of_text] = -torch.inf
         for row, sequence in enumerate(sequences):
-            if len(sequence.ids) + 1 >= forced_length(sequence.key, self.max_new_tokens):
+            if len(sequence.ids) + 1 >= self.length_of(sequence.key, self.max_new_tokens):
                 logits[row, self.end_of_text] = torch.inf
         return super()._choose_tokens(logits, sequences)
 
@@ -122,7 +138,7 @@ class ForcedCaptioner(VLVCaptioner):
         self, slots: int, max_new_tokens: int, sampling: Sampling | None = None
     ) -> SlotDecoder:
         plain = super().decoder(slots, max_new_tokens, sampling)
-        plain.__class__ = _ForcedDecoder
+        plain.__class__ = ForcedDecoder
         return plain
 
 

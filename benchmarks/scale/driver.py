@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script, too
 from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE, Step
 from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.execution.steps import Chunk, PlacedStep
 from pipelines.storage.tables import Commit, Table
 
 _ROWS = 256  # rows per chunk, according to its commit
@@ -100,12 +101,9 @@ def pass_chunks(
     A few chunks run first, to start Ray's workers.
     """
 
-    def rows(dataset: Any, last: Step) -> Any:
-        steps = {**WHOLE, "num_cpus": 0.5}
-        return dataset.map_batches(_one_row, **steps).map_batches(last, **steps)
-
+    steps = [PlacedStep(_one_row, resources={"num_cpus": 0.5})]
     with ray_session(RayConfig(address=address, num_cpus=cpus, object_store_gb=0.3)) as cluster:
-        run = partial(run_chunks, cluster, stages=rows, write=_write, title="scale", done={})
+        run = partial(run_chunks, cluster, steps=steps, write=_write, title="scale", done={})
         run(range(32), total_rows=32)
         start = time.perf_counter()
         run(range(chunks), total_rows=chunks)
@@ -113,11 +111,11 @@ def pass_chunks(
     return {"seconds": seconds, "chunks_per_second": chunks / seconds}
 
 
-def _one_row(block: pa.Table) -> pa.Table:
-    return block.append_column("status", pa.array(["ok"] * block.num_rows))
+def _one_row(chunk: Chunk) -> Chunk:
+    return replace(chunk, rows=pa.table({"status": ["ok"]}))
 
 
-def _write(chunk: int, rows: pa.Table) -> None:
+def _write(chunk: Chunk) -> None:
     pass
 
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from pipelines.execution.steps import Chunk, ModelDiedError, ModelStep, PlacedStep
+from vlv_model.errors import RunError, VLVError
+
 CHUNKS_PER_WAVE = 4096
 """Chunks that Ray Data gets at once, which bounds the driver's memory."""
-Step = Callable[[pa.Table], pa.Table]
-"""Turns the block of a chunk into the next one."""
-WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
-"""Options of `map_batches` that keep a chunk in one block."""
+_GRACE = 10.0  # seconds for a step to end with its actor
+# Options of Ray Data that keep a chunk in one block.
+_WHOLE = {"batch_size": None, "batch_format": "pyarrow"}
 
 
 class Cluster(Protocol):
@@ -30,11 +36,8 @@ class Cluster(Protocol):
     def cpus_by_node(self) -> list[float]:
         """CPUs of each live machine."""
 
-    def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-        """Ray Datasets with one block for each chunk (one row: `chunk`), in waves of bounded size."""
-
-    def actors(self, least: int, most: int | None, **options: Any) -> Any:
-        """A pool of actors, for the `compute` option of `map_batches`."""
+    def pass_chunks(self, chunks: Sequence[int], steps: Sequence[PlacedStep]) -> Iterator[Chunk]:
+        """Pass chunks, by their numbers, through `steps`; in any order."""
 
     def shared(self, kind: type) -> Any:
         """The handle of one actor of this class, for all processes of the job as long as it is held;
@@ -59,7 +62,7 @@ class RayCluster:
 
         return [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
 
-    def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
+    def pass_chunks(self, chunks: Sequence[int], steps: Sequence[PlacedStep]) -> Iterator[Chunk]:
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -71,20 +74,118 @@ class RayCluster:
         context.max_consecutive_actor_init_deaths = 2
         for start in range(0, len(chunks), CHUNKS_PER_WAVE):
             wave = chunks[start : start + CHUNKS_PER_WAVE]
-            yield ray.data.from_items(
-                [{"chunk": chunk} for chunk in wave], override_num_blocks=len(wave)
-            )
-
-    def actors(self, least: int, most: int | None, **options: Any) -> Any:
-        import ray.data
-
-        return ray.data.ActorPoolStrategy(min_size=least, max_size=most, **options)
+            blocks = [row for chunk in wave for row in Chunk(chunk).to_block().to_pylist()]
+            dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks))
+            for step in steps:
+                dataset = _mapped(dataset, step)
+            for block in dataset.iter_batches(**_WHOLE):
+                yield Chunk.of_block(block)
 
     def shared(self, kind: type) -> Any:
         import ray
 
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(kind)
         return actor.remote()
+
+
+def _mapped(dataset: Any, step: PlacedStep) -> Any:
+    """A Ray Dataset after a step."""
+    if not step.has_actors:
+        return dataset.map_batches(_Task(step), **step.resources, **_WHOLE)
+    import ray.data
+
+    fewest, most = step.actors
+    pool = ray.data.ActorPoolStrategy(
+        min_size=fewest,
+        max_size=most,
+        max_concurrent_calls_per_actor=step.in_flight,
+        max_tasks_in_flight_per_actor=step.in_flight + 1,  # the next one is fetched meanwhile
+        enable_true_multi_threading=True,
+    )
+    actor = _ModelActor if hasattr(step.step, "process") else _Actor
+    return dataset.map_batches(
+        actor, fn_constructor_args=(step,), compute=pool, **step.resources, **_WHOLE
+    )
+
+
+class _Task:
+    """A step of one chunk at a time, on blocks."""
+
+    def __init__(self, placed: PlacedStep) -> None:
+        self.placed, self.step = placed, placed.step
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self.placed.finished(self.step(Chunk.of_block(block))).to_block()
+
+
+class _Actor(_Task):
+    """The same, in an actor, which calls it from several threads."""
+
+    def __init__(self, placed: PlacedStep) -> None:
+        self.placed, self.step = placed, placed.step(*placed.arguments)
+
+
+class _ModelActor:
+    """The actor of a ModelStep. Ray calls it in several threads, each with a chunk; one more thread
+    runs the step, which takes the chunks out of a queue."""
+
+    def __init__(self, placed: PlacedStep) -> None:
+        self.placed = placed
+        self.calls: _Calls = queue.SimpleQueue()
+        step: ModelStep | VLVError
+        try:
+            step = placed.step(*placed.arguments)
+        except VLVError as error:
+            # Ray would take an error of a constructor for a death, repeat it, and hide its message.
+            step = error
+        # Without a reference to the actor, so that Ray's end of it ends the thread.
+        self.thread = threading.Thread(target=_serve, args=(step, self.calls), daemon=True)
+        self.thread.start()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        made: Future[Chunk] = Future()
+        self.calls.put((Chunk.of_block(block), made))
+        return self.placed.finished(made.result()).to_block()
+
+    def __del__(self) -> None:
+        self.calls.put(None)
+        self.thread.join(timeout=_GRACE)
+
+
+_Calls = queue.SimpleQueue[tuple[Chunk, Future[Chunk]] | None]
+
+
+def _serve(step: ModelStep | VLVError, calls: _Calls) -> None:
+    """Answer calls with the results of a step; after an error, with the error."""
+    unfinished: dict[int, Future[Chunk]] = {}
+
+    def chunks() -> Iterator[Chunk | None]:
+        while True:
+            try:
+                call = calls.get(block=not unfinished)
+            except queue.Empty:
+                yield None
+                continue
+            if call is None:
+                return
+            chunk, unfinished[chunk.number] = call
+            yield chunk
+
+    try:
+        if isinstance(step, VLVError):
+            raise step
+        for chunk in step.process(chunks()):
+            unfinished.pop(chunk.number).set_result(chunk)
+        step.close()
+    except ModelDiedError as error:
+        # An error would end the job; Ray replaces a process that exits, and reloads the model.
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    except BaseException as error:
+        for made in unfinished.values():
+            made.set_exception(error)
+        while (call := calls.get()) is not None:
+            call[1].set_exception(error)
 
 
 def _quiet_ray_data() -> None:
@@ -95,9 +196,9 @@ def _quiet_ray_data() -> None:
 
 
 class InProcess:
-    """No Ray: this process takes the chunks through the same steps, one after the other."""
+    """No Ray: this process takes the chunks through the same steps."""
 
-    seconds_here = 0.0  # `datasets` does all work here anyway
+    seconds_here = 0.0  # `pass_chunks` does all work here anyway
 
     def resources(self) -> Mapping[str, float]:
         return {"CPU": float(os.cpu_count() or 1)}
@@ -105,42 +206,25 @@ class InProcess:
     def cpus_by_node(self) -> list[float]:
         return [1.0]
 
-    def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
-        yield LocalDataset(pa.table({"chunk": [chunk]}) for chunk in chunks)
-
-    def actors(self, least: int, most: int | None, **options: Any) -> Any:
-        return None
+    def pass_chunks(self, chunks: Sequence[int], steps: Sequence[PlacedStep]) -> Iterator[Chunk]:
+        passed: Iterator[Chunk] = map(Chunk, chunks)
+        for step in steps:
+            # A step that a cluster could not pickle is an error here, too.
+            passed = _passed(pickle.loads(pickle.dumps(step)), passed)
+        return passed
 
     def shared(self, kind: type) -> Any:
         return None
 
 
-class LocalDataset:
-    """The part of Ray Dataset that jobs use, in this process and in order."""
-
-    def __init__(self, blocks: Iterable[pa.Table]) -> None:
-        self.blocks = blocks
-
-    def map_batches(
-        self, step: Any, fn_constructor_args: Sequence[Any] = (), **resources: Any
-    ) -> LocalDataset:
-        # A step that a cluster could not pickle is an error here, too.
-        step, arguments = pickle.loads(pickle.dumps((step, fn_constructor_args)))
-        return LocalDataset(self._mapped(step, arguments))
-
-    def _mapped(self, step: Any, arguments: Sequence[Any]) -> Iterator[pa.Table]:
-        is_actor = isinstance(step, type)
-        do = step(*arguments) if is_actor else step
-        try:
-            yield from (
-                do(block) for block in self.blocks if block.num_rows
-            )  # Ray drops empty ones
-        finally:
-            if is_actor and hasattr(do, "close"):
-                do.close()
-
-    def iter_batches(self, **layout: Any) -> Iterator[pa.Table]:
-        return iter(self.blocks)
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        return (row for block in self.blocks for row in block.to_pylist())
+def _passed(placed: PlacedStep, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Chunks after a step, in this process."""
+    step = placed.step(*placed.arguments) if placed.has_actors else placed.step
+    try:
+        made = step.process(chunks) if hasattr(step, "process") else map(step, chunks)
+        yield from map(placed.finished, made)
+    except ModelDiedError as error:
+        raise RunError(str(error)) from error
+    finally:
+        if hasattr(step, "close"):
+            step.close()

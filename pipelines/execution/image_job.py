@@ -16,16 +16,18 @@ import numpy as np
 from pydantic import Field
 
 from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE, Cluster, Step
+from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import PoolSize, RayConfig, bounds, check_resources
 from pipelines.execution.quarantine import FOLDER as ATTEMPTS
-from pipelines.execution.quarantine import GuardedStep
+from pipelines.execution.quarantine import GuardedStep, record_of
 from pipelines.execution.read_images import ReadImages
 from pipelines.execution.replan import plan_again, take_out
+from pipelines.execution.steps import Chunk, ModelStep, PlacedStep
 from pipelines.execution.table_job import TableJob
 from pipelines.images.changes import changed_on_purpose, changes_of
 from pipelines.images.plans import LAYOUT, make_plan
 from pipelines.images.selection import Selection
+from pipelines.storage.files import remove_file
 from pipelines.storage.fingerprints import mtime_fingerprint
 from pipelines.storage.folders import remove_folder
 from pipelines.storage.tables import Table
@@ -75,12 +77,13 @@ class ImageJob(TableJob):
     data: Selection
     identity: Mapping[str, Any]  # settings that make a row what it is
     square: Square  # that the model takes
-    step: type  # class of the actors (pipelines.execution.quarantine), made of `arguments`
+    step: type[ModelStep]  # made of `arguments` in each actor
     arguments: tuple[Any, ...]
     actors: ActorConfig
     ray: RayConfig
     title: str
     row_group: int = ROW_GROUP  # rows
+    in_flight: int = 1  # chunks that a step takes at once
     keep_images: bool = False  # the images' bytes go on to the actors
     columns: Collection[str] = ()  # that a table of an earlier version has to have
     among: Callable[[], np.ndarray] | None = None  # the only keys that are selected
@@ -178,21 +181,30 @@ class ImageJob(TableJob):
         asked = f"actors.num_actors={self.actors.num_actors or least}"
         check_resources(self.ray, cluster, needed, asked)
 
-        def stages(chunks: Any, last: Step) -> Any:
-            read = ReadImages(table, self.square, self.keep_images)
-            decoded = chunks.map_batches(read, num_cpus=_TASK_CPUS, **WHOLE)
-            pool = cluster.actors(least, most)
-            held = (self.step, self.arguments, table.folder)
-            made = decoded.map_batches(
-                GuardedStep, fn_constructor_args=held, compute=pool, **device, **WHOLE
-            )
-            # Not in the actor: its device would wait for the disk.
-            return made.map_batches(last, num_cpus=_TASK_CPUS, **WHOLE)
-
-        write = partial(table.write, row_group_size=self.row_group)
-        total, done = table.describe()["planned_rows"], table.counts()
+        on_cpu = {"num_cpus": _TASK_CPUS}
+        read = ReadImages(table, self.square, self.keep_images)
+        model = PlacedStep(
+            GuardedStep,
+            (self.step, self.arguments, table.folder),
+            resources=device,
+            actors=(least, most),
+            in_flight=self.in_flight,
+        )
         run_chunks(
-            cluster, table.pending(), stages, write, self.title, total, done,
-            sums=self.sums, start=f"{self.title}: loading the model, then the first rows",
-        )  # fmt: skip
+            cluster,
+            table.pending(),
+            [PlacedStep(read, resources=on_cpu), model],
+            partial(_commit, table=table, row_group=self.row_group),
+            self.title,
+            table.describe()["planned_rows"],
+            done=table.counts(),
+            sums=self.sums,
+            start=f"{self.title}: loading the model, then the first rows",
+            commit_apart=on_cpu,  # in the actor, its device would wait for the disk
+        )
         remove_folder(table.folder / ATTEMPTS)
+
+
+def _commit(chunk: Chunk, table: Table, row_group: int) -> None:
+    table.write(chunk.number, chunk.rows, row_group_size=row_group)
+    remove_file(record_of(table.folder, chunk.number))

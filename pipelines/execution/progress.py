@@ -12,9 +12,6 @@ from tqdm import tqdm
 
 from pipelines.cli.waiting import waiting
 
-BUSY, PRESENT = "busy", "present"
-"""Figures of a chunk: seconds in its actor's model, and seconds since that actor's chunk before."""
-
 
 class RowBar:
     """A bar of a table's rows, with counts by status and rates of other figures.
@@ -37,7 +34,8 @@ class RowBar:
         self._start = ExitStack()
         self._waiting = waiting(start)
         self._clock = clock
-        self.figures = Counter[str]()
+        self.sums = Counter[str]()
+        self.busy = self.present = 0.0
         self._first: float | None = None  # when the first chunk came
         self._bar: tqdm | None = None
 
@@ -55,13 +53,20 @@ class RowBar:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, statuses: Mapping[str, int], figures: Mapping[str, float]) -> None:
-        """Count a committed chunk."""
+    def update(
+        self,
+        statuses: Mapping[str, int],
+        sums: Mapping[str, float],
+        busy: float = 0.0,
+        present: float = 0.0,
+    ) -> None:
+        """Count a committed chunk: sums to show as rates, and an actor's seconds (see Chunk)."""
         self.statuses.update(statuses)
         if self._first is None:
             self._first = self._clock()
-            figures = {name: figures[name] for name in figures.keys() & {BUSY, PRESENT}}
-        self.figures.update(figures)
+        else:
+            self.sums.update(sums)
+        self.busy, self.present = self.busy + busy, self.present + present
         words = [summary(self.statuses), *self._rates(self._clock() - self._first)]
         if self._bar is None:
             self._start.close()
@@ -73,13 +78,9 @@ class RowBar:
         self._bar.update(sum(statuses.values()))
 
     def _rates(self, seconds: float) -> list[str]:
-        words = [
-            f"{value / seconds:,.0f} {name}/s"
-            for name, value in self.figures.items()
-            if name not in (BUSY, PRESENT) and seconds
-        ]
-        if self.figures[PRESENT]:
-            words.append(f"actors busy {self.figures[BUSY] / self.figures[PRESENT]:.0%}")
+        words = [f"{n / seconds:,.0f} {name}/s" for name, n in self.sums.items() if seconds]
+        if self.present:
+            words.append(f"actors busy {self.busy / self.present:.0%}")
         return words
 
 

@@ -1,35 +1,37 @@
 """Quarantine: an image that kills its process, again and again, becomes a row with a failed status.
 
 An exception in a step stays with its row. But an image can also end the process: by a crash in native
-code, or by its memory. Ray then repeats the whole chunk without end. So each attempt is recorded in the
-table, where the next one reads it:
+code, or by its memory. Ray then repeats the process's chunks without end. So each attempt is recorded
+in the table, where the next one reads it:
 
-    _deaths/000007.json    {"begun": 3, "alone": {"41": 1}}     removed when the chunk is finished
+    _deaths/000007.json    {"begun": 3, "alone": {"41": 1}}     removed when the chunk is committed
 
-The first attempts process the chunk as a whole, because most processes die for another reason: a lost
-machine, a kill. From the third attempt on, rows are processed one at a time, first those during which the
-process died. A row that kills three processes alone is quarantined: its status is `…:failed`. A blank
-image is processed before them: where it kills the process too, the images are not to blame, and the job
-ends.
+The first attempt processes the chunk together with others. A death makes a suspect of each chunk that
+the process worked on, and from then on a suspect has its process to itself: so at the second attempt
+a chunk dies only by itself. The first two attempts process it as a whole, because most processes die
+for another reason: a lost machine, a kill. From the third attempt on, rows are processed one at a time,
+first those during which the process died. A row that kills three processes alone is quarantined: its
+status is `…:failed`. A blank image is processed before them: where it kills the process too, the images
+are not to blame, and the job ends.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from pipelines.execution.progress import BUSY, PRESENT
+from pipelines.execution.steps import Chunk, ModelDiedError, ModelStep
 from pipelines.images.rows import OK
 from pipelines.storage.files import is_file, remove_file, write_atomically
 from pipelines.storage.tables import read_json_object
-from vlv_model.errors import RunError, VLVError
+from vlv_model.errors import RunError
 
 FOLDER = "_deaths"
 MOST_WHOLE = 2
@@ -63,12 +65,14 @@ class Attempts:
 
     @contextmanager
     def suspecting(self, row: int) -> Iterator[None]:
-        """Blame a death of the process in here on `row`. An exception is no death."""
+        """Blame a death of the process in here on `row`. Of all exceptions, one is a death."""
         before = self.alone.get(row, 0)
         self.alone[row] = before + 1
         self._write()
         try:
             yield
+        except ModelDiedError:  # which ends the process
+            raise
         except BaseException:
             self.alone[row] = before
             self._write()
@@ -77,7 +81,7 @@ class Attempts:
         del self.alone[row]
 
     def end(self) -> None:
-        """Remove the record of a finished chunk."""
+        """Remove the record of a chunk."""
         remove_file(self.file)
 
     def _write(self) -> None:
@@ -85,74 +89,120 @@ class Attempts:
         write_atomically(self.file, json.dumps({"begun": self.begun, "alone": self.alone}))
 
 
-class GuardedStep:
-    """The actor of a step that holds a model; rows that kill it are quarantined.
+def record_of(table: Path, chunk: int) -> Path:
+    """Where the attempts at a chunk of a table are recorded."""
+    return table / FOLDER / f"{chunk:06d}.json"
 
-    `step` is a class with a `failed` status. A call takes a chunk with the columns `pixels` and `status`
-    and leaves rows alone whose status is not ok. The result has two more columns, whose sums over the
-    chunk are the seconds that the step took (`busy`) and those since the chunk before (`present`).
+
+class GuardedStep:
+    """A ModelStep whose rows are quarantined where they kill it.
+
+    The records of its chunks are for the one who commits them to remove (`record_of`): a result may be
+    lost with the process, if that dies of the next chunk. It also measures the seconds for which a step
+    works and waits (`Chunk.busy`, `Chunk.present`).
     """
 
-    def __init__(self, step: type, arguments: tuple[Any, ...], table: Path) -> None:
-        self.refusal: VLVError | None = None
-        try:
-            self.step: Callable[[pa.Table], pa.Table] = step(*arguments)
-        except VLVError as error:
-            # Ray would take an error of a constructor for a death, repeat it, and hide its message.
-            self.refusal = error
-        self.failed: str = step.failed  # type: ignore[attr-defined]
-        self.folder = table / FOLDER
+    def __init__(self, step: type[ModelStep], arguments: tuple[Any, ...], table: Path) -> None:
+        self.step = step(*arguments)
+        self.failed = self.step.failed
+        self.table = table
         self.last_end: float | None = None
+        self.waited = 0.0  # seconds since then
 
-    def __call__(self, chunk: pa.Table) -> pa.Table:
-        if self.refusal is not None:
-            raise self.refusal
-        (number,) = chunk["chunk"].unique().to_pylist()
-        attempts = Attempts(self.folder / f"{number:06d}.json")
-        start = time.monotonic()
-        rows = self._row_by_row(chunk, attempts) if attempts.row_by_row else self.step(chunk)
-        end = time.monotonic()
-        attempts.end()
-        present = end - (start if self.last_end is None else self.last_end)
-        self.last_end = end
-        for name, seconds in ((BUSY, end - start), (PRESENT, present)):
-            share = np.full(rows.num_rows, seconds / max(1, rows.num_rows))
-            rows = rows.append_column(name, pa.array(share))
-        return rows
+    def process(self, chunks: Iterator[Chunk | None]) -> Iterator[Chunk]:
+        """The chunks of the step; a chunk that an earlier process left unfinished is done alone."""
+        for chunk in self._guarded(self._timed(chunks)):
+            end = time.monotonic()
+            assert self.last_end is not None
+            present = end - self.last_end
+            busy, self.waited, self.last_end = max(0.0, present - self.waited), 0.0, end
+            yield replace(chunk, busy=busy, present=present)
+            self.waited += time.monotonic() - end
 
-    def _row_by_row(self, chunk: pa.Table, attempts: Attempts) -> pa.Table:
-        usable = [value == OK for value in chunk["status"].to_pylist()]
+    def close(self) -> None:
+        self.step.close()
+
+    def _timed(self, chunks: Iterator[Chunk | None]) -> Iterator[Chunk | None]:
+        """Chunks; what the step waits for them is counted, from the first one on."""
+        while True:
+            start = time.monotonic()
+            try:
+                chunk = next(chunks)
+            except StopIteration:
+                return
+            if self.last_end is None:
+                self.last_end = time.monotonic()
+            else:
+                self.waited += time.monotonic() - start
+            yield chunk
+
+    def _guarded(self, chunks: Iterator[Chunk | None]) -> Iterator[Chunk]:
+        suspects: list[Chunk] = []
+
+        def first_attempts() -> Iterator[Chunk | None]:
+            """Chunks up to the next suspect."""
+            for chunk in chunks:
+                if chunk is not None:
+                    record = record_of(self.table, chunk.number)
+                    if is_file(record):
+                        suspects.append(chunk)
+                        return
+                    Attempts(record)
+                yield chunk
+
+        while True:
+            yield from self.step.process(first_attempts())
+            if not suspects:
+                return
+            yield self._by_itself(suspects.pop())
+
+    def _by_itself(self, chunk: Chunk) -> Chunk:
+        """Process a chunk while the step has no other."""
+        attempts = Attempts(record_of(self.table, chunk.number))
+        return self._row_by_row(chunk, attempts) if attempts.row_by_row else self._whole(chunk)
+
+    def _whole(self, chunk: Chunk) -> Chunk:
+        (done,) = self.step.process(iter([chunk]))
+        return done
+
+    def _row_by_row(self, chunk: Chunk, attempts: Attempts) -> Chunk:
+        rows = [replace(chunk, rows=chunk.rows.slice(row, 1)) for row in range(chunk.rows.num_rows)]
+        usable = [value == OK for value in chunk.rows["status"].to_pylist()]
         if any(usable):
-            self._try_blank(chunk.slice(usable.index(True), 1), attempts)
+            self._try_blank(rows[usable.index(True)], attempts)
         results: dict[int, pa.Table] = {}
-        for row in attempts.order(chunk.num_rows):
-            one = chunk.slice(row, 1)
+        for row in attempts.order(len(rows)):
+            one = rows[row]
             if attempts.is_quarantined(row):
                 why = f"the process died {attempts.alone[row]} times while it worked on this image"
-                results[row] = self.step(_with(one, status=self.failed, error=why, pixels=None))
+                one = _with(one, status=self.failed, error=why, pixels=None)
+                results[row] = self._whole(one).rows
             elif usable[row]:
                 with attempts.suspecting(row):
-                    results[row] = self.step(one)
+                    results[row] = self._whole(one).rows
             else:
-                results[row] = self.step(one)
-        return pa.concat_tables([results[row] for row in range(chunk.num_rows)])
+                results[row] = self._whole(one).rows
+        if not rows:
+            return self._whole(chunk)
+        return replace(chunk, rows=pa.concat_tables([results[row] for row in range(len(rows))]))
 
-    def _try_blank(self, one: pa.Table, attempts: Attempts) -> None:
+    def _try_blank(self, one: Chunk, attempts: Attempts) -> None:
         if attempts.is_quarantined(_BLANK):
             attempts.end()
             raise RunError(
                 f"the model's process died {MOST_WHOLE + MOST_ALONE} times, with a blank image, too: "
                 "the images are not to blame; look into the log of its machine (memory, drivers)"
             )
-        (pixels,) = one["pixels"].to_pylist()
+        (pixels,) = one.rows["pixels"].to_pylist()
         with attempts.suspecting(_BLANK):
-            self.step(_with(one, pixels=bytes(len(pixels))))
+            self._whole(_with(one, pixels=bytes(len(pixels))))
 
 
-def _with(rows: pa.Table, **values: Any) -> pa.Table:
-    """Rows with one value for all in some columns."""
+def _with(chunk: Chunk, **values: Any) -> Chunk:
+    """A chunk with one value for all rows in some columns."""
+    rows = chunk.rows
     for name, value in values.items():
         index = rows.schema.get_field_index(name)
         column = pa.array([value] * rows.num_rows, rows.schema.field(name).type)
         rows = rows.set_column(index, rows.schema.field(name), column)
-    return rows
+    return replace(chunk, rows=rows)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.execution.quarantine import FOLDER as ATTEMPTS
 from pipelines.execution.quarantine import Attempts
+from pipelines.execution.steps import Chunk
 from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader, UndecodableImage
 from pipelines.images.rows import OK, status
@@ -22,9 +23,8 @@ from vlv_model.squares import Square
 class ReadImages:
     """First step of a chunk: its rows' keys and decoded squares.
 
-    Takes a block of one row (`chunk`). Returns `chunk`, `key`, `name` (of a file, or a URL), `pixels`
-    (uint8 3·s·s, null if the image cannot be decoded), `status`, `error`; with `keep_images` also
-    `image`, the bytes as read, null if they are no image. Images outside our own tables are decoded in
+    Takes a chunk's number. Its rows have `key`, `name` (of a file, or a URL), `pixels` (uint8 3·s·s,
+    null if the image cannot be decoded), `status`, `error`; with `keep_images` also `image`, the bytes as read, null if they are no image. Images outside our own tables are decoded in
     a child process (pipelines.pictures.squares).
     """
 
@@ -43,18 +43,17 @@ class ReadImages:
         self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
         self.square = square
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, chunk: Chunk) -> Chunk:
         from pipelines.pictures.squares import isolated_squares
 
-        (chunk,) = block["chunk"].to_pylist()
-        plan = read_plan(self.folder, chunk)
+        plan = read_plan(self.folder, chunk.number)
         decode = None
         if self.isolated:
             decode = self.decode or isolated_squares(self.square)
         reader = RowReader(plan_index(self.files, plan), named=True, decode=decode)
         names = reader.names()
         read: dict[int, _Read] = {}
-        attempts = Attempts(self.folder / ATTEMPTS / f"read-{chunk:06d}.json")
+        attempts = Attempts(self.folder / ATTEMPTS / f"read-{chunk.number:06d}.json")
         for position in attempts.order(plan.num_rows):
             if attempts.is_quarantined(position):
                 why = f"the process died {attempts.alone[position]} times while it read this image"
@@ -65,9 +64,8 @@ class ReadImages:
         attempts.end()
         rows = [read[position] for position in range(plan.num_rows)]
         images = {"image": pa.array([row.image for row in rows], pa.binary())}
-        return pa.table(
+        table = pa.table(
             {
-                "chunk": pa.array([chunk] * plan.num_rows, pa.int64()),
                 "key": plan["key"],
                 "name": pa.array(names, pa.string()),
                 "pixels": pa.array([row.pixels for row in rows], pa.binary()),
@@ -76,6 +74,7 @@ class ReadImages:
                 "error": pa.array([row.error for row in rows], pa.string()),
             }
         )
+        return replace(chunk, rows=table)
 
     def _read(self, reader: RowReader, position: int) -> _Read:
         try:

@@ -28,7 +28,6 @@ from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
 from pipelines.storage.files import is_file, remove_file
 from pipelines.storage.folders import remove_folder
-from pipelines.storage.parquet import read_schema
 from pipelines.storage.tables import Table
 from vlv_model.errors import RunError
 
@@ -84,7 +83,6 @@ def plan_again(
         )
     take_out(table, path)
     remove_folder(table.folder / ATTEMPTS)  # they number rows by their places in a chunk
-    chunks = _without_empty_ones(table, chunks)
     write_chunks(table.folder, chunks)
     kept = {k: v for k, v in about.items() if k not in ("kind", "identity", "chunks")}
     kept |= {"planned_rows": sum(map(len, chunks)), "changes": changes_of(path), **notes}
@@ -99,17 +97,3 @@ def take_out(table: Table, path: str) -> None:
         remove_file(card)  # a caption table's card has samples: its job writes it at the end
         write_card(table)
     remove_files(table, blocked.keys)
-
-
-def _without_empty_ones(table: Table, chunks: list[np.ndarray]) -> list[np.ndarray]:
-    """The chunks without pending ones that have no row: no step would ever finish those."""
-    commits = table.commits()
-    done = {commit.chunk for commit in commits}
-    empty = [n for n, rows in enumerate(chunks) if not len(rows) and n not in done]
-    if empty and not commits:
-        whole = np.concatenate(chunks)
-        return np.array_split(whole, min(len(chunks), len(whole)))
-    for number in empty:
-        schema = read_schema(table.part(commits[0].chunk))
-        table.write(number, schema.empty_table(), run=commits[0].run)
-    return chunks

@@ -143,6 +143,6 @@ RECAPTION_IMAGES = Counter("vlv_recaption_images", "images that were captioned")
 RECAPTION_TOKENS = Counter("vlv_recaption_tokens", "tokens of the captions, with end-of-text")
 RECAPTION_BATCH_SECONDS = Histogram(
     "vlv_recaption_batch_seconds",
-    "seconds that the model took for one chunk",
+    "seconds from the first image of a chunk to its last caption",
     [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
 )

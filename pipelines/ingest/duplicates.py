@@ -92,9 +92,8 @@ def mark_duplicates(
     return sum(pc.sum(block["changed"]).as_py() for block in map_chunks(cluster, to_mark, mark))
 
 
-def _mark(chunks: pa.Table, table: Table, run: int, folder: Path) -> pa.Table:
+def _mark(chunk: int, table: Table, run: int, folder: Path) -> pa.Table:
     """Update the statuses of a chunk's part, if they differ."""
-    (chunk,) = chunks["chunk"].to_pylist()
     copies = read_parquet_file(folder / f"copies-{chunk:06d}{PLAN}")["key"]
     with open_parquet(table.part(chunk)) as parquet:
         rows = parquet.read(columns=["key", "status"])
@@ -144,9 +143,8 @@ def _later_copies(
     return np.unique(np.concatenate([*copies, np.zeros((0, 2), np.int64)]), axis=0)
 
 
-def _read_hashes(chunks: pa.Table, table: Table) -> pa.Table:
+def _read_hashes(chunk: int, table: Table) -> pa.Table:
     """Key, run, hashes and address of each row of a chunk with status `ok` or `duplicate`."""
-    (chunk,) = chunks["chunk"].to_pylist()
     columns = ["key", "url", "run", "sha256", "phash", "status"]
     with open_parquet(table.part(chunk)) as parquet:
         rows = parquet.read(columns=columns)  # in a table without URLs, keys are the addresses

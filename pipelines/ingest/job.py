@@ -1,13 +1,13 @@
 """The ingest job: metadata -> plan -> download -> decode -> image table.
 
-A run is planned once (plan.py); then its chunks stream through Ray Data, one block each:
+A run is planned once (plan.py); then its chunks stream through the cluster:
 
     chunk -> its plan -> ImageFetcher        connections and decoders
                               |  IMAGE_ROW
                               v
                          WritePart: with the existing part -> part + commit
 
-One actor does all of a chunk (steps.py), so no image passes through Ray's object store. A killed job
+One process does all of a chunk (steps.py), so no image passes through Ray's object store. A killed job
 continues with the chunks that its run has not committed (pipelines/images/runs.py).
 """
 
@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.execution.chunks import CommitChunk, run_chunks
-from pipelines.execution.cluster import WHOLE, Cluster
+from pipelines.execution.chunks import run_chunks
+from pipelines.execution.cluster import Cluster
+from pipelines.execution.steps import PlacedStep
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW
@@ -145,9 +146,7 @@ class Ingest(TableJob):
             run_chunks(
                 cluster,
                 pending,
-                partial(
-                    _stages, cluster=cluster, config=self.config, run=run, rules_store=rules_store
-                ),
+                [_step(cluster, self.config, run, rules_store)],
                 WritePart(table, run),
                 "ingest",
                 fetched,
@@ -239,34 +238,20 @@ def _plan_into(
     return first_plan(rows, folder, size, plan)
 
 
-def _stages(
-    chunks: Any,
-    last: CommitChunk,
-    cluster: Cluster,
-    config: IngestConfig,
-    run: Run,
-    rules_store: Any,
-) -> Any:
-    """Map a Ray Dataset of chunk numbers to the results of `last`, which gets the IMAGE_ROW rows of a chunk."""
+def _step(cluster: Cluster, config: IngestConfig, run: Run, rules_store: Any) -> PlacedStep:
+    """The step that fetches the rows of a chunk."""
     nodes = cluster.cpus_by_node()
     fetchers, decoders = fetchers_of(nodes)
     cpus = max(1, sum(nodes))
     at_least, at_most = _CHUNKS_IN_FLIGHT
     about = run.describe()
     fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
-    in_flight = min(at_most, max(at_least, fitting))
     download = config_per_process(config.download, fetchers, cpus)
     settings = (download, config.image, config.filter, decoders, rules_store)
-    return chunks.map_batches(
+    return PlacedStep(
         IngestChunk,
-        fn_constructor_args=(ImageFetcher, settings, run, Table(config.data.output), last),
-        compute=cluster.actors(
-            fetchers,
-            None if config.ray.cluster else fetchers,  # a cluster may grow
-            max_concurrent_calls_per_actor=in_flight,
-            max_tasks_in_flight_per_actor=in_flight + 1,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=decoders,
-        **WHOLE,
+        (ImageFetcher, settings, run, Table(config.data.output)),
+        resources={"num_cpus": decoders},
+        actors=(fetchers, None if config.ray.cluster else fetchers),  # a cluster may grow
+        in_flight=min(at_most, max(at_least, fitting)),
     )

@@ -155,8 +155,7 @@ class _CountByHost:
     def __init__(self, table: Table) -> None:
         self.table = table
 
-    def __call__(self, chunks: pa.Table) -> pa.Table:
-        (chunk,) = chunks["chunk"].to_pylist()
+    def __call__(self, chunk: int) -> pa.Table:
         with open_parquet(self.table.part(chunk)) as parquet:
             rows = parquet.read(columns=["url", "status", "error"])
         is_refused = pc.equal(rows["status"], _OPTED_OUT)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution.chunks import CommitChunk
+from pipelines.execution.steps import Chunk
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import Run
@@ -88,6 +90,14 @@ class ImageFetcher:
         self.decoders.close()
 
 
+@dataclass(frozen=True)
+class FetchedChunk(Chunk):
+    """A chunk whose rows are the fetched ones, IMAGE_ROW."""
+
+    marked: pa.Table = field(default_factory=partial(pa.table, {}))
+    """The new marks and metadata of other rows, rows of the chunk's plan."""
+
+
 class WritePart:
     """Writes a chunk's part: fetched and marked rows replace those of the existing one."""
 
@@ -95,13 +105,12 @@ class WritePart:
         self.table = table
         self.run = run
 
-    def __call__(self, chunk: int, fetched: pa.Table, marked: pa.Table) -> None:
-        """Write IMAGE_ROW rows and the new marks and metadata of others, rows of the chunk's plan."""
+    def __call__(self, chunk: FetchedChunk) -> None:
         with _write_slots:
-            if fetched.num_rows or not self.table.is_committed(chunk):
-                self._write(chunk, fetched, marked)
+            if chunk.rows.num_rows or not self.table.is_committed(chunk.number):
+                self._write(chunk.number, chunk.rows, chunk.marked)
             else:
-                self._update(chunk, marked)
+                self._update(chunk.number, chunk.marked)
 
     def _write(self, chunk: int, fetched: pa.Table, marked: pa.Table) -> None:
         number = pa.array([self.run.number] * fetched.num_rows, pa.int32())
@@ -131,10 +140,7 @@ class WritePart:
 
 
 class IngestChunk:
-    """Reads the plan of a chunk, fetches its rows, and commits them.
-
-    All of it happens in one actor, so that no image passes through Ray's object store.
-    """
+    """The one step of a chunk: reads its plan and fetches its rows."""
 
     def __init__(
         self,
@@ -142,16 +148,13 @@ class IngestChunk:
         settings: tuple[Any, ...],
         run: Run,
         table: Table,
-        last: CommitChunk,
     ) -> None:
         self.fetch = fetcher(*settings)
         self.run = run
         self.table = table
-        self.last = last
 
-    def __call__(self, chunks: pa.Table) -> pa.Table:
-        (chunk,) = chunks["chunk"].to_pylist()
-        plan = read_chunk(self.run.plan_folder, chunk)
+    def __call__(self, chunk: Chunk) -> FetchedChunk:
+        plan = read_chunk(self.run.plan_folder, chunk.number)
         marked = plan.filter(plan["mark"].is_valid())
         rows = plan.filter(plan["mark"].is_null()).drop_columns(["mark"])
         blocked = Blocklist.read(self.table)  # it may have changed since the run was planned
@@ -159,7 +162,7 @@ class IngestChunk:
         fetched = with_image_feature(IMAGE_ROW).empty_table()
         if rows.num_rows:
             fetched = self.fetch(rows)
-        return self.last.commit(chunk, fetched, marked)
+        return FetchedChunk(chunk.number, fetched, marked=marked)
 
     def close(self) -> None:
         """Close the fetcher's connections and end its decoders."""

@@ -1,11 +1,14 @@
-"""Ray Data transform that encodes the squares of a chunk into latent distributions."""
+"""The step that encodes the squares of a chunk into latent distributions."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pyarrow as pa
 import torch
 
 from pipelines.execution.read_images import squares
+from pipelines.execution.steps import Chunk, ChunkByChunk
 from pipelines.images.latents import pack_latents
 from pipelines.images.rows import LATENT_ROW, OK, status
 from pipelines.precompute.config import EncodeConfig
@@ -15,7 +18,7 @@ from vlv_model.freezing import freeze
 from vlv_model.latents import posterior
 
 
-class EncodeImages:
+class EncodeImages(ChunkByChunk):
     """Encodes squares; the VAE is loaded once, when the actor starts."""
 
     failed = status("encode", "failed")
@@ -26,20 +29,20 @@ class EncodeImages:
         self.image_size = model.image_size
         self.batch_size = encode.batch_size
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        usable = pa.array([value == OK for value in block["status"].to_pylist()])
+    def __call__(self, chunk: Chunk) -> Chunk:
+        block = chunk.rows
+        usable = pa.array([value == OK for value in block["status"].to_pylist()], pa.bool_())
         pixels = block["pixels"].filter(usable)
         encoded = iter(self._encode(pixels) if len(pixels) else [])
         rows = [next(encoded) if ok else (None, None) for ok in usable.to_pylist()]
         columns = {
-            "chunk": block["chunk"],
             "key": block["key"],
             "mean": [mean for mean, _ in rows],
             "deviation": [deviation for _, deviation in rows],
             "status": block["status"],
             "error": block["error"],
         }
-        return pa.table(columns, schema=pa.schema([("chunk", pa.int64()), *LATENT_ROW]))
+        return replace(chunk, rows=pa.table(columns, schema=LATENT_ROW))
 
     def _encode(self, pixels: pa.ChunkedArray) -> list[tuple[bytes, bytes]]:
         images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.execution.steps import ModelDiedError
 from pipelines.recaption.config import GenerateConfig
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
@@ -27,17 +29,13 @@ from vlv_model.freezing import evaluating
 CPU_PREFIXES = 32
 
 
-class ModelDiedError(RuntimeError):
-    """The model fails for every image: its process has to be replaced."""
-
-
 @dataclass(frozen=True)
 class Request:
     """An image to caption: the caller's `id`, the key that samples depend on, uint8 `[3 s s]`."""
 
     id: Any
     key: int
-    square: Tensor
+    square: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,12 @@ class Engine(ABC):
     def captions(self, keys: Sequence[int], images: Tensor) -> Iterator[Outcome]:
         """Caption squares uint8 `[n 3 s s]`; the id of an outcome is the image's position."""
         positions = range(len(keys))
-        self.add(map(Request, positions, keys, images))
+        self.add(map(Request, positions, keys, images.numpy()))
         while self.busy:
             yield from self.step()
 
-    def close(self) -> None:  # noqa: B027
-        """Free what does not end with this object; the engine cannot be used again."""
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing that outlives them
+        """Release what the engine holds."""
 
     @abstractmethod
     def _advance(self, waiting: deque[Request]) -> list[Outcome]:
@@ -118,8 +116,8 @@ class Engine(ABC):
 
     def _prefixes(self, batch: dict[int, Request]) -> Tensor:
         """The language model's prefixes of a batch, `[n q h]`."""
-        squares = torch.stack([request.square for request in batch.values()])
-        return self.captioner.prefix(squares.to(self.device))
+        squares = np.stack([request.square for request in batch.values()])
+        return self.captioner.prefix(torch.from_numpy(squares).to(self.device))
 
     def _finish(self, number: int, caption: GeneratedCaption) -> Outcome:
         return Outcome(self._running.pop(number).id, caption)
@@ -139,7 +137,7 @@ class Engine(ABC):
 
     def _check_alive(self, request: Request, cause: Exception) -> None:
         try:
-            self._caption_alone(Request(None, 0, torch.zeros_like(request.square)))
+            self._caption_alone(Request(None, 0, np.zeros_like(request.square)))
         except Exception:
             raise ModelDiedError(f"the model fails for every image: {cause}") from cause
 

@@ -93,6 +93,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         ray=config.ray,
         title="recaption",
         row_group=IMAGE_ROW_GROUP if config.join else ROW_GROUP,
+        in_flight=_chunks_in_flight(config),
         keep_images=config.join,
         columns=(JOINED_ROW if config.join else CAPTION_ROW).names,
         among=earlier.keys if earlier.captions else None,
@@ -102,6 +103,11 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         model_notes=model_notes(model, checkpoint, fingerprint),
     )
     return run_table_job(job, config.data.output, config.ray)
+
+
+def _chunks_in_flight(config: RecaptionConfig) -> int:
+    """Chunks that keep an engine full: one that ends, those that fill its slots, one that waits."""
+    return 2 + -(-config.generate.batch_size // config.data.rows_per_chunk)
 
 
 def publish(table: Table, config: RecaptionConfig, model: dict[str, Any]) -> None:

@@ -110,9 +110,8 @@ def _survey(cluster: Cluster, table: Table) -> Survey:
     )
 
 
-def _survey_chunk(chunks: pa.Table, table: Table) -> pa.Table:
+def _survey_chunk(chunk: int, table: Table) -> pa.Table:
     """The counts of a chunk, and the signatures of its non-empty captions."""
-    (chunk,) = chunks["chunk"].to_pylist()
     with open_parquet(table.part(chunk)) as parquet:
         rows = parquet.read(columns=_COLUMNS)
     has_caption = pc.equal(rows["status"], OK)

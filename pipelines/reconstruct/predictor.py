@@ -1,9 +1,10 @@
-"""Ray Data transform that reconstructs the squares of a chunk."""
+"""The step that reconstructs the squares of a chunk."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 
 from pipelines.execution.read_images import squares
+from pipelines.execution.steps import Chunk, ChunkByChunk
 from pipelines.images.rows import OK, RECONSTRUCTION_ROW, status, with_image_feature
 from pipelines.reconstruct.config import DiffusionConfig
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.config import ModelConfig
 
 
-class ReconstructImages:
+class ReconstructImages(ChunkByChunk):
     """Samples one image per square; its noise depends only on the seed and the key."""
 
     failed = status("reconstruct", "failed")
@@ -31,20 +33,19 @@ class ReconstructImages:
         self.image_size = model.image_size
         self.diffusion = diffusion
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        usable = pa.array([value == OK for value in block["status"].to_pylist()])
+    def __call__(self, chunk: Chunk) -> Chunk:
+        block = chunk.rows
+        usable = pa.array([value == OK for value in block["status"].to_pylist()], pa.bool_())
         pixels, keys = block["pixels"].filter(usable), block["key"].filter(usable).to_pylist()
         pictures = iter(self._reconstruct(pixels, keys) if len(pixels) else [])
         images = [next(pictures) if ok else None for ok in usable.to_pylist()]
         rows = {
-            "chunk": block["chunk"],
             "key": block["key"],
             "image": [image and {"bytes": image, "path": None} for image in images],
             "status": block["status"],
             "error": block["error"],
         }
-        schema = with_image_feature(RECONSTRUCTION_ROW)
-        return pa.table(rows, schema=schema.insert(0, pa.field("chunk", pa.int64())))
+        return replace(chunk, rows=pa.table(rows, schema=with_image_feature(RECONSTRUCTION_ROW)))
 
     def _reconstruct(self, pixels: pa.ChunkedArray, keys: list[int]) -> list[bytes]:
         images = torch.from_numpy(squares(pixels, self.image_size))  # uint8 [n 3 s s]

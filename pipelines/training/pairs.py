@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.execution.chunks import CommitChunk, run_chunks
-from pipelines.execution.cluster import WHOLE, Cluster
+from pipelines.execution.chunks import run_chunks
+from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import RayConfig
+from pipelines.execution.steps import Chunk, PlacedStep
 from pipelines.execution.table_job import TableJob, run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
@@ -159,10 +160,10 @@ class Pairs(TableJob):
         table.create(KIND, self.identity, **plan, addresses=True, changes=self._changes())
 
     def run(self, table: Table, cluster: Cluster) -> None:
-        stages = partial(_stages, table=table, join_on=self.join_on)
-        write = partial(table.write, row_group_size=IMAGE_ROW_GROUP)
+        join = PlacedStep(partial(_join, table=table, join_on=self.join_on))
+        write = partial(_write, table=table)
         images = table.describe()["images"]
-        run_chunks(cluster, table.pending(), stages, write, "pairs", images, table.counts())
+        run_chunks(cluster, table.pending(), [join], write, "pairs", images, table.counts())
 
     def _changes(self) -> dict[str, Any]:
         return {name: changes_of(path) for name, path in self.sources.items()}
@@ -341,16 +342,12 @@ def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.Chunke
 # ---------------------------------------------------------------------------------------- join
 
 
-def _stages(chunks: Any, last: CommitChunk, table: Table, join_on: JoinOn) -> Any:
-    join = partial(_join_and_commit, table=table, join_on=join_on, last=last)
-    return chunks.map_batches(join, **WHOLE)
+def _write(chunk: Chunk, table: Table) -> None:
+    table.write(chunk.number, chunk.rows, row_group_size=IMAGE_ROW_GROUP)
 
 
-def _join_and_commit(
-    chunks: pa.Table, table: Table, join_on: JoinOn, last: CommitChunk
-) -> pa.Table:
-    (chunk,) = chunks["chunk"].to_pylist()
-    return last.commit(chunk, join_chunk(chunk, table, join_on))
+def _join(chunk: Chunk, table: Table, join_on: JoinOn) -> Chunk:
+    return replace(chunk, rows=join_chunk(chunk.number, table, join_on))
 
 
 def join_chunk(chunk: int, table: Table, join_on: JoinOn) -> pa.Table:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from pipelines.cli.config import build
 from pipelines.execution.read_images import ReadImages
+from pipelines.execution.steps import Chunk
 from pipelines.images.selection import Selection
 from tests.pipelines.image_jobs import open_table
 from vlv_model.squares import Square
@@ -29,7 +29,7 @@ def read(images: str | Path, output: str | Path, **more: Any) -> list[dict[str, 
     selection = build(Selection, {"input": str(images), "output": str(output), **more})
     table = open_table("caption", selection, {})
     step = ReadImages(table, Square(8))
-    blocks = [step(pa.table({"chunk": [chunk]})) for chunk in table.pending()]
+    blocks = [step(Chunk(chunk)).rows for chunk in table.pending()]
     return sorted((row for b in blocks for row in b.to_pylist()), key=lambda row: row["name"])
 
 

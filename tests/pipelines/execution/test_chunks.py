@@ -3,15 +3,16 @@
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from pipelines.execution.chunks import map_chunks, run_chunks
 from pipelines.execution.cluster import InProcess
+from pipelines.execution.steps import Chunk, PlacedStep
 from pipelines.storage.parquet import read_rows
 from pipelines.storage.tables import Table, parquet_files
 
@@ -27,55 +28,55 @@ def test_chunks_are_mapped_here_first_and_each_once(seconds: float, there: list[
     class Noting(InProcess):
         seconds_here = seconds
 
-        def datasets(self, chunks: Sequence[int]) -> Iterator[Any]:
+        def pass_chunks(
+            self, chunks: Sequence[int], steps: Sequence[PlacedStep]
+        ) -> Iterator[Chunk]:
             sent.extend(chunks)
-            return super().datasets(chunks)
+            return super().pass_chunks(chunks, steps)
 
-    mapped = map_chunks(Noting(), [7, 3, 5, 4], unchanged, clock=count().__next__)
-    assert [block["chunk"].to_pylist() for block in mapped] == [[7], [3], [5], [4]]
+    mapped = map_chunks(Noting(), [7, 3, 5, 4], number_alone, clock=count().__next__)
+    assert [rows["number"].to_pylist() for rows in mapped] == [[7], [3], [5], [4]]
     assert sent == there
 
 
-def unchanged(chunks: pa.Table) -> pa.Table:
-    return chunks
+def number_alone(chunk: int) -> pa.Table:
+    return pa.table({"number": [chunk]})
 
 
 def statuses_of(chunk: int) -> list[str]:
     return ["ok"] * chunk + ["download:timeout"]
 
 
-def with_statuses(chunks: pa.Table) -> pa.Table:
-    (chunk,) = chunks["chunk"].to_pylist()
-    states = statuses_of(chunk)
-    return pa.table(
-        {"chunk": [chunk] * len(states), "status": states, "tokens": range(len(states))}
-    )
+def with_statuses(chunk: Chunk) -> Chunk:
+    states = statuses_of(chunk.number) if chunk.number else []
+    rows = {"status": pa.array(states, pa.string()), "tokens": pa.array(range(len(states)))}
+    return replace(chunk, rows=pa.table(rows))
 
 
 written: dict[int, pa.Table] = {}  # a step is sent as on a cluster, and finds this by its name
 
 
-def write(chunk: int, rows: pa.Table) -> None:
-    written[chunk] = rows
+def write(chunk: Chunk) -> None:
+    written[chunk.number] = chunk.rows
 
 
+@pytest.mark.parametrize("apart", [True, False])
 def test_what_is_written_is_told_by_status_after_each_chunk(
-    capsys: pytest.CaptureFixture[str],
+    apart: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written.clear()
     told: list[dict[str, int]] = []
 
-    def stages(chunks: Any, last: Any) -> Any:
-        return chunks.map_batches(with_statuses).map_batches(last)
-
     run_chunks(
-        InProcess(), [2, 3], stages, write, "job", 9, {"ok": 2},
+        InProcess(), [2, 0, 3], [PlacedStep(with_statuses)], write, "job", 9, {"ok": 2},
         watch=lambda ours: told.append(dict(ours)), sums={"tokens": "tokens"},
+        commit_apart={"num_cpus": 1} if apart else None,
     )  # fmt: skip
     assert {chunk: rows["status"].to_pylist() for chunk, rows in written.items()} == {
-        chunk: statuses_of(chunk) for chunk in (2, 3)
-    }
-    assert told == [{"ok": 2, "download:timeout": 1}, {"ok": 5, "download:timeout": 2}]
+        2: statuses_of(2), 0: [], 3: statuses_of(3)
+    }  # fmt: skip
+    first = {"ok": 2, "download:timeout": 1}
+    assert told == [first, first, {"ok": 5, "download:timeout": 2}]
     bar = capsys.readouterr().err
     assert "9/9" in bar  # with the two of an earlier attempt
     assert "ok 78%" in bar
@@ -84,31 +85,26 @@ def test_what_is_written_is_told_by_status_after_each_chunk(
 # A process of its own, since it needs another Ray than the other tests.
 JOB = """
 import sys, threading, time
+from dataclasses import replace
 import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 
 from pipelines.execution.chunks import run_chunks
-from pipelines.execution.cluster import WHOLE
 from pipelines.execution.connection import RayConfig, ray_session
+from pipelines.execution.steps import PlacedStep
 from pipelines.storage.tables import Table
 
 class Slow:
     def __init__(self, seen):
         self.head, self.seen = ray.get_runtime_context().get_node_id(), seen
 
-    def __call__(self, block):
+    def __call__(self, chunk):
         here = ray.get_runtime_context().get_node_id()
         while here == self.head and not self.seen.exists():  # or nothing is left for the other one
             time.sleep(0.1)
         time.sleep(0.5)
-        block = block.append_column("status", pa.array(["ok"]))
-        return block.append_column("name", pa.array([here]))
-
-def stages(dataset, last):
-    one = {**WHOLE, "num_cpus": 1}
-    slow = Slow(seen)
-    return dataset.map_batches(slow, **one).map_batches(last, **one)
+        return replace(chunk, rows=pa.table({"status": ["ok"], "name": [here]}))
 
 def lose():
     while True:
@@ -128,11 +124,13 @@ if __name__ == "__main__":
     table, chunks = Table(sys.argv[1]), int(sys.argv[2])
     seen = table.folder.with_suffix(".seen")  # a part that the machine wrote which is to be lost
     table.create("caption", {}, chunks)
-    def write(chunk, rows):
-        table.write(chunk, rows.append_column("key", pa.array([chunk])))
+    def write(chunk):
+        rows = chunk.rows.append_column("key", pa.array([chunk.number]))
+        table.write(chunk.number, rows)
     threading.Thread(target=lose, daemon=True).start()
     with ray_session(RayConfig(address=cluster.address)) as machines:
-        run_chunks(machines, range(chunks), stages, write, "slow", chunks, {})
+        slow = PlacedStep(Slow(seen), resources={"num_cpus": 1})
+        run_chunks(machines, range(chunks), [slow], write, "slow", chunks, {})
     print(there.node_id)
     cluster.shutdown()
 """
@@ -157,3 +155,14 @@ def test_a_machine_that_is_lost_takes_no_chunk_with_it(tmp_path: Path) -> None:
     # the other machine repeated the chunk.
     assert table.with_suffix(".seen").exists()
     assert sum(row["name"] == lost for row in rows) < CHUNKS / 2
+
+
+def test_a_chunk_keeps_its_rows_and_their_types_in_a_block_of_ray() -> None:
+    schema = pa.schema([("key", pa.int64()), ("text", pa.string())], {"about": "texts"})
+    rows = pa.table({"key": [5, 6], "text": ["a", None]}, schema=schema)
+    for chunk in (Chunk(7), Chunk(7, rows, 0.5, 1.5), Chunk(7, rows.slice(0, 0))):
+        block = chunk.to_block()
+        assert block.num_rows > 0  # or Ray Data would drop it
+        again = Chunk.of_block(block)
+        assert again == chunk
+        assert again.rows.schema.equals(chunk.rows.schema, check_metadata=True)

@@ -19,6 +19,7 @@ from pipelines.execution.cluster import InProcess
 from pipelines.execution.connection import RayConfig, check_resources
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.read_images import ReadImages
+from pipelines.execution.steps import Chunk
 from pipelines.images.plans import make_plan, read_plan
 from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.selection import Selection, _kth_smallest
@@ -34,15 +35,11 @@ def selection(table: Path, output: Path, **more: object) -> Selection:
     return build(Selection, values)
 
 
-def chunk(number: int) -> pa.Table:
-    return pa.table({"chunk": [number]})
-
-
 def test_chunks_hold_every_selected_row_once(pair_table: Path, tmp_path: Path) -> None:
     table = open_table("caption", selection(pair_table, tmp_path / "t"), {})
     assert table.describe()["planned_rows"] == 120
     read = ReadImages(table, square=Square(64))
-    blocks = [read(chunk(number)) for number in table.pending()]
+    blocks = [read(Chunk(number)).rows for number in table.pending()]
     assert [block.num_rows for block in blocks] == [50, 50, 20]
     keys = [key for block in blocks for key in block["key"].to_pylist()]
     assert len(set(keys)) == 120
@@ -54,9 +51,10 @@ def test_reading_images_needs_no_torch(pair_table: Path, tmp_path: Path) -> None
     """Each of Ray's workers that reads would import it: seconds and 200 MB."""
     table = open_table("caption", selection(pair_table, tmp_path / "t"), {})
     program = (
-        "import sys, pyarrow as pa; from pipelines.execution.image_job import ReadImages, Square, Table; "
+        "import sys; from pipelines.execution.image_job import ReadImages, Square, Table; "
+        "from pipelines.execution.steps import Chunk; "
         f"from pathlib import Path; read = ReadImages(Table(Path({str(table.folder)!r})), Square(64)); "
-        "print(read(pa.table({'chunk': [0]}))['status'][0], 'torch' in sys.modules)"
+        "print(read(Chunk(0)).rows['status'][0], 'torch' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.split() == ["ok", "False"], ended.stderr
@@ -146,7 +144,7 @@ def test_one_broken_image_is_one_row(tmp_path: Path, pair_table: Path) -> None:
     table = pa.Table.from_pylist([good, bad], schema=IMAGE_ROW)
     pq.write_table(table, tmp_path / "t.parquet")
     planned = open_table("caption", selection(tmp_path / "t.parquet", tmp_path / "out"), {})
-    block = ReadImages(planned, Square(64))(chunk(0)).to_pylist()
+    block = ReadImages(planned, Square(64))(Chunk(0)).rows.to_pylist()
     assert sorted(row["status"] for row in block) == ["decode:not_an_image", "ok"]
     assert "key 1" in next(row["error"] for row in block if row["status"] != "ok")
 
@@ -170,7 +168,7 @@ def test_images_from_elsewhere_are_opened_by_the_rules_of_ingest(
     for name, data in files.items():
         (tmp_path / "images" / name).write_bytes(data)
     planned = open_table("caption", selection(tmp_path / "images", tmp_path / "out"), {})
-    block = ReadImages(planned, Square(64))(chunk(0)).to_pylist()
+    block = ReadImages(planned, Square(64))(Chunk(0)).rows.to_pylist()
     assert {row["name"]: row["status"] for row in block} == {
         "postscript.jpg": "decode:not_an_image",
         "bomb.png": "decode:too_large",
@@ -187,7 +185,7 @@ def test_a_table_that_is_gone_is_no_broken_image(tmp_path: Path, pair_table: Pat
     read = ReadImages(planned, Square(64))
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(DataError, match="no longer exists"):
-        read(chunk(0))
+        read(Chunk(0))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypat
     monkeypatch.undo()
     os.utime(tmp_path / "images/0.parquet", (1, 1))  # copied, and the same
     assert open_table("caption", select, {}).describe() == made
-    assert ReadImages(Table(tmp_path / "t"), Square(64))(chunk(39)).num_rows == 3
+    assert ReadImages(Table(tmp_path / "t"), Square(64))(Chunk(39)).rows.num_rows == 3
 
 
 def test_a_task_reads_no_more_of_a_larger_plan(tmp_path: Path) -> None:

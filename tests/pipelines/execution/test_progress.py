@@ -11,9 +11,9 @@ def test_the_bar_tells_rates_of_this_attempt_alone() -> None:
     said = io.StringIO()
     with redirect_stderr(said), RowBar("recaption", 40, {"ok": 10}, clock=lambda: now) as bar:
         # The model's start is before the first chunk, of which nobody knows when it was begun.
-        bar.update({"ok": 9, "decode:corrupt": 1}, {"tokens": 700, "busy": 1.0, "present": 1.0})
+        bar.update({"ok": 9, "decode:corrupt": 1}, {"tokens": 700}, busy=1.0, present=1.0)
         now += 4
-        bar.update({"ok": 10}, {"tokens": 200, "busy": 2.0, "present": 3.0})
+        bar.update({"ok": 10}, {"tokens": 200}, busy=2.0, present=3.0)
     last = said.getvalue().rsplit("\r", 1)[-1]
     assert "30/40" in last
     assert "ok 97% | decode:corrupt 1 | 50 tokens/s | actors busy 75%" in last

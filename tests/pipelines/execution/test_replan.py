@@ -13,6 +13,8 @@ import pytest
 
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build
+from pipelines.execution.connection import RayConfig
+from pipelines.execution.table_job import run_table_job
 from pipelines.images.blocklist import Blocklist
 from pipelines.images.plans import plan_index, planned_keys, read_plan, write_chunks
 from pipelines.images.random_access import ROW, RowReader
@@ -21,7 +23,7 @@ from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import Run
 from pipelines.images.selection import Selection
 from pipelines.storage.tables import Table, parquet_files
-from tests.pipelines.image_jobs import open_table
+from tests.pipelines.image_jobs import Names, image_job, open_table
 from vlv_model.errors import RunError
 
 CHUNK = 4  # rows of a planned chunk
@@ -95,7 +97,7 @@ def test_a_job_goes_on_after_a_takedown(
         capsys.readouterr().err
     )
     assert [file.name for file in beside.iterdir()] == ["2.png"]
-    assert table.pending() == [1, 4, 5, 6, 7]  # the one without a row is finished
+    assert table.pending() == [1, 3, 4, 5, 6, 7]  # one of them without a row
     work(table, table.pending())
     assert keys_of(table) == [key for key in range(30) if key not in (1, 9, 5, 12, 13, 14, 15)]
     about = table.describe()
@@ -105,6 +107,21 @@ def test_a_job_goes_on_after_a_takedown(
     take(images, 29, derived=[str(table.folder)])  # a finished one, and its own rows
     assert opened(images, tmp_path).pending() == []
     assert keys_of(table)[-1] == 28
+
+
+@pytest.mark.parametrize("begun", [[], [0]])
+def test_a_chunk_that_lost_all_its_rows_is_an_empty_part(
+    images: Table, tmp_path: Path, begun: list[int]
+) -> None:
+    work(opened(images, tmp_path), begun)
+    take(images, 12, 13, 14, 15)
+    select = {"input": str(images.folder), "output": str(tmp_path / "out"), "rows_per_chunk": CHUNK}
+    job = image_job("caption", build(Selection, select), {"model": "x"}, Names)
+    run_table_job(job, select["output"], RayConfig(address="in-process"))
+    table = Table(tmp_path / "out")
+    assert table.pending() == []
+    assert table.commit(3).rows == 0
+    assert keys_of(table) == [key for key in range(30) if key not in (12, 13, 14, 15)]
 
 
 def test_new_rows_and_marks_of_a_further_ingest_are_taken_up(images: Table, tmp_path: Path) -> None:

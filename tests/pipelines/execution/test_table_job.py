@@ -15,27 +15,17 @@ from pipelines.cli.config import build
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.table_job import TableJob, run_table_job
-from pipelines.images.rows import status
 from pipelines.images.selection import Selection
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.parquet import read_rows
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.pairs import write_pairs
-from tests.pipelines.image_jobs import image_job
+from tests.pipelines.image_jobs import Names, image_job
 from vlv_model.errors import RunError
 
 HERE = RayConfig(address="in-process")
 FORK = multiprocessing.get_context("fork")
 ROUNDS = 8
-
-
-class Names:
-    """A step without a model."""
-
-    failed = status("name", "failed")
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return block.select(["chunk", "key", "name", "status", "error"])
 
 
 def name_images(images: Path, output: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from pipelines.cli.config import build
 from pipelines.execution.read_images import ReadImages
+from pipelines.execution.steps import Chunk
 from pipelines.images import external
 from pipelines.images.listing import list_images
 from pipelines.images.rows import key_of, url_key
@@ -53,13 +54,13 @@ def test_file_deleted_meanwhile_is_a_failed_row(folder: Path, tmp_path: Path) ->
     table = open_table("caption", selection, {})
     (folder / "a/photo.png").unlink()
     os.mkfifo(folder / "a/photo.png")  # reading it would block
-    rows = ReadImages(table, Square(8))(pa.table({"chunk": [0]})).to_pylist()
+    rows = ReadImages(table, Square(8))(Chunk(0)).rows.to_pylist()
     states = {row["name"]: row["status"] for row in rows}
     assert states["a/photo.png"] == "decode:unreadable"
     assert states["b/photo.png"] == "ok"
     shutil.rmtree(folder)
     with pytest.raises(DataError, match="cannot be read"):  # instead of a table of failed rows
-        ReadImages(table, Square(8))(pa.table({"chunk": [0]}))
+        ReadImages(table, Square(8))(Chunk(0))
 
 
 def test_listing_is_made_once(folder: Path, tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_shards_give_a_row_per_image(shards: Path, tmp_path: Path) -> None:
     assert [row["key"] for row in rows] == [key_of(row["name"]) for row in rows]
     assert [colour_of(row) for row in rows[:2]] == [(255, 0, 0), (0, 128, 0)]
     some = read(shards, tmp_path / "some", where="name like '00001.tar/%' and size > 0")
-    assert some == [{**row, "chunk": 0} for row in rows[4:]]
+    assert some == rows[4:]
 
 
 def test_damaged_shard_gives_its_intact_images_and_a_failed_row(
@@ -343,9 +344,8 @@ def test_object_stores_give_the_same_rows(
     for name in ("images", "shards"):
         here = read(tmp_path / name, tmp_path / f"here-{name}")
         there = read(f"{remote}/{name}", f"{remote}/out-{name}")
-        left_out = ("chunk", "error")
-        assert [{k: v for k, v in row.items() if k not in left_out} for row in there] == [
-            {k: v for k, v in row.items() if k not in left_out} for row in here
+        assert [{k: v for k, v in row.items() if k != "error"} for row in there] == [
+            {k: v for k, v in row.items() if k != "error"} for row in here
         ]
     rows = read(f"{remote}/parquet", f"{remote}/out-parquet")
     assert [row["status"] for row in rows] == [*["ok"] * 4, "decode:no_image"]

@@ -120,7 +120,7 @@ def test_on_a_cluster_with_many_buckets(tmp_path: Path) -> None:
 
 def test_images_of_one_colour_are_not_near_duplicates(tmp_path: Path) -> None:
     table = table_of(tmp_path / "t", [(1, 1, 0, OK), (1, 2, 0, OK)])
-    read = _read_hashes(pa.table({"chunk": [0]}), table)
+    read = _read_hashes(0, table)
     assert read["phash"].to_pylist() == [0, 0]
     assert (
         mark_duplicates(InProcess(), table, DuplicateConfig(by="near"), 1, tmp_path / "copies") == 0

@@ -31,7 +31,7 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.known_rows import KnownKeys
 from pipelines.ingest.plan import chunk_file
-from pipelines.ingest.steps import WritePart
+from pipelines.ingest.steps import FetchedChunk, WritePart
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.ingest.sites import HEADERS_ALONE
@@ -439,4 +439,4 @@ def test_few_parts_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Table, "write", write)
     write_part, rows = WritePart(Table(tmp_path), Run(tmp_path, 1)), IMAGE_ROW.empty_table()
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda chunk: write_part(chunk, rows, rows), range(16)))
+        list(threads.map(lambda n: write_part(FetchedChunk(n, rows, marked=rows)), range(16)))

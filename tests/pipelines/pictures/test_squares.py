@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from pipelines.cli.config import build
 from pipelines.execution.read_images import ReadImages
+from pipelines.execution.steps import Chunk
 from pipelines.images.selection import Selection
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import SquareDecoder, isolated_squares, square_of
@@ -120,7 +121,7 @@ def read(
     selection = build(Selection, {"input": str(folder), "output": str(output), **more})
     table = open_table("caption", selection, {})
     step = ReadImages(table, Square(16), decode=decode)
-    return step(pa.table({"chunk": [0]})).to_pylist()
+    return step(Chunk(0)).rows.to_pylist()
 
 
 def test_a_file_that_crashes_or_hangs_a_decoder_is_one_row(

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,6 +13,7 @@ from pipelines.admin.status import StatusConfig, status_text
 from pipelines.cli.config import build, load
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.read_images import ReadImages
+from pipelines.execution.steps import Chunk
 from pipelines.images.latents import (
     KIND,
     LatentReader,
@@ -54,8 +54,7 @@ def encoded(images: Path, models: Path, folder: Path, limit: int | None = None) 
     read = ReadImages(table, Square.of(model))
     encode = EncodeImages(model, EncodeConfig(), use_gpu=False)
     for chunk in table.pending():
-        rows = encode(read(pa.table({"chunk": [chunk]})))
-        table.write(chunk, rows.drop_columns(["chunk"]), row_group_size=IMAGE_ROW_GROUP)
+        table.write(chunk, encode(read(Chunk(chunk))).rows, row_group_size=IMAGE_ROW_GROUP)
     return folder
 
 

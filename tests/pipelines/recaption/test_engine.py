@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from pipelines.cli.config import build
-from pipelines.execution import telemetry
+from pipelines.execution.steps import ModelDiedError
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import ModelDiedError, local_engine
-from pipelines.recaption.predictor import CaptionImages
+from pipelines.recaption.engine import local_engine
 from tests.vlv_model.drawings import scenes
 from vlv_model.caption_tokens import decode_captions, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
@@ -89,39 +88,6 @@ def test_a_model_that_fails_for_every_image_raises(captioner, images, monkeypatc
     break_model(captioner, monkeypatch, None)
     with pytest.raises(ModelDiedError, match="fails for every image: a bad day"):
         list(local_engine(captioner, GENERATE).captions(range(8), images))
-
-
-def test_a_failed_row_has_an_error_and_a_broken_one_keeps_its_status(
-    captioner, images, monkeypatch
-):
-    import pyarrow as pa
-
-    break_model(captioner, monkeypatch, images[1])
-    step = CaptionImages.__new__(CaptionImages)  # without reading a checkpoint
-    step.engine, step.image_size, step.fingerprint = local_engine(captioner, GENERATE), 64, "f"
-    step.postprocess = GENERATE.postprocessed
-    exported: dict[str, float] = {}
-    monkeypatch.setattr(
-        telemetry.Counter, "add", lambda metric, amount: exported.update({metric.name: amount})
-    )
-    block = pa.table(
-        {
-            "chunk": [5, 5, 5],
-            "key": [10, 11, 12],
-            "name": ["a", "b", "c"],
-            "pixels": [images[0].numpy().tobytes(), None, images[1].numpy().tobytes()],
-            "status": ["ok", "decode:corrupt", "ok"],
-            "error": pa.array([None, "no image", None], pa.string()),
-        }
-    )
-    rows = step(block).to_pylist()
-    assert [row["status"] for row in rows] == ["ok", "decode:corrupt", "caption:failed"]
-    assert [row["error"] for row in rows] == [None, "no image", "RuntimeError: a bad day"]
-    assert [row["caption"] is None for row in rows] == [False, True, True]
-    tokens = rows[0]["num_tokens"] + (rows[0]["finish_reason"] == "stop")
-    assert exported == {"vlv_recaption_images": 1, "vlv_recaption_tokens": tokens}
-    (broken,) = step(block.slice(1, 1)).to_pylist()  # a chunk without a sound image
-    assert broken == rows[1]
 
 
 def test_sampled_captions_depend_only_on_seed_and_key(captioner, images):
