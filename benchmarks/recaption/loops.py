@@ -1,4 +1,4 @@
-"""Baselines of benchmarks/recaption/throughput.py: plain loops, and the engine without Ray.
+"""Baselines of benchmarks/recaption/throughput.py: plain loops, the engine and the step without Ray.
 
 A loop is the usual transformers code: open the images of a batch, resize and normalise them on the
 CPU with the processor, generate, decode.
@@ -10,20 +10,32 @@ import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, LogitsProcessor
 
-from benchmarks.recaption.captioners import forced_length, is_forced, open_captioner, squares_of
+from benchmarks.recaption.captioners import (
+    ForcedCaptionImages,
+    forced_length,
+    is_forced,
+    open_captioner,
+    spread_length,
+    squares_of,
+)
+from pipelines.execution.model import ModelSettings
+from pipelines.execution.steps import Chunk
+from pipelines.images.rows import OK
 from pipelines.recaption.config import GenerateConfig
-from pipelines.recaption.engine import local_engine
+from pipelines.recaption.engine import BeamEngine, Request, local_engine
 from vlv_model.caption_tokens import caption_text, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, square_image
@@ -180,3 +192,83 @@ def _bare(
         assert outcome.caption is not None
         tokens += outcome.caption.num_tokens
     results.put((time.perf_counter() - begun, tokens))
+
+
+class _ForcedBeams(BeamEngine):
+    """Beam search whose captions have lengths of `spread_length`."""
+
+    def __init__(self, captioner: VLVCaptioner, generate: GenerateConfig) -> None:
+        super().__init__(captioner, generate)
+        end = end_of_text_id(captioner.tokenizer)
+        self.ends = _ForcedEnd([], generate.num_beams, end, generate.max_new_tokens)
+        model = captioner.language_model
+        model.generate = partial(model.generate, logits_processor=[self.ends])
+
+    def _prefixes(self, batch: dict[int, Request]) -> Tensor:
+        longest = self.generate.max_new_tokens
+        lengths = [spread_length(request.key, longest) for request in batch.values()]
+        self.ends.lengths = torch.tensor(lengths).repeat_interleave(self.generate.num_beams)
+        return super()._prefixes(batch)
+
+
+WAYS = ("drained", "streamed", "beams")
+
+
+def run_step(
+    way: str, model: Path, file: Path, images: int, generate: GenerateConfig, rows: int
+) -> dict[str, Any]:
+    """Run the job's step on chunks of decoded squares, without Ray, on one CPU thread.
+
+    Captions have lengths of `spread_length`. Drained: each chunk begins when the one before it is
+    finished. Streamed: the step takes the next chunk as soon as it wants it. Beams: the same with a
+    beam search.
+    """
+    torch.set_num_threads(1)
+    resolved, checkpoint = ModelSettings(path=str(model)).resolve()
+    assert checkpoint is not None
+    step = ForcedCaptionImages(resolved, checkpoint, generate, "benchmark", False)
+    captioner = step.engine.captioner
+    if way == "beams":
+        beams = generate.model_copy(update={"num_beams": 4})
+        step.engine = _ForcedBeams(captioner, beams)
+    keys = pq.read_table(file, columns=["key"])["key"].to_pylist()[:images]
+    squares = squares_of(file, set(keys), captioner)
+    chunks = [
+        _chunk(number, keys[first : first + rows], squares)
+        for number, first in enumerate(range(0, images, rows))
+    ]
+    decoder = getattr(step.engine, "decoder", None)
+    if decoder is not None:
+        decoder.length_of = spread_length
+    list(step.process(iter([_chunk(0, keys[:2], squares)])))
+    if decoder is not None:
+        decoder.steps = decoder.used = 0
+    begun, worked = time.perf_counter(), time.process_time()
+    done: dict[int, float] = {}
+    for source in [[chunk] for chunk in chunks] if way == "drained" else [chunks]:
+        for chunk in step.process(iter(source)):
+            done[chunk.number] = time.perf_counter() - begun
+            lengths = [
+                spread_length(k, generate.max_new_tokens) for k in chunk.rows["key"].to_pylist()
+            ]
+            assert chunk.rows["num_tokens"].to_pylist() == [length - 1 for length in lengths]
+    figures: dict[str, Any] = {
+        "captions_per_second": round(images / max(done.values()), 1),
+        "captions_per_cpu_second": round(images / (time.process_time() - worked), 1),
+        "seconds_to_first_chunk": round(min(done.values()), 2),
+    }
+    if decoder is not None:
+        figures["decoder_steps"] = decoder.steps
+        figures["slots_used"] = round(decoder.used / (decoder.steps * decoder.slots), 4)
+    return figures
+
+
+def _chunk(number: int, keys: list[int], squares: dict[int, Tensor]) -> Chunk:
+    rows = {
+        "key": pa.array(keys, pa.int64()),
+        "name": pa.array(map(str, keys), pa.string()),
+        "pixels": pa.array([squares[key].numpy().tobytes() for key in keys], pa.binary()),
+        "status": pa.array([OK] * len(keys), pa.string()),
+        "error": pa.nulls(len(keys), pa.string()),
+    }
+    return Chunk(number, pa.table(rows))

@@ -14,6 +14,18 @@ All use the same captioner and images, read from Parquet, in turn:
 All but "reference 300" stop at the end-of-text. Figures are medians over the rounds. A caption
 that differs from the plain loop's counts as equal if the two largest logits at the first different
 token differ by less than 1e-4. The last line is JSON.
+
+`--slots` measures something else: the step of the job on chunks of 256 decoded squares, without Ray, on
+one thread of a CPU:
+
+    drained         a chunk begins when the one before it is finished
+    streamed        a chunk begins as soon as the decoder wants more images, as in the job
+    beams           four beams, in batches of 64
+
+The model has random weights and captions forced lengths: 20 tokens and an exponential of 60, at most
+300. `slots_used` is the share of all slots that hold a caption, over all steps of the decoder: a count,
+the same in every round. Ratios are of captions per second of CPU time, which other work on the machine
+disturbs less than seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +49,7 @@ from benchmarks.faults.counting import committed
 from benchmarks.faults.jobs import environment
 from benchmarks.faults.kinds import REPO
 from benchmarks.recaption import captioners
-from benchmarks.recaption.loops import Loop, run_bare, run_loop
+from benchmarks.recaption.loops import WAYS, Loop, run_bare, run_loop, run_step
 from pipelines.cli.config import build
 from pipelines.recaption import predictor
 from pipelines.recaption.config import RecaptionConfig
@@ -58,6 +70,8 @@ IMAGES = {
     "small": {"ours": 128, "bare": 64, "plain": 64, "reference": 4, "reference 300": 2},
     "full": {"ours": 2048, "bare": 512, "plain": 256, "reference": 32, "reference 300": 8},
 }
+SLOT_IMAGES = {"tiny": 1024, "small": 512, "full": 2048}
+SLOT_ROWS = 256  # of a chunk, as by default
 CHUNK = {"tiny": 128, "small": 16, "full": 128}
 QUICK = {"ours": 24, "bare": 8, "plain": 8, "reference": 2, "reference 300": 2}
 
@@ -71,31 +85,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a few images, random weights")
+    parser.add_argument("--slots", action="store_true", help="drained and streamed slots alone")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     given.folder = given.folder.absolute()
     given.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.folder, given.size, given.device, given.quick)
+    bench = Bench(given.folder, given.size, given.device, given.quick, given.slots)
     if given.contender:
         print(json.dumps(bench.contend(given.contender)))
         return
-    figures = bench.compare(1 if given.quick else given.rounds)
-    print(json.dumps({"benchmark": "recaption", **figures}))
+    rounds = 1 if given.quick else given.rounds
+    if given.slots:
+        print(json.dumps({"benchmark": "recaption slots", **bench.compare_slots(rounds)}))
+        return
+    print(json.dumps({"benchmark": "recaption", **bench.compare(rounds)}))
 
 
 class Bench:
     """A captioner, images, and the contenders, each in its own process."""
 
-    def __init__(self, folder: Path, size: str, device: str, quick: bool) -> None:
+    def __init__(
+        self, folder: Path, size: str, device: str, quick: bool, slots: bool = False
+    ) -> None:
         self.folder, self.size, self.device, self.quick = folder, size, device, quick
         self.images = QUICK if quick else IMAGES[size]
         self.longest = 12 if quick else LONGEST
         self.chunk = 4 if quick else CHUNK[size]
         cpu = device == "cpu"
         self.workers = (os.cpu_count() or 1) if cpu else torch.cuda.device_count()
-        is_trained = size == "tiny" and not quick
+        is_trained = size == "tiny" and not quick and not slots
         self.model = folder / ("stage2" if is_trained else f"random-{size}")
-        self.file = folder / f"images-{size}{'-quick' if quick else ''}.parquet"
+        suffix = ("-slots" if slots else "") + ("-quick" if quick else "")
+        self.file = folder / f"images-{size}{suffix}.parquet"
+        if slots:
+            self.images = {"slots": 24 if quick else SLOT_IMAGES[size]}
 
     def prepare(self) -> None:
         if captioners.is_forced(self.model):
@@ -107,7 +130,9 @@ class Bench:
     # ------------------------------------------------------------------ in a process of its own
 
     def contend(self, name: str) -> dict[str, Any]:
-        """Run one contender once; returns images, tokens and seconds."""
+        """Run one contender once; returns images, tokens and seconds, or the figures of slots."""
+        if name in WAYS:
+            return self.contend_slots(name)
         device, images = torch.device(self.device), self.images[name]
         if name == "ours":
             if captioners.is_forced(self.model):
@@ -122,6 +147,14 @@ class Bench:
         if name == "plain":
             (self.folder / "plain.json").write_text(json.dumps(list(loop.ids.items())))
         return loop.figures()
+
+    def contend_slots(self, way: str) -> dict[str, Any]:
+        images, rows = self.images["slots"], 8 if self.quick else SLOT_ROWS
+        generate = self.config().generate.model_copy(
+            update={"batch_size": 4 if self.quick else BATCH}
+        )
+        images = images // 8 if way == "beams" else images  # they take long
+        return run_step(way, self.model, self.file, images, generate, rows)
 
     def config(self) -> RecaptionConfig:
         data = {"input": str(self.file), "output": str(self.folder / "captions")}
@@ -154,23 +187,48 @@ class Bench:
             **self.compared(),
         }
 
+    def compare_slots(self, rounds: int) -> dict[str, Any]:
+        """The ways of a step in turn, each run in a process of its own."""
+        self.prepare()
+        results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        for number in range(rounds):
+            for name, runs in results.items():
+                runs.append(json.loads(self._in_a_process("--slots", name)))
+                print(f"round {number + 1}, {name}: {json.dumps(runs[-1])}", flush=True)
+        median = {
+            name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            for name, runs in results.items()
+        }
+        rate = {name: one["captions_per_cpu_second"] for name, one in median.items()}
+        return {
+            "size": self.size, "cores": os.cpu_count(), "rounds": rounds,
+            "ratio_to_drained": round(rate["streamed"] / rate["drained"], 3),
+            "ratio_to_beams": round(rate["streamed"] / rate["beams"], 2),
+            "medians": median, "runs": results,
+        }  # fmt: skip
+
     def measured(self, name: str) -> dict[str, Any]:
         """Rates of one run of a contender."""
         output = self.folder / "captions"
         if name == "ours":
             shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, __file__, str(self.folder), "--contender", name]
-        command += ["--size", self.size, "--device", self.device]
-        command += ["--quick"] if self.quick else []
-        variables = environment(self.folder)
-        variables.pop("OMP_NUM_THREADS")  # torch's default: all cores
         begun = time.time()
-        done = subprocess.run(command, cwd=REPO, env=variables, stdout=subprocess.PIPE, check=True)
+        line = self._in_a_process(name)
         seconds = time.time() - begun
         if name == "ours":
             return job_rates(output, begun, seconds, self.workers)
-        one = json.loads(done.stdout.splitlines()[-1])
+        one = json.loads(line)
         return rates(one["images"], one["tokens"], one["seconds"])
+
+    def _in_a_process(self, *contender: str) -> bytes:
+        """The last line that a contender prints."""
+        command = [sys.executable, __file__, str(self.folder), *contender[:-1], "--contender"]
+        command += [contender[-1], "--size", self.size, "--device", self.device]
+        command += ["--quick"] if self.quick else []
+        variables = environment(self.folder)
+        variables.pop("OMP_NUM_THREADS")  # torch's default: all cores
+        done = subprocess.run(command, cwd=REPO, env=variables, stdout=subprocess.PIPE, check=True)
+        return done.stdout.splitlines()[-1]
 
     def compared(self) -> dict[str, Any]:
         """How many of our greedy captions equal the plain loop's."""

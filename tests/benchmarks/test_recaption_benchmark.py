@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.recaption import captioners
-from benchmarks.recaption.loops import Loop, run_loop
+from benchmarks.recaption.loops import WAYS, Loop, run_loop
 from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, summarise
 from pipelines.recaption import predictor
 from pipelines.recaption.engine import local_engine
@@ -73,6 +73,18 @@ def test_the_rate_of_a_job_leaves_out_its_start(tmp_path: Path) -> None:
         "seconds_to_first_commit": 10,
         "seconds": 40,
     }
+
+
+def test_streamed_slots_are_fuller_than_drained_ones(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    slots = Bench(bench.folder, "tiny", "cpu", quick=True, slots=True)
+    slots.prepare()
+    found = {way: slots.contend(way) for way in WAYS}  # which checks the lengths
+    assert found["drained"]["slots_used"] + 0.1 < found["streamed"]["slots_used"] <= 1
+    assert found["streamed"]["decoder_steps"] < found["drained"]["decoder_steps"]
+    assert all(figures["captions_per_cpu_second"] > 0 for figures in found.values())
 
 
 def test_ratios_are_of_medians() -> None:
