@@ -156,7 +156,7 @@ def load_language_model(config: ModelConfig, precision: Precision = "float32") -
 def num_positions(config: ModelConfig) -> int:
     """Positions that the caption decoder has for a prefix and its caption, from its configuration."""
     source = part_source(config, "language_model")
-    _check_kind("language_model", source, "model_type", Qwen2Config.model_type)
+    _check_kind("language_model", source)
     load = partial(Qwen2Config.from_pretrained, source.name, **source.load_kwargs)
     return _load("language_model", source, load).max_position_embeddings
 
