@@ -16,10 +16,9 @@ import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -35,6 +34,9 @@ from transformers import (
 )
 
 from vlv_model.checkpoints.loading import quietly
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # All sizes of the tiny models are here.
 NUM_QUERIES = 16
@@ -182,8 +184,8 @@ def _write_florence(folder: Path) -> None:
         "</s>",
         "<unk>",
     ]  # BART's order: its config expects ids 0, 1, 2
-    merges = _merges(_spaced_words())
-    vocab = _vocab(special + sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
+    merges = word_merges(spaced_words())
+    vocab = vocabulary(special + sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
     added = ["<mask>", "<image>", *(f"<loc_{i}>" for i in range(NUM_LOCATIONS))]
     vocab |= {token: len(vocab) + i for i, token in enumerate(added)}
     tokenizer = RobertaTokenizer(vocab=vocab, merges=merges)
@@ -198,9 +200,11 @@ def _write_florence(folder: Path) -> None:
 
 
 def _write_diffusion(folder: Path) -> None:
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges([word.lower() for word in SCENE_WORDS], end_of_word="</w>")
-    vocab = _vocab(alphabet + [f"{byte}</w>" for byte in alphabet], merges)
+    merges = word_merges([word.lower() for word in SCENE_WORDS], end_of_word="</w>")
+    vocab = vocabulary(alphabet + [f"{byte}</w>" for byte in alphabet], merges)
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_POSITIONS)
     text_config = CLIPTextConfig(
@@ -238,8 +242,8 @@ def _write_diffusion(folder: Path) -> None:
 
 def _write_language_model(folder: Path) -> None:
     # No normaliser (Qwen's tokenizer applies NFC): any caption decodes back exactly.
-    merges = _merges(_spaced_words())
-    vocab = _vocab(sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
+    merges = word_merges(spaced_words())
+    vocab = vocabulary(sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -273,11 +277,12 @@ def _random_rectangles(count: int) -> Tensor:
     return images
 
 
-def _spaced_words() -> list[str]:
+def spaced_words() -> list[str]:
+    """The words of the scenes' captions, with and without a leading space."""
     return [f"{space}{word}" for word in SCENE_WORDS for space in ("", " ")]
 
 
-def _merges(words: list[str], end_of_word: str = "") -> list[tuple[str, str]]:
+def word_merges(words: list[str], end_of_word: str = "") -> list[tuple[str, str]]:
     """Byte-pair merges that make each of `words` one token, the most frequent pair first.
 
     Ties are broken alphabetically: the tokenizers library's trainer breaks them by hash order, so
@@ -305,6 +310,7 @@ def _merged(piece: list[str], merge: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _vocab(base: list[str], merges: list[tuple[str, str]]) -> dict[str, int]:
+def vocabulary(base: list[str], merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Ids of the tokens of `base`, then of those that `merges` make."""
     tokens = list(dict.fromkeys([*base, *(left + right for left, right in merges)]))
     return {token: index for index, token in enumerate(tokens)}

@@ -6,21 +6,23 @@ width, depth and vocabulary, with the same image size and sequence lengths. No m
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.tiny_world.pretrained import FOLDER, MODELS
 from vlv_model import tiny
-from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import published
 from vlv_model.checkpoints.loading import load_caption_tokenizer, load_florence, resolve_model
 from vlv_model.checkpoints.skeleton import build_autoencoder, build_captioner
 from vlv_model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from vlv_model.autoencoder import VLVAutoEncoder
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ _TENTH = {  # about a tenth of the published sizes; heads of 64 and norm groups 
     "language_model": {
         **published.QWEN_25["3B"],
         "vocab_size": 15_194,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "hidden_size": 256,
         "intermediate_size": 1_104,
         "num_hidden_layers": 4,
@@ -165,7 +169,6 @@ def captioner(size: Size, device: torch.device, seed: int = 0) -> VLVCaptioner:
 
 
 def _tokenizers() -> tuple[Any, Any]:
-    """Those of the tiny models; Florence-2's splits the prompt into 13 tokens, as the published one does."""
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_models = tiny.write_tiny_models(folder)
-        return load_florence(resolve_model(tiny_models)[0])[1], load_caption_tokenizer(tiny_models)
+    """Those of the tiny world; Florence-2's splits the prompt into 13 tokens, as the published one does."""
+    shipped = resolve_model(FOLDER / MODELS)[0]
+    return load_florence(shipped)[1], load_caption_tokenizer(shipped)

@@ -9,7 +9,7 @@ It shares no forward code with vlv_model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
+
+if TYPE_CHECKING:
+    from vlv_model.autoencoder import VLVAutoEncoder
 
 CAPTION_TOKENS = 300
 IGNORED = -100

@@ -17,14 +17,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pipelines.images.random_access import RowReader
 from pipelines.training.config import TrainConfig
 from vlv_model.squares import Square
+
+if TYPE_CHECKING:
+    from pipelines.images.random_access import RowReader
 
 PREFETCHED_STEPS = 2
 """Steps whose rows are read ahead."""

@@ -7,34 +7,26 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.florence2.modeling_florence2 import Florence2VisionBlock
 
-from pipelines.images.latents import LatentReader
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
-from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError
 from vlv_model.lora import is_adapter
 from vlv_model.seeds import mix
 
-# Blocks of UNet and VAE (the first two), of Florence-2's vision tower, of the other transformers.
-BLOCKS = (
-    BasicTransformerBlock,
-    ResnetBlock2D,
-    Florence2VisionBlock,
-    GradientCheckpointingLayer,
-)
+if TYPE_CHECKING:
+    from pipelines.images.latents import LatentReader
+    from vlv_model.autoencoder import VLVAutoEncoder
+
 RECOMPILE_LIMIT = 64  # per kind of block: a UNet has blocks of many widths, torch's default is 8
 
 
@@ -81,14 +73,18 @@ class Stage:
         Frozen transformers are in eval mode and keep their activations, which are small. Losses and
         gradients do not change, since dropout is replayed.
         """
+        from diffusers import UNet2DConditionModel
+
         for part in self.model.modules():
             if isinstance(part, UNet2DConditionModel):
                 part.enable_gradient_checkpointing()
             elif isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                 part.activation_checkpointing_enable({"use_reentrant": False})
 
-    def compile(self, device: torch.device, blocks: tuple[type[nn.Module], ...] = BLOCKS) -> None:
-        """Compile the models' `blocks` with torch.compile when they first run.
+    def compile(
+        self, device: torch.device, blocks: tuple[type[nn.Module], ...] | None = None
+    ) -> None:
+        """Compile the models' `blocks` (default: `block_kinds`) with torch.compile when they first run.
 
         Blocks rather than whole models: equal blocks are compiled once, and another caption length
         recompiles blocks only. Parameter names stay; losses differ by rounding. Raises ConfigError when
@@ -103,9 +99,19 @@ class Stage:
             )
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         torch._inductor.config.fallback_random = True  # dropout as without compilation
+        kinds_compiled = blocks or block_kinds()
         for part in self.model.modules():
-            if isinstance(part, blocks):
+            if isinstance(part, kinds_compiled):
                 part.compile()
+
+
+def block_kinds() -> tuple[type[nn.Module], ...]:
+    """Blocks of UNet and VAE (the first two), of Florence-2's vision tower, of other transformers."""
+    # Here, since stage 2 alone does not need diffusers.
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    return BasicTransformerBlock, ResnetBlock2D, Florence2VisionBlock, GradientCheckpointingLayer
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
@@ -113,6 +119,9 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
 
     The caller has verified the files of `checkpoint` (`verify_checkpoint`).
     """
+    from pipelines.images.latents import LatentReader
+    from vlv_model.autoencoder import VLVAutoEncoder
+
     stored = LatentReader(config.data.latents) if config.data.latents else None
     autoencoder = VLVAutoEncoder.from_pretrained(
         model,

@@ -11,10 +11,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -25,18 +24,20 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner, build_language_projector
 from vlv_model.checkpoints.loading import CONFIG_FILES, check_kind
 from vlv_model.checkpoints.published import BY_REPO
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.config import Lora, ModelConfig
-from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError, one_line
-from vlv_model.latents import LatentFormat
 from vlv_model.squares import Square
 from vlv_model.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from vlv_model.autoencoder import VLVAutoEncoder
 
 META = torch.device("meta")
 Configs = Mapping[str, Mapping[str, Any]]
@@ -50,6 +51,8 @@ def read_configs(model: ModelConfig, parts: tuple[str, ...]) -> Configs:
 
 def autoencoder(model: ModelConfig, *, with_vae: bool = True) -> VLVAutoEncoder:
     """Stage 1's model without weights, float32, on the meta device."""
+    from vlv_model.autoencoder import VLVAutoEncoder  # diffusers, which a captioner does not need
+
     configs = read_configs(model, VLVAutoEncoder.read_parts)
     return build_autoencoder(model, configs, prompt_tokenizer(model), META, with_vae=with_vae)
 
@@ -66,6 +69,8 @@ def captioner(model: ModelConfig, lora: Lora | None = None) -> VLVCaptioner:
 
 def vae(model: ModelConfig) -> AutoencoderKL:
     """The VAE without weights, float32, on the meta device."""
+    from diffusers import AutoencoderKL
+
     with META:
         return AutoencoderKL.from_config(dict(_read("vae", part_source(model, "vae"))))
 
@@ -79,6 +84,12 @@ def build_autoencoder(
     with_vae: bool = True,
 ) -> VLVAutoEncoder:
     """An auto-encoder with random weights; `configs` of all parts, Florence-2's `tokenizer`."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    from vlv_model.autoencoder import VLVAutoEncoder
+    from vlv_model.diffusion_decoder import DiffusionDecoder
+    from vlv_model.latents import LatentFormat
+
     encoder = _encoder(model, configs, tokenizer, device)
     vae_config = dict(configs["vae"])
     with device:

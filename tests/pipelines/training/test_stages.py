@@ -10,7 +10,14 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionBloc
 
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
-from pipelines.training.stages import BLOCKS, MicroBatch, Stage, noise_and_timesteps, stage1, stage2
+from pipelines.training.stages import (
+    MicroBatch,
+    Stage,
+    block_kinds,
+    noise_and_timesteps,
+    stage1,
+    stage2,
+)
 from pipelines.training.usage import Utilisation
 from tests.conftest import SMALLEST
 from vlv_model.checkpoints.sources import resolve_model
@@ -129,7 +136,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(
     build = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", build)
     # Nor the vision tower: its tracing takes two minutes (looked at by hand, docs/experiments.md).
-    blocks = tuple(kind for kind in BLOCKS if kind is not Florence2VisionBlock)
+    blocks = tuple(kind for kind in block_kinds() if kind is not Florence2VisionBlock)
     stage = stage_of(name, SMALLEST, tmp_path, "projector+llm+encoder")
     names = list(stage.model.state_dict())
     _, loss, gradients = saved_bytes_and_gradients(stage)
