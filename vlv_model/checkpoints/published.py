@@ -73,6 +73,9 @@ SD_21_BASE_TEXT_ENCODER = {
     "num_attention_heads": 16,
     "max_position_embeddings": 77,
     "hidden_act": "gelu",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
 }
 
 SD_21_BASE_UNET = {
@@ -124,6 +127,9 @@ def _qwen(hidden: int, intermediate: int, layers: int, heads: int, key_value_hea
         "num_key_value_heads": key_value_heads,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
         "tie_word_embeddings": True,
     }
 
