@@ -11,7 +11,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check
 # tests to each at a time, in the order of tests/conftest.py.
 GROUPS := -n 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-faults test-vllm fast check format lint types gpu lock audit clean
+.PHONY: help demo test test-faults test-vllm fast check format lint types gpu gpu-check full-size lock audit clean
 
 help:  ## these targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; \
@@ -34,6 +34,12 @@ fast: $(INSTALLED)  ## the tests that start no cluster and no whole job
 
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
+
+gpu-check: $(INSTALLED)  ## what a first GPU can tell, in nine minutes; ARGS='--device cpu --size tiny' needs none
+	$(RUN) -m benchmarks.gpu $(ARGS)
+
+full-size: $(INSTALLED)  ## every job at the published sizes on the CPU, against the estimates; ARGS='stage1 export'
+	$(RUN) -m benchmarks.full_size $(ARGS)
 
 check: lint types test test-faults  ## format, lint, types, all tests
 

@@ -36,10 +36,18 @@ NOT_PARSED = {
     "helm": "needs a Kubernetes cluster",
     "kubectl": "needs a Kubernetes cluster",
     "export": "sets a variable of the shell",
+    "pip": "installs packages",
     "python3.11": "makes the environment, as the Makefile does",
     "(printf": "tests/pipelines/lists/test_metadata.py reads a list with this header",
 }
 """Commands that are not checked here, by their first word, and why."""
+
+ARGS_GO_TO = {
+    "demo": ["python", "jobs/demo.py"],
+    "full-size": ["python", "-m", "benchmarks.full_size"],
+    "gpu-check": ["python", "-m", "benchmarks.gpu"],
+}
+"""The commands that get ARGS, by make's target."""
 
 SECTIONS = "data|model|train|estimate|generate|gate|earlier|filter|download|image|duplicates|actors|encode|diffusion"
 NOT_SETTINGS = [
@@ -109,7 +117,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         for variable, _, value in (word.partition("=") for word in words if "=" in word):
             assert f"$({variable})" in (ROOT / "Makefile").read_text(), variable
             if variable == "ARGS":
-                check(["python", "jobs/demo.py", *shlex.split(value)], monkeypatch)
+                check([*ARGS_GO_TO[words[1]], *shlex.split(value)], monkeypatch)
         return
     if words[0] != "python":
         later = [index for index, word in enumerate(words) if word == "python"]
@@ -117,7 +125,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         return check(words[later[0] :], monkeypatch) if later else None
     script, arguments = words[1], words[2:]
     if script == "-m":
-        script, arguments = f"{words[2].replace('.', '/')}.py", words[3:]
+        module, arguments = words[2].replace(".", "/"), words[3:]
+        script = f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py"
     text = (ROOT / script).read_text()
     if "from pipelines.cli.main import" in text:
         monkeypatch.setattr(sys, "argv", [script, *arguments])

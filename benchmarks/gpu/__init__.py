@@ -1,0 +1,1 @@
+"""What a first GPU can tell, in one call of less than nine minutes."""
