@@ -10,9 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 from pipelines.execution.steps import Chunk, ModelDiedError, ModelStep, PlacedStep
 from vlv_model.errors import RunError, VLVError

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class ModelDiedError(RuntimeError):
     """A model fails for everything: its process has to be replaced."""
+
+
+def _no_rows() -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table({})
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Chunk:
     """The rows that are processed and committed together; the first step gets none."""
 
     number: int
-    rows: pa.Table = field(default_factory=partial(pa.table, {}))
+    rows: pa.Table = field(default_factory=_no_rows)
     busy: float = 0.0
     """Seconds that the step with the model worked since it finished its last chunk."""
     present: float = 0.0
@@ -38,6 +44,8 @@ class Chunk:
 
         Ray Data drops a block without rows, so an empty chunk has a row of nulls there.
         """
+        import pyarrow as pa
+
         rows = self.rows
         if not rows.num_rows:
             rows = pa.table([pa.nulls(1, field.type) for field in rows.schema], rows.schema)
