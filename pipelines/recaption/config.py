@@ -80,8 +80,9 @@ class GenerateConfig(Config):
             least, most = VLLM_TEMPERATURES
             if not least <= self.temperature <= most:
                 raise ValueError(
-                    f"engine=vllm samples at temperatures of {least:g} to {most:g}, got "
-                    f"temperature={self.temperature:g}: set one of these, or leave engine out"
+                    f"generate.engine=vllm samples at temperatures of {least:g} to {most:g}, got "
+                    f"generate.temperature={self.temperature:g}: set one of these, or leave "
+                    "generate.engine out"
                 )
         if self.early_stopping and self.num_beams == 1:
             raise ValueError("generate.early_stopping needs generate.num_beams of at least 2")
