@@ -78,6 +78,8 @@ def stored_size(image: ImageConfig) -> float:
 
 def count_sites(folder: Path) -> int:
     """The sites (scheme, host and port) of the rows that the plan in a local folder fetches."""
+    if not any(Path(folder).glob(f"*{PLAN}")):
+        return 0  # every row was dropped
     site = "regexp_extract(url, '^[A-Za-z]+://[^/?#]*')"
     with duckdb.connect() as database:
         found = database.execute(

@@ -218,7 +218,9 @@ def test_going_on_reads_no_key_again(pair_table: Path, tmp_path: Path, monkeypat
     with pytest.raises(RunError, match=r"data\.limit: None there, 5 here"):
         open_table("caption", selection(tmp_path / "images", tmp_path / "t", limit=5), {})
     # Nor is anything listed for it, though an input of which rows are taken has a listing.
-    with pytest.raises(RunError, match=r"\(data\.where: None there, key > 1 here, files: None"):
+    with pytest.raises(
+        RunError, match=r"\(data\.where: None there, key > 1 here, data\.input \(files\): None"
+    ):
         open_table("caption", selection(tmp_path / "images", tmp_path / "t", where="key > 1"), {})
     monkeypatch.undo()
     os.utime(tmp_path / "images/0.parquet", (1, 1))  # copied, and the same

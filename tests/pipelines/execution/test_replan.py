@@ -164,7 +164,7 @@ def test_rows_of_a_condition_go_on_too(images: Table, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"data\.where: "):
         opened(images, tmp_path, where="key >= 9")
     images.write(2, image_rows([*range(22, 30)]), row_group_size=3)
-    with pytest.raises(RunError, match=r"files: "):
+    with pytest.raises(RunError, match=r"data\.input \(files\): "):
         opened(images, tmp_path, where=where)
 
 
@@ -190,7 +190,7 @@ def test_one_that_an_earlier_version_began_goes_on_after_a_takedown(
 def test_what_changed_by_accident_is_refused(images: Table, tmp_path: Path) -> None:
     work(opened(images, tmp_path), [0])
     images.write(0, image_rows(list(range(1, 10))), row_group_size=3)
-    with pytest.raises(RunError, match="rows: 30 there, 29 here"):
+    with pytest.raises(RunError, match=r"data\.input \(rows\): 30 there, 29 here"):
         opened(images, tmp_path)
     take(images, 5)  # which does not excuse the other one
     with pytest.raises(RunError, match=r"begun with 1 images .* lacks now.*the first is key 0"):

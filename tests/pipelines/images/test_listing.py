@@ -317,7 +317,7 @@ def test_compressed_shard_is_refused(shards: Path, tmp_path: Path) -> None:
 def test_changed_shards_are_another_run(shards: Path, tmp_path: Path) -> None:
     read(shards, tmp_path / "out")
     shard(shards / "00001.tar", {"a.png": png("red")})
-    with pytest.raises(RunError, match="files: "):
+    with pytest.raises(RunError, match=r"data\.input \(files\): "):
         read(shards, tmp_path / "out")
 
 

@@ -213,8 +213,9 @@ def test_a_killed_job_is_continued(forked_python: Path, tmp_path: Path) -> None:
         assert again.returncode == 0, again.stderr[-2000:]
     assert check_exactly_once(tmp_path).num_rows == 308
     said = again.stdout.splitlines()
-    assert f"image table: {tmp_path}/out" in said[-2]
-    assert said[-1] == f"report: {tmp_path}/out/_report.html"
+    assert f"image table: {tmp_path}/out" in said[-3]
+    assert said[-2] == f"report: {tmp_path}/out/_report.html"
+    assert said[-1].startswith("8 rows failed: retry=transient tries 2 of them again, ")
 
 
 @pytest.mark.parametrize("source", ["made", "shared"])

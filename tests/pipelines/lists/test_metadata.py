@@ -464,7 +464,9 @@ def test_a_filter_without_its_column_is_refused_unless_optional(tmp_path: Path) 
 
 
 def test_impossible_aspect_ratios_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^min_aspect_ratio=2 is above max_aspect_ratio=0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"^filter\.min_aspect_ratio=2 is above filter\.max_aspect_ratio=0\.5"
+    ):
         build(FilterConfig, {"min_aspect_ratio": 2, "max_aspect_ratio": 0.5})
     assert build(FilterConfig, {"min_aspect_ratio": 1, "max_aspect_ratio": 1}).rules()
 

@@ -10,9 +10,9 @@ from vlv_model.errors import ConfigError
 
 
 def test_batches_must_divide() -> None:
-    with pytest.raises(ValueError, match="multiple of micro_batch_size=4"):
+    with pytest.raises(ValueError, match=r"multiple of train\.micro_batch_size=4"):
         TrainConfig(global_batch_size=10, micro_batch_size=4)
-    with pytest.raises(ValueError, match="has 2 micro-batches of 4 rows for num_workers=3"):
+    with pytest.raises(ValueError, match=r"has 2 micro-batches of 4 rows for train\.num_workers=3"):
         TrainConfig(global_batch_size=8, micro_batch_size=4, num_workers=3)
     config = TrainConfig(global_batch_size=64, num_workers=4, micro_batch_size=8)
     assert [config.accumulation(workers) for workers in (1, 2, 3, 4, 8)] == [8, 4, 3, 2, 1]
@@ -36,7 +36,9 @@ def test_num_workers_is_a_number_or_a_range() -> None:
 def test_offload_needs_zero() -> None:
     with pytest.raises(ValueError, match="offload_optimizer needs"):
         TrainConfig(zero_stage=0, offload_optimizer=True)
-    settings = deepspeed_config(TrainConfig(zero_stage=3, offload_optimizer=True), world_size=1)
+    settings = deepspeed_config(
+        TrainConfig(zero_stage=3, offload_optimizer=True, use_gpu=True), world_size=1
+    )
     assert settings["zero_optimization"]["offload_optimizer"] == {
         "device": "cpu",
         "pin_memory": True,
@@ -45,13 +47,18 @@ def test_offload_needs_zero() -> None:
 
 def test_an_indivisible_batch_size_gives_a_one_line_error() -> None:
     settings = ["run_dir=/r", "data.input=/i", "train.num_workers=3"]
-    with pytest.raises(ConfigError, match=r"^train: train.global_batch_size=64 must be a multiple"):
+    with pytest.raises(ConfigError, match=r"^train.global_batch_size=64 must be a multiple"):
         load(Stage2Config, None, settings)
 
 
 def test_deepspeed_config_follows_the_settings() -> None:
     train = TrainConfig(
-        global_batch_size=64, num_workers=4, micro_batch_size=4, precision="bfloat16", zero_stage=1
+        global_batch_size=64,
+        num_workers=4,
+        micro_batch_size=4,
+        precision="bfloat16",
+        zero_stage=1,
+        use_gpu=True,
     )
     settings = deepspeed_config(train, world_size=4)
     assert settings["train_batch_size"] == 64

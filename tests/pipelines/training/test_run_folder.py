@@ -32,7 +32,7 @@ def test_a_continued_run_keeps_its_micro_batch_size(tmp_path: Path) -> None:
     assert with_micro_batch_size(config(tmp_path), tmp_path).train.micro_batch_size == 4
     given = config(tmp_path, "train.micro_batch_size=2")  # is compared with the run's, and refused
     assert with_micro_batch_size(given, tmp_path) is given
-    with pytest.raises(ConfigError, match="3 micro-batches of 4 rows for num_workers=6"):
+    with pytest.raises(ConfigError, match=r"3 micro-batches of 4 rows for train\.num_workers=6"):
         with_micro_batch_size(config(tmp_path, "train.num_workers=6"), tmp_path)
 
 

@@ -67,7 +67,7 @@ def test_randomly_initialised_parameters_have_the_full_learning_rate(
 
 def two_rows(stage: Stage) -> MicroBatch:
     decoder = getattr(stage.model, "diffusion_decoder", None)
-    side = decoder.image_size if decoder else stage.model.captioner.encoder.square.size
+    side = decoder.image_size if decoder else stage.model.encoder.square.size
     shape = (2, 3, side, side)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
     captions = {"caption": ["a red circle above a blue square", "a green star"]}

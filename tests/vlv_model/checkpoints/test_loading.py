@@ -73,7 +73,12 @@ def test_diffusion_parts_can_be_given_one_by_one(models, config):
 
 def test_parts_given_by_name_define_a_model_or_override_one(models, monkeypatch):
     monkeypatch.chdir(models)
-    named = {"florence": "florence", "diffusion": models / "diffusion", "encoder_image_size": 128}
+    named = {
+        "florence": "florence",
+        "diffusion": models / "diffusion",
+        "image_size": 64,
+        "encoder_image_size": 128,
+    }
     encoder = VLVEncoder.from_pretrained(num_queries=5, **named)
     assert encoder.num_queries == 5
     assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5, 64)
