@@ -142,8 +142,8 @@ def test_vllm_of_another_device_is_refused(captioner, monkeypatch):
     ("setting", "message"),
     [
         ({"num_beams": 4}, "num_beams=1"),
-        ({"temperature": 0.005}, "temperatures of 0.01 to 2, got temperature=0.005"),
-        ({"temperature": 2.5}, "temperatures of 0.01 to 2, got temperature=2.5"),
+        ({"temperature": 0.005}, "temperatures of 0.01 to 2, got generate.temperature=0.005"),
+        ({"temperature": 2.5}, "temperatures of 0.01 to 2, got generate.temperature=2.5"),
     ],
 )
 def test_settings_that_vllm_lacks_are_refused(setting, message):
