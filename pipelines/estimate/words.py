@@ -17,7 +17,7 @@ def size_words(size: float) -> str:
 def time_words(seconds: float) -> str:
     """A duration, with the unit that fits."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1):.0f} s" if seconds else "0 s"
     minutes = seconds / 60
     if minutes < 90:
         return f"{minutes:.0f} min"
@@ -31,6 +31,11 @@ def count_words(number: float) -> str:
         if number >= scale:
             return f"{number / scale:,.2f} {unit}"
     return f"{number:g}"
+
+
+def worker_words(number: int) -> str:
+    """A number of workers."""
+    return "1 worker" if number == 1 else f"{number:,} workers"
 
 
 def lines(pairs: Sequence[tuple[str, str]]) -> str:

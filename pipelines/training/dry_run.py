@@ -24,7 +24,7 @@ from pipelines.estimate.report import (
     parameter_lines,
 )
 from pipelines.estimate.rows import count_rows
-from pipelines.estimate.words import lines, size_words
+from pipelines.estimate.words import lines, size_words, worker_words
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import PREFETCHED_STEPS
 from pipelines.training.memory import Parameters, offloaded, states
@@ -143,7 +143,7 @@ def dry_run(config: TrainingConfig) -> str:
     step = count_step(config, rows)
     memory = with_activations(closed, step)
     checkpointed = ", checkpointed activations" if train.activation_checkpointing else ""
-    what = f"{train.precision}, ZeRO-{train.zero_stage}, {_workers(workers)}, micro-batch {rows}{checkpointed}"
+    what = f"{train.precision}, ZeRO-{train.zero_stage}, {worker_words(workers)}, micro-batch {rows}{checkpointed}"
     found = parameter_lines(parameters.trained, parameters.frozen)
     found += memory_lines(memory, what, train.use_gpu is not False)
 
@@ -190,7 +190,7 @@ def _host_lines(config: TrainingConfig, memory: Memory, parameters: Parameters) 
     if machine and machine.memory:
         there = f" of {machine.memory / 1e9:,.0f} GB"
         verdict = ": does NOT fit" if needed > machine.memory else ""
-    where = f"{needed / 1e9:,.1f} GB{there} on the first machine, {_workers(workers)}{verdict}"
+    where = f"{needed / 1e9:,.1f} GB{there} on the first machine, {worker_words(workers)}{verdict}"
     found = [
         ("host memory", where),
         ("  loading", f"{size_words(weights)} each"),
@@ -226,7 +226,3 @@ def _time_lines(config: TrainingConfig, step: Count, rows: int) -> Lines:
     rate = machine.gpu.rates[arithmetic_of(train.precision, train.tf32)] * estimate.mfu / flops
     found += hours_lines(images, rate, train.most_workers, machine, estimate)
     return found + assumption_lines(estimate)
-
-
-def _workers(number: int) -> str:
-    return "1 worker" if number == 1 else f"{number:,} workers"

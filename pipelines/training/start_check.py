@@ -6,6 +6,7 @@ import os
 import sys
 
 from pipelines.estimate.memory import Memory
+from pipelines.estimate.words import worker_words
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from vlv_model.errors import ModelError, RunError
 
@@ -62,7 +63,7 @@ def _warn_of_host(memory: Memory, workers: int) -> None:
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         print(
-            f"warning: weights, gradients and optimiser of {workers} workers take "
+            f"warning: weights, gradients and optimiser of {worker_words(workers)} take "
             f"{needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB: use fewer workers, "
             "smaller models or GPUs",
             file=sys.stderr,

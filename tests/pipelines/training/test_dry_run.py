@@ -32,13 +32,13 @@ def config(models: Path | str, stage: int = 1, **train: Any) -> TrainingConfig:
 @pytest.mark.parametrize(
     ("stage", "train", "printed"),
     [
-        (1, {}, ["float32, ZeRO-2, 1 workers, micro-batch 16", "fits", "dollars", "not counted"]),
+        (1, {}, ["float32, ZeRO-2, 1 worker, micro-batch 16", "fits", "dollars", "not counted"]),
         (
             1,
             {"micro_batch_size": 2, "num_workers": 8, "zero_stage": 1, "precision": "bfloat16"},
             ["8 x L40S", "ZeRO-1"],
         ),
-        (1, {"zero_stage": 3, "activation_checkpointing": True}, ["ZeRO-3, 1 workers", "buckets"]),
+        (1, {"zero_stage": 3, "activation_checkpointing": True}, ["ZeRO-3, 1 worker,", "buckets"]),
         (1, {"offload_optimizer": True}, ["offloaded optimiser"]),
         (1, {"use_gpu": False}, ["of each process"]),
         (2, {"lora": {"rank": 512}}, ["trained"]),  # wider than the model
@@ -125,7 +125,7 @@ def test_a_start_on_cpus_warns_of_the_machines_memory(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("os.sysconf", lambda _: 1)
     check_before_start(asked)
-    assert "warning: weights, gradients and optimiser of 1 workers take" in capsys.readouterr().err
+    assert "warning: weights, gradients and optimiser of 1 worker take" in capsys.readouterr().err
 
 
 def test_a_start_on_an_unknown_card_says_what_it_takes(
