@@ -132,6 +132,16 @@ def _no_ray(address: str, error: Exception) -> RunError:
     )
 
 
+def _temporary_folder() -> str | None:
+    """Where an embedded Ray keeps its sockets; None is its default.
+
+    A socket's path has at most 107 bytes, and Ray puts 70 behind the folder for temporary files, which
+    has a long path on many clusters with a batch scheduler.
+    """
+    default = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return None if len(os.fsencode(default)) <= 36 else f"/tmp/ray-{os.getuid()}"
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[Cluster]:
     """Connect to Ray while a job runs; a process that is connected already keeps its connection."""
@@ -170,6 +180,7 @@ def ray_session(config: RayConfig) -> Iterator[Cluster]:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
+                    _temp_dir=_temporary_folder(),
                 )
         except Exception as error:  # Ray raises that class itself
             raise RunError(

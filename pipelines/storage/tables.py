@@ -347,7 +347,7 @@ def check_same_settings(
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 120 else f"{text[:50]}…{text[-50:]}"
+    return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
 
 
 def parquet_files(path: str, setting: str = "data.input", published: bool = True) -> list[Path]:
