@@ -119,7 +119,7 @@ def measure(
             "predicted_step_seconds": round(predicted[-1].flops / rate, 2) or None,
             "peak_gb": round(peak, 2),
             "largest_gb": round(largest, 2),
-            "predicted_gb": round(max(p.memory_gb for p in predicted), 2),
+            "predicted_gb": round(max(p.memory_gb for p in predicted), 4),
             "disk_gb": round(size, 3),
             "predicted_disk_gb": round(sum(p.disk_gb for p in predicted), 3),
         }
