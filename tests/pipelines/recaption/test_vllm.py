@@ -303,7 +303,7 @@ def test_a_killed_actor_changes_no_caption(checkpoint, pair_table, tmp_path):
               "ray.num_cpus=2", "ray.object_store_gb=0.2")  # fmt: skip
     table = Table(output)
     job.wait_for(lambda: table.exists and table.counts())
-    actor = next(n for n, command in job.left.items() if "GuardedStep" in command)
+    actor = next(n for n, command in job.left.items() if "_ModelActor" in command)
     os.kill(actor, signal.SIGKILL)
     assert table.pending()
     more = [f"data.output={plain}", "ray.address=in-process"]
