@@ -138,8 +138,8 @@ def _temporary_folder() -> str | None:
     A socket's path has at most 107 bytes, and Ray puts 70 behind the folder for temporary files, which
     has a long path on many clusters with a batch scheduler.
     """
-    default = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return None if len(os.fsencode(default)) <= 36 else f"/tmp/ray-{os.getuid()}"
+    fits = len(os.fsencode(tempfile.gettempdir())) <= 36
+    return None if fits or "RAY_TMPDIR" in os.environ else f"/tmp/ray-{os.getuid()}"
 
 
 @contextmanager
