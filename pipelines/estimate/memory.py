@@ -15,6 +15,11 @@ FRAGMENTATION = 1.10  # the allocator's memory / the activations' memory; not me
 _COUNTS = 3  # each takes up to a minute at full size
 
 
+def on_gpu(use_gpu: bool | None) -> bool:
+    """Whether an estimate is of a GPU: also while `use_gpu` is undecided."""
+    return use_gpu is not False
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one worker's device. A GPU holds weights, gradients and optimiser throughout a step."""

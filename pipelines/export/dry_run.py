@@ -50,7 +50,7 @@ def part_sizes(config: ExportConfig, stage: StageName) -> list[tuple[str, int, i
         "vae": autoencoder.diffusion_decoder.vae,
     }
     names = [name for name in parts_read(stage, config.parts) if name in modules]
-    numbers = {name: sum(p.numel() for p in modules[name].parameters()) for name in names}
+    numbers = {name: skeleton.num_parameters(modules[name]) for name in names}
     new = captioner if stage == "stage2" else autoencoder
     numbers["queries and projectors"] = sum(
         p.numel() for name, p in new.named_parameters() if name.startswith(new.new_parts)

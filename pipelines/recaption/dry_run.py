@@ -7,20 +7,10 @@ import sys
 import torch
 
 from pipelines.estimate.counting import Count, count_inference, without_data
+from pipelines.estimate.image_job import ImageJobEstimate, actor_memory
 from pipelines.estimate.machines import Gpu
-from pipelines.estimate.memory import CONTEXT, Memory
-from pipelines.estimate.report import (
-    arithmetic_of,
-    assumption_lines,
-    card_lines,
-    disk_line,
-    hours_lines,
-    memory_lines,
-    parameter_lines,
-)
-from pipelines.estimate.rows import selected_rows
-from pipelines.estimate.words import lines
-from pipelines.execution.connection import bounds
+from pipelines.estimate.memory import Memory, on_gpu
+from pipelines.estimate.report import Lines, arithmetic_of
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.engine import CPU_PREFIXES
 from vlv_model.captioner import VLVCaptioner
@@ -36,27 +26,27 @@ def recaption_memory(config: RecaptionConfig, rows: int | None = None) -> Memory
     Greedy decoding computes the next prefixes beside the cache of running captions. Beam search has
     the old and the reordered cache of its batch at the same time, and scores of all tokens.
     """
-    generate, use_gpu = config.generate, (config.actors.use_gpu is not False)
+    generate, use_gpu = config.generate, on_gpu(config.actors.use_gpu)
     rows = rows or generate.batch_size
     together = rows if use_gpu or generate.num_beams > 1 else min(rows, CPU_PREFIXES)
     prefix = count_prefix(config, together).peak
     model = _captioner(config)
-    weights = dtype_of(generate.precision).itemsize * _numbers(model)
+    weights = dtype_of(generate.precision).itemsize * skeleton.num_parameters(model)
     beams = generate.num_beams
     positions = model.encoder.num_queries + generate.max_new_tokens
-    cache = rows * beams * positions * _position_bytes(model, config)
+    cache = rows * beams * positions * _position_bytes(config, model.language_model)
     scores = rows * beams * model.language_model.config.vocab_size * 4
     if beams > 1:
         activations = max(prefix, 2 * cache + 2 * scores)
     else:
         activations = cache + max(prefix, 2 * scores)
-    return Memory(weights, activations=activations, context=CONTEXT * use_gpu)
+    return actor_memory(config.actors, weights, activations)
 
 
 def count_prefix(config: RecaptionConfig, rows: int) -> Count:
     """Memory and FLOPs of the prefixes of `rows` images."""
     model = cast(_captioner(config), config.generate.precision).eval()
-    with without_data("cuda" if (config.actors.use_gpu is not False) else "cpu", model) as device:
+    with without_data("cuda" if on_gpu(config.actors.use_gpu) else "cpu", model) as device:
         side = config.model.find()[0].image_size
         squares = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
         return count_inference(model, lambda: model.prefix(squares))
@@ -71,10 +61,10 @@ def captions_per_second(config: RecaptionConfig, gpu: Gpu, prefix_flops: float) 
     model = _captioner(config).language_model
     tokens = min(estimate.caption_tokens, generate.max_new_tokens)
     useful = gpu.rates[arithmetic_of(generate.precision)] * estimate.mfu
-    numbers, size = _numbers(model), dtype_of(generate.precision).itemsize
+    numbers, size = skeleton.num_parameters(model), dtype_of(generate.precision).itemsize
     queries = config.model.find()[0].num_queries
     sequences = generate.batch_size * generate.num_beams
-    cached = sequences * (queries + tokens / 2) * _position_bytes_of(model, size)
+    cached = sequences * (queries + tokens / 2) * _position_bytes(config, model)
     step = max(
         (numbers * size + cached) / (gpu.bandwidth * estimate.bandwidth_share),
         sequences * 2 * numbers / useful,
@@ -85,57 +75,36 @@ def captions_per_second(config: RecaptionConfig, gpu: Gpu, prefix_flops: float) 
 
 def dry_run(config: RecaptionConfig) -> str:
     """The estimate as text."""
-    generate, estimate, use_gpu = (
-        config.generate,
-        config.estimate,
-        (config.actors.use_gpu is not False),
-    )
+    generate, tokens = config.generate, config.estimate.caption_tokens
     print("counting activations (up to a minute) …", file=sys.stderr, flush=True)
-    memory = recaption_memory(config)
-    rows, origin = selected_rows(config.data, estimate.rows)
-    what = f"{generate.precision}, {generate.batch_size} images x {generate.num_beams} beams"
-    found = parameter_lines(0, _numbers(_captioner(config)))
-    found += memory_lines(memory, what, use_gpu)
-    if use_gpu:
-        found += card_lines(
-            memory, estimate, "generate.batch_size", generate.batch_size,
-            lambda batch: recaption_memory(config, batch),
-        )  # fmt: skip
+    notes: Lines = []
     if generate.engine == "vllm":
-        found.append(("vLLM", "takes what is left of the GPU for its cache"))
-    found.append(("rows", f"{rows:,} ({origin})" if rows is not None else origin))
-    if rows is not None:
-        size = rows * (estimate.caption_tokens * _BYTES_PER_CAPTION + 60)
-        found.append(
-            disk_line(size, "the caption table, without images" if config.join else "captions")
-        )
-    machine = estimate.found_machine()
-    if machine is None:
-        found.append(("time", "give --machine for hours and dollars"))
-    elif use_gpu:
-        asked = config.actors.num_actors
-        actors = machine.gpus if asked is None else bounds(asked)[1]
-        rate = captions_per_second(config, machine.gpu, count_prefix(config, 1).flops)
-        found.append(("tokens", f"{rate * estimate.caption_tokens:,.0f} tokens/s on one GPU"))
-        found += hours_lines(rows, rate, actors, machine, estimate)
-        found += assumption_lines(estimate, decodes=True)
-    return lines(found)
+        notes.append(("vLLM", "takes what is left of the GPU for its cache"))
+
+    def per_second(gpu: Gpu) -> float:
+        return captions_per_second(config, gpu, count_prefix(config, 1).flops)
+
+    return ImageJobEstimate(
+        parameters=skeleton.num_parameters(_captioner(config)),
+        precision=generate.precision,
+        setting="generate.batch_size",
+        batch=generate.batch_size,
+        batch_words=f" x {generate.num_beams} beams",
+        memory=lambda batch: recaption_memory(config, batch),
+        notes=notes,
+        bytes_each=tokens * _BYTES_PER_CAPTION + 60,
+        stored="the caption table, without images" if config.join else "captions",
+        per_second=per_second,
+        tokens_each=tokens,
+    ).report(config.data, config.actors, config.estimate)
 
 
 def _captioner(config: RecaptionConfig) -> VLVCaptioner:
     return skeleton.captioner(config.model.find()[0])
 
 
-def _numbers(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _position_bytes(model: VLVCaptioner, config: RecaptionConfig) -> int:
-    return _position_bytes_of(model.language_model, dtype_of(config.generate.precision).itemsize)
-
-
-def _position_bytes_of(language_model: torch.nn.Module, size: int) -> int:
+def _position_bytes(config: RecaptionConfig, language_model: torch.nn.Module) -> int:
     """Keys and values of one position of one sequence."""
-    shape = language_model.config
+    shape, size = language_model.config, dtype_of(config.generate.precision).itemsize
     width = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
     return int(2 * size * shape.num_hidden_layers * width)

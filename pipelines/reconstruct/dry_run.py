@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from pipelines.estimate.counting import Count, count_inference, without_data
-from pipelines.estimate.memory import CONTEXT, Memory
-from pipelines.estimate.report import (
-    assumption_lines,
-    card_lines,
-    disk_line,
-    hours_lines,
-    memory_lines,
-    parameter_lines,
-)
-from pipelines.estimate.rows import selected_rows
-from pipelines.estimate.words import lines
-from pipelines.execution.connection import bounds
+from pipelines.estimate.image_job import ImageJobEstimate, actor_memory
+from pipelines.estimate.machines import Gpu
+from pipelines.estimate.memory import Memory, on_gpu
 from pipelines.reconstruct.config import ReconstructConfig
 from vlv_model.checkpoints import skeleton
 
@@ -29,17 +20,18 @@ _BYTES_PER_PIXEL = 1.3  # of a PNG of a generated picture
 
 def reconstruct_memory(config: ReconstructConfig, rows: int | None = None) -> Memory:
     """Memory of an actor; `rows` replaces `diffusion.batch_size`. Runs each part without data."""
-    numbers = sum(p.numel() for p in skeleton.autoencoder(config.model.find()[0]).parameters())
     activations = max(count.peak for count in _counts(config, rows or config.diffusion.batch_size))
-    return Memory(
-        4 * numbers, activations=activations, context=CONTEXT * (config.actors.use_gpu is not False)
-    )
+    return actor_memory(config.actors, 4 * _parameters(config), activations)
+
+
+def _parameters(config: ReconstructConfig) -> int:
+    return skeleton.num_parameters(skeleton.autoencoder(config.model.find()[0]))
 
 
 def _counts(config: ReconstructConfig, rows: int) -> list[Count]:
     """Encoder, one pass of the UNet, and the VAE's decoder, in float32."""
     model = skeleton.autoencoder(config.model.find()[0]).eval()
-    with without_data("cuda" if (config.actors.use_gpu is not False) else "cpu", model) as device:
+    with without_data("cuda" if on_gpu(config.actors.use_gpu) else "cpu", model) as device:
         decoder, side = model.diffusion_decoder, config.model.find()[0].image_size
         squares = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
         latents = torch.zeros(rows, *model.latent_shape, device=device)
@@ -57,35 +49,22 @@ def _counts(config: ReconstructConfig, rows: int) -> list[Count]:
 
 def dry_run(config: ReconstructConfig) -> str:
     """The estimate as text."""
-    diffusion, estimate, use_gpu = (
-        config.diffusion,
-        config.estimate,
-        (config.actors.use_gpu is not False),
-    )
+    diffusion = config.diffusion
     print("counting activations (up to a minute) …", file=sys.stderr, flush=True)
-    model = config.model.find()[0]
-    memory = reconstruct_memory(config)
-    rows, origin = selected_rows(config.data, estimate.rows)
-    found = parameter_lines(0, memory.weights // 4)
-    found += memory_lines(memory, f"float32, {diffusion.batch_size} images", use_gpu)
-    if use_gpu:
-        found += card_lines(
-            memory, estimate, "diffusion.batch_size", diffusion.batch_size,
-            lambda batch: reconstruct_memory(config, batch),
-        )  # fmt: skip
-    found.append(("rows", f"{rows:,} ({origin})" if rows is not None else origin))
-    if rows is not None:
-        found.append(disk_line(rows * _BYTES_PER_PIXEL * model.image_size**2, "pictures (PNG)"))
-    machine = estimate.found_machine()
-    if machine is None:
-        found.append(("time", "give --machine for hours and dollars"))
-    elif use_gpu:
-        asked = config.actors.num_actors
-        actors = machine.gpus if asked is None else bounds(asked)[1]
+
+    def per_second(gpu: Gpu) -> float:
         encoder, unet, vae = (count.flops for count in _counts(config, 1))
         # Two passes a step, with the condition and without it.
         flops = encoder + 2 * diffusion.num_steps * unet + vae
-        useful = machine.gpu.rates["float32"] * estimate.mfu
-        found += hours_lines(rows, useful / flops, actors, machine, estimate)
-        found += assumption_lines(estimate)
-    return lines(found)
+        return gpu.rates["float32"] * config.estimate.mfu / flops
+
+    return ImageJobEstimate(
+        parameters=_parameters(config),
+        precision="float32",
+        setting="diffusion.batch_size",
+        batch=diffusion.batch_size,
+        memory=lambda batch: reconstruct_memory(config, batch),
+        bytes_each=_BYTES_PER_PIXEL * config.model.find()[0].image_size ** 2,
+        stored="pictures (PNG)",
+        per_second=per_second,
+    ).report(config.data, config.actors, config.estimate)

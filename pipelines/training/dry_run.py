@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.estimate.counting import Count, count_training, without_data
-from pipelines.estimate.memory import HOST_PROCESS, PROCESS, Memory
+from pipelines.estimate.memory import HOST_PROCESS, PROCESS, Memory, on_gpu
 from pipelines.estimate.report import (
     Lines,
     arithmetic_of,
@@ -44,7 +44,7 @@ def training_memory(config: TrainingConfig, rows: int | None = None) -> Memory:
     whose configuration is not known here.
     """
     rows = rows or config.train.rows_at_once
-    memory, _ = _memory(config)
+    memory, _ = training_states(config)
     return with_activations(memory, count_step(config, rows))
 
 
@@ -55,10 +55,6 @@ def with_activations(memory: Memory, count: Count) -> Memory:
 
 def training_states(config: TrainingConfig) -> tuple[Memory, Parameters]:
     """Memory of weights, gradients and optimiser, and numbers of parameters: no step is run."""
-    return _memory(config)
-
-
-def _memory(config: TrainingConfig) -> tuple[Memory, Parameters]:
     parameters = Parameters.of(_stage(config).model)
     return states(config.train, parameters, config.train.most_workers), parameters
 
@@ -89,7 +85,7 @@ def count_stage(
     if train.activation_checkpointing:
         stage.checkpoint_activations()
     model: Any = stage.model.train()
-    with without_data("cuda" if train.use_gpu is not False else "cpu", model) as device:
+    with without_data("cuda" if on_gpu(train.use_gpu) else "cpu", model) as device:
 
         def loss() -> Tensor:
             pixels = torch.zeros(squares, dtype=torch.uint8, device=device)
@@ -137,7 +133,7 @@ def _captioning_loss(model: VLVCaptioner, squares: Tensor, tokens: int) -> Tenso
 def dry_run(config: TrainingConfig) -> str:
     """The estimate as text."""
     train, estimate = config.train, config.estimate
-    workers, rows = train.most_workers, train.rows_at_once
+    workers, rows, use_gpu = train.most_workers, train.rows_at_once, on_gpu(train.use_gpu)
     closed, parameters = training_states(config)
     print("counting activations (up to a minute) …", file=sys.stderr, flush=True)
     step = count_step(config, rows)
@@ -145,13 +141,13 @@ def dry_run(config: TrainingConfig) -> str:
     checkpointed = ", checkpointed activations" if train.activation_checkpointing else ""
     what = f"{train.precision}, ZeRO-{train.zero_stage}, {worker_words(workers)}, micro-batch {rows}{checkpointed}"
     found = parameter_lines(parameters.trained, parameters.frozen)
-    found += memory_lines(memory, what, train.use_gpu is not False)
+    found += memory_lines(memory, what, use_gpu)
 
     def count(batch: int) -> Memory:
         print(f"counting a micro-batch of {batch} …", file=sys.stderr, flush=True)
         return with_activations(closed, count_step(config, batch))
 
-    if train.use_gpu is not False:
+    if use_gpu:
         found += card_lines(
             memory, estimate, "train.micro_batch_size", rows, count, partial(_settable, train)
         )
@@ -177,12 +173,10 @@ def _host_lines(config: TrainingConfig, memory: Memory, parameters: Parameters) 
     prefetched = (PREFETCHED_STEPS + 1) * rows * 3 * side**2
     size = dtype_of(train.precision).itemsize
     weights = size * (parameters.trained + parameters.frozen)
-    process = HOST_PROCESS if train.use_gpu is not False else PROCESS
-    states = (
-        offloaded(train, parameters, train.most_workers)
-        if train.use_gpu is not False
-        else memory.allocated
-    )
+    if on_gpu(train.use_gpu):
+        process, states = HOST_PROCESS, offloaded(train, parameters, train.most_workers)
+    else:
+        process, states = PROCESS, memory.allocated
     copies = 12 * parameters.trained
     training = workers * (process + prefetched + states + train.readers * PROCESS) + copies
     needed = max(training, workers * (process + weights))

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipelines.estimate.memory import CONTEXT, Memory
+from pipelines.estimate.memory import CONTEXT, Memory, on_gpu
 from pipelines.training.config import TrainConfig
 from pipelines.training.deepspeed_config import BUCKET
+from vlv_model.checkpoints.skeleton import num_parameters
 from vlv_model.precision import dtype_of
 
 _GATHERED = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -40,13 +41,13 @@ class Parameters:
     @classmethod
     def of(cls, model: nn.Module) -> Parameters:
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        every = sum(p.numel() for p in model.parameters())
+        every = num_parameters(model)
         return cls(sum(trained), every - sum(trained), max(trained))
 
 
 def states(train: TrainConfig, parameters: Parameters, workers: int) -> Memory:
     """Memory of a worker's device without activations."""
-    on_gpu = train.use_gpu is not False  # undecided: an estimate is of a GPU
+    gpu = on_gpu(train.use_gpu)
     trained, size = parameters.trained, dtype_of(train.precision).itemsize
     every = trained + parameters.frozen
     share = -(-trained // workers)
@@ -59,7 +60,7 @@ def states(train: TrainConfig, parameters: Parameters, workers: int) -> Memory:
         update = max(reduced, 4 * trained * (size < 4))
     else:
         reduced = min(BUCKET, trained)
-        buckets = size * BUCKET * (1 + on_gpu) + (size + 4 * (size < 4)) * reduced
+        buckets = size * BUCKET * (1 + gpu) + (size + 4 * (size < 4)) * reduced
         if parameters.largest > BUCKET and size < 4:
             buckets += 4 * parameters.largest
         if train.zero_stage == 1:
@@ -73,7 +74,7 @@ def states(train: TrainConfig, parameters: Parameters, workers: int) -> Memory:
     if train.offload_optimizer:
         optimizer, update = 0, 0
         buckets += size * parameters.largest
-    return Memory(weights, gradients, optimizer, buckets, update=update, context=CONTEXT * on_gpu)
+    return Memory(weights, gradients, optimizer, buckets, update=update, context=CONTEXT * gpu)
 
 
 def offloaded(train: TrainConfig, parameters: Parameters, workers: int) -> int:

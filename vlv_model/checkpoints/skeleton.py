@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -73,6 +74,11 @@ def vae(model: ModelConfig) -> AutoencoderKL:
 
     with META:
         return AutoencoderKL.from_config(dict(_read("vae", part_source(model, "vae"))))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """The number of a model's parameters, trained and frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def build_autoencoder(
