@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -34,20 +31,18 @@ from pipelines.images.removal import remove_rows
 from pipelines.images.rows import (
     OK,
     PAIR_ROW,
-    has_text,
     require_columns,
     url_key,
     with_image_feature,
 )
 from pipelines.images.urls import address_of
 from pipelines.lists.input_files import input_bytes
-from pipelines.lists.metadata import as_text, match_columns
+from pipelines.lists.metadata import as_text
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.files import as_path, remove_file
 from pipelines.storage.fingerprints import content_fingerprint
 from pipelines.storage.folders import names_in, remove_folder
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema, write_parquet
-from pipelines.storage.sorting import ExternalSort, SortFactory
 from pipelines.storage.tables import (
     IMAGE_ROW_GROUP,
     PLAN,
@@ -56,11 +51,10 @@ from pipelines.storage.tables import (
     parquet_files,
     plan_file,
 )
+from pipelines.training.caption_buckets import captions_of, join_keys, joinable, sort_captions
 from pipelines.training.captions import (
     JoinOn,
-    caption_columns,
     caption_files,
-    caption_rows,
     join_column_of,
 )
 from vlv_model.errors import DataError
@@ -72,8 +66,7 @@ KIND = "pair"
 
 _ROWS_PER_CHUNK = 256  # minimum; chunks are whole row groups
 _BATCH_ROWS = 65_536
-_CHUNKS, _STARTS = f"chunks{PLAN}", f"starts{PLAN}"
-_CAPTIONS = pa.schema([("key", pa.int64()), ("caption", pa.string())])
+_CHUNKS = f"chunks{PLAN}"
 
 
 def with_pairs(config: Stage2Config) -> Stage2Config:
@@ -234,7 +227,7 @@ def _plan(
     folder = table.folder / "_plan"
     remove_folder(folder)
     folder.mkdir(parents=True)
-    counts = _sort_captions(folder, caption_files, caption_column, join_on)
+    counts = sort_captions(folder, caption_files, caption_column, join_on)
     chunks: list[dict[str, Any]] = []
     images = 0
     for file in image_files:
@@ -261,7 +254,7 @@ def _usable_rows(file: Path, join_on: JoinOn) -> int:
     total = 0
     for rows in read_parquet(file, names, _BATCH_ROWS):
         usable = _usable(rows, file)
-        _joinable(usable[join_on], join_on, f"{file}: column '{join_on}'")
+        joinable(usable[join_on], join_on, f"{file}: column '{join_on}'")
         total += usable.num_rows
     return total
 
@@ -271,72 +264,6 @@ def _usable(rows: pa.Table, file: Path) -> pa.Table:
     if "status" not in rows.column_names:
         return rows
     return rows.filter(pc.equal(as_text(rows["status"], f"{file}: column 'status'"), OK))
-
-
-def _sort_captions(
-    folder: Path,
-    files: list[Path],
-    caption_column: str,
-    join_on: JoinOn,
-    sorting: SortFactory = ExternalSort,
-) -> dict[str, int]:
-    """Write the captions in buckets sorted by key, each key once; returns counts."""
-    counts: Counter[str] = Counter(captions=0, repeated_captions=0, blank_captions=0)
-    buckets = sorting(_CAPTIONS, input_bytes(files))
-    for file in files:
-        schema = caption_columns(file)
-        names = match_columns(schema, {}, str(file)) if join_on == "url" else {}
-        join_column = names.get(join_on, join_on)
-        where = f"{file} (data.join_on={join_on}, data.caption_column={caption_column})"
-        require_columns(schema, [join_column, caption_column], where)
-        for rows in caption_rows(file, [join_column, caption_column]):
-            text = as_text(rows[caption_column], f"{file}: column '{caption_column}'")
-            usable = pc.and_(has_text(text), rows[join_column].is_valid())
-            counts["blank_captions"] += len(text) - pc.sum(usable, min_count=0).as_py()
-            values = rows[join_column].filter(usable)
-            keys = _keys(values, join_on, f"{file}: column '{join_column}'")
-            buckets.add(pa.table([keys, text.filter(usable)], schema=_CAPTIONS))
-    for i, rows in enumerate(buckets.sorted()):
-        keys = rows["key"].to_numpy()
-        first = np.ones(len(keys), bool)
-        first[1:] = keys[1:] != keys[:-1]
-        counts["repeated_captions"] += len(keys) - int(first.sum())
-        counts["captions"] += int(first.sum())
-        write_parquet(folder / f"captions-{i:04d}{PLAN}", rows.filter(pa.array(first)))
-    buckets.remove()
-    write_parquet(folder / _STARTS, pa.table({"start": buckets.starts}))
-    return dict(counts)
-
-
-def _keys(
-    column: pa.ChunkedArray,
-    join_on: JoinOn,
-    where: str,
-    hash_url: Callable[[str], int] = address_of,
-) -> pa.ChunkedArray:
-    """Join keys int64 `[n]` of a column of keys or URLs; nulls stay null.
-
-    `address_of` gives all spellings of a URL the same key.
-    """
-    column = _joinable(column, join_on, where)
-    if join_on == "key":
-        return column
-    keys = [None if url is None else hash_url(url) for url in column.to_pylist()]
-    return pa.chunked_array([pa.array(keys, pa.int64())])
-
-
-def _joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
-    """Cast a join column to URLs or int64 keys; DataError, beginning with `where`, if impossible."""
-    if join_on == "url":
-        return as_text(column, where)
-    if not pa.types.is_integer(column.type):  # a key rounded to float is a wrong key
-        raise DataError(f"{where} is {column.type}, expected the int64 keys that ingest wrote")
-    try:
-        return column.cast(pa.int64())
-    except pa.ArrowInvalid:
-        raise DataError(
-            f"{where} is {column.type} and has values beyond int64: reinterpret its 64 bits as signed"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------- join
@@ -360,12 +287,12 @@ def join_chunk(chunk: int, table: Table, join_on: JoinOn) -> pa.Table:
     where = f"{file}: column '{join_on}'"
     # Plans of earlier versions hashed URLs as spelled.
     hash_url = address_of if table.describe().get("addresses") else url_key
-    keys = _keys(rows[join_on], join_on, where, hash_url)
-    captions = _captions_of(keys, plan)
+    keys = join_keys(rows[join_on], join_on, where, hash_url)
+    captions = captions_of(keys, plan)
     has_caption = captions.is_valid()
     rows, captions = rows.filter(has_caption), captions.filter(has_caption)
     if "key" not in rows.column_names:  # not written by ingest; joined by URL
-        rows = rows.append_column("key", _keys(rows[join_on], join_on, where, url_key))
+        rows = rows.append_column("key", join_keys(rows[join_on], join_on, where, url_key))
     return pa.table(
         [captions if field.name == "caption" else _column(rows, field, file) for field in PAIR_ROW],
         schema=with_image_feature(PAIR_ROW),
@@ -384,19 +311,3 @@ def _column(rows: pa.Table, field: pa.Field, file: Path) -> pa.Array | pa.Chunke
         raise DataError(
             f"{file}: column '{name}' is {rows[name].type} and cannot be read as {kind}: rename it"
         ) from None
-
-
-def _captions_of(keys: pa.ChunkedArray, plan: Path) -> pa.Array:
-    """The caption of each key, string `[n]`; null if there is none."""
-    captions = pa.nulls(len(keys), pa.string())
-    if len(keys) == keys.null_count:
-        return captions
-    least, greatest = pc.min_max(keys).as_py().values()
-    starts = read_parquet_file(plan_file(plan / _STARTS))["start"].to_numpy()
-    first = int(np.searchsorted(starts, least, "right")) - 1
-    last = int(np.searchsorted(starts, greatest, "right")) - 1
-    for bucket in range(first, last + 1):
-        rows = read_parquet_file(plan_file(plan / f"captions-{bucket:04d}{PLAN}"))
-        indices = pc.index_in(keys, value_set=rows["key"].combine_chunks())
-        captions = pc.coalesce(captions, rows["caption"].combine_chunks().take(indices))
-    return captions.combine_chunks() if isinstance(captions, pa.ChunkedArray) else captions

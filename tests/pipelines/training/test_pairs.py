@@ -18,8 +18,9 @@ from pipelines.images.rows import IMAGE_ROW, PAIR_ROW, url_key
 from pipelines.storage.sorting import ExternalSort
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training import pairs
+from pipelines.training.caption_buckets import captions_of, sort_captions
 from pipelines.training.config import Stage2Config
-from pipelines.training.pairs import _captions_of, _sort_captions, with_pairs
+from pipelines.training.pairs import with_pairs
 from tests.pipelines.earlier import as_of_earlier_version
 from vlv_model.errors import DataError, RunError
 
@@ -179,13 +180,13 @@ def test_captions_are_found_in_many_buckets(tmp_path: Path) -> None:
     small = partial(ExternalSort, bucket_bytes=256, buffer_rows=50)
     plan = tmp_path / "plan"
     plan.mkdir()
-    counts = _sort_captions(plan, [Path(file)], "caption", "url", small)
+    counts = sort_captions(plan, [Path(file)], "caption", "url", small)
     assert counts == {"captions": 400, "repeated_captions": 1, "blank_captions": 0}
     assert len(list(plan.glob("captions-*.plan"))) > 4
     for some in (range(405), [3], [402]):
         keys = pa.chunked_array([pa.array([url_key(url(i)) for i in some], pa.int64())])
         expected = [f"c{i}" if i < 400 else None for i in some]
-        assert _captions_of(keys, plan).to_pylist() == expected
+        assert captions_of(keys, plan).to_pylist() == expected
 
 
 def test_an_interrupted_join_continues_and_a_finished_one_is_kept(tmp_path: Path) -> None:
