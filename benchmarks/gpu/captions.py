@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from benchmarks.gpu.setting import Setting
 from benchmarks.training import models
+from benchmarks.training.reference_step import reference_processor
 from pipelines.estimate.flops import synchronize
 from vlv_model.caption_tokens import decode_captions, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import Precision
 from vlv_model.precision import cast
-from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 _ROWS = {"tiny": 8, "small": 8, "full": 32}
 _TOKENS = {"tiny": 24, "small": 32, "full": 100}
@@ -74,13 +73,7 @@ def _compare(setting: Setting, num_beams: int, precision: Precision) -> dict[str
 def _plain(captioner: VLVCaptioner, squares: Tensor, num_beams: int, tokens: int) -> list[str]:
     """As the reference does: the processor on the CPU, then one generate for the batch."""
     device = captioner.encoder.learnable_queries.device
-    side = captioner.encoder.encoder_image_size
-    processor = CLIPImageProcessorPil(
-        size={"height": side, "width": side},
-        do_center_crop=False,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-    )
+    processor = reference_processor(captioner.encoder.encoder_image_size)
     pictures = [Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares]
     pixels = processor(pictures, return_tensors="pt").pixel_values.to(device)
     prefix = captioner.prefix(pixels)

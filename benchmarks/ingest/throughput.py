@@ -174,7 +174,7 @@ def ours(folder: Path, urls: Path, *settings: str) -> Measured:
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "jobs/ingest.py", f"data.input={urls}", f"data.output={output}"]
     command += ["download.allow_private=true"]
-    # The peer's limit is the time without an answer, a third of ours for the whole request.
+    # The peer's limit is the time without an answer: a third of our limit for the whole request.
     command += [f"download.total_timeout={3 * TIMEOUT}"]
     # All images are on one host, unlike in real lists. Repeated photographs are kept.
     command += ["download.retries=0", "download.concurrency_per_host=1000000"]

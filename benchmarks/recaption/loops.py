@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, LogitsProcessor
+from transformers import LogitsProcessor
 
 from benchmarks.recaption.captioners import (
     ForcedCaptionImages,
@@ -31,6 +31,7 @@ from benchmarks.recaption.captioners import (
     spread_length,
     squares_of,
 )
+from benchmarks.training.reference_step import reference_processor
 from pipelines.execution.model import ModelSettings
 from pipelines.execution.steps import Chunk
 from pipelines.images.rows import OK
@@ -38,7 +39,7 @@ from pipelines.recaption.config import GenerateConfig
 from pipelines.recaption.engine import BeamEngine, Request, local_engine
 from vlv_model.caption_tokens import caption_text, end_of_text_id
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, square_image
+from vlv_model.preprocessing import square_image
 
 
 @dataclass
@@ -108,12 +109,7 @@ def _one_batch(
 ) -> None:
     device = captioner.encoder.learnable_queries.device
     side = captioner.encoder.encoder_image_size
-    processor = CLIPImageProcessorPil(
-        size={"height": side, "width": side},
-        do_center_crop=False,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-    )
+    processor = reference_processor(side)
     # As in the reference, the encoder gets the VAE's square, resized once more.
     squares = [_square(image, side // 2) for image in content]
     pixels = processor(squares, return_tensors="pt").pixel_values.to(device)

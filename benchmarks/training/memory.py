@@ -86,7 +86,7 @@ def compare(
     gc.collect()
     built = _allocated(device) - before
     step()
-    most = (_peak_on_cuda if on_cuda else _peak_on_cpu)(step)
+    most = (_peak_on_cuda if on_cuda else peak_on_cpu)(step)
     return Comparison(name, predicted, built + most, _resident(device))
 
 
@@ -132,7 +132,7 @@ class _MallInfo(ctypes.Structure):
     )  # fmt: skip
 
 
-def _peak_on_cpu(work: Callable[[], object]) -> int:
+def peak_on_cpu(work: Callable[[], object]) -> int:
     """Most bytes that torch's allocator has given out in `work` at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()

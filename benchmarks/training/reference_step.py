@@ -28,6 +28,12 @@ IGNORED = -100
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
+def reference_processor(side: int) -> CLIPImageProcessorPil:
+    """The published image processor: pictures -> float32 `[n 3 side side]`, on the CPU."""
+    size = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size=size, do_center_crop=False, **IMAGENET)
+
+
 class ReferenceEncoder(nn.Module):
     """Squares in [-1, 1] `[b 3 s s]` -> CLIP embeddings `[b q d]`, with the image processor."""
 
@@ -38,10 +44,7 @@ class ReferenceEncoder(nn.Module):
         self.language_proj = model.encoder.caption_projector
         self.clip = model.text_encoder.clip
         self.prompt_ids = model.encoder.prompt_ids
-        side = model.encoder.encoder_image_size
-        self.processor = CLIPImageProcessorPil(
-            size={"height": side, "width": side}, do_center_crop=False, **IMAGENET
-        )
+        self.processor = reference_processor(model.encoder.encoder_image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         levels = ((images * 0.5 + 0.5) * 255).round().to("cpu", torch.uint8)

@@ -44,7 +44,7 @@ def run_command(folder: Path) -> None:
 
 
 def _run(job: str, file: Path, words: Sequence[str]) -> None:
-    # A recipe of ours (`jobs/configs/…`) is found wherever the jobs are installed.
+    # A shipped recipe (`jobs/configs/…`) is found wherever the jobs are installed.
     start, home = f"{file.parent.name}/configs/", file.parent.parent
     found = [str(home / w) if w.startswith(start) and not Path(w).exists() else w for w in words]
     sys.argv = [str(file), *found]

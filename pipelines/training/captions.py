@@ -1,4 +1,4 @@
-"""Reads the captions that stage 2 learns: a table of ours, Parquet, or a list as CSV, TSV, JSONL or JSON."""
+"""Reads the captions that stage 2 learns: one of our tables, Parquet, or a list as CSV, TSV, JSONL or JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def caption_columns(file: Path) -> pa.Schema:
 
 
 def join_column_of(file: Path) -> JoinOn:
-    """`key` if a file of captions has keys of ours, else `url`; DataError if it has neither."""
+    """`key` if a file of captions has the keys that ingest wrote, else `url`; DataError if it has neither."""
     schema = caption_columns(file)
     # A text file has nothing but texts. In Parquet, texts are another tool's keys.
     is_text = format_of(file) != ".parquet"

@@ -56,7 +56,7 @@ class PairData(ImageData):
     join_on: Literal["key", "url"] | None = Field(
         None,
         description="column that joins data.captions to data.input; default: `key` if the captions "
-        "have keys of ours, else their URLs",
+        "have the keys that ingest wrote, else their URLs",
     )
     output: OutputPathOrUrl | None = Field(
         None, description="folder of the joined pair table; default: <run_dir>/pairs"

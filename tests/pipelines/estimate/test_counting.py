@@ -1,12 +1,10 @@
 """The counting mode: live tensors, FLOPs, and as many bytes as torch's allocator gives out."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.training.memory import peak_on_cpu
 from benchmarks.training.models import SIZES
 from pipelines.estimate.counting import LiveTensors, count_inference, count_training, without_data
 from vlv_model.autoencoder import VLVAutoEncoder
@@ -45,18 +43,6 @@ def step_of(model: VLVAutoEncoder, device: torch.device) -> Tensor:
     )
 
 
-def allocated_peak(work: Callable[[], object]) -> int:
-    """Most bytes that torch's allocator had given out at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 def built(device: torch.device) -> VLVAutoEncoder:
     tokenizer = prompt_tokenizer(TINY.model.model_copy(update={"florence": "any/name"}))
     return build_autoencoder(TINY.model, TINY.configs, tokenizer, device).train()
@@ -73,7 +59,7 @@ def test_the_count_without_data_equals_the_allocators_peak() -> None:
     assert counted["cpu"].peak == pytest.approx(computed.peak, rel=1e-4)  # but for scalars
     assert counted["cpu"].flops == computed.flops
     step_of(real, torch.device("cpu")).backward()  # gradients are there: they do not count
-    peak = allocated_peak(lambda: step_of(real, torch.device("cpu")).backward())
+    peak = peak_on_cpu(lambda: step_of(real, torch.device("cpu")).backward())
     assert counted["cpu"].peak == pytest.approx(peak, rel=0.02)
     # CUDA's attention keeps no scores either; of convolutions a CPU holds copies in another order.
     assert counted["cuda"].peak == pytest.approx(peak, rel=0.1)

@@ -48,7 +48,7 @@ class Hosts:
         return Counter(self.names.index(name) for name, asked in self.log if asked == path)
 
     def others(self) -> list[tuple[int, str]]:
-        """The requests for what is no file of rules."""
+        """The requests for other files than those with rules."""
         return [
             (self.names.index(name), path) for name, path in self.log if path not in (ROBOTS, TDM)
         ]

@@ -37,7 +37,7 @@ def refusal(robots: str, path: str) -> str | None:
         ("user-agent: vlv-ingest/2.1 (x)\nDisallow: /b\nUser-agent: *\nDisallow: /", "Disallow: /b"),
         ("User-agent: vlv\nDisallow: /a", ""),  # another crawler
         ("User-agent: vlv-ingest-images\nDisallow: /a", ""),
-        # A group of ours without a rule: we may fetch everything.
+        # A group for our agent without a rule: it may fetch everything.
         ("User-agent: *\nDisallow: /\nUser-agent: vlv-ingest\nDisallow:", "Disallow:"),
         ("User-agent: *\nDisallow: /\nUser-agent: vlv-ingest", ""),
         # Groups of one crawler are one, and so are those of its two names.
