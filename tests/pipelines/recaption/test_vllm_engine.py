@@ -87,7 +87,9 @@ def test_a_failing_image_does_not_affect_other_captions(vllm, captioner, monkeyp
 @pytest.mark.parametrize("reason", ["abort", "error", "repetition"])
 def test_only_a_caption_that_ended_is_a_caption(vllm, captioner, reason):
     images = scenes(3, seed=0)
-    engine = VLLMEngine(captioner, greedy(), CPU)
+    # One at a time: of two that end in the same step, both would get a reason, and none would be left
+    # for the second attempt.
+    engine = VLLMEngine(captioner, greedy(batch_size=1), CPU)
     expected = captions(engine, [0, 1, 2], images)
     engine.llm.reasons.append(reason)
     assert captions(engine, [0, 1, 2], images) == expected  # tried alone, it ends
