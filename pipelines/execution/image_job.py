@@ -134,6 +134,7 @@ class ImageJob(TableJob):
             chunks = -(-plan.rows // data.rows_per_chunk)
             notes = {"planned_rows": plan.rows, "files": files, "stamp": stamp, **self.notes}
             notes |= {"changes": changes, "isolated": not data.is_own_table}
+            notes |= {"encoding": data.image_encoding}
             table.create(self.kind, identity, chunks, **notes)
 
     def _identity(
@@ -145,6 +146,7 @@ class ImageJob(TableJob):
             "data.input": data.input,
             "data.image_column": data.image_column,
             "data.key_column": data.key_column,
+            "data.image_encoding": data.image_encoding,
             "data.where": data.where,
             "files": None,  # our own tables are not listed
             **listed,

@@ -15,6 +15,7 @@ from pipelines.execution.steps import Chunk
 from pipelines.images.plans import plan_index, read_plan
 from pipelines.images.random_access import RowReader, UndecodableImage
 from pipelines.images.rows import OK, status
+from pipelines.pictures.formats import Encoding
 from pipelines.storage.files import as_path
 from pipelines.storage.tables import Table
 from vlv_model.squares import Square
@@ -24,8 +25,9 @@ class ReadImages:
     """First step of a chunk: its rows' keys and decoded squares.
 
     Takes a chunk's number. Its rows have `key`, `name` (of a file, or a URL), `pixels` (uint8 3·s·s,
-    null if the image cannot be decoded), `status`, `error`; with `keep_images` also `image`, the bytes as read, null if they are no image. Images outside our own tables are decoded in
-    a child process (pipelines.pictures.squares).
+    null if the image cannot be decoded), `status`, `error`; with `keep_images` also `image`, the bytes as read, null if they are no image; a raw array
+    becomes a PNG file. Images outside our own tables are decoded in a child process
+    (pipelines.pictures.squares).
     """
 
     def __init__(
@@ -41,14 +43,17 @@ class ReadImages:
         about = table.describe()
         self.files = [as_path(file) for file in about["files"]]
         self.isolated: bool = about.get("isolated", True)  # of earlier versions nothing is known
+        self.encoding: Encoding = about.get("encoding", "file")
         self.square = square
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        from pipelines.pictures.squares import isolated_squares
+        from pipelines.pictures.squares import Decoding, isolated_squares
 
         plan = read_plan(self.folder, chunk.number)
-        decode = None
-        if self.isolated:
+        decode: Callable[[bytes, Square], np.ndarray] | None = None
+        if self.encoding != "file":
+            decode = Decoding(self.encoding)
+        elif self.isolated:
             decode = self.decode or isolated_squares(self.square)
         reader = RowReader(plan_index(self.files, plan), named=True, decode=decode)
         names = reader.names()
@@ -82,7 +87,16 @@ class ReadImages:
             pixels = reader.square(position, self.square, content)
         except UndecodableImage as error:
             return _Read(status("decode", error.kind), str(error)[:200])
-        return _Read(OK, None, pixels.tobytes(), content if self.keep_images else None)
+        kept = self._kept(content) if self.keep_images else None
+        return _Read(OK, None, pixels.tobytes(), kept)
+
+    def _kept(self, content: bytes) -> bytes:
+        """The image as other jobs read it: a file."""
+        if self.encoding == "file":
+            return content
+        from pipelines.pictures.arrays import png_of
+
+        return png_of(content, self.encoding)
 
 
 @dataclass(frozen=True)

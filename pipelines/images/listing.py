@@ -37,6 +37,7 @@ from pipelines.images.sources import (
     is_integer,
     walk,
 )
+from pipelines.pictures.formats import Encoding
 from pipelines.storage.files import is_file, is_url, write_atomically
 from pipelines.storage.fingerprints import size_fingerprint
 from pipelines.storage.folders import files_below, remove_folder
@@ -59,6 +60,7 @@ def list_images(
     where: str | None = None,
     setting: str = "data.input",
     again: bool = False,
+    encoding: Encoding = "file",
 ) -> tuple[list[Path], dict[str, Any]]:
     """The Parquet files of a table with the images at `path`, and the settings that identify it.
 
@@ -68,13 +70,15 @@ def list_images(
     and ConfigError for an invalid condition.
     """
     request = {"input": path, "image": image_column, "key": key_column, "where": where}
+    if encoding != "file":  # earlier versions recorded none
+        request["encoding"] = encoding
     description = output / DESCRIPTION
     recorded = read_json_object(description) if is_file(description) else None
     same_request = recorded is not None and recorded["asked"] == request
     if recorded is not None and same_request and recorded["layout"] == "folder":
         # Checking whether millions of files have changed costs as much as listing them.
         return _listing_files(output), {"layout": "folder"}
-    source = find_source(path, image_column, key_column, setting)
+    source = find_source(path, image_column, key_column, setting, encoding)
     if source.layout == "table" and where is None:
         return list(source.files), {}
     identity = {"layout": source.layout, "files": _files_fingerprint(source)}
@@ -162,7 +166,8 @@ def _listed_rows(
 
             def list_one(shard: Path) -> tuple[pa.Table, Counter[str]]:
                 counted: Counter[str] = Counter()  # per thread
-                return _as_table(list_shard(shard, _relative(shard, source.root), counted)), counted
+                name = _relative(shard, source.root)
+                return _as_table(list_shard(shard, name, counted, source.encoding)), counted
 
             for first in range(0, len(source.files), _THREADS):
                 shards = readers.map(list_one, source.files[first : first + _THREADS])
@@ -253,7 +258,7 @@ def _image_files(source: Source) -> Iterator[dict[str, Any]]:
     else:
         for parent, names in walk(root):
             for name, size in names:
-                if is_image(name):
+                if is_image(name, source.encoding):
                     yield _file_row(parent, name, size, root)
 
 

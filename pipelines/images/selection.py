@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,19 +13,24 @@ from pydantic import Field
 from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import in_holdout, usable_rows
+from pipelines.pictures.formats import Encoding
 from pipelines.storage.files import as_path
 from pipelines.storage.tables import Table
 from vlv_model.config import Config
 
+if TYPE_CHECKING:
+    from pipelines.pictures.squares import Decoding
+
 _BUFFER_KEYS = 1_000_000  # keys held in memory while searching for the smallest
 
 
-class Selection(Config):
-    """The images that a job processes, and where it writes its own table."""
+class ImageInput(Config):
+    """The images at `data.input`, wherever they lie."""
 
     input: InputPathOrUrl = Field(
         description="the images: a table written by ingest; Parquet with an image column (bytes, or Hugging "
-        "Face's struct); .tar shards (WebDataset, img2dataset); a folder of image files"
+        "Face's struct); .tar shards (WebDataset, img2dataset); a folder of image files; on a disk, at "
+        "s3:// or hf://"
     )
     image_column: str | None = Field(
         None, description="image column of Parquet; default: the only possible one"
@@ -40,6 +45,27 @@ class Selection(Config):
         description="SQL condition on columns of the input that selects rows, e.g. "
         "\"aesthetic >= 6 and alt_text like '%dog%'\"",
     )
+    image_encoding: Encoding = Field(
+        "file",
+        description="file: JPEG, PNG and other image files; chw, hwc: raw uint8 arrays of 3·s·s or s·s·3 "
+        "bytes; npy: NumPy files; --dry-run shows a sample picture",
+    )
+
+    def decoding(self) -> Decoding:
+        """How the images become squares: strangers' files are decoded in a child process."""
+        from pipelines.pictures.squares import Decoding
+
+        return Decoding(self.image_encoding, isolated=not self.is_own_table)
+
+    @property
+    def is_own_table(self) -> bool:
+        """Whether the input is a table of this pipeline: ingest has decoded every image in it."""
+        return Table(self.input).exists
+
+
+class Selection(ImageInput):
+    """The images that a job processes, and where it writes its own table."""
+
     output: OutputPathOrUrl = Field(description="folder of the output table")
     split: Literal["all", "train", "holdout"] = Field(
         "all", description="all images, those used in training, or those held out from it"
@@ -58,12 +84,8 @@ class Selection(Config):
         See `list_images`: foreign images are listed first, or `again`.
         """
         request = (self.input, self.image_column, self.key_column, self.where)
-        return list_images(as_path(self.output), *request, again=again)
-
-    @property
-    def is_own_table(self) -> bool:
-        """Whether the input is a table of this pipeline: ingest has decoded every image in it."""
-        return Table(self.input).exists
+        output, encoding = as_path(self.output), self.image_encoding
+        return list_images(output, *request, again=again, encoding=encoding)
 
     def chosen(
         self, files: Sequence[Path], among: np.ndarray | None = None

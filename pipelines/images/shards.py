@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from pipelines.images.external import BROKEN_LINK, DAMAGED, as_utf8, listed_row
 from pipelines.images.sources import is_image
+from pipelines.pictures.formats import Encoding
 from vlv_model.errors import DataError
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -29,8 +30,10 @@ _COMPANIONS = frozenset([
 """Suffixes of the other files of a sample, in shards of WebDataset and other tools."""
 
 
-def list_shard(shard: Path, name: str, others: Counter[str] | None = None) -> list[dict[str, Any]]:
-    """A LISTED_ROW for each image in a tar shard; the images' names begin with `name`.
+def list_shard(
+    shard: Path, name: str, others: Counter[str] | None = None, encoding: Encoding = "file"
+) -> list[dict[str, Any]]:
+    """A LISTED_ROW for each image of an encoding in a tar shard; the images' names begin with `name`.
 
     Files whose suffix is neither that of an image nor that of a companion are counted in `others`, by
     suffix. A damaged shard gives the rows of its intact part and one row with size DAMAGED. Raises
@@ -64,7 +67,7 @@ def list_shard(shard: Path, name: str, others: Counter[str] | None = None) -> li
                         locations[posixpath.normpath(member.name)] = (member.offset_data, size)
                     hidden = posixpath.basename(member.name)[:1] == "."
                     # As in a folder, hidden files are skipped: macOS writes companions of images.
-                    if not is_image(member.name) or hidden:
+                    if not is_image(member.name, encoding) or hidden:
                         suffix = posixpath.splitext(member.name)[1].lower()
                         if member.isreg() and not hidden and suffix not in _COMPANIONS:
                             skipped[suffix] += 1

@@ -13,6 +13,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from pipelines.pictures.formats import SUFFIXES, Encoding
 from pipelines.storage.files import as_path, is_file, is_url
 from pipelines.storage.folders import is_folder, is_hidden, list_remote, matching_files
 from pipelines.storage.parquet import read_schema
@@ -48,6 +49,7 @@ class Source:
     root: Path  # names and keys are relative to it
     files: tuple[Path, ...] = ()  # Parquet files, shards, or the image files that a pattern matches
     column: str | None = None  # image column of Parquet
+    encoding: Encoding = "file"  # of the images in shards and folders
 
 
 def find_source(
@@ -55,21 +57,23 @@ def find_source(
     image_column: str | None = None,
     key_column: str | None = None,
     setting: str = "data.input",
+    encoding: Encoding = "file",
 ) -> Source:
     """Detect what lies at a path, or what a glob pattern matches.
 
+    With another `encoding` than files, arrays take the place of image files (pipelines.pictures.arrays).
     Raises DataError, one line that says what was found, if there are no images.
     """
     where, matched = as_path(path), []
     if is_file(where):
-        found = _Found()
+        found = _Found(encoding)
         found.add(where)
     elif Table(where).exists:
         return _parquet(where, parquet_files(path, setting), image_column, key_column)
     elif is_folder(where):
-        found = _scan(where)
+        found = _scan(where, encoding)
     elif has_magic(path) and (matched := matching_files(path)):
-        found = _Found()
+        found = _Found(encoding)
         for file in matched:
             found.add(file)
         while has_magic(str(where)):
@@ -85,14 +89,15 @@ def find_source(
                 f"{setting}={path} contains .tar shards and other images ({other.name}): give one kind, "
                 f"e.g. {setting}='{path}/**/*.tar'"
             )
-        return Source("tar", root, tuple(sorted(found.tars, key=str)))
+        return Source("tar", root, tuple(sorted(found.tars, key=str)), encoding=encoding)
     parquets = sorted(found.parquets, key=str)
     # Parquet beside image files may be just a list of them.
     are_images = not found.image or image_column is not None
     if parquets and (are_images or image_columns(read_schema(parquets[0]))):
         return _parquet(root, parquets, image_column, key_column)
     if found.image:
-        return Source("folder", where, tuple(f for f in matched if is_image(f.name)))
+        chosen = tuple(file for file in matched if is_image(file.name, encoding))
+        return Source("folder", where, chosen, encoding=encoding)
     if archives := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
         raise DataError(
             f"{setting}={path} contains {archives[0]} files: decompress them; .tar files can stay"
@@ -108,15 +113,20 @@ def find_source(
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether the suffix of a file name is that of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGES
+def is_image(name: str, encoding: Encoding = "file") -> bool:
+    """Whether the suffix of a file name is that of an image, or of an array in this encoding."""
+    return os.path.splitext(name)[1].lower() in _suffixes(encoding)
+
+
+def _suffixes(encoding: Encoding) -> frozenset[str]:
+    return IMAGES if encoding == "file" else SUFFIXES[encoding]
 
 
 class _Found:
     """The files found in a folder, by kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoding: Encoding) -> None:
+        self.suffixes = _suffixes(encoding)
         self.tars: list[Path] = []
         self.parquets: list[Path] = []
         self.tables: list[Path] = []  # folders of tables, which are skipped
@@ -131,7 +141,7 @@ class _Found:
         elif suffix == ".parquet":
             if not file.name.startswith("_"):  # like Spark's summary files
                 self.parquets.append(file)
-        elif suffix in IMAGES:
+        elif suffix in self.suffixes:
             self.image = file
         elif file.name == TABLE_FILE:
             self.tables.append(file.parent)
@@ -141,12 +151,12 @@ class _Found:
                 self.compressed = file
 
 
-def _scan(folder: Path) -> _Found:
-    found = _Found()
+def _scan(folder: Path, encoding: Encoding) -> _Found:
+    found = _Found(encoding)
     for parent, names in walk(folder):
         for name, _ in names:
             # One image of many is enough.
-            if not (found.image and is_image(name)):
+            if not (found.image and is_image(name, encoding)):
                 found.add(parent / name)
     return found
 

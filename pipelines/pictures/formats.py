@@ -1,4 +1,7 @@
-"""Detects the format of an image file by its first bytes; names and content types are unreliable."""
+"""Detects the format of an image file by its first bytes; names and content types are unreliable.
+
+Raw arrays have no such bytes: their encoding has to be given.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,19 @@ import importlib
 import re
 import struct
 from collections.abc import Iterator
+from typing import Literal
 
 from pipelines.pictures.boxes import boxes
+
+Encoding = Literal["file", "chw", "hwc", "npy"]
+"""How an image is stored: as a file (JPEG, PNG, …), or a raw array (pipelines.pictures.arrays)."""
+
+SUFFIXES: dict[Encoding, frozenset[str]] = {
+    "npy": frozenset([".npy"]),
+    "chw": frozenset([".chw", ".raw", ".bin", ".bytes", ".rgb"]),
+    "hwc": frozenset([".hwc", ".raw", ".bin", ".bytes", ".rgb"]),
+}
+"""Suffixes of the files and members of shards that hold such arrays."""
 
 _SNIFF_BYTES, _SNIFF_TEXT_BYTES = 64, 4096  # an SVG may begin with long comments
 

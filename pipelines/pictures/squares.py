@@ -6,14 +6,17 @@ they get a child here (pipelines.pictures.child_process).
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import threading
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
+from pipelines.pictures.arrays import picture_of, side_of
 from pipelines.pictures.child_process import ChildProcess, Result, child_settings, serve
 from pipelines.pictures.decode import LARGEST_PIXELS, DecodeError, ImageFile
+from pipelines.pictures.formats import Encoding
 from vlv_model.squares import Square
 
 TIMEOUT = 60.0  # seconds
@@ -23,9 +26,45 @@ def square_of(content: bytes, square: Square) -> np.ndarray:
     """The square of an image file, uint8 `[3 s s]`. Raises DecodeError if it cannot be decoded."""
     # Not Image.open: on files that ingest would refuse, Pillow starts Ghostscript (PostScript), or
     # decodes half a picture.
-    file = ImageFile(content)
+    try:
+        file = ImageFile(content)
+    except DecodeError as error:
+        if error.kind == "not_an_image" and (side := side_of(len(content))):
+            raise DecodeError(
+                error.kind,
+                f"{error}; its {len(content):,} bytes may be a raw array of 3·{side}·{side}: then say "
+                "which by data.image_encoding",
+            ) from None
+        raise
     is_raw = square.preprocess == "reference"
     return square.cut(Image.fromarray(file.raw() if is_raw else file.picture()))
+
+
+def square_of_array(content: bytes, square: Square, encoding: Encoding) -> np.ndarray:
+    """The square of a raw array, uint8 `[3 s s]`: as it is if it has the square's size.
+
+    Raises DecodeError if it is no such array.
+    """
+    picture = picture_of(content, encoding)
+    if picture.shape[:2] == (square.size, square.size):
+        return np.array(picture.transpose(2, 0, 1), order="C")
+    return square.cut(Image.fromarray(np.ascontiguousarray(picture)))
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a job makes squares of the bytes of its images. Thread-safe, and may be pickled."""
+
+    encoding: Encoding = "file"
+    isolated: bool = False  # files are decoded in a child process, one for each thread
+
+    def __call__(self, content: bytes, square: Square) -> np.ndarray:
+        """The square of an image, uint8 `[3 s s]`. Raises DecodeError if it cannot be decoded."""
+        if self.encoding != "file":  # arrays are copied, not decoded: no child is needed
+            return square_of_array(content, square, self.encoding)
+        if self.isolated:
+            return isolated_squares(square, threading.get_ident())(content, square)
+        return square_of(content, square)
 
 
 class SquareDecoder(ChildProcess):
@@ -46,8 +85,11 @@ class SquareDecoder(ChildProcess):
 
 
 @cache
-def isolated_squares(square: Square) -> SquareDecoder:
-    """One decoder per process, as its child takes longer to start than most chunks to decode."""
+def isolated_squares(square: Square, thread: int | None = None) -> SquareDecoder:
+    """One decoder per process, or per `thread` of it, since a decoder is not thread-safe.
+
+    It is kept, as its child takes longer to start than most chunks to decode.
+    """
     return SquareDecoder(square)
 
 

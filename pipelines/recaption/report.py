@@ -137,7 +137,12 @@ def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
     images: dict[int, bytes] = {}
     if not has_plan(output.folder):
         return images
-    files = [as_path(file) for file in output.describe()["files"]]
+    from pipelines.pictures.arrays import png_of
+    from pipelines.pictures.decode import DecodeError
+
+    description = output.describe()
+    files = [as_path(file) for file in description["files"]]
+    encoding = description.get("encoding", "file")
     by_chunk: dict[int, list[int]] = {}
     for row in rows:
         by_chunk.setdefault(row["chunk"], []).append(row["key"])
@@ -148,7 +153,9 @@ def _images(output: Table, rows: list[dict[str, Any]]) -> dict[int, bytes]:
         for position, key in enumerate(plan["key"].to_pylist()):
             try:
                 content = reader.row(position)["image"]
-            except DataError:
+                if content and encoding != "file":
+                    content = png_of(content, encoding)
+            except (DataError, DecodeError):
                 continue
             if content:
                 images[key] = content

@@ -25,14 +25,14 @@ from vlv_model.squares import Square
 
 def write_files(table: Table, square: Square) -> None:
     """Write the missing files of a finished table's rows with a reconstruction."""
-    from pipelines.pictures.squares import isolated_squares
+    from pipelines.pictures.squares import Decoding
 
     folder, description = table.folder / SIDE_BY_SIDE, table.describe()
     if not is_url(folder):
         folder.mkdir(exist_ok=True)
     existing = set(names_in(folder))
     files = [as_path(file) for file in description["files"]]
-    decode = isolated_squares(square) if description.get("isolated", True) else None
+    decode = Decoding(description.get("encoding", "file"), description.get("isolated", True))
     for commit in table.commits():
         plan = read_plan(table.folder, commit.chunk)
         keys = plan["key"].to_pylist()

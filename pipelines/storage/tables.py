@@ -83,7 +83,7 @@ class Commit:
         return json.dumps(asdict(self))
 
 
-ADDED_SETTINGS = {"preprocess": "default"}
+ADDED_SETTINGS = {"preprocess": "default", "data.image_encoding": "file"}
 """Identity settings that older tables do not record, and the values those tables were made with."""
 
 _DECIDED_BY = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from pipelines.images import external
 from pipelines.images.rows import key_of
 from tests.pipelines.foreign import colour_of, png, read, shard, write_folder
-from vlv_model.errors import DataError
+from vlv_model.errors import DataError, RunError
 
 
 @pytest.fixture
@@ -135,3 +137,35 @@ def test_shards_in_folders_with_an_empty_name_are_found(bucket: str, tmp_path: P
     for given, out in ((f"{bucket}/tars", "all"), (f"{bucket}/tars/**/*.tar", "glob")):
         names = {row["name"] for row in read(given, tmp_path / out)}
         assert names == {"0.tar/0.png", "/0.tar/0.png", "d//0.tar/0.png"}
+
+
+@pytest.mark.parametrize("encoding", ["chw", "hwc", "npy"])
+def test_raw_arrays_wherever_they_lie(tmp_path: Path, encoding: str) -> None:
+    """In Parquet (bytes or a struct), in shards and in folders; other members are not taken."""
+    picture = np.zeros((8, 8, 3), np.uint8) + np.array([200, 30, 7], np.uint8)
+    array = picture if encoding == "hwc" else np.ascontiguousarray(picture.transpose(2, 0, 1))
+    content = array.tobytes()
+    if encoding == "npy":
+        file = io.BytesIO()
+        np.save(file, array)
+        content = file.getvalue()
+    name = f"a.{'npy' if encoding == 'npy' else 'bin'}"
+    (tmp_path / "folder").mkdir()
+    for file_name, inside in ((name, content), (f"b{name}", content[:-1]), ("c.png", png("red"))):
+        (tmp_path / "folder" / file_name).write_bytes(inside)
+    shard(tmp_path / "s.tar", {name: content, f"b{name}": content[:-1], "c.png": png("red")})
+    columns: dict[str, list[Any]] = {
+        "image": [content, content[:-1]],
+        "struct": [{"bytes": content, "path": None}, {"bytes": content[:-1], "path": None}],
+    }
+    for column, values in columns.items():
+        pq.write_table(pa.table({"image": values}), tmp_path / f"{column}.parquet")
+    # Rows of our own layout are not listed.
+    pq.write_table(pa.table({"key": [1, 2], "image": columns["image"]}), tmp_path / "own.parquet")
+    for where in ("folder", "s.tar", "image.parquet", "struct.parquet", "own.parquet"):
+        rows = read(tmp_path / where, tmp_path / f"out-{where}", image_encoding=encoding)
+        assert [colour_of(row) for row in rows if row["pixels"]] == [(200, 30, 7)], where
+        (bad,) = (row for row in rows if not row["pixels"])
+        assert bad["status"] in ("decode:not_an_image", "decode:corrupt"), where
+    with pytest.raises(RunError, match=r"data.image_encoding: "):
+        read(tmp_path / "image.parquet", tmp_path / "out-image.parquet")
