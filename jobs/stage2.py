@@ -1,7 +1,7 @@
 """Train Qwen2.5 to decode the encoder's embeddings into captions (stage 2).
 
-Input: images with captions, and model.path, a stage-1 run. Captions are a column of data.input, or
-are joined to it from data.captions by key or URL.
+Input: images, their captions, and model.path, a stage-1 run. Captions are a column of data.input, or
+lie in data.captions, which name their images by key, URL or file name.
 Output: a run folder with checkpoints, metrics.jsonl and result.json.
 Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """
@@ -12,7 +12,6 @@ from pipelines.cli.main import main
 from pipelines.estimate.config import MACHINE
 from pipelines.training.config import Stage2Config
 from pipelines.training.job import show, train
-from pipelines.training.pairs import with_pairs
 
 
 def run(config: Stage2Config) -> None:
@@ -21,7 +20,7 @@ def run(config: Stage2Config) -> None:
 
         print(dry_run(config))
         return
-    show(config, train(with_pairs(config)))
+    show(config, train(config))
 
 
 if __name__ == "__main__":

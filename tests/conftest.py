@@ -60,7 +60,7 @@ GROUPS = {
         "pipelines/execution/test_quarantine.py", "jobs/test_worker_errors.py", "pipelines/training/test_data.py",
         "pipelines/training/test_samples.py", "benchmarks/test_recaption_benchmark.py",
         "pipelines/precompute/test_precompute.py", "pipelines/recaption/test_publish.py",
-        "pipelines/ingest/test_duplicates.py", "pipelines/images/test_card.py", "pipelines/training/test_pairs.py", "pipelines/execution/test_telemetry.py",
+        "pipelines/ingest/test_duplicates.py", "pipelines/images/test_card.py", "pipelines/execution/test_telemetry.py",
         "pipelines/ingest/test_ingest.py", "pipelines/ingest/test_refusals.py",
     ],
     "machines": ["pipelines/execution/test_chunks.py", "cluster/test_autoscaler.py"],

@@ -37,8 +37,6 @@ from pipelines.training.stages import Stage, captioning, denoising
 from vlv_model.config import Precision
 from vlv_model.precision import cast
 
-CAPTION = "caption"
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -75,7 +73,7 @@ def compare(
     if train.activation_checkpointing:
         stage.checkpoint_activations()
     engine = start_engine(stage, train, world_size=1)
-    inputs = stage.prepare(_batch(size, rows, tokens)).inputs
+    inputs = stage.prepare(_batch(size, rows)).inputs
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
     def step() -> None:
@@ -100,14 +98,15 @@ def _predict(size: Size, stage_name: str, train: TrainConfig, rows: int, tokens:
 def _stage(size: Size, stage_name: str, device: torch.device, tokens: int) -> Stage:
     if stage_name == "stage1":
         return denoising(models.autoencoder(size, device), seed=0)
-    return captioning(models.captioner(size, device), CAPTION, tokens)
-
-
-def _batch(size: Size, rows: int, tokens: int) -> Batch:
-    """Noise, and captions that all have as many tokens."""
-    squares = torch.randint(0, 256, (rows, 3, size.image_size, size.image_size), dtype=torch.uint8)
     words = " ".join(["red"] * (tokens - 1))
-    return Batch(list(range(rows)), [0] * rows, squares, {CAPTION: [words] * rows})
+    captioner = models.captioner(size, device)
+    return captioning(captioner, lambda keys, _: [words] * len(keys), tokens)
+
+
+def _batch(size: Size, rows: int) -> Batch:
+    """Noise as images."""
+    squares = torch.randint(0, 256, (rows, 3, size.image_size, size.image_size), dtype=torch.uint8)
+    return Batch(list(range(rows)), [0] * rows, squares)
 
 
 def _allocated(device: torch.device) -> int:

@@ -29,7 +29,6 @@ from vlv_model.tiny import SCENE_WORDS
 
 StageName = Literal["stage1", "stage2"]
 SEED = 0
-CAPTION = "caption"
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,24 @@ class Variant:
 
 
 def batch_of(size: models.Size, stage: StageName) -> Batch:
-    """Blurred noise as images, and captions of random lengths, one token per word."""
+    """Blurred noise as images."""
     generator = torch.Generator().manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
     rows = size.batch[stage == "stage2"]
     noise = torch.rand(rows, 3, 24, 24, generator=generator)
     images = F.interpolate(noise, size=(size.image_size,) * 2, mode="bilinear")
-    low, high = size.caption_tokens
-    lengths = rng.integers(low, high, rows, endpoint=True)
-    captions = [" ".join(rng.choice(SCENE_WORDS, length - 1)) for length in lengths]
     return Batch(
         keys=list(range(rows)),
         epochs=[0] * rows,
         pixel_values=(images * 255).round().to(torch.uint8),
-        columns={CAPTION: captions},
     )
+
+
+def captions_of(size: models.Size, rows: int) -> list[str]:
+    """Captions of random lengths, one token per word."""
+    rng = np.random.default_rng(SEED)
+    low, high = size.caption_tokens
+    lengths = rng.integers(low, high, rows, endpoint=True)
+    return [" ".join(rng.choice(SCENE_WORDS, length - 1)) for length in lengths]
 
 
 class OurStep:
@@ -129,7 +131,8 @@ class KeptLatents:
 def our_stage(size: models.Size, stage: StageName, device: torch.device, kept: bool) -> Stage:
     """Our stage with a new model; with `kept`, on stored latents."""
     if stage == "stage2":
-        return captioning(models.captioner(size, device), CAPTION, max_tokens=300)
+        captioner = models.captioner(size, device)
+        return captioning(captioner, lambda keys, _: captions_of(size, len(keys)), max_tokens=300)
     autoencoder = models.autoencoder(size, device)
     stored = None
     if kept:
@@ -150,11 +153,11 @@ def reference_loss(stage: Stage) -> ReferenceStage1 | ReferenceStage2:
     return kind(stage.model)  # type: ignore[arg-type]
 
 
-def reference_inputs(stage: Stage, batch: Batch) -> tuple[object, ...]:
+def reference_inputs(size: models.Size, stage: Stage, batch: Batch) -> tuple[object, ...]:
     """The arguments of the reference's loss: squares in [-1, 1], and captions or random draws."""
     squares = vae_pixels(batch.pixel_values)
     if stage.name == "stage2":
-        return squares, batch.columns[CAPTION]
+        return squares, captions_of(size, len(batch.keys))
     drawn = stage.prepare(batch).inputs
     return squares, drawn["noise"], drawn["timesteps"], drawn["posterior_noise"]
 
@@ -169,7 +172,7 @@ def step_of(
     if variant.ours:
         ours = OurStep(stage, train, device)
         return lambda: ours(batch)
-    inputs = reference_inputs(stage, batch)
+    inputs = reference_inputs(size, stage, batch)
     loss = reference_loss(stage).train()
     step = ReferenceStep(loss, train.learning_rate)
     return lambda: step(*inputs)

@@ -68,7 +68,7 @@ def loss_difference(size: Size, stage: StageName, device: torch.device) -> float
         ours = built.model(**step.inputs(batch)).double()
         inputs = [
             v.to(device) if isinstance(v, torch.Tensor) else v
-            for v in reference_inputs(built, batch)
+            for v in reference_inputs(size, built, batch)
         ]
         reference = reference_loss(built).eval()(*inputs).double()
     return float((ours - reference).abs() / reference.abs())

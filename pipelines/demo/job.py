@@ -192,7 +192,6 @@ class Demo:
         """Train stage 2 in the folder `run` on the encoder of a stage-1 run or checkpoint."""
         from pipelines.training.config import Stage2Config
         from pipelines.training.job import train
-        from pipelines.training.pairs import with_pairs
 
         with self.phase(run):
             job = self.job(
@@ -200,12 +199,11 @@ class Demo:
                 "stage2",
                 f"data.input={self.folder / 'images'}",
                 f"data.captions={self.folder / 'world' / 'teacher.parquet'}",
-                f"data.output={self.folder / 'pairs'}",
                 f"model.path={encoder}",
                 *self._training("stage2", run, self.config.stage2_steps),
                 *settings,
             )
-            return train(with_pairs(job))
+            return train(job)
 
     def recaption(self, output: str, captioner: Path) -> dict[str, int]:
         from pipelines.recaption.config import RecaptionConfig

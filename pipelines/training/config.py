@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.cli.config import InputPathOrUrl, OutputPath, OutputPathOrUrl
+from pipelines.cli.config import InputPathOrUrl, OutputPath
 from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import PoolSize, RayConfig, bounds
 from pipelines.execution.model import ModelSettings
@@ -44,23 +44,71 @@ class Stage1Data(ImageData):
     )
 
 
-class PairData(ImageData):
-    """The image + caption pairs of stage 2."""
+JoinOn = Literal["key", "url", "name"]
+"""What names the image of a caption."""
 
-    captions: InputPathOrUrl | None = Field(
+
+class CaptionedData(ImageData):
+    """The images of stage 2 and their captions."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "output": "captions are joined without a copy of the images, in <run_dir>/captions",
+    }
+
+    captions: tuple[InputPathOrUrl, ...] | None = Field(
         None,
-        description="captions to join to data.input: a table, or Parquet, CSV, TSV, JSONL or JSON; "
-        "default: data.input has the captions",
+        min_length=1,
+        max_length=255,
+        description="captions of the images of data.input, one path or several: tables, or Parquet, CSV, "
+        "TSV, JSONL or JSON; of several captions of an image, each epoch draws one; default: data.input "
+        "has the captions",
     )
-    caption_column: str = Field("caption", description="name of the caption column")
-    join_on: Literal["key", "url"] | None = Field(
+    caption_weights: tuple[float, ...] | None = Field(
         None,
-        description="column that joins data.captions to data.input; default: `key` if the captions "
-        "have the keys that ingest wrote, else their URLs",
+        description="how often the captions of each path of data.captions are drawn, relative to the "
+        "others; default: all alike",
     )
-    output: OutputPathOrUrl | None = Field(
-        None, description="folder of the joined pair table; default: <run_dir>/pairs"
+    caption_column: tuple[str, ...] = Field(
+        ("caption",),
+        min_length=1,
+        description="name of the caption column, or one for each path of data.captions",
     )
+    join_on: JoinOn | None = Field(
+        None,
+        description="what joins data.captions to data.input: keys, URLs or file names; default: `key` if "
+        "the captions have the keys that ingest wrote, else their URLs, else their names",
+    )
+
+    @field_validator("captions", "caption_column", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_for_each_source(self) -> CaptionedData:
+        sources = len(self.captions or [""])
+        if len(self.caption_column) not in (1, sources):
+            raise ValueError(
+                f"data.caption_column has {len(self.caption_column)} names for {sources} paths of "
+                "data.captions: give one, or one for each"
+            )
+        if self.caption_weights is None:
+            return self
+        if len(self.caption_weights) != sources or min(self.caption_weights) <= 0:
+            raise ValueError(
+                f"data.caption_weights={list(self.caption_weights)}: give a positive number for each of "
+                f"the {sources} paths of data.captions"
+            )
+        return self
+
+    def column_of(self, source: int) -> str:
+        """The caption column of a path of `captions`, by its position."""
+        return self.caption_column[source if len(self.caption_column) > 1 else 0]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each path of `captions`."""
+        return self.caption_weights or (1.0,) * len(self.captions or [""])
 
 
 class TrainConfig(Config):
@@ -261,7 +309,7 @@ class Stage1Config(Config):
 class Stage2Config(Config):
     """All settings of `jobs/stage2.py`."""
 
-    data: PairData
+    data: CaptionedData
     run_dir: OutputPath = Field(description="folder of the run: checkpoints, metrics, settings")
     model: ModelSettings = ModelSettings()
     train: Stage2TrainConfig = Stage2TrainConfig()

@@ -87,7 +87,6 @@ class Batch:
     keys: list[int]
     epochs: list[int]  # -1: evaluation
     pixel_values: torch.Tensor  # uint8 [b 3 h w]
-    columns: dict[str, list[Any]]  # the columns besides the image, by name
 
     @classmethod
     def read(cls, reader: RowReader, rows: Sequence[tuple[int, int]], square: Square) -> Batch:
@@ -95,16 +94,11 @@ class Batch:
 
         Raises DataError for an image that cannot be decoded.
         """
-        values = [reader.row(position) for _, position in rows]
-        squares = [
-            reader.square(position, square, row["image"])
-            for (_, position), row in zip(rows, values, strict=True)
-        ]
+        squares = [reader.square(position, square) for _, position in rows]
         return cls(
             keys=[int(reader.index.keys[position]) for _, position in rows],
             epochs=[epoch for epoch, _ in rows],
             pixel_values=torch.from_numpy(np.stack(squares)),
-            columns={name: [row[name] for row in values] for name in reader.columns},
         )
 
     @classmethod
@@ -116,10 +110,6 @@ class Batch:
             keys=[key for part in parts for key in part.keys],
             epochs=[epoch for part in parts for epoch in part.epochs],
             pixel_values=torch.cat([part.pixel_values for part in parts]),
-            columns={
-                name: [value for part in parts for value in part.columns[name]]
-                for name in parts[0].columns
-            },
         )
 
 

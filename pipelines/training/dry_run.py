@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -101,9 +102,13 @@ def _stage(config: TrainingConfig) -> Stage:
     if isinstance(config, Stage2Config):
         captioner = skeleton.captioner(model, config.train.lora)
         captioner.set_trainable(config.train.trainable)
-        return captioning(captioner, config.data.caption_column, config.train.max_caption_tokens)
+        return captioning(captioner, _no_captions, config.train.max_caption_tokens)
     with_vae = config.data.latents is None
     return denoising(skeleton.autoencoder(model, with_vae=with_vae), config.train.seed)
+
+
+def _no_captions(keys: Sequence[int], epochs: Sequence[int]) -> list[str]:
+    return [""] * len(keys)  # the step that is counted has no data
 
 
 def _denoising_loss(model: VLVAutoEncoder, squares: Tensor, stored: bool) -> Tensor:

@@ -18,9 +18,11 @@ from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import parquet_files, read_json_object
-from pipelines.training import run_folder, run_rows, samples
+from pipelines.training import caption_index, run_folder, run_rows, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
+from pipelines.training.pairs import with_pairs
+from pipelines.training.run_captions import captions_of_run
 from pipelines.training.run_rows import split
 from pipelines.training.start_check import check_before_start
 from pipelines.training.worker import TrainingTask, run_on_worker
@@ -73,8 +75,10 @@ class OpenedRun:
 
 
 def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
-    """Check data, models and run folder without writing anything. Raises what `train` does."""
+    """Check data, models and run folder; writes only the index of captions. Raises what `train` does."""
     run_dir = Path(config.run_dir)
+    if isinstance(config, Stage2Config):
+        config = with_pairs(config)
     config = run_folder.with_micro_batch_size(_on_device(config), run_dir)
     recorded = run_folder.recorded(run_dir)
     parts = run_folder.parts_read(config)
@@ -83,9 +87,11 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     if config.data.validation:
         run_folder.check_validation(config.data.validation)
     files = parquet_files(config.data.input)
-    columns = [config.data.caption_column] if isinstance(config, Stage2Config) else []
     size = sum(file.stat().st_size for file in files)
-    index = RowIndex.open(files, columns)
+    index, captions = RowIndex.open(files), None
+    if isinstance(config, Stage2Config):
+        captions = captions_of_run(config, files, index)
+        index = index.select(captions.index.has(index.keys))
     kept = run_rows.rows_of_run(
         run_dir, recorded, config.data.input, config.data.holdout, index, size
     )
@@ -94,7 +100,7 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
         keys = np.concatenate([index.keys for index in rows])
         LatentReader(config.data.latents).check(model, keys)
     identity = run_folder.identity(config, model, checkpoint, files, rows, recorded)
-    identity |= kept.identity
+    identity |= kept.identity | (captions.identity if captions else {})
     run_folder.check_same_run(run_dir, identity)  # before a lock file is written into it
     return OpenedRun(config, model, checkpoint, files, rows, kept.keys, identity)
 
@@ -196,16 +202,16 @@ def _sampler(
     rows = run_folder.validation_rows(run_dir, validation) if validation else holdout
     if not len(rows):
         return None
-    captions, column, max_tokens = False, None, 0
+    captions, targets, max_tokens = False, None, 0
     if isinstance(config, Stage2Config):
         captions, max_tokens = True, config.train.max_caption_tokens
-        column = None if validation else config.data.caption_column
+        targets = None if validation else run_dir / caption_index.FOLDER
     task = samples.Samples(
         run_dir,
         model,
         rows.select(np.arange(len(rows)) < train.samples),
         captions=captions,
-        caption_column=column,
+        targets=targets,
         max_tokens=max_tokens,
         isolated=bool(validation),
     )

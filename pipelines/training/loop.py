@@ -86,7 +86,7 @@ class Trainer:
         self.step = 0
         train_keys, heldout_keys = initial_keys
         self.order = GlobalOrder(len(train_keys), train.seed, positions(train_keys, rows))
-        readers = [RowReader(index, stage.columns) for index in (rows, holdout)]
+        readers = [RowReader(index) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
         # If none of the evaluated rows remains: the first held-out row, if any.
         window = positions(heldout_keys, holdout)[: train.eval_rows]
@@ -95,7 +95,7 @@ class Trainer:
         self.heldout: BatchReader = threads[1]
         self.rows: BatchReader = threads[0]
         if train.readers:
-            self.rows = ReaderActors(rows, stage.columns, square, train.readers)
+            self.rows = ReaderActors(rows, square, train.readers)
         begin = partial(self._begin, self.rows)
         self.reader = StepReader(self.order, begin, train, worker.world_rank, worker.world_size)
 

@@ -20,7 +20,7 @@ Rows = Sequence[tuple[int, int]]
 
 
 class BatchReader(Protocol):
-    """Reads rows of an index: decoded and cropped squares, and some columns."""
+    """Reads rows of an index: decoded and cropped squares."""
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
         """Start reading in the background; the returned function waits for the batch, or raises."""
@@ -54,18 +54,14 @@ class ReaderActors:
     footer per row. An actor whose machine is lost restarts elsewhere and its reads are retried.
     """
 
-    def __init__(
-        self, index: RowIndex, columns: Sequence[str], square: Square, actors: int
-    ) -> None:
+    def __init__(self, index: RowIndex, square: Square, actors: int) -> None:
         import ray
 
         options = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": -1}
         # Without an explicit strategy, they would be placed in the worker's placement group.
         actor_class: Any = ray.remote(scheduling_strategy="DEFAULT", **options)(_Reader)
         shared_index = ray.put(index)  # large: one copy per machine
-        self._actors = [
-            actor_class.remote(shared_index, list(columns), square) for _ in range(actors)
-        ]
+        self._actors = [actor_class.remote(shared_index, square) for _ in range(actors)]
         self._turns = count()
 
     def begin(self, rows: Rows) -> Callable[[], Batch]:
@@ -86,8 +82,8 @@ class ReaderActors:
 class _Reader:
     """One actor of `ReaderActors`."""
 
-    def __init__(self, index: RowIndex, columns: list[str], square: Square) -> None:
-        self.reader, self.square = RowReader(index, columns), square
+    def __init__(self, index: RowIndex, square: Square) -> None:
+        self.reader, self.square = RowReader(index), square
 
     def read(self, rows: Rows) -> Batch:
         return Batch.read(self.reader, rows, self.square)

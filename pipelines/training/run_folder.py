@@ -2,6 +2,7 @@
 
 <run_dir>/run.json       identity: settings, data and models
 <run_dir>/rows/          see run_rows
+<run_dir>/captions/      of stage 2; see caption_index
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        copy of the checkpoint that the run started from
 <run_dir>/metrics.jsonl  see metrics
@@ -28,6 +29,7 @@ from pipelines.storage.files import write_atomically
 from pipelines.storage.folders import remove_folder
 from pipelines.storage.tables import check_same_settings, check_unused, read_json_object
 from pipelines.training import checkpointing
+from pipelines.training.caption_index import FOLDER as CAPTIONS
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
 from vlv_model.checkpoints.files import read_checkpoint
@@ -36,11 +38,12 @@ from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError
 
 RESULT = "result.json"
+LEFTOVERS = (CAPTIONS, "pairs")  # in the folder of a run that was killed before it began
 VALIDATION = "validation"  # folder
 _VALIDATION_SETTING = "data.validation"
 
 # Settings that may change when a run continues, since they do not change what it computes.
-CHANGEABLE = ("ray", "run_dir", "dry_run", "estimate", "data.input", "data.latents", "data.output", "data.validation", "train.wandb", "train.max_failures",
+CHANGEABLE = ("ray", "run_dir", "dry_run", "estimate", "data.input", "data.captions", "data.latents", "data.validation", "train.wandb", "train.max_failures",
         "train.keep_checkpoints", "train.checkpoint_every", "train.eval_every", "train.readers",
         "train.cpus_per_worker", "train.use_gpu", "train.num_workers", "train.zero_stage",
         "train.offload_optimizer", "train.tf32", "train.activation_checkpointing", "train.compile",
@@ -103,6 +106,8 @@ def identity(
 
     values = {**dump(config), "model": model.model_dump()}
     flat = {k: v for k, v in _flatten(values) if not k.startswith(CHANGEABLE)}
+    if isinstance(config, Stage2Config):  # as earlier versions recorded the only one
+        flat["data.caption_column"] = ",".join(config.data.caption_column)
     flat["rows"] = [len(index) for index in rows]
     flat["keys"] = [index.digest() for index in rows]
     # Stored latents are rounded, so they count; their path does not.
@@ -203,7 +208,7 @@ def check_same_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
         recorded_identity |= recorded(run_dir)
         check_same_settings(run_dir, recorded_identity, identity, "run_dir")
     else:
-        check_unused(run_dir, ("pairs",), "run", "run_dir")
+        check_unused(run_dir, LEFTOVERS, "run", "run_dir")
 
 
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.report.gallery import GalleryItem
 from pipelines.report.html import page
 from pipelines.storage.files import write_atomically
+from pipelines.training.caption_index import CaptionIndex
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
@@ -51,7 +52,7 @@ class Samples:
     model: ModelConfig
     rows: RowIndex
     captions: bool  # stage 2; else reconstructions
-    caption_column: str | None = None  # column of target captions, shown with the generated ones
+    targets: Path | None = None  # index of target captions, shown with the generated ones
     max_tokens: int = 0  # of a caption
     isolated: bool = False  # decode in a separate process: untrusted images
 
@@ -67,9 +68,12 @@ class Samples:
         checkpoint = self.run_dir / CHECKPOINTS / checkpoint_name(step)
         if not is_finished(checkpoint):
             return []
-        keys, rows, arrays = self._read()
-        if not rows:
+        keys, arrays = self._read()
+        if not keys:
             return []
+        targets = (
+            CaptionIndex.open(self.targets).first(keys) if self.targets else [None] * len(keys)
+        )
         squares = torch.from_numpy(np.stack(arrays)).to("cuda" if use_gpu else "cpu")
         outputs = (
             self._captions(checkpoint, squares)
@@ -81,10 +85,10 @@ class Samples:
                 key=int(key),
                 original=png(square.cpu()),
                 status=OK,
-                target=row[self.caption_column] if self.caption_column else None,
+                target=target,
                 **output,
             )
-            for key, row, square, output in zip(keys, rows, squares, outputs, strict=True)
+            for key, target, square, output in zip(keys, targets, squares, outputs, strict=True)
         ]
         subtitle = f"Images that are not trained on, after {step:,} steps of {self.run_dir.name}"
         file = self.page(step)
@@ -94,26 +98,22 @@ class Samples:
         write_atomically(file, shown)
         return items
 
-    def _read(self) -> tuple[list[int], list[dict[str, Any]], list[np.ndarray]]:
-        """Keys, rows and squares of the images; prints a line for each that cannot be decoded."""
+    def _read(self) -> tuple[list[int], list[np.ndarray]]:
+        """Keys and squares of the images; prints a line for each that cannot be decoded."""
         from pipelines.pictures.squares import isolated_squares
 
         geometry = Square.of(self.model)
-        columns = [self.caption_column] if self.caption_column else []
-        reader = RowReader(
-            self.rows, columns, decode=isolated_squares(geometry) if self.isolated else None
-        )
-        keys, rows, squares = [], [], []
+        decode = isolated_squares(geometry) if self.isolated else None
+        reader = RowReader(self.rows, decode=decode)
+        keys, squares = [], []
         for position, key in enumerate(self.rows.keys.tolist()):
             try:
-                row = reader.row(position)
-                squares.append(reader.square(position, geometry, row["image"]))
+                squares.append(reader.square(position, geometry))
             except UndecodableImage as error:
                 print(f"no sample: {error}", file=sys.stderr)
                 continue
             keys.append(key)
-            rows.append(row)
-        return keys, rows, squares
+        return keys, squares
 
     def _pictures(
         self, checkpoint: Path, squares: torch.Tensor, keys: list[int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,9 @@ from vlv_model.seeds import mix
 if TYPE_CHECKING:
     from pipelines.images.latents import LatentReader
     from vlv_model.autoencoder import VLVAutoEncoder
+
+Draw = Callable[[Sequence[int], Sequence[int]], list[str]]
+"""The captions of images, by their keys and epochs (caption_index.CaptionIndex.draw)."""
 
 RECOMPILE_LIMIT = 64  # per kind of block: a UNet has blocks of many widths, torch's default is 8
 
@@ -49,7 +52,6 @@ class Stage:
 
     name: Literal["stage1", "stage2"]
     model: nn.Module
-    columns: list[str]  # of the table, besides the image
     prepare: Callable[[Batch], MicroBatch]
     random_init: tuple[str, ...]  # name prefixes of randomly initialised parameters
 
@@ -133,7 +135,7 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
     return denoising(autoencoder, config.train.seed, stored)
 
 
-def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
+def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None, draw: Draw) -> Stage:
     """Load the model of stage 2 and make the parts in `train.trainable` trainable.
 
     The caller has verified the files of `checkpoint` (`verify_checkpoint`).
@@ -147,7 +149,7 @@ def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None) ->
         verify=False,
     )
     captioner.set_trainable(config.train.trainable)
-    return captioning(captioner, config.data.caption_column, config.train.max_caption_tokens)
+    return captioning(captioner, draw, config.train.max_caption_tokens)
 
 
 def denoising(autoencoder: VLVAutoEncoder, seed: int, stored: LatentReader | None = None) -> Stage:
@@ -165,18 +167,18 @@ def denoising(autoencoder: VLVAutoEncoder, seed: int, stored: LatentReader | Non
         return MicroBatch(batch.keys, inputs, valid_tokens=len(batch.keys))
 
     random_init = ("encoder.learnable_queries", "encoder.caption_projector")
-    return Stage("stage1", autoencoder, [], prepare, random_init)
+    return Stage("stage1", autoencoder, prepare, random_init)
 
 
-def captioning(captioner: VLVCaptioner, column: str, max_tokens: int) -> Stage:
-    """The caption loss of VLVCaptioner on image + caption pairs (paper §3.3)."""
+def captioning(captioner: VLVCaptioner, draw: Draw, max_tokens: int) -> Stage:
+    """The caption loss of VLVCaptioner on images and their captions (paper §3.3)."""
 
     def prepare(batch: Batch) -> MicroBatch:
-        tokens = captioner.tokenize(batch.columns[column], max_tokens)
+        tokens = captioner.tokenize(draw(batch.keys, batch.epochs), max_tokens)
         inputs = {"pixel_values": batch.pixel_values, **tokens}
         return MicroBatch(batch.keys, inputs, valid_tokens=int((tokens["labels"] >= 0).sum()))
 
-    return Stage("stage2", captioner, [column], prepare, random_init=("language_projector",))
+    return Stage("stage2", captioner, prepare, random_init=("language_projector",))
 
 
 def noise_and_timesteps(

@@ -15,7 +15,8 @@ from pipelines.cli.config import dump
 from pipelines.execution.model import latest_checkpoint
 from pipelines.images.random_access import RowIndex, in_holdout
 from pipelines.storage.files import as_path
-from pipelines.training import checkpointing, run_rows
+from pipelines.training import caption_index, checkpointing, run_rows
+from pipelines.training.caption_index import CaptionIndex
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.run_rows import split
 from pipelines.training.start_check import check_fits
@@ -146,12 +147,17 @@ def run_worker(
     latest = _latest_checkpoint(run_dir, worker)
     if (start := latest or task.parent) is not None:
         _verify(start, worker)
+    captions: CaptionIndex | None = None
     if isinstance(config, Stage1Config):
         stage = stage1(config, model, start)
     else:
-        stage = stage2(config, model, start)
+        captions = CaptionIndex.open(run_dir / caption_index.FOLDER)
+        draw = partial(captions.draw, seed=config.train.seed, weights=config.data.weights)
+        stage = stage2(config, model, start, draw)
     _check_memory(stage.model, config.train, worker)
-    index = RowIndex.open([as_path(file) for file in task.files], stage.columns)
+    index = RowIndex.open([as_path(file) for file in task.files])
+    if captions is not None:
+        index = index.select(captions.has(index.keys))
     if (initial_keys := run_rows.load_keys(run_dir)) is None:
         initial_keys = index.keys
     index = index.select(np.isin(index.keys, initial_keys))  # rows added since need a new run

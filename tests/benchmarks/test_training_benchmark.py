@@ -43,7 +43,7 @@ def test_gradients_are_the_references(stage):
     theirs = our_stage(SIZES["tiny"], stage, CPU, kept=False)
     batch = batch_of(SIZES["tiny"], stage)
     ours.model.eval()(**ours.prepare(batch).inputs).backward()
-    reference_loss(theirs).eval()(*reference_inputs(theirs, batch)).backward()
+    reference_loss(theirs).eval()(*reference_inputs(SIZES["tiny"], theirs, batch)).backward()
     expected = {n: p.grad for n, p in theirs.model.named_parameters() if p.requires_grad}
     found = {n: p.grad for n, p in ours.model.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()

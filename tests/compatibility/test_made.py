@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.cli.config import dump, load
+from pipelines.admin.takedown import TakedownConfig, take_down
+from pipelines.cli.config import build, dump, load
 from pipelines.execution.model import latest_checkpoint
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex, RowReader
@@ -28,9 +29,9 @@ from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.reconstruct.job import reconstruct
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.config import Stage1Config, Stage2Config
-from pipelines.training.job import train
+from pipelines.training.job import open_run, train
 from pipelines.training.metrics import heldout_losses, read_metrics
-from pipelines.training.pairs import with_pairs
+from pipelines.training.run_folder import check_same_run
 from tests.compatibility.make import HOME, IMAGES, OUTPUT, commands, replace_home
 from tests.compatibility.site import BASE_URL, serve
 from vlv_model import VLVAutoEncoder, VLVCaptioner
@@ -177,6 +178,24 @@ def test_a_table_that_was_finished_is_not_made_again(home: Path, name: str) -> N
     assert {file: file.read_bytes() for file in folder.rglob("*.parquet")} == before
 
 
+@pytest.mark.parametrize("where", ["of data.output", "of the run"])
+def test_a_stage_2_that_was_begun_keeps_its_pair_table(home: Path, where: str) -> None:
+    """Less what was taken down from the images since."""
+    run_dir, pairs = home / "killed" / "stage2", home / "pairs"
+    if where == "of the run":
+        pairs = pairs.rename(run_dir / "pairs")
+    config = config_of("stage2", home, home / "killed")
+    begun = open_run(config)
+    assert begun.config.data.input == str(pairs)
+    check_same_run(run_dir, begun.identity)
+    key = int(begun.rows[0].keys[0])
+    take_down(build(TakedownConfig, {"table": str(home / "images"), "keys": [key]}))
+    run = open_run(config)
+    assert key not in run.rows[0].keys
+    assert len(run.rows[0]) == len(begun.rows[0]) - 1
+    assert key not in rows_of(pairs)["key"].to_pylist()
+
+
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_a_training_that_was_begun_is_finished(home: Path, name: str) -> None:
@@ -184,7 +203,7 @@ def test_a_training_that_was_begun_is_finished(home: Path, name: str) -> None:
     begun, whole = home / "killed" / name, home / name
     assert latest_checkpoint(begun) == begun / "checkpoints" / "step-00000004"
     config = config_of(name, home, home / "killed")
-    result = train(with_pairs(config) if name == "stage2" else config)
+    result = train(config)
     here, there = ([e for e in read_metrics(run) if e["event"] == "step"] for run in (begun, whole))
     assert [step["step"] for step in here] == list(range(1, 13))
     assert [step["keys"] for step in here] == [step["keys"] for step in there]

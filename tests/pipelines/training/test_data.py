@@ -281,21 +281,20 @@ def test_actors_give_the_batches_and_errors_of_threads(
 ) -> None:
     index = RowIndex.open(files, ["caption"])
     rows = [(0, 5), (1, 3), (1, 40), (2, 0), (2, 7)]
-    expected = Batch.read(RowReader(index, ["caption"]), rows, Square(SIZE))
+    expected = Batch.read(RowReader(index), rows, Square(SIZE))
     for reading in (
-        ReaderThreads(RowReader(index, ["caption"]), Square(SIZE), threads=2),
-        ReaderActors(index, ["caption"], Square(SIZE), actors=2),
+        ReaderThreads(RowReader(index), Square(SIZE), threads=2),
+        ReaderActors(index, Square(SIZE), actors=2),
     ):
         one, other = reading.begin(rows), reading.begin(rows[1:2])
         assert other().keys == expected.keys[1:2]
         found = one()
         assert (found.keys, found.epochs) == (expected.keys, expected.epochs)
-        assert found.columns == expected.columns
         assert torch.equal(found.pixel_values, expected.pixel_values)
         reading.close()
     damaged = [{"key": 5, "image": {"bytes": b"not an image", "path": None}, "status": "ok"}]
     pq.write_table(pa.Table.from_pylist(damaged, schema=PAIR_ROW), tmp_path / "p.parquet")
-    reading = ReaderActors(RowIndex.open([tmp_path / "p.parquet"]), [], Square(SIZE), actors=1)
+    reading = ReaderActors(RowIndex.open([tmp_path / "p.parquet"]), Square(SIZE), actors=1)
     with pytest.raises(DataError, match=r"^the image of key 5 cannot be decoded"):
         reading.begin([(0, 0)])()
     reading.close()

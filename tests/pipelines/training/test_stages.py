@@ -32,7 +32,8 @@ def stage_of(name: str, models: Path, folder: Path, trainable: str) -> Stage:
     given["train"] = {"trainable": trainable.replace("lora", "projector+llm")}
     if "lora" in trainable:
         given["train"]["lora"] = {"rank": 2}
-    return stage2(Stage2Config.model_validate(given), model, None)
+    captions = ["a red circle above a blue square", "a green star"]
+    return stage2(Stage2Config.model_validate(given), model, None, lambda keys, epochs: captions)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,7 @@ def two_rows(stage: Stage) -> MicroBatch:
     side = decoder.image_size if decoder else stage.model.encoder.square.size
     shape = (2, 3, side, side)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
-    captions = {"caption": ["a red circle above a blue square", "a green star"]}
-    return stage.prepare(Batch([1, 2], [0, 0], pixels, captions))
+    return stage.prepare(Batch([1, 2], [0, 0], pixels))
 
 
 def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch.Tensor]]:
@@ -99,7 +99,7 @@ def test_noise_depends_only_on_seed_epoch_and_key() -> None:
     def drawn(seed: int, rows: list[tuple[int, int]]) -> dict[tuple[int, int], list[torch.Tensor]]:
         epochs, keys = ([row[i] for row in rows] for i in (0, 1))
         pixels = torch.zeros(len(rows), 3, 8, 8, dtype=torch.uint8)
-        made = noise_and_timesteps(seed, Batch(keys, epochs, pixels, {}), (4, 2, 2), 1000)
+        made = noise_and_timesteps(seed, Batch(keys, epochs, pixels), (4, 2, 2), 1000)
         return {row: [made[name][i] for name in sorted(made)] for i, row in enumerate(rows)}
 
     rows = [(epoch, key) for epoch in (0, 1, 7) for key in (-5, 3, 2**62)]

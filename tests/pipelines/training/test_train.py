@@ -339,7 +339,7 @@ def test_the_loss_is_a_mean_over_all_workers_label_tokens(
     _, held = split(index, 0.2)
     reader = RowReader(held, ["caption"])
     batch = Batch.read(reader, [(-1, row) for row in range(min(16, len(held)))], square=Square(64))
-    tokens = captioner.tokenize(batch.columns["caption"])
+    tokens = captioner.tokenize([reader.row(row)["caption"] for row in range(len(batch.keys))])
     with torch.no_grad():
         expected = captioner.loss(batch.pixel_values, **tokens).item()
     assert heldout_losses(stage2_run)[0] == pytest.approx(expected, rel=1e-5)
