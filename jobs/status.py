@@ -1,6 +1,6 @@
 """Show the progress of a table or training run, active or finished. Read-only.
 
-Takes any job's output: images, latents, pairs, captions, pictures, or a training's run folder.
+Takes any job's output: images, latents, captions, pictures, or a training's run folder.
 
     python jobs/status.py /data/images
     python jobs/status.py /data/stage1

@@ -4,7 +4,7 @@ Select rows by key, by URL in any spelling, or by domain with its subdomains. Th
 was removed, and later ingests do not fetch it. Names that match no row are reported as an error
 after the other rows are removed.
 
-    python jobs/takedown.py /data/images domains=example.org derived=/data/captions,/data/pairs
+    python jobs/takedown.py /data/images domains=example.org derived=/data/captions,/data/latents
 """
 
 import json

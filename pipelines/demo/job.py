@@ -4,7 +4,7 @@ runs/demo/
   demo.json            the demo's settings, and the seconds of each phase so far
   world/               files of the local web server, lists of URLs, the teacher's captions
   models/              tiny base models and the shipped stage-1 weights
-  images/ pairs/ stage1/ stage2/                training: tables and runs
+  images/ stage1/ stage2/                      training: tables and runs
   test_images/ captions/ reconstructions/       test scenes and the outputs for them
   control/             the same stage 2 on an encoder without stage 1, and its captions
   proof.json           scores of the outputs
