@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,24 @@ _FORMATS = (
 )  # fmt: skip
 
 
+Framing = Literal["crop", "stretch"]
+"""crop: the centre square of the image; stretch: all of it, its aspect ratio lost."""
+
+Resampling = Literal["bicubic", "bilinear"]
+"""Filters of Pillow, which average over the pixels that become one."""
+
+
 @dataclass(frozen=True)
 class Square:
     """How a model cuts a square out of an image: its side in pixels, and the preprocessing."""
 
     size: int
     preprocess: Preprocess = "default"
+    framing: Framing = "crop"
+    resampling: Resampling | None = None  # that of `preprocess`
+    shorter: int | None = None
+    """Side in pixels to which the shorter side is resized before the crop, and the rounding of
+    transformers' image processors; None: `size`, and the rounding of `preprocess`."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> Square:
@@ -65,16 +78,21 @@ class Square:
         image that is not RGB is converted.
         """
         image = image.convert("RGB")
-        resized, (left, top), resampling = (
-            self._reference(image.size)
-            if self.preprocess == "reference"
-            else self._default(image.size)
-        )
+        resized, (left, top), resampling = self._geometry(image.size)
+        if self.resampling is not None:
+            resampling = _FILTERS[self.resampling]
         if resized != image.size:
             image = image.resize(resized, resampling)
         image = image.crop((left, top, left + self.size, top + self.size))
         # A copy: Pillow's own memory is read-only.
         return np.array(np.asarray(image).transpose(2, 0, 1), order="C")
+
+    def _geometry(self, size: tuple[int, int]) -> _Cut:
+        if self.framing == "stretch":
+            return (self.size, self.size), (0, 0), Image.Resampling.BICUBIC
+        if self.shorter is not None:
+            return self._processor(size, self.shorter)
+        return self._reference(size) if self.preprocess == "reference" else self._default(size)
 
     def _default(self, size: tuple[int, int]) -> _Cut:
         scale = self.size / min(size)
@@ -88,6 +106,11 @@ class Square:
         corner = round((width - self.size) / 2), round((height - self.size) / 2)  # halves to even
         return (width, height), corner, Image.Resampling.BILINEAR
 
+    def _processor(self, size: tuple[int, int], shorter: int) -> _Cut:
+        width, height = (int(shorter * side / min(size)) for side in size)
+        corner = (width - self.size) // 2, (height - self.size) // 2
+        return (width, height), corner, Image.Resampling.BICUBIC
+
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     Image.init()  # finds the formats, also those of other packages that were imported
@@ -97,5 +120,6 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError("it is none of the formats that are decoded") from None
 
 
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _Cut = tuple[tuple[int, int], tuple[int, int], Image.Resampling]
 """Size after resizing, upper left corner of the crop, and the filter."""

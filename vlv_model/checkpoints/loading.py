@@ -58,6 +58,8 @@ __all__ = [
     "load_text_encoder",
     "load_unet",
     "load_vae",
+    "load_weights",
+    "named_errors",
     "num_positions",
     "quietly",
     "read_latent_format",
@@ -87,7 +89,7 @@ def load_florence(
     # Load in float32, then cast: the library would also round a buffer of positions.
     model = cast(_load_transformer(config, "florence", Florence2Model), precision)
     load = partial(AutoTokenizer.from_pretrained, source.name, **source.load_kwargs)
-    tokenizer = _load("florence", source, load)
+    tokenizer = named_errors("florence", source, load)
     _check_vocabulary("florence", source, tokenizer, model.config.text_config.vocab_size)
     return model, tokenizer
 
@@ -98,7 +100,7 @@ def load_text_encoder(
     """The diffusion model's CLIP text encoder and tokenizer."""
     source = part_source(config, "tokenizer")
     load = partial(CLIPTokenizer.from_pretrained, source.name, **source.load_kwargs)
-    tokenizer = _load("tokenizer", source, load)
+    tokenizer = named_errors("tokenizer", source, load)
     model = _load_transformer(config, "text_encoder", CLIPTextModel, precision)
     _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
     return model, tokenizer
@@ -109,7 +111,7 @@ def text_encoder_width(config: ModelConfig) -> int:
     source = part_source(config, "text_encoder")
     _check_kind("text_encoder", source)
     load = partial(CLIPTextConfig.from_pretrained, source.name, **source.load_kwargs)
-    return _load("text_encoder", source, load).hidden_size
+    return named_errors("text_encoder", source, load).hidden_size
 
 
 def load_diffusion(
@@ -133,7 +135,7 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
     source = part_source(config, "vae")
     _check_kind("vae", source)
     load = partial(AutoencoderKL.load_config, source.name, **source.load_kwargs)
-    return LatentFormat.of(_load("vae", source, load))
+    return LatentFormat.of(named_errors("vae", source, load))
 
 
 def load_unet(
@@ -145,7 +147,7 @@ def load_unet(
     unet = _load_diffuser(config, "unet", UNet2DConditionModel, precision)
     source = part_source(config, "scheduler")
     load = partial(DDPMScheduler.load_config, source.name, **source.load_kwargs)
-    return unet, DDPMScheduler.from_config(_load("scheduler", source, load))
+    return unet, DDPMScheduler.from_config(named_errors("scheduler", source, load))
 
 
 def load_language_model(config: ModelConfig, precision: Precision = "float32") -> Qwen2ForCausalLM:
@@ -158,7 +160,7 @@ def num_positions(config: ModelConfig) -> int:
     source = part_source(config, "language_model")
     _check_kind("language_model", source)
     load = partial(Qwen2Config.from_pretrained, source.name, **source.load_kwargs)
-    return _load("language_model", source, load).max_position_embeddings
+    return named_errors("language_model", source, load).max_position_embeddings
 
 
 def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -170,7 +172,7 @@ def load_caption_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     config, _ = resolve_model(model)
     source = part_source(config, "language_model")
     load = partial(PreTrainedTokenizerFast.from_pretrained, source.name, **source.load_kwargs)
-    return _load("language_model", source, load)
+    return named_errors("language_model", source, load)
 
 
 @contextmanager
@@ -198,19 +200,22 @@ def _load_transformer(
 ) -> Any:
     source = part_source(config, part)
     _check_kind(part, source)
-    return _load_weights(part, source, kind, dtype=dtype_of(precision))
+    return load_weights(part, source, kind, dtype=dtype_of(precision))
 
 
 def _load_diffuser(config: ModelConfig, part: str, kind: Any, precision: Precision) -> Any:
     source = part_source(config, part)
     _check_kind(part, source)
-    return _load_weights(part, source, kind, torch_dtype=dtype_of(precision))
+    return load_weights(part, source, kind, torch_dtype=dtype_of(precision))
 
 
-def _load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
-    """A part with its weights. `dtype` is the libraries' keyword: `dtype` or `torch_dtype`."""
+def load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> Any:
+    """A part with its weights. `dtype` is the libraries' keyword: `dtype` or `torch_dtype`.
+
+    Raises ModelError, which begins with `part`, unless all tensors of the class `kind` are there.
+    """
     with quietly():
-        model, report = _load(
+        model, report = named_errors(
             part,
             source,
             lambda: kind.from_pretrained(
@@ -247,7 +252,7 @@ def _check_kind(part: str, source: Source) -> None:
         path = cached_file(source.name, "config.json", **source.load_kwargs)
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
-    check_kind(part, source, _load(part, source, read))
+    check_kind(part, source, named_errors(part, source, read))
 
 
 def _reject_microsoft_layout(source: Source, content: Any) -> None:
@@ -283,7 +288,8 @@ def _check_vocabulary(
         )
 
 
-def _load(part: str, source: Source, load: Callable[[], Any]) -> Any:
+def named_errors(part: str, source: Source, load: Callable[[], Any]) -> Any:
+    """What `load` returns; its errors become a ModelError that names part and source."""
     try:
         return load()
     # transformers and diffusers raise these for missing files, an unreachable hub, broken

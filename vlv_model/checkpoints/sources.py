@@ -144,13 +144,18 @@ def part_source(config: ModelConfig, part: str) -> Source:
     """
     field = field_of(config, part)
     value, subfolder = getattr(config, field), "" if field == part else part
+    return source_of(value, part, f"the model's '{field}'", subfolder)
+
+
+def source_of(value: str, part: str, setting: str, subfolder: str = "") -> Source:
+    """The source that a folder or hub id names; ModelError, beginning with `part`, if it is neither."""
     path = Path(value, subfolder)
     if path.is_dir():
         return Source(Path(value), subfolder)
     if (hub_id := _hub_id(value)) is None:
         raise ModelError(
             f"{part}: there is no folder '{path}', and '{value}' is not a hub id (owner/name or "
-            f"owner/name@revision): set the model's '{field}' to a pretrained folder or hub id"
+            f"owner/name@revision): set {setting} to a pretrained folder or hub id"
         )
     return Source(hub_id, subfolder)
 

@@ -81,7 +81,7 @@ def _read(path: Path) -> Reference:
     else:
         tensors = {}
         for file in files:
-            tensors |= _state_dict(file)
+            tensors |= read_state_dict(file)
     # Prefixes of torch.compile and of data-parallel wrappers.
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     if all(name.startswith("module.") for name in tensors):
@@ -138,7 +138,8 @@ def _step_of(path: Path, file: Path) -> int | None:
     return None
 
 
-def _state_dict(file: Path) -> dict[str, Tensor]:
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name. Raises CheckpointError unless it is a state dict of tensors."""
     content = _open(file)
     if isinstance(content, dict) and "model_state_dict" in content:
         content = content["model_state_dict"]
