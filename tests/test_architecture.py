@@ -26,6 +26,7 @@ ROOMS = [
     "estimate",
     "ingest",
     "precompute",
+    "embed",
     "reconstruct",
     "recaption",
     "training",

@@ -96,6 +96,11 @@ InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_inpu
 """Where a table or a list is read: an InputPath or a URL of an object store."""
 
 
+def one_or_more(value: Any) -> Any:
+    """A validator of lists: one text is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 # ------------------------------------------------------------------------------------- building
 
 
@@ -178,6 +183,13 @@ def _insert(values: dict[str, Any], dotted: str, value: Any, origin: str = "") -
     values[name] = value
 
 
+def _required_in(cls: type[Config], key: str) -> str:
+    """The setting itself, or the first required one of a missing section."""
+    section = section_of(annotation_of(cls, key))
+    needed = [n for n, f in section.model_fields.items() if f.is_required()] if section else []
+    return _required_in(cls, f"{key}.{needed[0]}") if needed else key
+
+
 def _one_line(cls: type[Config], error: ValidationError, origins: Mapping[str, str]) -> str:
     details = error.errors()
     # A misspelt required setting is both unknown and missing: report the unknown one.
@@ -208,6 +220,7 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
         hint = f"did you mean '{near[0]}'?" if near else "--help lists all settings"
         return f"unknown setting '{key}': {hint}"
     if detail["type"] == "missing":
+        key = _required_in(cls, key)
         return f"setting '{key}' is required: give {key}=… or put it in the --config file"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

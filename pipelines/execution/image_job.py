@@ -118,7 +118,7 @@ class ImageJob(TableJob):
         # The plan of an existing table is compared, not written.
         write = None if recorded else (table.folder, data.rows_per_chunk)
         chosen = partial(data.chosen, images, self.among and self.among())
-        plan = make_plan(images, chosen(), write)
+        plan = make_plan(images, chosen(), write, data.usable_rows)
         if not plan.rows and changed:
             take_out(table, data.input)  # removed rows go, even though the job then fails
         if not plan.rows:
@@ -128,7 +128,7 @@ class ImageJob(TableJob):
         if changed:
             plan_again(
                 table, data.input, images, chosen(), identity, data.rows_per_chunk, data.limit,
-                bool(listed), files=files, stamp=stamp, changes=changes,
+                bool(listed), data.usable_rows, files=files, stamp=stamp, changes=changes,
             )  # fmt: skip
         elif not table.check_same_run(self.kind, identity):
             chunks = -(-plan.rows // data.rows_per_chunk)
@@ -148,6 +148,7 @@ class ImageJob(TableJob):
             "data.key_column": data.key_column,
             "data.image_encoding": data.image_encoding,
             "data.where": data.where,
+            **({"data.features": list(data.features)} if data.features else {}),
             "files": None,  # our own tables are not listed
             **listed,
             "data.split": data.split,
@@ -184,7 +185,7 @@ class ImageJob(TableJob):
         check_resources(self.ray, cluster, needed, asked)
 
         on_cpu = {"num_cpus": _TASK_CPUS}
-        read = ReadImages(table, self.square, self.keep_images)
+        read = self.reader(table)
         model = PlacedStep(
             GuardedStep,
             (self.step, self.arguments, table.folder),
@@ -205,6 +206,10 @@ class ImageJob(TableJob):
             commit_apart=on_cpu,  # in the actor, its device would wait for the disk
         )
         remove_folder(table.folder / ATTEMPTS)
+
+    def reader(self, table: Table) -> Callable[[Chunk], Chunk]:
+        """The first step of a chunk, which reads its rows."""
+        return ReadImages(table, self.square, self.keep_images)
 
 
 def _commit(chunk: Chunk, table: Table, row_group: int) -> None:

@@ -23,7 +23,7 @@ from pipelines.images.blocklist import Blocklist
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.card import write_card
 from pipelines.images.changes import changes_of, unexplained_keys
-from pipelines.images.plans import planned_keys, write_chunks
+from pipelines.images.plans import UsableRows, planned_keys, write_chunks
 from pipelines.images.random_access import ROW, usable_rows
 from pipelines.images.removal import remove_files, remove_rows
 from pipelines.storage.files import is_file, remove_file
@@ -41,6 +41,7 @@ def plan_again(
     rows_per_chunk: int,
     limit: int | None = None,
     conditional: bool = False,
+    usable: UsableRows = usable_rows,
     **notes: Any,
 ) -> None:
     """Plan `table` again over the `images` of the table at `path`, as they are today.
@@ -52,9 +53,10 @@ def plan_again(
         identity: The table's new identity; `notes` replace those in its `_table.json`.
         limit: The most rows in all.
         conditional: See `unexplained`.
+        usable: That of `make_plan`.
     """
     about = table.describe()
-    today = np.concatenate([np.zeros(0, ROW), *usable_rows(images)])
+    today = np.concatenate([np.zeros(0, ROW), *usable(images)])
     today = today[np.argsort(today["key"])]
     planned = list(planned_keys(table.folder, about["chunks"]))
     keys = np.concatenate([np.zeros(0, np.int64), *planned])

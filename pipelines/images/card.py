@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines.images.markdown import card
 from pipelines.images.rows import IMAGE_STRUCT, OK
 from pipelines.images.runs import runs_of
@@ -125,21 +127,32 @@ def table_card(output: Table, counts: Mapping[str, int], content: Card) -> str:
         total=f"{rows:,}",
         counts=[(status, f"{n:,}") for status, n in counts.items()],
         columns=[
-            (f"`{f['name']}`", f["dtype"], content.columns.get(f["name"], "")) for f in features
+            (f"`{f['name']}`", _type_words(f), content.columns.get(f["name"], "")) for f in features
         ],
         **content.values,
     )
 
 
-def _features(output: Table) -> list[dict[str, str]]:
+def _features(output: Table) -> list[dict[str, Any]]:
     """The columns of the parts with their `datasets` types.
 
     Given explicitly because types cannot be inferred from a part without rows or with nulls only.
     """
-    return [
-        {"name": f.name, "dtype": _HUB_TYPES.get(str(f.type), str(f.type))}
-        for f in read_schema(output.part(0))
-    ]
+    return [_feature(field) for field in read_schema(output.part(0))]
+
+
+def _feature(column: pa.Field) -> dict[str, Any]:
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        inner = str(kind.value_type)
+        return {"name": column.name, "list": _HUB_TYPES.get(inner, inner), "length": kind.list_size}
+    return {"name": column.name, "dtype": _HUB_TYPES.get(str(kind), str(kind))}
+
+
+def _type_words(feature: Mapping[str, Any]) -> str:
+    if "dtype" in feature:
+        return str(feature["dtype"])
+    return f"list of {feature['length']} {feature['list']}"
 
 
 # ------------------------------------------------------------------------------------- kinds
@@ -206,9 +219,32 @@ def _picture_card(output: Table) -> Card:
     )
 
 
+def _feature_card(output: Table) -> Card:
+    columns = COLUMNS | {
+        "name": "file name or URL of the image, or the key",
+        "features": "the vector; null if the status is not ok",
+        "aesthetic": "LAION's aesthetic score, about 1 to 10",
+        "seen": "share of the caption's tokens that the text encoder's window holds",
+        "duplicate": "largest cosine with a row of a smaller key, above the bound; else 0",
+    }
+    described = output.describe()
+    return Card(
+        "images/cards/features.md.jinja",
+        columns,
+        {"tags": ["vlv"]},
+        {
+            "settings": _settings(output),
+            "extractor": described["identity"].get("embed.extractor"),
+            "versions": list(described.get("versions", {}).items()),
+            "vectors": "features" in read_schema(output.part(0)).names,
+        },
+    )
+
+
 _KINDS: dict[str, Callable[[Table], Card]] = {
     "image": _image_card,
     "pair": _pair_card,
     "latents": _latent_card,
+    "features": _feature_card,
     "reconstruction": _picture_card,
 }

@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import pyarrow as pa
 from pipelines.images.conditions import Where, small_columns
 from pipelines.images.external import COLUMN, INVALID_NAME, LISTED_ROW, as_utf8, listed_row
 from pipelines.images.rows import OK, check_status, key_of, url_key
+from pipelines.images.scores import Scores, scores_fingerprint
 from pipelines.images.shards import list_shard
 from pipelines.images.sources import (
     Source,
@@ -61,17 +64,26 @@ def list_images(
     setting: str = "data.input",
     again: bool = False,
     encoding: Encoding = "file",
+    features: Sequence[str] = (),
 ) -> tuple[list[Path], dict[str, Any]]:
     """The Parquet files of a table with the images at `path`, and the settings that identify it.
 
     A table of this pipeline is returned as it is, unless `where` selects rows of it. Anything else is
     listed in `output`, once: a continued job uses the existing listing, unless `again` asks to list the
-    same images again. The caller must hold the lock on `output`. Raises DataError if there are no images,
-    and ConfigError for an invalid condition.
+    same images again. `features` are tables whose scores `where` can use (pipelines.images.scores). The
+    caller must hold the lock on `output`. Raises DataError if there are no images, and ConfigError for an
+    invalid condition.
     """
-    request = {"input": path, "image": image_column, "key": key_column, "where": where}
+    request: dict[str, Any] = {
+        "input": path,
+        "image": image_column,
+        "key": key_column,
+        "where": where,
+    }
     if encoding != "file":  # earlier versions recorded none
         request["encoding"] = encoding
+    if features:
+        request["features"] = list(features)
     description = output / DESCRIPTION
     recorded = read_json_object(description) if is_file(description) else None
     same_request = recorded is not None and recorded["asked"] == request
@@ -82,7 +94,12 @@ def list_images(
     if source.layout == "table" and where is None:
         return list(source.files), {}
     identity = {"layout": source.layout, "files": _files_fingerprint(source)}
-    if recorded is None or not same_request or recorded["files"] != identity["files"]:
+    identity |= {"scores": scores_fingerprint(features)} if features else {}
+    if (
+        recorded is None
+        or not same_request
+        or any(recorded.get(k) != v for k, v in identity.items())
+    ):
         if Table(output).exists and not (again and same_request):
             return _listing_files(output), identity  # the caller compares the identity and refuses
         # Until the new listing is complete, it answers no request.
@@ -91,7 +108,11 @@ def list_images(
             description.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(description, json.dumps(unfinished))
         others: Counter[str] = Counter()
-        if not _write_listing(output, source, key_column, where, others):
+        with Scores(features) if features else nullcontext() as scores:
+            written = _write_listing(
+                output, source, key_column, _Condition.of(where, scores), others
+            )
+        if not written:
             what = f"no row for which {where}" if where is not None else "no image"
             skipped = f" (and {_suffixes(others)})" if others else ""
             raise DataError(f"{setting}={path} has {what}{skipped}")
@@ -123,8 +144,30 @@ def _files_fingerprint(source: Source) -> str | None:
     return size_fingerprint({_relative(file, source.root): file for file in source.files})
 
 
+@dataclass(frozen=True)
+class _Condition:
+    """`where`, over the columns of the input and the scores of `data.features`."""
+
+    where: Where
+    scores: Scores | None
+
+    @classmethod
+    def of(cls, where: str | None, scores: Scores | None) -> _Condition | None:
+        return None if where is None else cls(Where(where), scores)
+
+    def select(self, listed: pa.Table, columns: pa.Table) -> pa.Table:
+        """The rows of a listing that satisfy the condition on `columns`, which are in the same order."""
+        if self.scores is not None:
+            columns = self.scores.join(columns, listed["key"].to_numpy())
+        return listed.filter(pa.array(self.where.mask(columns)))
+
+
 def _write_listing(
-    output: Path, source: Source, key_column: str | None, where: str | None, others: Counter[str]
+    output: Path,
+    source: Source,
+    key_column: str | None,
+    condition: _Condition | None,
+    others: Counter[str],
 ) -> int:
     """Replace the listing; returns its number of rows. `others` counts skipped files in shards."""
     remove_folder(output / FOLDER)
@@ -133,7 +176,6 @@ def _write_listing(
     schema = LISTED_ROW
     if source.layout in ("table", "parquet"):
         schema = LISTED_ROW.with_metadata({COLUMN: (source.column or "").encode()})
-    condition = Where(where) if where is not None else None
     buffer: list[pa.Table] = []
     written, rows = 0, 0
 
@@ -155,7 +197,7 @@ def _write_listing(
 
 
 def _listed_rows(
-    source: Source, key_column: str | None, where: Where | None, others: Counter[str]
+    source: Source, key_column: str | None, where: _Condition | None, others: Counter[str]
 ) -> Iterator[pa.Table]:
     if source.layout in ("table", "parquet"):
         for file in source.files:
@@ -180,15 +222,14 @@ def _listed_rows(
         yield _select(_as_table(batch), where)
 
 
-def _select(table: pa.Table, where: Where | None) -> pa.Table:
+def _select(table: pa.Table, where: _Condition | None) -> pa.Table:
     if where is None:
         return table
-    mask = where.mask(table.select(["key", "name", "size"]))
-    return table.filter(pa.array(mask))
+    return where.select(table, table.select(["key", "name", "size"]))
 
 
 def _parquet_rows(
-    source: Source, file: Path, key_column: str | None, where: Where | None
+    source: Source, file: Path, key_column: str | None, where: _Condition | None
 ) -> Iterator[pa.Table]:
     schema, path, relative = read_schema(file), str(file), _relative(file, source.root)
     column = source.column or "image"
@@ -221,13 +262,10 @@ def _parquet_rows(
             if has_path:
                 inner = [value and value["path"] for value in paths]
                 names = [a or b for a, b in zip(inner, names, strict=True)]
-            keys = values[key] if key else [None] * count
+            keys = row_keys(values[key], key, addresses) if key else map(key_of, addresses)
             table = pa.table(
                 {
-                    "key": [
-                        key_of(address) if value is None else _key(value, key)
-                        for value, address in zip(keys, addresses, strict=True)
-                    ],
+                    "key": list(keys),
                     "name": [str(n) if n else a for n, a in zip(names, addresses, strict=True)],
                     "image": [{"bytes": None, "path": path}] * count,
                     "offset": pa.nulls(count, pa.int64()),
@@ -239,11 +277,25 @@ def _parquet_rows(
                 LISTED_ROW,
             )
             if where is not None and rows is not None:
-                table = table.filter(pa.array(where.mask(rows.select(sorted(wanted)))))
+                table = where.select(table, rows.select(sorted(wanted)))
             yield table
 
 
-def _key(value: Any, column: str | None) -> int:
+def row_keys(values: Sequence[Any], column: str, addresses: Sequence[str] = ()) -> list[int]:
+    """The keys of rows by a column: integers as they are, texts hashed, `url` as ingest hashes it.
+
+    A row without a value is identified by its address, the file and the row; DataError if there are no
+    `addresses`.
+    """
+    if not addresses and None in values:
+        raise DataError(f"column {column!r} has rows without a value, which cannot be identified")
+    return [
+        key_of(addresses[i]) if value is None else _key(value, column)
+        for i, value in enumerate(values)
+    ]
+
+
+def _key(value: Any, column: str) -> int:
     if isinstance(value, int):
         return int(np.int64(np.uint64(value % 2**64)))  # a uint64 keeps its bits
     return url_key(value) if column in ("url", "URL") else key_of(str(value))

@@ -37,6 +37,9 @@ _CHUNKS = 1024  # per file
 LAYOUT = f"files of {_CHUNKS} chunks, in the order of the table"
 """Recorded in a table, so that a plan of another layout is refused."""
 
+UsableRows = Callable[[Sequence[Path]], Iterator[np.ndarray]]
+"""The rows of files that can be planned, as `usable_rows` gives them."""
+
 
 @dataclass(frozen=True)
 class PlanSummary:
@@ -51,14 +54,16 @@ def make_plan(
     files: Sequence[Path],
     chosen: Callable[[np.ndarray], np.ndarray],
     write: tuple[Path, int] | None = None,
+    usable: UsableRows = usable_rows,
 ) -> PlanSummary:
     """Make a plan in one pass over a table's rows, in constant memory.
 
     `chosen` maps keys int64 `[n]` to a mask bool `[n]`. `write` is a folder and the rows per chunk; if
-    None, the plan is not written. Raises DataError like `RowIndex.open`.
+    None, the plan is not written. `usable` gives the rows of files that can be planned. Raises
+    DataError like `RowIndex.open`.
     """
     scan = _Scan()
-    batches = scan.batches(files, chosen)
+    batches = scan.batches(usable(files), chosen)
     if write is not None:
         _write(write[0], batches, write[1])
     for _ in batches:
@@ -66,7 +71,7 @@ def make_plan(
     if not scan.usable:
         raise no_usable_row(files)
     if not scan.ascending:
-        _check_unique_keys(files, scan.usable)
+        _check_unique_keys(files, usable, scan.usable)
     sizes = "".join(f"{file.name} {file.stat().st_size}\n" for file in files)
     scan.digest.update(sizes.encode())
     return PlanSummary(scan.usable, scan.rows, scan.digest.hexdigest()[:16])
@@ -82,9 +87,9 @@ class _Scan:
         self._last: int | None = None
 
     def batches(
-        self, files: Sequence[Path], chosen: Callable[[np.ndarray], np.ndarray]
+        self, usable: Iterator[np.ndarray], chosen: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[np.ndarray]:
-        for rows in usable_rows(files):
+        for rows in usable:
             keys = rows["key"]
             if not len(keys):
                 continue
@@ -127,11 +132,11 @@ def write_chunks(folder: Path, chunks: Sequence[np.ndarray]) -> None:
         remove_file(file.with_suffix(".parquet"))  # of an earlier version
 
 
-def _check_unique_keys(files: Sequence[Path], count: int) -> None:
+def _check_unique_keys(files: Sequence[Path], usable: UsableRows, count: int) -> None:
     """Raise DataError if a key occurs twice, by an external sort."""
     keys = ExternalSort(pa.schema([("key", pa.int64())]), count * 8)
     try:
-        for rows in usable_rows(files):
+        for rows in usable(files):
             # Foreign keys may lie close together.
             keys.add(pa.table({"key": spread_keys(rows["key"])}))
         for bucket in keys.sorted():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl
+from pipelines.cli.config import InputPathOrUrl, OutputPathOrUrl, one_or_more
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import in_holdout, usable_rows
 from pipelines.pictures.formats import Encoding
@@ -45,11 +45,25 @@ class ImageInput(Config):
         description="SQL condition on columns of the input that selects rows, e.g. "
         "\"aesthetic >= 6 and alt_text like '%dog%'\"",
     )
+    features: Annotated[tuple[InputPathOrUrl, ...], BeforeValidator(one_or_more)] = Field(
+        (),
+        description="feature tables (jobs/embed.py) whose scores `where` can use, joined by key: "
+        "[TABLE, …]; they replace columns of the same name",
+    )
     image_encoding: Encoding = Field(
         "file",
         description="file: JPEG, PNG and other image files; chw, hwc: raw uint8 arrays of 3·s·s or s·s·3 "
         "bytes; npy: NumPy files; --dry-run shows a sample picture",
     )
+
+    @model_validator(mode="after")
+    def _features_are_used(self) -> ImageInput:
+        if self.features and self.where is None:
+            raise ValueError(
+                "data.features joins scores for data.where, which is missing: give a condition, such as "
+                "data.where='aesthetic >= 6'"
+            )
+        return self
 
     def decoding(self) -> Decoding:
         """How the images become squares: strangers' files are decoded in a child process."""
@@ -85,7 +99,11 @@ class Selection(ImageInput):
         """
         request = (self.input, self.image_column, self.key_column, self.where)
         output, encoding = as_path(self.output), self.image_encoding
-        return list_images(output, *request, again=again, encoding=encoding)
+        return list_images(output, *request, again=again, encoding=encoding, features=self.features)
+
+    def usable_rows(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
+        """The rows of files that can be processed, as `random_access.usable_rows` gives them."""
+        return usable_rows(files)
 
     def chosen(
         self, files: Sequence[Path], among: np.ndarray | None = None
@@ -107,7 +125,7 @@ class Selection(ImageInput):
 
         if self.limit is None:
             return mask
-        batches = (rows["key"] for rows in usable_rows(files))
+        batches = (rows["key"] for rows in self.usable_rows(files))
         last = _kth_smallest(self.limit, (batch[mask(batch)] for batch in batches))
         return lambda keys: mask(keys) & (keys <= last)
 

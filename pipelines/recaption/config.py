@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.cli.config import InputPathOrUrl
+from pipelines.cli.config import InputPathOrUrl, one_or_more
 from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
@@ -178,14 +178,10 @@ class RecaptionConfig(Config):
     )
 
 
-def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 class CaptionConfig(Config):
     """All settings of `jobs/caption.py`."""
 
-    image: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+    image: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         (), description="image files, folders of them (at any depth), and globs"
     )
     model: ModelSettings = ModelSettings()

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from vlv_model.squares import Square
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _WEIGHTS = "embed.weights"
+C = TypeVar("C", bound=ExtractorConfig)
 
 
 class Extractor(nn.Module):
@@ -335,15 +336,27 @@ def load_extractor(config: ExtractorConfig) -> Extractor:
     return EXTRACTORS[config.extractor].load(config).eval()
 
 
-def pinned(config: ExtractorConfig) -> ExtractorConfig:
-    """`config` whose weights are a folder, a file or a hub id at one commit, the default named."""
-    kind = EXTRACTORS[config.extractor]
+def pinned(config: C) -> C:
+    """`config` with absolute paths, hub ids at one commit, and the default weights by their name.
+
+    So all processes of a job read the same files. Raises ModelError when neither the hub nor the local
+    cache has an id.
+    """
+    kind, paths = EXTRACTORS[config.extractor], {}
+    for name in ("weights", "head"):
+        path = Path(getattr(config, name) or "none").expanduser()
+        if path.exists():
+            paths[name] = str(path.absolute())
+    config = config.model_copy(update=paths)
     if kind is Inception:
         return config
-    source = weights_source(kind, config)
-    location = source.location
-    name = str(location.pinned()) if isinstance(location, HubId) else str(location.absolute())
-    return config.model_copy(update={"weights": name})
+    location = weights_source(kind, config).location
+    if not isinstance(location, HubId):
+        return config
+    try:
+        return config.model_copy(update={"weights": str(location.pinned())})
+    except ModelError as problem:
+        raise ModelError(f"{_WEIGHTS}: {problem}") from problem
 
 
 def weights_source(kind: Any, config: ExtractorConfig) -> Source:

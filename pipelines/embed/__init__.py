@@ -1,0 +1,1 @@
+"""Features of images and captions, by frozen models."""
