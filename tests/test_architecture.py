@@ -29,6 +29,7 @@ ROOMS = [
     "embed",
     "reconstruct",
     "recaption",
+    "evaluate",
     "training",
     "export",
     "admin",
