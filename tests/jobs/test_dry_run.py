@@ -38,6 +38,17 @@ def test_a_dry_run_prints_an_estimate_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_embed_prints_an_estimate_of_weights_that_are_not_here(job: Job, tmp_path: Path) -> None:
+    words = [f"data.input={tmp_path}/none", f"data.output={tmp_path}/out", "--dry-run"]
+    words += ["--machine", "g6e.48xlarge", "estimate.rows=2000"]
+    inception = ["embed.extractor=inception", f"embed.weights={tmp_path}/none.pth"]
+    ended = job("embed", *words, *inception)
+    assert ended.status == 0, ended.err
+    for printed in ("23.85 M frozen", "features, 8,192 bytes a row", "embed.batch_size", "L40S"):
+        assert printed in ended.out, ended.out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_machine_there_are_no_hours(job: Job, tiny_models: Path, tmp_path: Path) -> None:
     ended = job("precompute", *arguments("precompute", tiny_models, tmp_path))
     assert "L4, A10G" in ended.out  # the cards that it fits

@@ -169,3 +169,36 @@ BY_REPO: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     **{f"Qwen/Qwen2.5-{size}": {"": config} for size, config in QWEN_25.items()},
 }
 """Configurations by repository of the hub and subfolder."""
+
+FEATURES_BY_REPO: Mapping[str, Mapping[str, Any]] = {
+    "openai/clip-vit-large-patch14": {
+        "projection_dim": 768,
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        "text_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "vocab_size": 49408,
+            "max_position_embeddings": 77,
+            "projection_dim": 768,
+        },
+    },
+    "facebook/dinov2-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+    },
+}
+"""Those of the extractors' defaults (vlv_model.features.extractors)."""

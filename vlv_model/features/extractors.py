@@ -36,6 +36,7 @@ from transformers.utils import cached_file
 from vlv_model.checkpoints.digests import fingerprint
 from vlv_model.checkpoints.hub import HubId
 from vlv_model.checkpoints.loading import load_weights, named_errors
+from vlv_model.checkpoints.published import FEATURES_BY_REPO
 from vlv_model.checkpoints.sources import Source, source_of
 from vlv_model.errors import ModelError
 from vlv_model.features.aesthetic import AestheticHead, load_head
@@ -88,7 +89,7 @@ class Extractor(nn.Module):
 class ImageExtractor(Extractor):
     """Of images, by a model of transformers, prepared as its preprocessor_config.json says.
 
-    Without this file, its constants are `mean`, `std` and `shorter` of the class.
+    Without this file, its constants are those of the class.
     """
 
     default: ClassVar[str]
@@ -96,7 +97,8 @@ class ImageExtractor(Extractor):
     config: ClassVar[Any]
     mean: ClassVar[Sequence[float]] = IMAGENET_MEAN
     std: ClassVar[Sequence[float]] = IMAGENET_STD
-    shorter: ClassVar[int | None] = None  # of the class's published models; None: the crop's side
+    crop: ClassVar[int | None] = None  # None: the side for which the model has positions
+    shorter: ClassVar[int | None] = None  # None: the side of the crop
 
     def __init__(self, model: nn.Module, width: int, preparation: Mapping[str, Any]) -> None:
         super().__init__()
@@ -139,20 +141,15 @@ class ImageExtractor(Extractor):
     @classmethod
     def skeleton(cls, config: ExtractorConfig) -> ImageExtractor:
         source = weights_source(cls, config)
-        shape = cls._config(source)
+        shape = _shape(source, cls.config, "vision_config")
         with torch.device("meta"):
             model = cast(cls.kind(shape), config.precision).eval()
             return cls(model, cls.width_of(shape), cls._preparation(source, shape))
 
     @classmethod
-    def _config(cls, source: Source) -> Any:
-        load = partial(cls.config.from_pretrained, source.name, **source.load_kwargs)
-        return named_errors(_WEIGHTS, source, load)
-
-    @classmethod
     def _preparation(cls, source: Source, shape: Any) -> dict[str, Any]:
         given = _read_json(source, "preprocessor_config.json")
-        size = _side(given.get("crop_size"), "height") or int(shape.image_size)
+        size = _side(given.get("crop_size"), "height") or cls.crop or int(shape.image_size)
         shorter = _side(given.get("size"), "shortest_edge") or cls.shorter or size
         if shorter < size:
             raise ModelError(
@@ -189,19 +186,14 @@ class Dinov2(ImageExtractor):
 
     default = "facebook/dinov2-large"
     kind, config = Dinov2Model, Dinov2Config
-    shorter = 256
+    crop, shorter = (
+        224,
+        256,
+    )  # its positions are for 518 pixels, the published preparation crops fewer
 
     def features(self, pixels: Tensor) -> Tensor:
         pooled: Tensor = self.model(pixel_values=pixels).pooler_output
         return pooled
-
-    @classmethod
-    def _preparation(cls, source: Source, shape: Any) -> dict[str, Any]:
-        # Its positions are for 518 pixels, but the published preparation crops 224.
-        made = super()._preparation(source, shape)
-        if not _read_json(source, "preprocessor_config.json") and shape.image_size == 518:
-            made |= {"size": 224, "shorter": 256}
-        return made
 
 
 class Aesthetic(Clip):
@@ -295,8 +287,7 @@ class ClipText(Extractor):
     @classmethod
     def skeleton(cls, config: ExtractorConfig) -> ClipText:
         source = weights_source(cls, config)
-        load = partial(CLIPTextConfig.from_pretrained, source.name, **source.load_kwargs)
-        shape = named_errors(_WEIGHTS, source, load)
+        shape = _shape(source, CLIPTextConfig, "text_config")
         with torch.device("meta"):
             return cls(cast(CLIPTextModelWithProjection(shape), config.precision).eval(), None)
 
@@ -362,6 +353,15 @@ def pinned(config: C) -> C:
 def weights_source(kind: Any, config: ExtractorConfig) -> Source:
     """Where an extractor's weights are; ModelError if that is no folder and no hub id."""
     return source_of(config.weights or kind.default, _WEIGHTS, _WEIGHTS)
+
+
+def _shape(source: Source, kind: Any, section: str) -> Any:
+    """A model's configuration; of a published one without its files and a network, too."""
+    published = FEATURES_BY_REPO.get(source.repo or "", {})
+    if published and source.folder() is None:
+        return kind.from_dict(dict(published.get(section, published)))
+    load = partial(kind.from_pretrained, source.name, **source.load_kwargs)
+    return named_errors(_WEIGHTS, source, load)
 
 
 def _read_json(source: Source, name: str) -> dict[str, Any]:

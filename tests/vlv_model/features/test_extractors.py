@@ -169,3 +169,19 @@ def test_hub_ids_and_folders_are_pinned(clip: str) -> None:
     assert pinned(ExtractorConfig(extractor="clip", weights=clip)).weights == clip
     at = f"owner/name@{'a' * 40}"
     assert pinned(ExtractorConfig(extractor="clip", weights=at)).weights == at
+
+
+def test_published_defaults_have_shapes_without_files() -> None:
+    # As published: 304 M of CLIP ViT-L/14's image tower, 124 M of its text tower, DINOv2-L's 304 M.
+    for name, millions, width in (
+        ("clip", 304.0, 768),
+        ("clip-text", 123.7, 768),
+        ("dinov2", 304.4, 1024),
+    ):
+        extractor = EXTRACTORS[name].skeleton(ExtractorConfig.model_validate({"extractor": name}))
+        assert sum(p.numel() for p in extractor.parameters()) / 1e6 == pytest.approx(
+            millions, abs=0.1
+        )
+        assert extractor.width == width
+    assert extractor.square.size == 224
+    assert extractor.square.shorter == 256
