@@ -1,7 +1,7 @@
 """Train Qwen2.5 to decode the encoder's embeddings into captions (stage 2).
 
-Input: images, their captions, and model.path, a stage-1 run. Captions are a column of data.input, or
-lie in data.captions, which name their images by key, URL or file name.
+Input: images, their captions, and model.path, a stage-1 run. Captions lie with the images, or
+in data.captions, which name their images by key, URL or file name.
 Output: a run folder with checkpoints, metrics.jsonl and result.json.
 Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """

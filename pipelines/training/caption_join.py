@@ -15,11 +15,15 @@ from pipelines.images.urls import addresses_of
 from pipelines.lists.metadata import as_text
 from pipelines.lists.readers import read_parquet
 from pipelines.storage.parquet import read_schema
-from pipelines.training.captions import JoinOn, joinable
+from pipelines.training.captions import Join, joinable
 from vlv_model.errors import DataError
 
 _BATCH_ROWS = 65_536
-_COLUMNS: dict[JoinOn, tuple[str, ...]] = {"url": ("url", "name"), "name": ("name", "url")}
+_COLUMNS: dict[Join, tuple[str, ...]] = {
+    "url": ("url", "name"),
+    "name": ("name", "url"),
+    "stem": ("name", "url"),
+}
 """Columns of the images with these values, by preference: a listing names images by URL, too."""
 
 
@@ -47,10 +51,11 @@ class _Lookup:
 class ImageJoin:
     """Finds the usable images that values name. In memory: 16 bytes an image, for names 32."""
 
-    def __init__(self, join_on: JoinOn, files: Sequence[Path], keys: np.ndarray) -> None:
+    def __init__(self, join_on: Join, files: Sequence[Path], keys: np.ndarray) -> None:
         """`files` of the images, and the keys, int64 `[n]` ascending, of the usable ones.
 
-        A name is the whole name of an image, or its last part, if only one image has that. Raises
+        A name is the whole name of an image, or its last part, if only one image has that; likewise a
+        stem is a name without its suffix. Raises
         DataError if the images have no URLs or names.
         """
         self.join_on = join_on
@@ -63,12 +68,15 @@ class ImageJoin:
             is_usable = isin_sorted(image_keys, keys)
             found.append(image_keys[is_usable])
             values = values.filter(pa.array(is_usable))
+            if join_on == "stem":
+                stems = [posixpath.splitext(name)[0] for name in values.to_pylist()]
+                values = pa.chunked_array([pa.array(stems, pa.string())])
             hashes.append(self._hashes(values))
-            if join_on == "name":
+            if join_on != "url":
                 last.append(_hashes_of_last(values))
         found_keys = np.concatenate(found) if found else keys[:0]
         self._whole = _Lookup.of(np.concatenate(hashes) if hashes else keys[:0], found_keys)
-        if join_on == "name":
+        if join_on != "url":
             named = _Lookup.of(np.concatenate(last) if last else keys[:0], found_keys)
             repeated = np.zeros(len(named.hashes), bool)
             repeated[1:] = named.hashes[1:] == named.hashes[:-1]
@@ -111,7 +119,7 @@ def _hashes_of_last(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def _image_values(
-    join_on: JoinOn, files: Sequence[Path]
+    join_on: Join, files: Sequence[Path]
 ) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
     """Keys and join values of the images, in batches; rows without a value are left out."""
     for file in files:

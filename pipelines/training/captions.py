@@ -2,6 +2,8 @@
 
     source (data.captions)                             named by
     one of our tables, Parquet, CSV, TSV, JSONL, JSON  `key`, else `url`, else a column of file names
+    JSON of captions by file name; COCO's annotations  the file name
+    sidecars of a folder or of shards                  path without suffix (caption_sidecars)
 
 A column of lists of texts gives several captions of an image, as rows of the same image do.
 
@@ -12,29 +14,34 @@ characters is cut. A text of white space only is blank: no caption.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.images.rows import has_text, require_columns
-from pipelines.lists.input_files import input_files
+from pipelines.lists.input_files import input_bytes, input_files
 from pipelines.lists.metadata import as_text, match_columns
 from pipelines.lists.readers import format_of, read_parquet, read_tables
+from pipelines.storage.fingerprints import content_fingerprint
 from pipelines.storage.parquet import read_schema
 from pipelines.storage.tables import Table, parquet_files
 from pipelines.training.config import JoinOn
 from vlv_model.errors import DataError
 
-SETTING = "data.captions"
+SETTING, DEFAULT_COLUMN = "data.captions", "caption"
 MAX_LENGTH = 65_536  # characters of a caption: 200 times train.max_caption_tokens
 
 NAME_COLUMNS = ("name", "file_name", "filename", "file", "path")  # by preference
+
+Join = JoinOn | Literal["stem"]
+"""What names an image: also a file name without its suffix, for sidecars."""
 
 _BATCH_ROWS = 65_536
 _CONTROL = r"[\x00-\x08\x0B-\x1F\x7F-\x{9F}]"
@@ -57,6 +64,16 @@ class CaptionSource:
         files = find(path, SETTING)
         return cls(path, tuple(files), column, join_on or _join_column(files[0])[0])
 
+    def describe(self) -> str:
+        """Number, size and digest of the files, to compare and to show."""
+        fingerprints = str(sorted(content_fingerprint(self.files).items())).encode()
+        digest = hashlib.blake2b(fingerprints, digest_size=8).hexdigest()
+        return f"{len(self.files)} files, {input_bytes(self.files)} bytes, {digest}"
+
+    def size(self, images: int) -> int:
+        """The bytes of the files."""
+        return input_bytes(self.files)
+
     def batches(self, counts: Counter[str]) -> Iterator[pa.Table]:
         """`value`, which names an image (int64 or text), and its `caption`; `counts` the rest.
 
@@ -74,6 +91,25 @@ class CaptionSource:
                 values = joinable(rows[named], self.join_on, f"{file}: column '{named}'")
                 rows = pa.table({"value": values, "caption": rows[self.column]})
                 yield usable(as_texts(rows, file, self.column), counts)
+
+
+class Source(Protocol):
+    """Captions, and what names their images."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def join_on(self) -> Join: ...
+
+    def batches(self, counts: Counter[str]) -> Iterator[pa.Table]:
+        """See CaptionSource.batches."""
+
+    def describe(self) -> str:
+        """What tells it from another source, to compare and to show."""
+
+    def size(self, images: int) -> int:
+        """Bytes of the captions of so many images, roughly."""
 
 
 def usable(rows: pa.Table, counts: Counter[str]) -> pa.Table:
@@ -128,7 +164,7 @@ def _listed(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([lists])
 
 
-def joinable(column: pa.ChunkedArray, join_on: JoinOn, where: str) -> pa.ChunkedArray:
+def joinable(column: pa.ChunkedArray, join_on: Join, where: str) -> pa.ChunkedArray:
     """Cast a join column to texts or int64 keys; DataError, beginning with `where`, if impossible."""
     if join_on != "key":
         return as_text(column, where)

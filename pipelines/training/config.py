@@ -59,9 +59,9 @@ class CaptionedData(ImageData):
         None,
         min_length=1,
         max_length=255,
-        description="captions of the images of data.input, one path or several: tables, or Parquet, CSV, "
-        "TSV, JSONL or JSON; of several captions of an image, each epoch draws one; default: data.input "
-        "has the captions",
+        description="captions of the images of data.input, one path or several: tables, Parquet, CSV, TSV, "
+        "JSONL, JSON, folders or .tar shards of sidecars; of several captions of an image, each epoch "
+        "draws one; default: those that lie with the images",
     )
     caption_weights: tuple[float, ...] | None = Field(
         None,

@@ -7,7 +7,6 @@ changed otherwise is another one, and the comparison of identities fails.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,17 +17,21 @@ from typing import Any
 import numpy as np
 
 from pipelines.images.changes import changed_on_purpose, changes_of, unexplained_keys
+from pipelines.images.external import LOCATION_COLUMNS
 from pipelines.images.random_access import RowIndex
-from pipelines.lists.input_files import input_bytes
-from pipelines.storage.fingerprints import content_fingerprint
+from pipelines.images.sources import find_source
 from pipelines.storage.locks import lock_folder
+from pipelines.storage.parquet import read_schema
 from pipelines.storage.tables import check_unused
 from pipelines.training.caption_index import ABOUT, FOLDER, CaptionIndex, write_index
 from pipelines.training.caption_join import ImageJoin
-from pipelines.training.captions import CaptionSource
-from pipelines.training.config import JoinOn, Stage2Config
+from pipelines.training.caption_sidecars import ListedSource, SidecarSource, find_sidecars
+from pipelines.training.captions import CaptionSource, Join, Source
+from pipelines.training.config import Stage2Config
 from pipelines.training.run_folder import LEFTOVERS
 from vlv_model.errors import DataError, RunError
+
+_JOINS = {"stem": "name without suffix"}  # in words
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def captions_of_run(config: Stage2Config, files: Sequence[Path], images: RowInde
     """
     run_dir, sources = Path(config.run_dir), _sources(config, files)
     folder = run_dir / FOLDER
-    described = [_describe(source) for source in sources] if config.data.captions else None
+    described = [source.describe() for source in sources] if config.data.captions else None
     if not (folder / ABOUT).is_file():
         if not (run_dir / "run.json").is_file():
             check_unused(run_dir, LEFTOVERS, "run", "run_dir")
@@ -64,21 +67,26 @@ def captions_of_run(config: Stage2Config, files: Sequence[Path], images: RowInde
     return RunCaptions(index.remove(gone), {"data.captions": described})
 
 
-def _sources(config: Stage2Config, files: Sequence[Path]) -> list[CaptionSource]:
+def _sources(config: Stage2Config, files: Sequence[Path]) -> list[Source]:
     data = config.data
     if data.captions is None:
-        return [CaptionSource(data.input, tuple(files), data.column_of(0), "key")]
+        return [_source_of_images(data.input, tuple(files), data.column_of(0))]
+    columns = map(data.column_of, range(len(data.captions)))
     return [
-        CaptionSource.find(path, data.column_of(number), data.join_on)
-        for number, path in enumerate(data.captions)
+        find_sidecars(path, column) or CaptionSource.find(path, column, data.join_on)
+        for path, column in zip(data.captions, columns, strict=True)
     ]
 
 
-def _describe(source: CaptionSource) -> str:
-    """Number, size and digest of a source's files, to compare and to show."""
-    fingerprints = str(sorted(content_fingerprint(source.files).items())).encode()
-    digest = hashlib.blake2b(fingerprints, digest_size=8).hexdigest()
-    return f"{len(source.files)} files, {input_bytes(source.files)} bytes, {digest}"
+def _source_of_images(path: str, files: tuple[Path, ...], column: str) -> Source:
+    """The captions that lie with the images; `files` are their table or their listing."""
+    if not set(LOCATION_COLUMNS) <= set(read_schema(files[0]).names):
+        return CaptionSource(path, files, column, "key")
+    source = find_source(path)
+    if source.layout in ("table", "parquet"):
+        return ListedSource(path, files, column)
+    shards = source.files if source.layout == "tar" else ()
+    return SidecarSource(path, source.root, shards, column)
 
 
 def _write(
@@ -86,10 +94,10 @@ def _write(
     config: Stage2Config,
     files: Sequence[Path],
     images: RowIndex,
-    sources: Sequence[CaptionSource],
+    sources: Sequence[Source],
     described: list[str] | None,
 ) -> None:
-    joins: dict[JoinOn, ImageJoin] = {}
+    joins: dict[Join, ImageJoin] = {}
     for source in sources:
         if source.join_on not in joins:
             joins[source.join_on] = ImageJoin(source.join_on, files, images.keys)
@@ -104,20 +112,18 @@ def _write(
 
     print("joining captions to images …", file=sys.stderr, flush=True)
     batches = [(joins[source.join_on], source.batches) for source in sources]
-    size = sum(input_bytes(source.files) for source in sources)
+    size = sum(source.size(len(images)) for source in sources)
     write_index(folder, batches, size, notes)
 
 
-def _no_match(
-    config: Stage2Config, sources: Sequence[CaptionSource], counts: Counter[str]
-) -> DataError:
+def _no_match(config: Stage2Config, sources: Sequence[Source], counts: Counter[str]) -> DataError:
     if config.data.captions is None:
         return DataError(
             f"data.input={config.data.input} holds no row of status 'ok' with a "
             f"{config.data.column_of(0)} (data.caption_column): give data.captions"
         )
     found = counts["captions_without_image"] + counts["ambiguous_names"]
-    joined = " and ".join(sorted({source.join_on for source in sources}))
+    joined = " and ".join(sorted({_JOINS.get(s.join_on, s.join_on) for s in sources}))
     return DataError(
         f"none of the {found} captions of {', '.join(config.data.captions)} matches an image of "
         f"{config.data.input}: they were joined by {joined} (data.join_on)"
@@ -146,7 +152,7 @@ def _in_words(counts: Counter[str]) -> str:
 def _removed(
     index: CaptionIndex,
     about: dict[str, Any],
-    sources: Sequence[CaptionSource],
+    sources: Sequence[Source],
     described: list[str] | None,
     files: Sequence[Path],
     images: RowIndex,

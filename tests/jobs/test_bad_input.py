@@ -122,8 +122,8 @@ def test_table_without_the_needed_column(
     refused(ended, "image", "key", "picture")
 
 
-def test_images_without_captions(job: Job, tmp_path: Path, trained_captioner: Path) -> None:
-    row = {"key": 1, "status": "ok", "image": {"bytes": b"x", "path": None}, "alt_text": "a dog"}
+def test_pairs_without_captions(job: Job, tmp_path: Path, trained_captioner: Path) -> None:
+    row = {"key": 1, "image": {"bytes": b"x", "path": None}, "status": "ok"}
     pq.write_table(pa.Table.from_pylist([row], IMAGE_ROW), tmp_path / "t.parquet")
     paths = [f"data.input={tmp_path / 't.parquet'}", f"run_dir={tmp_path / 'r'}"]
     model = trained_captioner.parent / "stage1"

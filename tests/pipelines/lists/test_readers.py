@@ -235,7 +235,7 @@ def test_large_json_is_read_object_by_object(tmp_path: Path, head: str, indent: 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "it is empty: expected a list of objects, or an object whose 'annotations' is one"),
+        ("", "it is empty: expected a list of objects, an object whose 'annotations' is one"),
         ("7", "it begins with '7': expected a list of objects"),
         (
             '{"image_urls": ["http://a/"], "captions": ["x"]}',

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build, load
+from pipelines.images.listing import list_images
 from pipelines.images.random_access import RowIndex
 from pipelines.images.rows import IMAGE_ROW, key_of, url_key
 from pipelines.storage.sorting import ExternalSort
@@ -271,7 +275,7 @@ TEXTS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=20))
 def test_texts_are_kept_but_for_control_characters_and_length(texts: list[str]) -> None:
     texts = [text for text in texts if text == text.encode("utf-8", "ignore").decode()]
@@ -401,7 +405,7 @@ def test_captions_of_a_row_that_was_taken_down_are_erased(tmp_path: Path) -> Non
     before = run().identity
     # One from the images alone, another from both.
     take_down(build(TakedownConfig, {"table": images, "urls": [url(3)]}))
-    take_down(build(TakedownConfig, {"table": images, "keys": [url_key(url(5))], "derived": str(teacher.folder)}))  # fmt: skip
+    take_down(build(TakedownConfig, {"table": images, "keys": [url_key(url(5))], "derived": [str(teacher.folder)]}))  # fmt: skip
     for _ in range(2):
         after = run()
         assert after.identity == before
@@ -420,3 +424,133 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="is not empty and holds no run"):
         join(images, teacher, tmp_path)
     assert not (tmp_path / "captions").exists()
+
+
+# ------------------------------------------------------------------------------- published formats
+
+
+def test_captions_by_file_name_and_annotations_of_coco(tmp_path: Path) -> None:
+    names = [f"{i:012}.jpg" for i in range(40)]
+    images = named_table(tmp_path / "images.parquet", [f"val/{name}" for name in names])
+    by_name: dict[str, Any] = {name: f"one of {name}" for name in names}
+    by_name[names[3]] = ["first", "second"]
+    # The ids are not in order, and an annotation names an image that is not there.
+    coco_images = [{"id": 7 * i % 40, "file_name": name} for i, name in enumerate(names)]
+    annotations = [
+        {"image_id": image["id"], "id": 5 * i + n, "caption": f"c{n} of {image['file_name']}"}
+        for n in range(5)
+        for i, image in enumerate(coco_images)
+    ] + [{"image_id": 99, "id": 999, "caption": "of none"}]
+    (tmp_path / "map.json").write_text(json.dumps(by_name))
+    coco = {"info": {"year": 2017}, "images": coco_images, "annotations": annotations}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (tmp_path / "other.json").write_text(json.dumps(dict(reversed(coco.items()))))
+
+    def expected(*texts: str) -> dict[int, list[str]]:
+        return {key_of(f"val/{n}"): [text.format(n) for text in texts] for n in names}
+
+    found = captions_by_key(join(images, str(tmp_path / "map.json"), tmp_path / "map"))
+    assert found == expected("one of {}") | {key_of(f"val/{names[3]}"): ["first", "second"]}
+    for file in ("coco", "other"):
+        index = join(images, str(tmp_path / f"{file}.json"), tmp_path / file)
+        assert captions_by_key(index) == expected(*(f"c{n} of {{}}" for n in range(5)))
+        assert index.about()["counts"]["blank_captions"] == 1  # it names no image
+
+
+def test_an_object_that_is_no_list_of_captions(tmp_path: Path) -> None:
+    images = named_table(tmp_path / "images.parquet", ["a.jpg"])
+    many: dict[str, Any] = {f"{i}.jpg": "x" for i in range(30)}
+    for text, message in {
+        '{"a.jpg": "x", "b.jpg": 7}': "an object with the keys 'a.jpg', 'b.jpg': expected",
+        json.dumps({**many, "z.jpg": {}}): "the value of 'z.jpg' is no caption",
+        '{"a": "x"}': "an object with the keys 'a': expected",
+        '{"a.jpg": "\\ud83d"}': "row 1 is not a JSON object",
+    }.items():
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(DataError, match=message) as error:
+            join(images, str(tmp_path / "c.json"), tmp_path / "run")
+        assert "\n" not in str(error.value)
+
+
+def sidecars() -> dict[str, str]:
+    return {
+        "a/1.txt": "\ufeffone\n",
+        "a/1.json": '{"caption": "not this", "alt_text": "alt one"}',
+        "2.json": '{"caption": ["two", "zwei"], "alt_text": "alt two"}',
+        "b/3.txt": "three",
+        "notes.txt": "not of an image",
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "apart"])
+def test_sidecars_name_their_images(tmp_path: Path, kind: str) -> None:
+    names = ["a/1.jpg", "2.png", "b/3.jpeg", "b/4.jpeg"]
+    files = sidecars() | ({} if kind == "apart" else dict.fromkeys(names, "an image"))
+    folder = tmp_path / "captions"
+    if kind == "shards":
+        folder.mkdir()
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name, text in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+        names = [f"0.tar/{name}" for name in names]
+    else:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    images = named_table(tmp_path / "images.parquet", names)
+    index = join(images, str(folder), tmp_path / "run")
+    expected = [["one"], ["two", "zwei"], ["three"]]
+    assert captions_by_key(index) == dict(zip(map(key_of, names), expected, strict=False))
+    counts = index.about()["counts"]
+    assert (counts["captions_without_image"], counts["images_without_caption"]) == (1, 1)
+    other = join(images, str(folder), tmp_path / "other", caption_column="alt_text")
+    expected = [["alt one"], ["alt two"]]
+    assert captions_by_key(other) == dict(zip(map(key_of, names), expected, strict=False))
+
+
+def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    images = named_table(tmp_path / "images.parquet", ["1.jpg"])
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    (folder / "1.jpg").touch()
+    for name, content, message in [
+        ("1.txt", b"\xff", "1.txt is not UTF-8"),
+        ("1.json", b"{", "1.json is not JSON"),
+        ("1.json", b'{"caption": "\\ud83d"}', "1.json is not JSON"),
+    ]:
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            join(images, str(folder), tmp_path / "run")
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "parquet"])
+def test_captions_lie_with_listed_images(tmp_path: Path, layout: str) -> None:
+    folder, names = tmp_path / "in", ["1.jpg", "2.jpg", "3.jpg"]
+    folder.mkdir()
+    if layout == "parquet":
+        rows = [{"jpg": b"x", "caption": f"c{name[0]}"} for name in names]
+        for part, some in enumerate((rows[:1], rows[1:])):
+            table = pa.Table.from_pylist(some)
+            pq.write_table(table, folder / f"{part}.parquet", row_group_size=1)
+    elif layout == "tar":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name in [n for image in names for n in (image, f"{image[0]}.txt")]:
+                member = tarfile.TarInfo(name)
+                member.size = 2
+                tar.addfile(member, io.BytesIO(f"c{name[0]}".encode()))
+    else:
+        for name in names:
+            (folder / name).write_bytes(b"x")
+            (folder / f"{name[0]}.txt").write_text(f"c{name[0]}")
+    files, _ = list_images(tmp_path / "listing", str(folder))
+    config = build(Stage2Config, {"data": {"input": str(folder)}, "run_dir": str(tmp_path / "run")})
+    images = RowIndex.open(files)
+    index = captions_of_run(config, files, images).index
+    assert sorted(index.first(images.keys.tolist())) == ["c1", "c2", "c3"]
+    rows = {row["key"]: row["name"] for file in files for row in pq.read_table(file).to_pylist()}
+    if layout != "parquet":
+        for key in images.keys.tolist():
+            assert index.first([key]) == [f"c{rows[key].rpartition('/')[2][0]}"]
