@@ -47,9 +47,20 @@ class EmbedSettings(ExtractorConfig):
     scores_only: bool = Field(
         False, description="store the scores alone, without the features (aesthetic)"
     )
+    duplicates: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="also write the column `duplicate`: the largest cosine with a row of a smaller key, "
+        "where it reaches this bound, else 0",
+    )
 
     @model_validator(mode="after")
     def _has_scores(self) -> EmbedSettings:
+        if self.scores_only and self.duplicates is not None:
+            raise ValueError(
+                "embed.duplicates compares features, which embed.scores_only leaves out: give one of them"
+            )
         if self.scores_only and self.extractor != "aesthetic":
             raise ValueError(
                 f"embed.scores_only needs embed.extractor=aesthetic, got {self.extractor}: leave it out"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from pipelines.embed.config import EmbedConfig
+from pipelines.embed.duplicates import is_marked, mark_duplicates
+from pipelines.execution.cluster import Cluster
 from pipelines.execution.image_job import ImageJob
 from pipelines.execution.read_texts import ReadTexts
 from pipelines.execution.steps import Chunk
@@ -19,9 +22,24 @@ from vlv_model.squares import Square
 
 @dataclass(frozen=True)
 class Embedding(ImageJob):
-    """An image job that can also read captions."""
+    """An image job that can also read captions, and marks duplicates at the end."""
 
     text_column: str | None = None
+    duplicates: float | None = None
+
+    def is_done(self, table: Table) -> bool:
+        marked = self.duplicates is None or is_marked(table, self.duplicates)
+        return super().is_done(table) and marked
+
+    def run(self, table: Table, cluster: Cluster) -> None:
+        super().run(table, cluster)
+        if self.duplicates is not None:
+            print("embed: comparing features …", file=sys.stderr, flush=True)
+            count = mark_duplicates(table, self.duplicates)
+            print(
+                f"embed: {count:,} rows have a cosine of at least {self.duplicates:g} with an earlier one",
+                file=sys.stderr,
+            )
 
     def reader(self, table: Table) -> Callable[[Chunk], Chunk]:
         if self.text_column is not None:
@@ -49,6 +67,7 @@ def embed(config: EmbedConfig) -> dict[str, int]:
         **{f"embed.{name}": value for name, value in extractor.identity.items()},
         "embed.precision": settings.precision,
         "embed.scores_only": settings.scores_only or None,
+        "embed.duplicates": settings.duplicates,
         "data.text_column": data.text_column,
     }
     job = Embedding(
@@ -63,5 +82,6 @@ def embed(config: EmbedConfig) -> dict[str, int]:
         title="embed",
         notes={"versions": {name: version(name) for name in ("torch", "transformers", "pillow")}},
         text_column=data.text_column,
+        duplicates=settings.duplicates,
     )
     return run_table_job(job, data.output, config.ray)

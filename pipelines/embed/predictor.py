@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.embed.config import EmbedSettings
+from pipelines.embed.duplicates import COLUMN
 from pipelines.execution.read_images import squares
 from pipelines.execution.steps import Chunk, ChunkByChunk
 from pipelines.images.features import FEATURES, as_vectors, feature_row
@@ -28,7 +29,8 @@ class EmbedRows(ChunkByChunk):
         self.extractor = load_extractor(embed).to(self.device)
         self.batch_size = embed.batch_size
         width = None if embed.scores_only else self.extractor.width
-        self.schema = feature_row(width, self.extractor.scores)
+        later = [] if embed.duplicates is None else [COLUMN]  # filled when all rows are there
+        self.schema = feature_row(width, [*self.extractor.scores, *later])
 
     def __call__(self, chunk: Chunk) -> Chunk:
         block = chunk.rows
