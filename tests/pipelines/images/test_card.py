@@ -20,6 +20,7 @@ from PIL import Image
 from pipelines.admin.takedown import TakedownConfig, take_down
 from pipelines.cli.config import build
 from pipelines.images.card import FILE, write_card
+from pipelines.images.features import feature_row
 from pipelines.images.plans import write_chunks
 from pipelines.images.random_access import ROW
 from pipelines.images.rows import (
@@ -43,6 +44,7 @@ SCHEMAS = {
     "image": with_image_feature(IMAGE_ROW),
     "pair": with_image_feature(PAIR_ROW),
     "latents": LATENT_ROW,
+    "features": feature_row(2, ["aesthetic"]),
     "reconstruction": with_image_feature(RECONSTRUCTION_ROW),
     "caption": with_image_feature(JOINED_ROW),
 }
@@ -59,6 +61,8 @@ def rows_of(kind: str) -> list[Rows]:
     if kind == "latents":
         words = (np.arange(8, dtype="<f4").view("<u4") >> 16).astype("<u2").tobytes()  # bfloat16
         good |= {"mean": words, "deviation": words}
+    elif kind == "features":
+        good |= {"features": [0.5, -2.0], "aesthetic": 6.5}
     else:
         good |= {"image": {"bytes": buffer.getvalue(), "path": None}}
     if kind == "caption":
@@ -245,6 +249,14 @@ def test_code_in_the_card_of_latents_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"rows": expected(table)}
     exec(code, names)
     assert names["mean"].float().tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_code_in_the_card_of_features_works(tmp_path: Path) -> None:
+    table = finished(tmp_path, "features")
+    code = re.findall(r"```python\n(.*?)```", (table.folder / FILE).read_text(), re.DOTALL)[-1]
+    names: dict[str, Any] = {"rows": expected(table)}
+    exec(code, names)
+    assert names["values"].tolist() == [[0.5, -2.0]] * 2
 
 
 def test_takedown_updates_the_card_and_an_unchanged_card_is_not_rewritten(tmp_path: Path) -> None:
