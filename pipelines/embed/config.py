@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipelines.embed.texts import list_texts
 from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.images.random_access import usable_rows
 from pipelines.images.selection import Selection
-from pipelines.images.texts import list_texts
 from pipelines.storage.files import as_path
 from vlv_model.config import Config
 from vlv_model.features.settings import ExtractorConfig
@@ -25,7 +25,8 @@ class EmbedData(Selection):
 
     text_column: str | None = Field(
         None,
-        description="clip-text: column of the captions, of a table or of Parquet; default: caption",
+        description="clip-text: column of the captions, of a table, Parquet, CSV, TSV, JSONL or JSON; "
+        "default: caption",
     )
 
     def images(self, again: bool = False) -> tuple[list[Path], dict[str, Any]]:

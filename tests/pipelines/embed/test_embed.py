@@ -1,5 +1,6 @@
 """The embed job: its tables, resuming, captions, and scores in conditions."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipelines.embed.predictor import EmbedRows
 from pipelines.execution.steps import Chunk
 from pipelines.images.features import FeatureTable
 from pipelines.images.random_access import RowIndex, RowReader
-from pipelines.images.rows import url_key
+from pipelines.images.rows import key_of, url_key
 from pipelines.images.scores import Scores
 from pipelines.storage.parquet import read_rows
 from pipelines.storage.tables import Table
@@ -122,6 +123,23 @@ def test_captions_are_embedded_by_key(
         np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(DataError, match=r"has no column `key` of integers.*data\.key_column"):
         run(tmp_path / "captions.parquet", "keyless", *settings)
+    # COCO's annotations: keys are those of a folder of the files, the first caption of each is taken.
+    coco = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [
+            {"id": 3, "image_id": 2, "caption": "a red circle"},
+            {"id": 4, "image_id": 1, "caption": "a blue square"},
+            {"id": 5, "image_id": 2, "caption": "another"},
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    by_name = {"a.jpg": "a blue square", "b.jpg": ["a red circle", "another"]}
+    (tmp_path / "names.json").write_text(json.dumps(by_name))
+    for file in ("coco", "names"):
+        found = features_of(run(tmp_path / f"{file}.json", file, *settings))
+        assert found.keys() == {key_of("a.jpg"), key_of("b.jpg")}
+        expected = extractor.describe(["a red circle"])["features"][0].numpy()
+        np.testing.assert_allclose(found[key_of("b.jpg")], expected, rtol=1e-5, atol=1e-6)
     # A table of ours is read where it lies: no copy of its captions.
     table = Table(tmp_path / "table")
     table.create("caption", {}, 1)
