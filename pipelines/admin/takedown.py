@@ -42,7 +42,7 @@ class TakedownConfig(Config):
     )
     domains: tuple[str, ...] = Field((), description="domains, with all their subdomains")
     derived: tuple[OutputPathOrUrl, ...] = Field(
-        (), description="tables derived from the image tables: captions, latents, reconstructions"
+        (), description="tables derived from the image tables: captions, latents, features, reconstructions"
     )
 
     @field_validator("table", mode="before")
