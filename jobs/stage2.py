@@ -2,7 +2,7 @@
 
 Input: images, their captions, and model.path, a stage-1 run. Captions lie with the images, or
 in data.captions, which name their images by key, URL or file name.
-Output: a run folder with checkpoints, metrics.jsonl and result.json.
+Output: a run folder with checkpoints, metrics.jsonl, result.json and report.html.
 Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """
 

@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.cli.config import dump, load
 from pipelines.demo.config import FULL, DemoConfig
 from pipelines.execution.connection import ray_session
+from pipelines.report.versions import versions
 from pipelines.storage.files import write_atomically
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import Table, check_unused, read_json_object
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Config)
 
 MARKER = "demo.json"
-PACKAGES = ("ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow")
 
 
 def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def run_demo(config: DemoConfig, configs: Path) -> dict[str, Any]:
         "reconstruct": reconstructed,
         **(proof or {}),
         "seconds": {name: round(spent, 1) for name, spent in demo.seconds.items()},
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": versions(),
         "photos": config.photos,
         "full": config.full,
         "seed": config.seed,

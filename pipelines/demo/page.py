@@ -11,25 +11,12 @@ from pipelines.report.charts import heldout_ends, loss_chart
 from pipelines.report.gallery import GalleryItem
 from pipelines.report.html import page
 from pipelines.storage.files import write_atomically
+from pipelines.training.page import STAGES
 
 SUBTITLE = (
     "A run of the Vision-Language-Vision pipeline: web addresses become an image table, the images "
     "train an encoder, the encoder teaches a captioner, and the captioner writes a new dataset."
 )
-
-STAGES = {
-    "stage1": (
-        "Stage 1: images only",
-        "The encoder learns embeddings of an image that let the frozen diffusion decoder remove "
-        "its noise. No captions are used. Loss: mean squared error of the noise.",
-    ),
-    "stage2": (
-        "Stage 2: images and captions",
-        "The captioner learns to decode the encoder's embeddings into words. "
-        "Loss: cross-entropy per token.",
-    ),
-}
-"""Titles and explanations of training runs by name; other runs are titled by their name."""
 
 
 @dataclass(frozen=True)

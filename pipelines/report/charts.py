@@ -1,14 +1,14 @@
-"""Loss curves: training loss as a thin line, held-out loss as points. Template: charts.html.jinja."""
+"""Curves of a training: its losses, and any other figure of its steps. Template: charts.html.jinja."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.report.axes import Axis, horizontal, vertical
-from pipelines.report.figures import before_after, change, count, loss
+from pipelines.report.figures import before_after, change, count, known, loss
 
 Point = tuple[float, float]
 """(step, loss)."""
@@ -52,12 +52,33 @@ class LossChart:
 
     def path(self, points: Sequence[Point]) -> str:
         """The SVG path through the points, thinned."""
-        x = self.x
-        places = (f"{x(step):.1f} {self.y(value):.1f}" for step, value in _thinned(points))
-        return "".join(f"{'L' if i else 'M'}{place}" for i, place in enumerate(places))
+        return _path(points, self.x, self.y)
 
 
-def loss_chart(title: str, events: Sequence[dict[str, Any]], lead: str = "") -> LossChart:
+@dataclass(frozen=True)
+class LineChart:
+    """One figure of a run's steps, from zero on; `summary` says in words what the line shows."""
+
+    title: str
+    lead: str
+    summary: str
+    points: Sequence[Point]  # at least one, all finite
+
+    @property
+    def x(self) -> Axis:
+        return horizontal(0.0, max(1.0, self.points[-1][0]))
+
+    @property
+    def y(self) -> Axis:
+        return vertical(0.0, 1.06 * max(value for _, value in self.points) or 1.0)
+
+    @property
+    def path(self) -> str:
+        """The SVG path through the points, thinned."""
+        return _path(self.points, self.x, self.y)
+
+
+def loss_chart(title: str, events: Sequence[Mapping[str, Any]], lead: str = "") -> LossChart:
     """The figure of one training run from its events (`pipelines.training.metrics.read_metrics`).
 
     Non-finite losses are left out of the curves and counted below them.
@@ -70,20 +91,31 @@ def loss_chart(title: str, events: Sequence[dict[str, Any]], lead: str = "") -> 
     return LossChart(title, lead, evaluations, train, heldout, y, outside, not_finite)
 
 
-def series(events: Iterable[dict[str, Any]], event: str, value: str) -> list[Point]:
+def series(events: Iterable[Mapping[str, Any]], event: str, value: str) -> list[Point]:
     """(step, value) of one kind of event in `metrics.jsonl`, sorted by step, without None."""
     points = [
         (float(e["step"]), float(e[value]))
         for e in events
-        if e["event"] == event and e[value] is not None
+        if e["event"] == event and e.get(value) is not None
     ]
     return sorted(points, key=lambda point: point[0])
 
 
-def heldout_ends(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
+def heldout_ends(events: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
     """Held-out loss of the first and the last evaluation; None if there are fewer than two."""
     evaluations = series(events, "eval", "heldout_loss")
     return (evaluations[0][1], evaluations[-1][1]) if len(evaluations) > 1 else None
+
+
+def median_of_last(points: Sequence[Point], count: int) -> float | None:
+    """The median of the last `count` values that are finite; None if there is none."""
+    values = sorted(value for _, value in points[-count:] if known(value))
+    return values[len(values) // 2] if values else None
+
+
+def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    places = (f"{x(step):.1f} {y(value):.1f}" for step, value in _thinned(points))
+    return "".join(f"{'L' if i else 'M'}{place}" for i, place in enumerate(places))
 
 
 def _y_axis(train: list[Point], heldout: list[Point]) -> tuple[Axis, int]:

@@ -114,7 +114,11 @@ class CaptionedData(ImageData):
 class TrainConfig(Config):
     """Optimisation: length, batch size, schedule, precision, sharding, checkpoints."""
 
-    steps: int = Field(200_000, ge=1, description="optimiser updates of the whole run")
+    steps: int = Field(
+        200_000,
+        ge=1,
+        description="optimiser updates of the whole run; more of them continue a constant schedule",
+    )
     global_batch_size: int = Field(512, ge=1, description="rows per update, over all workers")
     micro_batch_size: int | None = Field(
         None,
@@ -272,7 +276,11 @@ class TrainConfig(Config):
 class Stage2TrainConfig(TrainConfig):
     """Stage 2 with the defaults of the reference implementation."""
 
-    steps: int = Field(100_000, ge=1, description="optimiser updates of the whole run")
+    steps: int = Field(
+        100_000,
+        ge=1,
+        description="optimiser updates of the whole run; more of them continue a constant schedule",
+    )
     global_batch_size: int = Field(64, ge=1, description="rows per update, over all workers")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(

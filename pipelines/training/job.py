@@ -18,10 +18,12 @@ from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import lock_folder
 from pipelines.storage.tables import parquet_files, read_json_object
-from pipelines.training import caption_index, run_folder, run_rows, samples
+from pipelines.training import caption_index, run_folder, run_rows, sample_files, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
 from pipelines.training.pairs import with_pairs
+from pipelines.training.report import FILE as REPORT
+from pipelines.training.report import RunReport, count_rows
 from pipelines.training.run_captions import captions_of_run
 from pipelines.training.run_rows import split
 from pipelines.training.start_check import check_before_start
@@ -46,19 +48,29 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
     config, run_dir = run.config, Path(run.config.run_dir)
     with lock_folder(run_dir, "run_dir"):
         run_folder.claim(run_dir, run.identity)
+        rows, held_out = run.rows
+        numbers = count_rows(config.data.input, len(rows), len(held_out))
+        report = RunReport(config, numbers, len(run.keys) - len(rows) - len(held_out))
         if (run_dir / run_folder.RESULT).is_file():
             print(f"{run_dir} is finished: nothing to train")
+            if not (run_dir / REPORT).is_file():  # an earlier version finished the run
+                report.write()
             return read_json_object(run_dir / run_folder.RESULT)
         check_before_start(config)
-        rows, held_out = run.rows
         run_rows.save_keys(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, run.checkpoint)
         with ray_session(config.ray) as cluster:
             sampler = _sampler(config, run_dir, run.model, held_out)
             files = [str(file) for file in run.files]
-            _fit(cluster, config, run_dir, run.model, parent, files, sampler)
-        return run_folder.write_result(config, run_dir)
+            try:
+                _fit(cluster, config, run_dir, run.model, parent, files, sampler, report)
+            except Exception as error:
+                report.write(failure=error)
+                raise
+        result = run_folder.write_result(config, run_dir)
+        report.write()
+        return result
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,10 @@ def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
         f"held-out loss {before} → {after} after "
         f"{result['steps']:,} steps ({result['rows_seen']:,} rows)"
     )
-    print(f"run: {config.run_dir}")
-    if pages := sorted((Path(config.run_dir) / samples.FOLDER).glob("*.html")):
+    run_dir = Path(config.run_dir)
+    print(f"run: {run_dir}")
+    print(f"report: {run_dir / REPORT}")
+    if pages := sorted((run_dir / sample_files.FOLDER).glob("*.html")):
         print(f"samples: {pages[-1]}")
 
 
@@ -135,6 +149,7 @@ def _fit(
     parent: Path | None,
     files: list[str],
     sampler: samples.Sampler | None,
+    report: RunReport,
 ) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -186,7 +201,7 @@ def _fit(
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    with MetricsSink(events, run_dir, stage, dump(config), sampler):
+    with MetricsSink(events, run_dir, stage, dump(config), sampler, report.update):
         trainer.fit()
     for queue in (events, fatal_errors):
         queue.shutdown(force=True)  # a graceful shutdown would be retried forever

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipelines.execution.model import step_of
 from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.report.versions import versions
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
 from pipelines.training.data import GlobalOrder, StepReader, keys_digest
@@ -26,7 +27,7 @@ from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.reading import BatchReader, ReaderActors, ReaderThreads
 from pipelines.training.run_rows import positions
 from pipelines.training.stages import MicroBatch, Stage
-from pipelines.training.usage import Utilisation, memory_gb
+from pipelines.training.usage import Utilisation, device_name, memory_gb
 from vlv_model.checkpoints.weights import CheckpointMetadata
 from vlv_model.errors import VLVError
 from vlv_model.seeds import mix
@@ -118,8 +119,12 @@ class Trainer:
             self.step = step_of(checkpoint)
             checkpointing.load_optimizer(self.engine, checkpoint)
         if self.worker.world_rank == 0:
-            self.log.begin(self.step)
-            self.emit({"event": "start", "step": self.step, "parameters": parameters})
+            repeated = self.log.begin(self.step)
+            start = {"event": "start", "step": self.step, "parameters": parameters}
+            start |= {"time": time.time(), "repeated": repeated, "workers": self.worker.world_size}
+            self._report(
+                start | {"device": device_name(self.worker.device), "versions": versions()}
+            )
 
     def train(self) -> None:
         """Run the remaining steps; evaluates before the first step and after the last."""

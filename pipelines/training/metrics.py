@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ GAUGES = {
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Events of a run in the order of their steps: `event` is step, eval or checkpoint."""
+    """Events of a run in the order of their steps: `event` is start, step, eval or checkpoint."""
     file = run_dir / FILE
     if not file.is_file():
         return []
@@ -79,12 +79,17 @@ class MetricsLog:
         self.path = run_dir / FILE
         self._lock = threading.Lock()
 
-    def begin(self, step: int) -> None:
-        """Open the file and remove the events after `step`, from which training continues; at 0 all."""
-        kept = [e for e in read_metrics(self.path.parent) if e["step"] <= step and step]
+    def begin(self, step: int) -> int:
+        """Open the file and remove the events after `step`, from which training continues; at 0 all.
+
+        Returns the number of steps that were removed.
+        """
+        events = read_metrics(self.path.parent)
+        kept = [e for e in events if e["step"] <= step and step]
         write_atomically(self.path, "".join(json.dumps(event) + "\n" for event in kept))
         # Stays open: a surviving rank of a killed job writes on to the old, replaced file.
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        return sum(e["event"] == "step" and e["step"] > step for e in events)
 
     def append(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -106,10 +111,13 @@ class MetricsSink:
         stage: str,
         config: dict[str, Any],
         sampler: Sampler | None = None,
+        update_report: Callable[[], None] = lambda: None,
     ) -> None:
+        """`update_report` is called after evaluations, checkpoints and samples."""
         train = config["train"]
         self.queue = queue
         self.sampler = sampler
+        self.update_report = update_report
         self.stage = stage
         self._tags = {"stage": stage, "run": run_dir.name}
         self.steps = train["steps"]
@@ -180,6 +188,8 @@ class MetricsSink:
         if self.run is not None and event["event"] in ("step", "eval"):
             values = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
             self._log({"step": step, **{f"{self.stage}/{k}": v for k, v in values.items()}})
+        if event["event"] in ("eval", "checkpoint"):
+            self.update_report()
 
     def _show_bar(self, step: int) -> tqdm:
         if self._bar is None:
@@ -188,7 +198,8 @@ class MetricsSink:
         return self._bar
 
     def _show(self, step: int, items: list[GalleryItem]) -> None:
-        """Log samples to W&B: originals with reconstructions, or originals with captions."""
+        """Show samples in the report, and in W&B beside their originals."""
+        self.update_report()
         if self.run is None:
             return
         import wandb

@@ -7,6 +7,7 @@
 <run_dir>/parent/        copy of the checkpoint that the run started from
 <run_dir>/metrics.jsonl  see metrics
 <run_dir>/samples/       see samples
+<run_dir>/report.html    see report
 <run_dir>/validation/    index of the images of data.validation
 <run_dir>/result.json    written last
 """
@@ -35,9 +36,9 @@ from pipelines.training.metrics import columns_read, heldout_losses, read_metric
 from vlv_model.checkpoints.files import read_checkpoint
 from vlv_model.checkpoints.sources import SOURCE_FIELDS
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, RunError
 
-RESULT = "result.json"
+IDENTITY, RESULT = "run.json", "result.json"
 LEFTOVERS = (CAPTIONS, "pairs")  # in the folder of a run that was killed before it began
 VALIDATION = "validation"  # folder
 _VALIDATION_SETTING = "data.validation"
@@ -61,8 +62,8 @@ def with_micro_batch_size(
     if config.train.micro_batch_size is not None:
         return config
     size = config.train.rows_at_once
-    if (run_dir / "run.json").is_file():
-        size = read_json_object(run_dir / "run.json").get("train.micro_batch_size") or size
+    if (run_dir / IDENTITY).is_file():
+        size = read_json_object(run_dir / IDENTITY).get("train.micro_batch_size") or size
     # Only explicit settings, since an explicit `model` setting overrides the folder's.
     values = config.model_dump(mode="json", exclude_unset=True)
     values.setdefault("train", {})["micro_batch_size"] = size
@@ -105,7 +106,7 @@ def identity(
     from vlv_model.checkpoints.digests import fingerprint_parts
 
     values = {**dump(config), "model": model.model_dump()}
-    flat = {k: v for k, v in _flatten(values) if not k.startswith(CHANGEABLE)}
+    flat = {k: v for k, v in flatten(values) if not k.startswith(CHANGEABLE)}
     if isinstance(config, Stage2Config):  # as earlier versions recorded the only one
         flat["data.caption_column"] = ",".join(config.data.caption_column)
     flat["rows"] = [len(index) for index in rows]
@@ -138,9 +139,9 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     """
     from vlv_model.checkpoints.digests import is_digest
 
-    if not os.path.isfile(run_dir / "run.json"):
+    if not os.path.isfile(run_dir / IDENTITY):
         return {}
-    identity = read_json_object(run_dir / "run.json")
+    identity = read_json_object(run_dir / IDENTITY)
     latest = latest_checkpoint(run_dir)
     for part, digest in (read_checkpoint(latest).base_models if latest else {}).items():
         if not is_digest(identity.get(f"model.{part} digest") or ""):
@@ -186,11 +187,12 @@ def _recorded_names(
     return names
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (full name, value)."""
     flat: list[tuple[str, Any]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat += _flatten(value, f"{prefix}{name}.")
+            flat += flatten(value, f"{prefix}{name}.")
         else:
             flat.append((prefix + name, value))
     return flat
@@ -198,24 +200,60 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 def check_same_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Raise RunError when the folder holds another run, naming the differences, or other files."""
-    if os.path.isfile(run_dir / "run.json"):
+    if os.path.isfile(run_dir / IDENTITY):
         # Settings newer than the run count as their defaults. `name in identity` leaves out
         # stage 2's settings in stage 1.
-        defaults = _flatten(
+        defaults = flatten(
             {"train": dump(Stage2TrainConfig()), "model": ModelConfig().model_dump()}
         )
         recorded_identity = {name: value for name, value in defaults if name in identity}
         recorded_identity |= recorded(run_dir)
+        _check_steps(run_dir, recorded_identity, identity)
+        recorded_identity["train.steps"] = identity["train.steps"]
         check_same_settings(run_dir, recorded_identity, identity, "run_dir")
     else:
         check_unused(run_dir, LEFTOVERS, "run", "run_dir")
 
 
+def _check_steps(run_dir: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise RunError unless the run goes on as it would have with the current `train.steps`.
+
+    A constant learning rate is the same in a longer run, so these steps may be raised. A decaying one
+    would have been another from the first step on.
+    """
+    before, now = recorded.get("train.steps"), current["train.steps"]
+    schedule = current.get("train.schedule")
+    if before in (None, now) or recorded.get("train.schedule") != schedule:
+        return
+    if schedule != "constant":
+        raise RunError(
+            f"output folder {run_dir} holds another run (train.steps: {before} there, {now} here), and "
+            f"train.schedule={schedule} decays over exactly these steps: to train on from its weights, "
+            f"give model.path={run_dir} and another run_dir (a run with train.schedule=constant goes on "
+            "when train.steps is raised)"
+        )
+    if now < before:
+        raise RunError(
+            f"output folder {run_dir} holds another run (train.steps: {before} there, {now} here): "
+            "train.steps can be raised, not lowered"
+        )
+
+
 def claim(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Check the folder (`check_same_run`) and write the identity into it if it is new."""
+    """Check the folder (`check_same_run`) and write the identity into it if it is new.
+
+    If `train.steps` was raised, the run is not finished any more.
+    """
     check_same_run(run_dir, identity)
-    if not (run_dir / "run.json").is_file():
-        write_atomically(run_dir / "run.json", json.dumps(identity, indent=2))
+    file = run_dir / IDENTITY
+    if not file.is_file():
+        write_atomically(file, json.dumps(identity, indent=2))
+        return
+    written = read_json_object(file)
+    if written["train.steps"] != identity["train.steps"]:
+        (run_dir / RESULT).unlink(missing_ok=True)  # first: a kill in between changes nothing
+        written["train.steps"] = identity["train.steps"]
+        write_atomically(file, json.dumps(written, indent=2))
 
 
 def check_validation(path: str) -> None:

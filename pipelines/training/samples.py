@@ -1,6 +1,7 @@
 """Samples of checkpoints: a few images reconstructed or captioned in a Ray task during training.
 
 <run_dir>/samples/step-00001000.html   originals with reconstructions (stage 1) or captions (stage 2)
+                               .parquet   the same for the run's report (see sample_files)
 
 Training does not wait for the task, which starts when a CPU and enough memory are free. One task runs
 at a time; of the checkpoints that wait for it, only the newest gets samples. The last checkpoint of a
@@ -27,13 +28,13 @@ from pipelines.report.gallery import GalleryItem
 from pipelines.report.html import page
 from pipelines.storage.files import write_atomically
 from pipelines.training.caption_index import CaptionIndex
+from pipelines.training.sample_files import FOLDER, write_samples
 from vlv_model.config import ModelConfig
 from vlv_model.squares import Square
 
 if TYPE_CHECKING:
     import torch
 
-FOLDER = "samples"
 # Good enough to judge by, and takes minutes on one CPU.
 DIFFUSION = DiffusionConfig(num_steps=20, sampler="ddim", seed=0)
 LAST_SECONDS = 900.0  # time limit of the last samples, after training
@@ -95,6 +96,7 @@ class Samples:
         file.parent.mkdir(exist_ok=True)
         shown = page("training/samples.html.jinja", "Samples", subtitle, items=items,
                      captions=self.captions)  # fmt: skip
+        write_samples(self.run_dir, step, items)
         write_atomically(file, shown)
         return items
 

@@ -11,6 +11,11 @@ from pipelines.estimate.flops import Flops, count_flops, matrix_rate
 from pipelines.training.stages import MicroBatch, Stage
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory of this process, in GB: of the CUDA device, else resident memory."""
     if device.type == "cuda":

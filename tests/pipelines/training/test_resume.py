@@ -136,6 +136,12 @@ def runs(
             "lora-3", *lora, "train.zero_stage=3", after=checkpoint("lora", BEGUN), parent=stage1
         ),
     ]
+    constant = "train.schedule=constant"
+    one += [
+        segment("planned", constant),
+        segment("short", constant, f"train.steps={BEGUN}"),
+        segment("longer", constant, after=checkpoint("short", BEGUN)),
+    ]
     run_worlds([(2, two), (1, one)], runs.folder, forked_python)
     return runs
 
@@ -163,6 +169,11 @@ def test_the_same_world_size_repeats_every_loss(runs: Runs) -> None:
         expected = runs.curve("unbroken", figure)
         assert runs.curve("again", figure) == pytest.approx(expected, rel=1e-6)
     assert min(runs.curve("unbroken", "grad_norm")) > 0.05  # clipped in every step
+
+
+def test_a_constant_schedule_goes_on_as_a_longer_run_would(runs: Runs) -> None:
+    for figure in ("loss", "learning_rate", "keys"):
+        assert runs.curve("longer", figure) == runs.curve("planned", figure)
 
 
 def test_training_without_held_out_rows_takes_the_same_steps(

@@ -47,6 +47,35 @@ def test_a_run_older_than_a_setting_continues_with_its_default(tmp_path: Path) -
         check_same_run(tmp_path, now)
 
 
+def test_more_steps_continue_a_run_whose_learning_rate_is_constant(tmp_path: Path) -> None:
+    begun = {"train.steps": 8, "train.schedule": "constant", "train.seed": 42}
+    claim(tmp_path, begun)
+    (tmp_path / "result.json").write_text("{}")
+    claim(tmp_path, begun)
+    assert (tmp_path / "result.json").is_file()
+    with pytest.raises(RunError, match=r"train\.seed: 42 there, 1 here"):
+        claim(tmp_path, {**begun, "train.steps": 12, "train.seed": 1})
+    claim(tmp_path, {**begun, "train.steps": 12})
+    assert json.loads((tmp_path / "run.json").read_text()) == {**begun, "train.steps": 12}
+    assert not (tmp_path / "result.json").is_file()  # it is to be trained on
+    with pytest.raises(
+        RunError, match=r"12 there, 8 here\): train\.steps can be raised, not lowered"
+    ):
+        claim(tmp_path, begun)
+
+
+def test_more_steps_of_a_decaying_schedule_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    begun = {"train.steps": 8, "train.schedule": "cosine"}
+    claim(tmp_path, begun)
+    with pytest.raises(RunError) as refused:
+        claim(tmp_path, {**begun, "train.steps": 12})
+    for words in ("train.steps: 8 there, 12 here", "train.schedule=cosine decays over exactly these",
+                  f"give model.path={tmp_path} and another run_dir"):  # fmt: skip
+        assert words in str(refused.value)
+    with pytest.raises(RunError, match=r"train\.schedule: cosine there, constant here"):
+        claim(tmp_path, {"train.steps": 12, "train.schedule": "constant"})
+
+
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
 
