@@ -1,9 +1,9 @@
-"""Show the progress of a table or training run, active or finished. Read-only.
+"""Show the progress of an output, active or finished, and where its report is. Read-only.
 
-Takes any job's output: images, latents, captions, pictures, or a training's run folder.
+Takes any job's output: a table, a training's run folder, an exported model, or a folder of outputs.
 
     python jobs/status.py /data/images
-    python jobs/status.py /data/stage1
+    python jobs/status.py /data
 """
 
 import sys
