@@ -55,9 +55,16 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """The values with as many decimals as their distance needs."""
+    """The values with as many decimals as their distance needs; small ones as `5e-4`."""
     step = min((b - a for a, b in pairwise(values)), default=1.0)
+    if step < 1e-3 and max(map(abs, values)) < 0.01:
+        return [_with_exponent(value) for value in values]
     if not 1e-4 <= step < 1e7:
         return [f"{value:.4g}" for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
+
+
+def _with_exponent(value: float) -> str:
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}".replace("-", "−") if value else "0"

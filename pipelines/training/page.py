@@ -124,7 +124,7 @@ def _lines(report: TrainingReport, steps: Sequence[dict[str, Any]]) -> list[Line
          "Median of the last {count} steps: {median}.", 1),
         ("data_share", "Waiting for rows", rows,
          f"{_share(waiting_share(steps))} of the time of all steps.", 100),
-        ("memory_gb", "Memory", "Peak of the first worker so far, in GB.", "Highest {highest}.", 1),
+        ("memory_gb", "Memory", "Peak of the first worker since its start, in GB.", "Highest {highest}.", 1),
         ("mfu", "Model FLOP utilisation", "Share of the device's measured rate, in per cent.",
          "Median of the last {count} steps: {median}.", 100),
     ]  # fmt: skip

@@ -141,3 +141,9 @@ def test_ticks_are_round_few_and_distinct(low, span):
     assert len(set(labels)) == len(labels)
     read = [float(label.replace(",", "").replace("−", "-")) for label in labels]
     assert read == pytest.approx(values, rel=1e-9, abs=1e-9)
+
+
+def test_labels_of_small_values_fit_beside_the_axis():
+    assert tick_labels(ticks(0, 5.3e-5)) == ["0", "2e−5", "4e−5"]
+    assert tick_labels(ticks(0, 2.1e-3)) == ["0", "5e−4", "1e−3", "1.5e−3", "2e−3"]
+    assert tick_labels(ticks(0, 0.011)) == ["0.000", "0.005", "0.010"]
