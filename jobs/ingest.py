@@ -35,7 +35,7 @@ def run(config: IngestConfig) -> None:
             print(estimate(plan.fetched, table, config.image, cpus))
             if line := site_requests(plan):
                 print(line)
-        if table.exists and (failed := retry_line(table.counts())):
+        if table.exists and (failed := retry_line(table.counts(), is_rerun=True)):
             print(failed)
         return
     before = last_run(table)

@@ -8,6 +8,7 @@ from pipelines.execution.progress import counts_table
 from pipelines.images.rows import OK
 from pipelines.images.runs import Run
 from pipelines.ingest.config import RETRY_STATUSES
+from pipelines.ingest.page import known_rows
 from pipelines.ingest.report import REPORT
 from pipelines.storage.tables import Table
 
@@ -46,13 +47,19 @@ def end_of_run(table: Table, run: Run, counts: Mapping[str, int], had_work: bool
             "new status or new metadata"
         ]
     lines += [counts_table(counts), f"metadata rows read: {about['read']:,}"]
+    new = about["fetched"] - about.get("again", 0)
+    if known := known_rows(about["read"], about["dropped"], new):
+        lines.append(f"of these in the table: {known:,}")
     lines += [f"of these not fetched: {rule} {rows:,}" for rule, rows in about["dropped"].items()]
     lines += [f"image table: {table.folder}", f"report: {table.folder / REPORT}"]
-    return "\n".join([*lines, *filter(None, [retry_line(counts)])])
+    return "\n".join([*lines, *filter(None, [retry_line(counts, run.number > 1)])])
 
 
-def retry_line(statuses: Mapping[str, int]) -> str:
-    """Which rows of a table `retry` would try again, in one line; empty if there are none."""
+def retry_line(statuses: Mapping[str, int], is_rerun: bool = False) -> str:
+    """Which rows of a table `retry` would try again, in one line; empty if there are none.
+
+    In a table of several runs, the filters may have changed since a row failed.
+    """
     counts = {
         name: sum(statuses.get(status, 0) for status in stands_for)
         for name, stands_for in RETRY_STATUSES.items()
@@ -64,7 +71,8 @@ def retry_line(statuses: Mapping[str, int]) -> str:
     if transient and transient not in [n for n, _ in shown]:
         shown.insert(0, (transient, "transient"))
     words = [f"retry={name} tries {n:,} of them again" for n, name in shown]
-    return f"{failed:,} rows failed: {', '.join(words)}, retry=all tries all"
+    end = "; those that filter.* drops now are left out" if is_rerun else ""
+    return f"{failed:,} rows failed: {', '.join(words)}, retry=all tries all{end}"
 
 
 def cause_of_nothing(statuses: Mapping[str, int], dropped: Mapping[str, int]) -> str | None:

@@ -26,6 +26,21 @@ class RunLine:
     read: int | None = None  # rows of the list; None in runs of earlier versions
     again: int = 0  # of `fetched`: rows that the table had
 
+    @property
+    def new(self) -> int:
+        """Rows of the list that the table did not have."""
+        return self.fetched - self.again
+
+    @property
+    def known(self) -> int | None:
+        """Rows of the list that the table had; with `new` and `dropped` they are `read`."""
+        return known_rows(self.read, self.dropped, self.new)
+
+
+def known_rows(read: int | None, dropped: Mapping[str, int], new: int) -> int | None:
+    """Of `read` rows of a list those that the table had; None if it is not known how many were read."""
+    return None if read is None else read - sum(dropped.values()) - new
+
 
 @dataclass(frozen=True)
 class Sample:

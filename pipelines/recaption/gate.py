@@ -69,6 +69,7 @@ def check_gates(gate: GateConfig, survey: Survey, table: Table) -> None:
         raise GateError(
             f"gate.max_{name}={limit:g}: {faulty / survey.captions:.4g} of the captions, {faulty:,} of "
             f"{survey.captions:,}, so {table.folder} is not published. Inspect them with "
-            f"duckdb -c '{query}' or in _report.html; then caption them again "
+            f'python -c \'import duckdb; print(duckdb.sql("""{query}"""))\' or in _report.html; then '
+            "caption them again "
             f"(earlier.captions={table.folder}, earlier.where, another data.output), or raise the gate"
         )

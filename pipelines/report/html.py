@@ -27,7 +27,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 KINDS = {
     OK: "",
-    FILTERED: "dropped by a filter on the image",
+    FILTERED: "dropped by a filter",
     DOWNLOAD: "could not be fetched",
     DECODE: "could not be decoded as an image",
     DUPLICATE: "the same content as another row",

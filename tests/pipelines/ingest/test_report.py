@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.cli.config import load
 from pipelines.images.rows import IMAGE_ROW, with_image_feature
 from pipelines.images.runs import next_run
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.job import ingest
 from pipelines.ingest.report import REPORT, write_report
 from pipelines.storage.files import write_atomically
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
@@ -109,6 +113,36 @@ def test_the_speed_is_for_the_time_of_work(table: Table) -> None:
     write_report(table)
     assert "3 / s" in words_of(table).replace("\u00a0", " ")
     assert "over 1 min 00 s of work" in words_of(table).replace("\u00a0", " ")
+
+
+def test_the_numbers_of_every_run_add_up(tmp_path: Path, parse: Any) -> None:
+    """Over reruns with other filters, repeated URLs, retries and rows without a URL."""
+    urls = [f"http://127.0.0.1:9/{i}.png" for i in range(12)] + ["http://127.0.0.1:9/1.png", ""]
+    scores = [float(i) for i in range(14)]
+    pq.write_table(pa.table({"URL": urls, "aesthetic": scores}), tmp_path / "list.parquet")
+    given = [f"data.input={tmp_path}/list.parquet", f"data.output={tmp_path}/out"]
+    given.append("ray.address=in-process")
+    for more in (["filter.min_aesthetic=3"], ["filter.min_aesthetic=6"], [],
+                 ["retry=all", "filter.min_aesthetic=1.5"]):  # fmt: skip
+        ingest(load(IngestConfig, None, [*given, *more]))
+    table = Table(tmp_path / "out")
+    document = parse((table.folder / REPORT).read_text())
+    (runs,) = (s for s in document.all("section") if s.attributes["id"] == "runs")
+    assert [head.text for head in runs.all("th") if head.attributes["scope"] == "col"][3:] == [
+        "list", "new", "in the table", "dropped", "again", "fetched", "marked"
+    ]  # fmt: skip
+    shown = []
+    for line in runs.all("tbody")[0].all("tr"):
+        texts = [cell.text for cell in line.all("td")][2:]
+        dropped = sum(int(number) for number in re.findall(r"\s(\d+)", texts[3]))
+        read, new, known, again, fetched, _ = (int(texts[i]) for i in (0, 1, 2, 4, 5, 6))
+        assert read == new + known + dropped == 14, texts
+        assert fetched == new + again, texts
+        shown.append((new, known, again))
+    # The URL of row 1 is listed again with a score that passes.
+    assert shown == [(10, 0, 0), (0, 7, 0), (2, 10, 0), (0, 11, 11)]
+    (rows,) = (s for s in document.all("section") if s.attributes["id"] == "rows")
+    assert sum(table.counts().values()) == 12 == int(rows.all("tfoot")[0].all("td")[0].text)
 
 
 def test_an_unfinished_run_has_no_page(table: Table) -> None:

@@ -1,6 +1,8 @@
 """Faults of captions: of one caption, of a table, and at the gates."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -133,7 +135,9 @@ def test_gate_error_names_the_share_and_a_query(tmp_path: Path) -> None:
     for gate, shown in (("max_truncated", 2), ("max_empty", 1), ("max_duplicates", None)):
         with pytest.raises(GateError, match=rf"gate\.{gate}=0\.01: 0\.[24] of") as error:
             check_gates(build(GateConfig, {gate: "1%"}), found, table)
-        (query,) = re.findall(r"duckdb -c '([^']*)'", str(error.value))
+        (program,) = re.findall(r"python -c '([^']*)'", str(error.value))
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+        (query,) = re.findall(r'"""(.*)"""', program)
         rows = duckdb.sql(query).fetchall()
         assert len(rows) == shown if shown else rows[0] == ("a red ball", 2)
 
