@@ -12,8 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.execution.cluster import InProcess
 from pipelines.recaption.page import CaptionSample, render
+from pipelines.recaption.report import _FAULTS, write_report
+from pipelines.recaption.survey import survey
 from pipelines.report.histogram import MAX_BARS, binned, quantile
+from tests.pipelines.recaption.conftest import caption_table
 from tests.pipelines.report.test_report_page import HOSTILE
 
 
@@ -80,3 +84,36 @@ def test_the_search_finds_words(
     (counter,) = re.findall(r"<output[^>]*>([^<]*)</output>", page)
     assert counter == f"{shown} of 2"
     assert page.count('<tr hidden="">') == 2 - shown
+
+
+def test_the_numbers_of_a_real_table_add_up(parse, tmp_path):
+    same = "a red ball lies on the green grass beside a small dog in the sun today"
+    texts = [same, f" {same}", same, same.replace("today", "now"), "cut here …", "", "@@@@ ####"]
+    table = caption_table(tmp_path / "t", [texts, [None, "a blue box", "red " * 40, None]])
+    found = survey(InProcess(), table)
+    gate = {f"max_{name}": None for name in _FAULTS} | {"max_empty": 0.01}
+    published = {"model": {"fingerprint": "0123"}, "generate": {}, "gate": gate}
+    write_report(table, found, published)
+    document = parse((tmp_path / "t/_report.html").read_text())
+    sections = {s.attributes["id"]: s for s in document.all("section")}
+
+    def numbers(section, column, place=0):
+        lines = sections[section].all("tbody")[place].all("tr")
+        return {
+            line.all("th")[0].text.split()[0]: int(line.all("td")[column].text) for line in lines
+        }
+
+    statuses = sections["rows"].all("tr", of_class="kind-total")
+    assert [int(line.all("td")[0].text) for line in statuses] == [9, 2]
+    assert sections["rows"].all("tfoot")[0].all("td")[0].text == "11"
+    health = numbers("health", 0)
+    assert health == {"truncated": 1, "empty": 2, "repeated": 1, "non_language": 1, "duplicates": 3}
+    for place in (0, 1):  # words, tokens
+        assert sum(numbers("lengths", 0, place).values()) == 9
+    groups = [line.all("th")[0].text for line in sections["same"].all("tbody")[0].all("tr")]
+    assert groups == ["3"]  # all but the first, and a similar one, are the duplicates
+    captions = [row.all("th")[0] for row in sections["search"].all("tbody")[0].all("tr")]
+    assert len(captions) == 9
+    shown = [c.children[0] for c in captions if c.children]
+    shown += [d.children[0] for d in sections["gallery"].all("dd") if d.children]
+    assert all(text == text.strip() for text in shown)
