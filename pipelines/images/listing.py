@@ -13,9 +13,10 @@ key. The listing is written file by file and contains no image bytes.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.images.companions import (
+    LIST,
+    METADATA,
+    WantedMetadata,
+    attach,
+    is_companion,
+    read_companions,
+)
 from pipelines.images.conditions import Where, small_columns
 from pipelines.images.external import COLUMN, INVALID_NAME, LISTED_ROW, as_utf8, listed_row
 from pipelines.images.rows import OK, check_status, key_of, url_key
@@ -43,7 +52,7 @@ from pipelines.images.sources import (
 from pipelines.pictures.formats import Encoding
 from pipelines.storage.files import is_file, is_url, write_atomically
 from pipelines.storage.fingerprints import size_fingerprint
-from pipelines.storage.folders import files_below, remove_folder
+from pipelines.storage.folders import files_below, names_in, remove_folder
 from pipelines.storage.parquet import open_parquet, read_schema, write_parquet
 from pipelines.storage.tables import PLAN, Table, read_json_object
 from vlv_model.errors import DataError
@@ -52,6 +61,7 @@ FOLDER, DESCRIPTION = "_plan/listing", "_plan/listing.json"
 _NAME_COLUMNS = ("file_name", "filename", "url", "URL")  # columns that name an image, by preference
 _FILE_ROWS = 1 << 18  # rows per file of the listing
 _ROW_GROUP = 1024
+_BATCH = 16_384  # image files listed at a time
 _THREADS = 8  # shards listed concurrently
 
 
@@ -186,7 +196,7 @@ def _write_listing(
         buffer.clear()
         written += 1
 
-    for table in _listed_rows(source, key_column, condition, others):
+    for table in listed_rows(source, key_column, condition, others):
         buffer.append(table)
         rows += table.num_rows
         if sum(t.num_rows for t in buffer) >= _FILE_ROWS:
@@ -196,20 +206,31 @@ def _write_listing(
     return rows
 
 
-def _listed_rows(
-    source: Source, key_column: str | None, where: _Condition | None, others: Counter[str]
+def listed_rows(
+    source: Source,
+    key_column: str | None,
+    where: _Condition | None,
+    others: Counter[str],
+    metadata: WantedMetadata | None = None,
 ) -> Iterator[pa.Table]:
+    """The LISTED_ROW rows of a source, file by file; `others` counts skipped files in shards.
+
+    With `metadata` rows also have it: of Parquet the wanted columns, each named LIST and its name; of other
+    sources the columns METADATA.
+    """
     if source.layout in ("table", "parquet"):
         for file in source.files:
-            yield from _parquet_rows(source, file, key_column, where)
+            yield from _parquet_rows(source, file, key_column, where, metadata)
         return
+    with_metadata = metadata is not None
     if source.layout == "tar":
         with ThreadPoolExecutor(_THREADS) as readers:
 
             def list_one(shard: Path) -> tuple[pa.Table, Counter[str]]:
                 counted: Counter[str] = Counter()  # per thread
                 name = _relative(shard, source.root)
-                return _as_table(list_shard(shard, name, counted, source.encoding)), counted
+                rows = list_shard(shard, name, counted, source.encoding, with_metadata)
+                return _as_table(rows, with_metadata), counted
 
             for first in range(0, len(source.files), _THREADS):
                 shards = readers.map(list_one, source.files[first : first + _THREADS])
@@ -217,9 +238,46 @@ def _listed_rows(
                     others.update(counted)
                     yield _select(table, where)
         return
+    if metadata is not None:
+        yield from _files_with_metadata(source, metadata)
+        return
     files = _image_files(source)
-    while batch := list(islice(files, 16_384)):
+    while batch := list(islice(files, _BATCH)):
         yield _select(_as_table(batch), where)
+
+
+def _files_with_metadata(source: Source, metadata: WantedMetadata) -> Iterator[pa.Table]:
+    """The rows of image files with the columns METADATA, one folder after another."""
+    for parent, names in folders_of(source):
+        images = [(name, size) for name, size in names if is_image(name, source.encoding)]
+        beside = {name for name, _ in names if is_companion(name)}
+        beside = beside if images and metadata.companions(parent) else set()
+        by_stem: dict[str, list[str]] = {}
+        for name in beside:
+            by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+        for first in range(0, len(images), _BATCH):
+            batch = images[first : first + _BATCH]
+            rows = [_file_row(parent, name, size, source.root) for name, size in batch]
+            stems = [os.path.splitext(name)[0] for name, _ in batch]
+            wanted = [parent / name for stem in stems for name in by_stem.pop(stem, ())]
+            contents = {Path(p).name: data for p, data in read_companions(wanted).items()}
+            yield _as_table(attach(rows, stems, contents), with_metadata=True)
+
+
+def folders_of(source: Source) -> Iterator[tuple[Path, list[tuple[str, int | None]]]]:
+    """Each folder of a source of image files, with the names in it."""
+    if is_file(source.root):
+        folders: Iterable[Path] = [source.root.parent]
+        chosen = {source.root}
+    elif source.files:
+        folders, chosen = dict.fromkeys(file.parent for file in source.files), set(source.files)
+    else:
+        yield from walk(source.root)
+        return
+    for folder in folders:
+        names = [(name, None) for name in names_in(folder)]
+        kept = [n for n in names if not is_image(n[0], source.encoding) or folder / n[0] in chosen]
+        yield folder, kept
 
 
 def _select(table: pa.Table, where: _Condition | None) -> pa.Table:
@@ -229,7 +287,11 @@ def _select(table: pa.Table, where: _Condition | None) -> pa.Table:
 
 
 def _parquet_rows(
-    source: Source, file: Path, key_column: str | None, where: _Condition | None
+    source: Source,
+    file: Path,
+    key_column: str | None,
+    where: _Condition | None,
+    metadata: WantedMetadata | None = None,
 ) -> Iterator[pa.Table]:
     schema, path, relative = read_schema(file), str(file), _relative(file, source.root)
     column = source.column or "image"
@@ -246,7 +308,8 @@ def _parquet_rows(
     has_path = is_struct and any(field.name == "path" for field in schema.field(column).type)
     wanted = {name for name in (key, status, title) if name}
     wanted |= set(small_columns(schema)) if where is not None else set()
-    columns = [*sorted(wanted), *([f"{column}.path"] if has_path else ())]
+    beside = sorted(metadata.columns(schema, file)) if metadata is not None else []
+    columns = [*sorted(wanted | {*beside}), *([f"{column}.path"] if has_path else ())]
     first = 0
     with open_parquet(file) as parquet:
         for group in range(parquet.num_row_groups):
@@ -278,6 +341,9 @@ def _parquet_rows(
             )
             if where is not None and rows is not None:
                 table = where.select(table, rows.select(sorted(wanted)))
+            if rows is not None:
+                for name in beside:
+                    table = table.append_column(f"{LIST}{name}", rows[name])
             yield table
 
 
@@ -323,8 +389,9 @@ def _file_row(parent: Path, name: str, size: int | None, root: Path) -> dict[str
     return listed_row(text, as_utf8(str(parent / name)), None, size, key_of(relative))
 
 
-def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, LISTED_ROW)
+def _as_table(rows: list[dict[str, Any]], with_metadata: bool = False) -> pa.Table:
+    schema = pa.schema([*LISTED_ROW, *METADATA]) if with_metadata else LISTED_ROW
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from pipelines.images.companions import MAX_BYTES, attach, is_companion
 from pipelines.images.external import BROKEN_LINK, DAMAGED, as_utf8, listed_row
 from pipelines.images.sources import is_image
 from pipelines.pictures.formats import Encoding
@@ -31,13 +32,18 @@ _COMPANIONS = frozenset([
 
 
 def list_shard(
-    shard: Path, name: str, others: Counter[str] | None = None, encoding: Encoding = "file"
+    shard: Path,
+    name: str,
+    others: Counter[str] | None = None,
+    encoding: Encoding = "file",
+    with_metadata: bool = False,
 ) -> list[dict[str, Any]]:
     """A LISTED_ROW for each image of an encoding in a tar shard; the images' names begin with `name`.
 
     Files whose suffix is neither that of an image nor that of a companion are counted in `others`, by
     suffix. A damaged shard gives the rows of its intact part and one row with size DAMAGED. Raises
-    DataError if the shard is compressed or cannot be read.
+    DataError if the shard is compressed or cannot be read. `with_metadata` adds the columns of
+    pipelines.images.companions.METADATA.
     """
     path = str(shard)
     rows: list[dict[str, Any]] = []
@@ -45,6 +51,8 @@ def list_shard(
     skipped: Counter[str] = Counter() if others is None else others
     locations: dict[str, tuple[int, int]] = {}  # offset and size of possible link targets
     links: list[tuple[str, str]] = []
+    stems: list[str] = []  # of the images in `rows`
+    companions: dict[str, bytes] = {}
 
     def unique_name(member: tarfile.TarInfo) -> str:
         """The name of an image; repeated names get the member's offset appended."""
@@ -68,12 +76,16 @@ def list_shard(
                     hidden = posixpath.basename(member.name)[:1] == "."
                     # As in a folder, hidden files are skipped: macOS writes companions of images.
                     if not is_image(member.name, encoding) or hidden:
+                        if with_metadata and member.isreg() and is_companion(member.name):
+                            stream.seek(member.offset_data)
+                            companions[member.name] = stream.read(min(member.size, MAX_BYTES))
                         suffix = posixpath.splitext(member.name)[1].lower()
                         if member.isreg() and not hidden and suffix not in _COMPANIONS:
                             skipped[suffix] += 1
                         continue
                     if member.isreg():
                         rows.append(listed_row(unique_name(member), path, member.offset_data, size))
+                        stems.append(posixpath.splitext(member.name)[0])
                     elif member.islnk() or member.issym():
                         links.append((unique_name(member), _target(member)))
                 complete = end <= total and _is_complete(stream, end)
@@ -82,6 +94,7 @@ def list_shard(
             for link, target in links:
                 location = locations.get(target, (0, BROKEN_LINK))
                 rows.append(listed_row(link, path, *location))
+                stems.append(posixpath.splitext(link[len(name) + 1 :])[0])
             if not complete:
                 rows.append(listed_row(f"{name} from byte {end}", path, end, DAMAGED))
     except _DAMAGES as error:
@@ -89,7 +102,7 @@ def list_shard(
         rows.append(listed_row(f"{name} ({error})", path, 0, DAMAGED))
     except OSError as error:
         raise DataError(f"{shard} cannot be read: {error}") from None
-    return rows
+    return attach(rows, stems, companions) if with_metadata else rows
 
 
 def _target(link: tarfile.TarInfo) -> str:

@@ -28,7 +28,8 @@ IMAGES = frozenset([
     ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".ico", ".qoi",
 ])  # fmt: skip
 _COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
-_PREFERRED_COLUMNS = (
+_TEXT = re.compile(r"\.(csv|tsv|jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
+PREFERRED_COLUMNS = (
     "image",
     "jpg",
     "jpeg",
@@ -64,24 +65,16 @@ def find_source(
     With another `encoding` than files, arrays take the place of image files (pipelines.pictures.arrays).
     Raises DataError, one line that says what was found, if there are no images.
     """
-    where, matched = as_path(path), []
-    if is_file(where):
-        found = _Found(encoding)
-        found.add(where)
-    elif Table(where).exists:
+    where = as_path(path)
+    if Table(where).exists:
         return _parquet(where, parquet_files(path, setting), image_column, key_column)
-    elif is_folder(where):
-        found = _scan(where, encoding)
-    elif has_magic(path) and (matched := matching_files(path)):
-        found = _Found(encoding)
-        for file in matched:
-            found.add(file)
-        while has_magic(str(where)):
-            where = where.parent
-    else:
+    found = survey(path, encoding)
+    if found is None:
         raise DataError(
             f"{setting}={path} does not exist: expected a table, Parquet, .tar shards or images"
         )
+    while found.matched and has_magic(str(where)):
+        where = where.parent
     root = where if is_folder(where) else where.parent
     if found.tars:  # img2dataset also writes Parquet files of metadata
         if other := found.image or found.compressed:  # these would be ignored
@@ -96,7 +89,7 @@ def find_source(
     if parquets and (are_images or image_columns(read_schema(parquets[0]))):
         return _parquet(root, parquets, image_column, key_column)
     if found.image:
-        chosen = tuple(file for file in matched if is_image(file.name, encoding))
+        chosen = tuple(file for file in found.matched if is_image(file.name, encoding))
         return Source("folder", where, chosen, encoding=encoding)
     if archives := [suffix for suffix in (".gz", ".tgz", ".zip", ".zst") if found.others[suffix]]:
         raise DataError(
@@ -122,13 +115,15 @@ def _suffixes(encoding: Encoding) -> frozenset[str]:
     return IMAGES if encoding == "file" else SUFFIXES[encoding]
 
 
-class _Found:
+class Found:
     """The files found in a folder, by kind."""
 
     def __init__(self, encoding: Encoding) -> None:
         self.suffixes = _suffixes(encoding)
+        self.matched: list[Path] = []  # by a pattern
         self.tars: list[Path] = []
         self.parquets: list[Path] = []
+        self.texts: list[Path] = []  # files of rows as text
         self.tables: list[Path] = []  # folders of tables, which are skipped
         self.image: Path | None = None  # any one of them
         self.compressed: Path | None = None  # one compressed shard
@@ -147,12 +142,29 @@ class _Found:
             self.tables.append(file.parent)
         else:
             self.others[suffix] += 1
+            if _TEXT.search(file.name):
+                self.texts.append(file)
             if _COMPRESSED_TAR.search(file.name):
                 self.compressed = file
 
 
-def _scan(folder: Path, encoding: Encoding) -> _Found:
-    found = _Found(encoding)
+def survey(path: str, encoding: Encoding = "file") -> Found | None:
+    """The files at a path, or those that a glob pattern matches, by kind; None if nothing is there."""
+    where = as_path(path)
+    if not is_file(where) and is_folder(where):
+        return _scan(where, encoding)
+    found = Found(encoding)
+    if is_file(where):
+        found.add(where)
+        return found
+    found.matched = matching_files(path) if has_magic(path) else []
+    for file in found.matched:
+        found.add(file)
+    return found if found.matched else None
+
+
+def _scan(folder: Path, encoding: Encoding) -> Found:
+    found = Found(encoding)
     for parent, names in walk(folder):
         for name, _ in names:
             # One image of many is enough.
@@ -246,7 +258,7 @@ def image_column_of(schema: pa.Schema, named: str | None, where: str) -> str:
                 f"{where} has {present}"
             )
         return named
-    preferred = [name for name in _PREFERRED_COLUMNS if name in found]
+    preferred = [name for name in PREFERRED_COLUMNS if name in found]
     if len(found) == 1 or preferred[:1] == ["image"]:
         return preferred[0] if preferred else found[0]
     if not found:
