@@ -1,4 +1,4 @@
-"""Download, filter and store the images of a list of URLs as an image table.
+"""Download, filter and store the images of a list of URLs as an image table, or images that are there.
 
 Every URL that is fetched becomes one row: the image, or a status that says why there is none.
 Repeat the command to continue an interrupted run; a complete table is left alone. An existing table
@@ -8,6 +8,7 @@ changed filters are marked, not deleted.
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 --dry-run
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6
     python jobs/ingest.py data.input=laion.parquet data.output=runs/images filter.min_aesthetic=6 retry=timeout,http_5xx
+    python jobs/ingest.py data.input=img2dataset-output/ data.output=runs/images
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from pipelines.cli.main import main
 from pipelines.images.runs import last_run
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.estimate import estimate, plan_table, site_requests
+from pipelines.ingest.estimate import estimate, places_line, plan_table, site_requests
 from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.outcome import cause_of_nothing, end_of_run, retry_line
 from pipelines.storage.tables import Table
@@ -32,7 +33,10 @@ def run(config: IngestConfig) -> None:
         print(plan_table(plan))
         if plan.fetched:
             cpus = config.ray.num_cpus or os.cpu_count() or 1
-            print(estimate(plan.fetched, table, config.image, cpus))
+            alive = {"alive": 1.0} if plan.places else {}
+            print(estimate(plan.fetched, table, config.image, cpus, **alive))
+            if plan.places:
+                print(places_line(plan.places))
             if line := site_requests(plan):
                 print(line)
         if table.exists and (failed := retry_line(table.counts(), is_rerun=True)):

@@ -22,6 +22,7 @@ from pipelines.storage.folders import files_below, remove_folder
 from pipelines.storage.tables import Table, read_json_object
 
 FOLDER = "_runs"
+IMAGES = "images"  # folder of a run: copies of images that it reads one by one (pipelines/ingest/unpack.py)
 RUN_FILE = "run.json"
 
 
@@ -58,7 +59,7 @@ class Run:
         content = self.describe()
         if "finished" not in content:
             self._write({**content, "finished": time.time(), "counts": dict(counts)})
-        for folder in (self.plan_folder, self.folder / "copies"):
+        for folder in (self.plan_folder, self.folder / "copies", self.folder / IMAGES):
             remove_folder(folder)
 
     def pending(self, table: Table) -> list[int]:

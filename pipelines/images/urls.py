@@ -56,10 +56,12 @@ def address_of(url: str) -> int:
 def addresses_of(urls: pa.ChunkedArray, keys: pa.ChunkedArray | None = None) -> np.ndarray:
     """`address_of` each URL, int64 `[n]`; 0 for null.
 
-    `keys` are the rows' keys if they are hashes of the URLs, which saves most of the hashing.
+    `keys` are the rows' keys if they are hashes of the URLs, which saves most of the hashing. The address
+    of a row that has a name and no URL is then its key: images of one name are no copies.
     """
     addresses = np.zeros(len(urls), np.int64) if keys is None else keys.to_numpy().copy()
     for position, url in enumerate(urls.to_pylist()):
-        if url is not None and (keys is None or not _PLAIN.fullmatch(url)):
-            addresses[position] = address_of(url)
+        if url is None or (keys is not None and ("://" not in url or _PLAIN.fullmatch(url))):
+            continue
+        addresses[position] = address_of(url)
     return addresses

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -18,29 +17,37 @@ from pipelines.ingest.web.optout import recorded_rules
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.fingerprints import content_fingerprint
 from vlv_model.config import Config
+
+READ_FAILURES = ("shard", "unreadable", "no_image", "outside")
+"""Failures of images that are there (pipelines.images.external), after `decode:`."""
 
 RULES_SETTING = "download.respect_optout"
 
-# The names that `retry` accepts, and the statuses that each stands for.
+_DECODE_CLASSES = (*decode.FAILURE_CLASSES, *READ_FAILURES)
+
 RETRY_STATUSES = {
     **{name: [status(DOWNLOAD, name)] for name in FAILURE_CLASSES},
-    **{f"{DECODE}:{name}": [status(DECODE, name)] for name in decode.FAILURE_CLASSES},
+    **{f"{DECODE}:{name}": [status(DECODE, name)] for name in _DECODE_CLASSES},
     "transient": sorted(status(DOWNLOAD, name) for name in TRANSIENT),
     "all": [
         *(status(DOWNLOAD, name) for name in FAILURE_CLASSES),
-        *(status(DECODE, name) for name in decode.FAILURE_CLASSES),
+        *(status(DECODE, name) for name in _DECODE_CLASSES),
     ],
 }
 """The names that `retry` accepts, and the statuses that each stands for."""
 
 
 class IngestData(Config):
-    """The list of URLs and the image table."""
+    """The list of URLs, or the images, and the image table."""
 
     input: InputPathOrUrl = Field(
-        description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob"
+        description="list of URLs: a Parquet, CSV, TSV, JSONL or JSON file, a folder of them, or a glob; or "
+        "images, which are read without the network: a folder of image files, .tar shards (WebDataset, "
+        "img2dataset), Parquet with an image column (bytes, or Hugging Face's struct)"
+    )
+    image_column: str | None = Field(
+        None, description="image column of Parquet; default: the only possible one"
     )
     output: OutputPathOrUrl = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(
@@ -88,11 +95,11 @@ class IngestConfig(Config):
         """The settings that all runs of a table share: how images are stored."""
         return {f"image.{name}": value for name, value in dump(self.image).items()}
 
-    def run_settings(self, files: list[Path]) -> dict[str, Any]:
-        """The settings that make a new run of the list `files`; those of speed do not."""
+    def run_settings(self, fingerprint: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that make a new run of an input with this fingerprint; those of speed do not."""
         values = dump(self)
         return {
-            "data.input": content_fingerprint(files),
+            "data.input": dict(fingerprint),
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},

@@ -84,7 +84,7 @@ class DecoderPool:
         if fetched.data is None:
             return {"status": fetched.status, "error": fetched.error}
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, self._decode, fetched.data)
+        return await loop.run_in_executor(self.threads, self.decode, fetched.data)
 
     def close(self) -> None:
         """End the threads and the child processes."""
@@ -92,7 +92,8 @@ class DecoderPool:
         while not self.idle.empty():
             self.idle.get().close()
 
-    def _decode(self, data: bytes) -> dict[str, Any]:
+    def decode(self, data: bytes) -> dict[str, Any]:
+        """The columns of one file's row. At most as many threads as decoders may call it."""
         decoder = self.idle.get()  # there is one for each thread
         try:
             return decoder(data)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
 from pipelines.estimate.words import size_words, time_words
 from pipelines.images.runs import runs_of
-from pipelines.ingest.plan import Plan
+from pipelines.ingest.plan import Places, Plan
 from pipelines.ingest.run_statistics import last_throughput
 from pipelines.pictures.encode import ImageConfig
-from pipelines.storage.files import is_url
+from pipelines.storage.files import as_path, is_url
 from pipelines.storage.tables import PLAN, Table
 
 # Assumptions for a table without measurements.
@@ -46,7 +47,7 @@ def plan_table(plan: Plan) -> str:
     return "\n".join(
         [
             *of_list,
-            f"{'to be fetched':<{width}}  {plan.fetched:>13,}{again}",
+            f"{'to be read' if plan.places else 'to be fetched':<{width}}  {plan.fetched:>13,}{again}",
             f"{'to be marked':<{width}}  {plan.marked:>13,}  (rows of the table)",
         ]
     )
@@ -101,16 +102,60 @@ def site_requests(plan: Plan) -> str:
     )
 
 
-def estimate(fetched: int, table: Table, image: ImageConfig, cpus: float) -> str:
+def count_places(folder: Path) -> Places:
+    """The images that the plan in a local folder reads, where they lie."""
+    plans = [str(file) for file in Path(folder).glob(f"*{PLAN}")]
+    if not plans:
+        return Places(0, 0, 0, 0, [], False)
+    with duckdb.connect() as database:
+
+        def ask(columns: str, rest: str = "") -> list[tuple[Any, ...]]:
+            query = f"SELECT {columns} FROM read_parquet(?) WHERE mark IS NULL AND {rest}"
+            return database.execute(query, [plans]).fetchall()
+
+        ((images, files, known, units),) = ask(
+            "count(*), count(DISTINCT path), coalesce(sum(size) FILTER (size > 0), 0), count(unit)",
+            "lost IS NULL",
+        )
+        ((lost,),) = ask("count(*)", "lost IS NOT NULL")
+        names = [
+            name for (name,) in ask("url", 'lost IS NULL ORDER BY path, "offset", "row" LIMIT 3')
+        ]
+        unknown = ask("DISTINCT path", "lost IS NULL AND size IS NULL")
+    size = int(known) + sum(_file_bytes(path) for (path,) in unknown)
+    return Places(images, lost, files, size, names, units > 0)
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return as_path(path).stat().st_size
+    except OSError:
+        return 0  # it becomes a row with a status
+
+
+def places_line(places: Places) -> str:
+    """One line with what a dry run found in place of URLs."""
+    lost = f"; {places.lost:,} rows without an image keep their status" if places.lost else ""
+    copy = "; they are first copied into data.output, and the copies deleted at the end"
+    names = f" ({', '.join(places.names)}, …)" if places.names else ""
+    return (
+        f"{places.images:,} images in {places.files:,} files, {size_words(places.bytes)}{names}, are read "
+        f"without the network{copy if places.unpacked else ''}{lost}"
+    )
+
+
+def estimate(
+    fetched: int, table: Table, image: ImageConfig, cpus: float, alive: float = _ALIVE
+) -> str:
     """One line with the disk space and time for `fetched` rows, measured in earlier runs or assumed.
 
-    A second line warns if the disk has too little space.
+    `alive` is the fraction of rows that is assumed to have an image. A second line warns if the disk has too little space.
     """
-    stored, alive = _measured_size(table)
+    stored, measured_alive = _measured_size(table)
     size = stored or stored_size(image)
     measured = _measured_rate(table)
     rate = measured or _ROWS_PER_CPU_SECOND * cpus
-    disk = fetched * (alive or _ALIVE) * size
+    disk = fetched * (measured_alive or alive) * size
     line = (
         f"about {size_words(disk)} and {time_words(fetched / rate)} for {fetched:,} rows "
         f"({size_words(size)} an image, {'measured here' if stored else 'assumed'}; {rate:,.0f} rows/s, "

@@ -29,12 +29,14 @@ from pipelines.images.rows import IMAGE_ROW
 from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.config import RULES_SETTING, IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
-from pipelines.ingest.estimate import count_sites, estimate, rows_per_file
+from pipelines.ingest.estimate import count_places, count_sites, estimate, rows_per_file
 from pipelines.ingest.known_rows import KnownKeys
+from pipelines.ingest.local_images import LocalImages, find_images
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, remove_report, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_host_statistics
-from pipelines.ingest.steps import ImageFetcher, IngestChunk, WritePart, fetchers_of
+from pipelines.ingest.steps import ImageFetcher, ImageReader, IngestChunk, WritePart, fetchers_of
+from pipelines.ingest.unpack import unpack, write_wanted
 from pipelines.ingest.web.config import PER_CPU, config_per_process
 from pipelines.ingest.web.environment import requests_that_fit, warn_of_ignored_proxies
 from pipelines.ingest.web.optout import DEFAULT_RULES, Rule, recorded_rules
@@ -43,6 +45,7 @@ from pipelines.ingest.web.rules_store import RulesStore
 from pipelines.ingest.web.site_rules import SITE_RULES
 from pipelines.lists.input_files import input_files
 from pipelines.storage.files import is_file, write_atomically
+from pipelines.storage.fingerprints import content_fingerprint
 from pipelines.storage.folders import is_folder, remove_folder
 from pipelines.storage.tables import Table
 from vlv_model.errors import RunError
@@ -89,6 +92,8 @@ class Ingest(TableJob):
         self.config = self.config.with_rules_of(settings)
         self.current = self._continue_or_plan(table)
         self.was_done = self.is_done(table)
+        if self.current.describe().get("local"):
+            return
         download = self.config.download
         if not self.was_done and self.current.describe()["fetched"]:
             _tell_of_rules(given, self.config, settings)
@@ -106,8 +111,11 @@ class Ingest(TableJob):
             )
 
     def _continue_or_plan(self, table: Table) -> Run:
-        files = input_files(self.config.data.input)
-        settings = self.config.run_settings(files)
+        files = _input(self.config)
+        if isinstance(files, LocalImages):
+            settings = self.config.run_settings(files.fingerprint())
+        else:
+            settings = self.config.run_settings(content_fingerprint(files))
         if table.exists:
             last = last_run(table)
             if last is None:
@@ -123,8 +131,11 @@ class Ingest(TableJob):
         chunks = _plan_into(run.plan_folder, files, self.config, table, plan)
         if chunks is not None:
             write_atomically(table.folder / CHUNKS_FILE, chunks)
-        skipped = ("chunks", "sites", "site_files")
+        skipped = ("chunks", "sites", "site_files", "places")
         about = {name: value for name, value in vars(plan).items() if name not in skipped}
+        if isinstance(files, LocalImages):
+            about |= {"local": True, "image_column": files.source.column}
+            about["units"] = write_wanted(run) if files.source.column else 0
         run.begin(settings, plan.chunks, **about)
         if not table.exists:
             table.create(KIND, self.config.identity(), len(plan.chunks))
@@ -137,12 +148,18 @@ class Ingest(TableJob):
         """Do the pending chunks of the run; then find duplicates in the whole table."""
         run = self.current
         if pending := run.pending(table):
-            fetched = run.describe()["fetched"]
+            about = run.describe()
+            fetched, local = about["fetched"], about.get("local")
             if fetched:
                 cpus = cluster.resources().get("CPU", 1)
-                print(estimate(fetched, table, self.config.image, cpus), flush=True)
+                alive = {"alive": 1.0} if local else {}
+                print(estimate(fetched, table, self.config.image, cpus, **alive), flush=True)
+            if about.get("units"):
+                unpack(cluster, run, about["image_column"])
             throughput = ThroughputLog(run)
-            rules_store = _rules_store(cluster, self.config)  # ends when no name holds it
+            rules_store = (
+                None if local else _rules_store(cluster, self.config)
+            )  # ends when no name holds it
             run_chunks(
                 cluster,
                 pending,
@@ -175,7 +192,11 @@ def plan_only(config: IngestConfig) -> Plan:
     if table.exists and (last := last_run(table)):
         config = config.with_rules_of(last.describe()["settings"])
     with tempfile.TemporaryDirectory(prefix="vlv-plan-") as folder:
-        _plan_into(Path(folder), input_files(config.data.input), config, table, plan)
+        files = _input(config)
+        _plan_into(Path(folder), files, config, table, plan)
+        if isinstance(files, LocalImages):
+            plan.places = count_places(Path(folder))
+            return plan
         plan.site_files = [rule for rule in config.download.rules if rule in SITE_RULES]
         if plan.site_files:
             plan.sites = count_sites(Path(folder))
@@ -224,8 +245,14 @@ def _rules_store(cluster: Cluster, config: IngestConfig) -> Any:
     return None if is_alone else cluster.shared(RulesStore)
 
 
+def _input(config: IngestConfig) -> list[Path] | LocalImages:
+    """The files of a list of URLs, or images that are there."""
+    data = config.data
+    return find_images(data.input, data.image_column, data.columns) or input_files(data.input)
+
+
 def _plan_into(
-    folder: Path, files: list[Path], config: IngestConfig, table: Table, plan: Plan
+    folder: Path, files: list[Path] | LocalImages, config: IngestConfig, table: Table, plan: Plan
 ) -> bytes | None:
     """Write the plan of a run into `folder`; of a first run, return CHUNKS_FILE's content."""
     known = KnownKeys(table) if table.exists else None
@@ -247,10 +274,15 @@ def _step(cluster: Cluster, config: IngestConfig, run: Run, rules_store: Any) ->
     about = run.describe()
     fitting = _ROWS_IN_FLIGHT * len(about["chunks"]) // max(1, about["fetched"])
     download = config_per_process(config.download, fetchers, cpus)
-    settings = (download, config.image, config.filter, decoders, rules_store)
+    fetcher: type[ImageFetcher] | type[ImageReader] = ImageFetcher
+    settings: tuple[Any, ...] = (download, config.image, config.filter, decoders, rules_store)
+    if about.get("local"):
+        fetcher = ImageReader
+        unpacked = run if about["units"] else None
+        settings = (about["image_column"], config.image, config.filter, decoders, unpacked)
     return PlacedStep(
         IngestChunk,
-        (ImageFetcher, settings, run, Table(config.data.output)),
+        (fetcher, settings, run, Table(config.data.output)),
         resources={"num_cpus": decoders},
         actors=(fetchers, None if config.ray.cluster else fetchers),  # a cluster may grow
         in_flight=min(at_most, max(at_least, fitting)),

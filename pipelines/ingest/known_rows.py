@@ -66,33 +66,43 @@ def changes(
 ) -> tuple[pa.Table, pa.Table]:
     """The METADATA_ROW rows of a chunk to be fetched, and the PLAN_ROW rows to be marked.
 
-    `listed` are PLAN_ROW rows of the list, `stored` are rows of the table, `retry` are statuses.
+    `listed` are PLAN_ROW rows of the list, `stored` are rows of the table, `retry` are statuses. Where
+    `listed` has the places of images, the rows to be fetched have them too, and no other row is fetched.
     """
     indices = pc.index_in(listed["key"], value_set=stored["key"].combine_chunks())
     passes = listed["mark"].is_null()
-    new = listed.filter(pc.and_(pc.is_null(indices), passes)).select(METADATA_ROW.names)
+    new = listed.filter(pc.and_(pc.is_null(indices), passes)).drop_columns(["mark"])
     _check_collisions(listed, stored, indices)
     if not stored.num_rows:
         return new, PLAN_ROW.empty_table()
+    places = [name for name in listed.column_names if name not in PLAN_ROW.names]
+    found = pc.index_in(stored["key"], value_set=listed["key"].combine_chunks())
+    if places:
+        can_fetch = pc.and_(found.is_valid(), listed["lost"].take(found).is_null())
+    else:  # a name without a URL is that of an image that was there
+        can_fetch = pc.fill_null(pc.match_substring(stored["url"], "://"), False)
+    has_place = can_fetch.to_pylist()
     stored, is_updated = _update(stored, listed)
     old = stored["status"].to_pylist()
-    has_image = stored["width"].is_valid().to_pylist()
+    is_stored = stored["width"].is_valid().to_pylist()
     fetch = np.zeros(len(old), bool)
     marks: list[str | None] = [None] * len(old)
     for i, filtered in enumerate(_filter_statuses(stored, filters)):
         if old[i] in retry:
-            fetch[i] = filtered == OK
+            fetch[i] = filtered == OK and has_place[i]
         elif old[i] == DUPLICATE:  # `mark_duplicates` decides on it after the downloads
             marks[i] = filtered if filtered != OK else None
         elif old[i] == OK or old[i].startswith(FILTERED):
-            if filtered == OK and old[i] != OK and not has_image[i]:
-                fetch[i] = True
+            if filtered == OK and old[i] != OK and not is_stored[i]:
+                fetch[i] = has_place[i]
             elif filtered != old[i]:
                 marks[i] = filtered
         if is_updated[i] and not fetch[i] and marks[i] is None:
             marks[i] = old[i]
     metadata = stored.select(METADATA_ROW.names)
     marked = metadata.append_column("mark", pa.array(marks, pa.string()))
+    for name in places:
+        metadata = metadata.append_column(listed.schema.field(name), listed[name].take(found))
     retried = metadata.filter(pa.array(fetch))
     return pa.concat_tables([new, retried]), marked.filter(marked["mark"].is_valid())
 

@@ -26,6 +26,9 @@ CAUSES = {
     "download:opted_out": "their servers opt out; download.respect_optout decides whether that counts",
     "decode:too_large": "image.max_pixels is the limit",
     "decode:timeout": "each took longer than a minute",
+    "decode:no_image": "their metadata or rows have no image",
+    "decode:shard": "their .tar shards are damaged",
+    "decode:unreadable": "their files cannot be read",
     "decode:unsupported": "pip install 'vlv-ray[heif,jxl]' adds formats",
     "filtered:aesthetic": "filter.min_aesthetic is the limit",
     "filtered:pwatermark": "filter.max_pwatermark is the limit",
@@ -39,18 +42,19 @@ CAUSES = {
 def end_of_run(table: Table, run: Run, counts: Mapping[str, int], had_work: bool) -> str:
     """What a finished run did, the rows of its table by status, and where they are."""
     about = run.describe()
-    lines = ["this table is already complete: nothing was downloaded"]
+    done = "read" if about.get("local") else "fetched"
+    lines = [f"this table is already complete: nothing was {done}"]
     if had_work:
         fetched, marked, again = about["fetched"], about["marked"], about.get("again", 0)
         lines = [
-            f"run {run.number}: {fetched:,} rows fetched ({again:,} of them again), {marked:,} with a "
+            f"run {run.number}: {fetched:,} rows {done} ({again:,} of them again), {marked:,} with a "
             "new status or new metadata"
         ]
     lines += [counts_table(counts), f"metadata rows read: {about['read']:,}"]
     new = about["fetched"] - about.get("again", 0)
     if known := known_rows(about["read"], about["dropped"], new):
         lines.append(f"of these in the table: {known:,}")
-    lines += [f"of these not fetched: {rule} {rows:,}" for rule, rows in about["dropped"].items()]
+    lines += [f"of these not {done}: {rule} {rows:,}" for rule, rows in about["dropped"].items()]
     lines += [f"image table: {table.folder}", f"report: {table.folder / REPORT}"]
     return "\n".join([*lines, *filter(None, [retry_line(counts, run.number > 1)])])
 

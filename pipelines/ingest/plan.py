@@ -32,6 +32,7 @@ from pipelines.ingest.known_rows import (
     check_same,
     known_rows,
 )
+from pipelines.ingest.local_images import PLACE, LocalImages, by_metadata
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
 from pipelines.lists.input_files import input_bytes
 from pipelines.lists.metadata import InvalidValues, read_batches
@@ -45,9 +46,21 @@ _MIN_KEY = -(2**63)
 _MAX_GROWTH = 32  # of the rows of a chunk, when a longer list falls into the same key ranges
 
 
+@dataclass(frozen=True)
+class Places:
+    """The images of a plan that are there already."""
+
+    images: int  # to be read
+    lost: int  # rows without an image
+    files: int  # that contain the images
+    bytes: int  # of the images; of Parquet, of its files
+    names: list[str]  # some of them
+    unpacked: bool  # copied into the table's folder first
+
+
 @dataclass
 class Plan:
-    """The numbers of a plan; all but `chunks` and those of sites are rows."""
+    """The numbers of a plan; all but `chunks` and those of a dry run are rows."""
 
     chunks: list[int] = field(default_factory=list)  # the chunks to work on
     fetched: int = 0  # to be fetched
@@ -60,6 +73,7 @@ class Plan:
     # Of a dry run alone:
     sites: int = 0  # of the rows to be fetched
     site_files: list[str] = field(default_factory=list)  # the rules that each site has in a file
+    places: Places | None = None
 
 
 def chunk_file(folder: Path, chunk: int) -> Path:
@@ -73,7 +87,7 @@ def read_chunk(folder: Path, chunk: int) -> pa.Table:
 
 
 def read_list(
-    files: list[Path],
+    files: list[Path] | LocalImages,
     filters: FilterConfig,
     columns: Mapping[str, str | None],
     plan: Plan,
@@ -83,18 +97,21 @@ def read_list(
 ) -> Iterator[pa.Table]:
     """The METADATA_ROW rows of `files` that pass the filters, sorted by key, one for each key.
 
+    Those of images that are there also have the columns PLACE.
     With the `known` keys of a table they are PLAN_ROW rows, and include rows that fail a filter if the
     table may have them. Of several rows with one URL the first is kept. Counts into `plan`. Raises
     DataError for an empty list, if no row is left, and if two different URLs have the same key.
     """
     dropped: Counter[str] = Counter()
     failing: Counter[str] = Counter()
-    buckets = sorting(PLAN_ROW if known else METADATA_ROW, input_bytes(files))
+    is_local = isinstance(files, LocalImages)
+    num_bytes = files.num_bytes if isinstance(files, LocalImages) else input_bytes(files)
+    buckets = sorting(_schema(is_local, known), num_bytes)
     for rows in passing(files, filters, columns, plan, dropped, failing, known):
         taken_down = blocked.mask(rows["key"], rows["url"])
         dropped["taken_down"] += int((taken_down & ~_fails(rows)).sum())
         buckets.add(rows.filter(pa.array(~taken_down)))
-    if plan.read == 0:
+    if plan.read == 0 and not isinstance(files, LocalImages):
         raise DataError(f"{files[0]}: the list of URLs has no rows: nothing to ingest")
     plan.listed = plan.read - dropped.total()
     rescored = 0
@@ -115,7 +132,7 @@ def read_list(
 
 
 def passing(
-    files: list[Path],
+    files: list[Path] | LocalImages,
     filters: FilterConfig,
     columns: Mapping[str, str | None],
     plan: Plan,
@@ -128,21 +145,42 @@ def passing(
     The others are counted: `dropped` by the first rule that they fail, `failing` by each rule. Prints one
     warning for each column with values that were taken as missing.
     """
-    # With known rows, row groups in which no row passes are read too: the table may have the rows.
-    read_all = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
     odd_values: InvalidValues = {}
-    for file in files:
-        for batch in read_batches(file, columns, read_all, odd_values):
-            if known:
-                check_columns(filters, batch.schema, set(batch.column_names), str(file))
-            plan.read += batch.num_rows
-            yield _filter_batch(batch, filters, dropped, failing, known)
+    if isinstance(files, LocalImages):
+        filters = by_metadata(filters)
+        batches = files.batches(filters, odd_values)
+    else:
+        batches = _batches(files, filters, columns, odd_values, known)
+    for batch in batches:
+        plan.read += batch.num_rows
+        yield _filter_batch(batch, filters, dropped, failing, known)
     for name, (count, first) in odd_values.items():
         print(
             f"warning: column '{name}' of the list: {count:,} values that cannot be read were taken "
             f"as missing (the first: {first}), as no filter reads them",
             file=sys.stderr,
         )
+
+
+def _batches(
+    files: list[Path],
+    filters: FilterConfig,
+    columns: Mapping[str, str | None],
+    odd_values: InvalidValues,
+    known: KnownKeys | None,
+) -> Iterator[pa.Table]:
+    # With known rows, row groups in which no row passes are read too: the table may have the rows.
+    read_all = filters.model_copy(update={"optional": tuple(filters.rules())}) if known else filters
+    for file in files:
+        for batch in read_batches(file, columns, read_all, odd_values):
+            if known:
+                check_columns(filters, batch.schema, set(batch.column_names), str(file))
+            yield batch
+
+
+def _schema(is_local: bool, known: KnownKeys | None) -> pa.Schema:
+    """That of a list's rows."""
+    return pa.schema([*(PLAN_ROW if known else METADATA_ROW), *(PLACE if is_local else ())])
 
 
 def first_plan(
@@ -197,7 +235,8 @@ def next_plan(
     for chunk, (listed, stored) in enumerate(zip(by_range, known, strict=True)):
         fetch, marks = changes(listed, stored, filters, retry)
         if fetch.num_rows or marks.num_rows or chunk not in committed:
-            write_parquet(chunk_file(folder, chunk), pa.concat_tables([_to_fetch(fetch), marks]))
+            planned = pa.concat_tables([_to_fetch(fetch), marks], promote_options="default")
+            write_parquet(chunk_file(folder, chunk), planned)
             plan.chunks.append(chunk)
             plan.fetched += fetch.num_rows
             is_known = pc.is_in(fetch["key"], value_set=stored["key"].combine_chunks())
@@ -216,7 +255,9 @@ def _filter_batch(
     known: KnownKeys | None,
 ) -> pa.Table:
     """The rows of a batch to be fetched or compared with the table; the others are counted."""
-    if "url" in batch.column_names:  # otherwise all rows have a URL, and none passes
+    if "key" in batch.column_names:
+        pass  # images that are there: each has a name
+    elif "url" in batch.column_names:  # otherwise all rows have a URL, and none passes
         has_url = has_text(batch["url"])
         dropped["no_url"] += batch.num_rows - pc.sum(has_url, min_count=0).as_py()
         batch = batch.filter(has_url)
@@ -232,18 +273,19 @@ def _filter_batch(
             marks[fails] = f"filtered:{rule}"
     if not known:
         batch = batch.filter(pa.array(passes))
+    schema = _schema("lost" in batch.column_names, known)
     if not batch.num_rows:
-        return (PLAN_ROW if known else METADATA_ROW).empty_table()
-    urls = [normalise_url(url) for url in batch["url"].to_pylist()]
-    values = {name: batch[name] for name in METADATA_ROW.names if name in batch.column_names}
-    values |= {
-        "key": pa.array([key_of(url) for url in urls], pa.int64()),
-        "url": pa.array(urls, pa.string()),
-    }
+        return schema.empty_table()
+    values = {name: batch[name] for name in schema.names if name in batch.column_names}
+    if "key" not in batch.column_names:
+        urls = [normalise_url(url) for url in batch["url"].to_pylist()]
+        values |= {
+            "key": pa.array([key_of(url) for url in urls], pa.int64()),
+            "url": pa.array(urls, pa.string()),
+        }
     if known:
         values["mark"] = pa.array(marks, pa.string())
-    empty = pa.nulls(len(urls))
-    schema = PLAN_ROW if known else METADATA_ROW
+    empty = pa.nulls(batch.num_rows)
     rows = pa.table([values.get(f.name, empty).cast(f.type) for f in schema], schema=schema)
     if known:
         rows = rows.filter(pa.array(passes | known.may_have(rows["key"].to_numpy())))
@@ -257,8 +299,17 @@ def _fails(rows: pa.Table) -> np.ndarray:
     return np.asarray(rows["mark"].is_valid().to_pylist(), bool)
 
 
+def _is_lost(rows: pa.Table) -> np.ndarray:
+    """Whether it is known that a row has no image, bool `[n]`."""
+    if "lost" not in rows.column_names:
+        return np.zeros(rows.num_rows, bool)
+    return np.asarray(rows["lost"].is_valid().to_pylist(), bool)
+
+
 def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
-    """One row of each key: the first that passes, or else the first. `rows` are sorted by key.
+    """One row of each key: the first that passes, or else the first; those with an image come first.
+
+    `rows` are sorted by key.
 
     Raises DataError if two URLs have the same key.
     """
@@ -269,7 +320,7 @@ def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
     urls = rows["url"]
     for i in repeats.tolist():
         check_same(keys[i], urls[i - 1].as_py(), urls[i].as_py())
-    order = np.lexsort((fails, keys))  # stable: rows that pass keep their order
+    order = np.lexsort((_is_lost(rows), fails, keys))  # stable: otherwise rows keep their order
     first = np.ones(len(keys), bool)
     first[1:] = keys[order][1:] != keys[order][:-1]
     dropped["repeated_url"] += int((~first & ~fails[order]).sum())
@@ -278,20 +329,21 @@ def _without_repeats(rows: pa.Table, dropped: Counter[str]) -> pa.Table:
 
 def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """Regroup `tables` into tables of `rows` rows; the last may be shorter."""
-    rest = METADATA_ROW.empty_table()
+    rest: pa.Table | None = None
     for table in tables:
-        rest = pa.concat_tables([rest, table])
+        rest = table if rest is None else pa.concat_tables([rest, table])
         while rest.num_rows >= rows:
             yield rest.slice(0, rows)
             rest = rest.slice(rows)
         rest = rest.combine_chunks()
-    if rest.num_rows:
+    if rest is not None and rest.num_rows:
         yield rest
 
 
 def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Table]:
     """Split the sorted rows of `tables` by chunk: from each start up to the next."""
-    rest, source = PLAN_ROW.empty_table(), iter(tables)
+    source = iter(tables)
+    rest = next(source)
     for end in starts[1:]:
         while not rest.num_rows or rest["key"][-1].as_py() < end:
             if (more := next(source, None)) is None:
@@ -304,4 +356,6 @@ def _by_range(tables: Iterable[pa.Table], starts: np.ndarray) -> Iterator[pa.Tab
 
 
 def _to_fetch(rows: pa.Table) -> pa.Table:
-    return rows.append_column("mark", pa.nulls(rows.num_rows, pa.string())).cast(PLAN_ROW)
+    position = len(METADATA_ROW)
+    mark = pa.nulls(rows.num_rows, pa.string())
+    return rows.add_column(position, PLAN_ROW.field("mark"), mark)

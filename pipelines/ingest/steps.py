@@ -21,13 +21,17 @@ import pyarrow.compute as pc
 
 from pipelines.execution.steps import Chunk
 from pipelines.images.blocklist import Blocklist
-from pipelines.images.rows import IMAGE_ROW, with_image_feature
+from pipelines.images.external import ExternalImages, UndecodableImage
+from pipelines.images.rows import DECODE, IMAGE_ROW, status, with_image_feature
 from pipelines.images.runs import Run
 from pipelines.ingest.decoder import DecoderPool
 from pipelines.ingest.known_rows import UPDATABLE, with_marks
+from pipelines.ingest.local_images import PLACE
 from pipelines.ingest.plan import read_chunk
+from pipelines.ingest.unpack import UnpackedImages
 from pipelines.ingest.web.config import DownloadConfig
 from pipelines.ingest.web.download import Downloader
+from pipelines.ingest.web.failures import clean
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures.encode import ImageConfig
 from pipelines.storage.parquet import open_parquet, read_parquet_file
@@ -90,6 +94,56 @@ class ImageFetcher:
         self.decoders.close()
 
 
+class ImageReader:
+    """Maps METADATA_ROW and PLACE rows to IMAGE_ROW rows, in the same order."""
+
+    def __init__(
+        self,
+        column: str | None,
+        image: ImageConfig,
+        filters: FilterConfig,
+        decoders: int,
+        run: Run | None = None,
+    ) -> None:
+        """`column` is the image column of Parquet; `run` has unpacked its images."""
+        self.images = ExternalImages(column)
+        self.unpacked = UnpackedImages(run) if run is not None else None
+        self.decoders = DecoderPool(decoders, image, filters)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        places = rows.select(["key", *PLACE.names]).to_pylist()
+        order = sorted(range(len(places)), key=lambda i: _position(places[i]))
+        threads = self.decoders.threads
+        read = threads.map(self._read, [places[i] for i in order])
+        results: list[dict[str, Any]] = [{}] * len(places)
+        for i, columns in zip(order, read, strict=True):
+            results[i] = columns
+        return image_rows(rows, results)
+
+    def _read(self, place: dict[str, Any]) -> dict[str, Any]:
+        if place["lost"] is not None:
+            return {"status": place["lost"], "error": place["reason"]}
+        data = None
+        if self.unpacked is not None:
+            data = self.unpacked.read(place["unit"], place["key"])
+        try:
+            data = data or self.images.read({**place, "image": {"path": place["path"]}})
+        except UndecodableImage as error:
+            return {"status": status(DECODE, error.kind), "error": clean(str(error))}
+        if not data:
+            return {"status": status(DECODE, "no_image"), "error": "no bytes"}
+        return self.decoders.decode(data)
+
+    def close(self) -> None:
+        """End the decoders."""
+        self.decoders.close()
+
+
+def _position(place: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Orders images as they lie."""
+    return place["path"] or "", place["group"] or 0, place["offset"] or place["row"] or 0
+
+
 @dataclass(frozen=True)
 class FetchedChunk(Chunk):
     """A chunk whose rows are the fetched ones, IMAGE_ROW."""
@@ -144,7 +198,7 @@ class IngestChunk:
 
     def __init__(
         self,
-        fetcher: type[ImageFetcher],
+        fetcher: type[ImageFetcher] | type[ImageReader],
         settings: tuple[Any, ...],
         run: Run,
         table: Table,

@@ -8,7 +8,7 @@ that every row fails a filter, only the columns of the filters are read, to coun
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,23 +117,33 @@ def read_batches(
     for batch in tables or read_tables(file):
         if tables is None:  # later JSON lines may have new columns
             found = _match_checked(batch.schema, extra, filters, file) | found
-        present = {
-            our_name: source_name
-            for our_name, source_name in found.items()
-            if source_name in batch.column_names
-        }
-        yield pa.table(
-            {
-                our_name: _cast(
-                    batch[source_name],
-                    our_name,
-                    source_name,
-                    file,
-                    None if our_name in filtered else invalid,
-                )
-                for our_name, source_name in present.items()
-            }
+        yield cast_columns(batch, found, filtered, file, invalid)
+
+
+def cast_columns(
+    batch: pa.Table,
+    found: Mapping[str, str],
+    filtered: Collection[str],
+    file: Path,
+    invalid: InvalidValues,
+) -> pa.Table:
+    """The columns of a batch that `found` ({our name: the file's name}) names, under our names and types.
+
+    A text that cannot be cast becomes null and is counted in `invalid`; in a column of `filtered`, which
+    filters read, it raises DataError.
+    """
+    columns = {
+        our_name: _cast(
+            batch[source_name],
+            our_name,
+            source_name,
+            file,
+            None if our_name in filtered else invalid,
         )
+        for our_name, source_name in found.items()
+        if source_name in batch.column_names
+    }
+    return pa.table(columns)
 
 
 def _match_checked(

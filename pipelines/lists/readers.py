@@ -197,7 +197,7 @@ def _json(file: Path) -> Iterator[pa.Table]:
     try:
         with _text(file) as text:
             objects = enumerate(read_objects(text), start=1)
-            yield from _tables(_as_texts(row, f"{file} row {i}") for i, row in objects)
+            yield from _tables(as_texts(row, f"{file} row {i}") for i, row in objects)
     except (*_READ_ERRORS, ValueError) as error:
         raise DataError(f"{file} cannot be read as JSON: {_reason(error)}") from None
 
@@ -215,12 +215,12 @@ def _tables(rows: Iterator[dict[str, str | None]]) -> Iterator[pa.Table]:
 
 def _row_of_line(line: str, where: str) -> dict[str, str | None]:
     try:
-        return _as_texts(json.loads(line), where)
+        return as_texts(json.loads(line), where)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object: {str(error)[:120]}") from None
 
 
-def _as_texts(row: Any, where: str) -> dict[str, str | None]:
+def as_texts(row: Any, where: str) -> dict[str, str | None]:
     """A JSON object with its values as text; null and NaN become None."""
     try:
         if not isinstance(row, dict):
