@@ -275,9 +275,9 @@ def folders_of(source: Source) -> Iterator[tuple[Path, list[tuple[str, int | Non
         yield from walk(source.root)
         return
     for folder in folders:
-        names = [(name, None) for name in names_in(folder)]
-        kept = [n for n in names if not is_image(n[0], source.encoding) or folder / n[0] in chosen]
-        yield folder, kept
+        names = names_in(folder)
+        kept = (n for n in names if not is_image(n, source.encoding) or folder / n in chosen)
+        yield folder, [(name, None) for name in kept]
 
 
 def _select(table: pa.Table, where: _Condition | None) -> pa.Table:

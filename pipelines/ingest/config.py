@@ -17,6 +17,7 @@ from pipelines.ingest.web.optout import recorded_rules
 from pipelines.lists.filters import FilterConfig
 from pipelines.pictures import decode
 from pipelines.pictures.encode import ImageConfig
+from pipelines.pictures.formats import Encoding
 from vlv_model.config import Config
 
 READ_FAILURES = ("shard", "unreadable", "no_image", "outside")
@@ -48,6 +49,11 @@ class IngestData(Config):
     )
     image_column: str | None = Field(
         None, description="image column of Parquet; default: the only possible one"
+    )
+    image_encoding: Encoding = Field(
+        "file",
+        description="of images that are there. file: JPEG, PNG and other image files; chw, hwc: raw uint8 "
+        "arrays of 3·s·s or s·s·3 bytes; npy: NumPy files",
     )
     output: OutputPathOrUrl = Field(description="folder of the image table")
     columns: dict[str, str | None] = Field(
@@ -98,8 +104,14 @@ class IngestConfig(Config):
     def run_settings(self, fingerprint: Mapping[str, str]) -> dict[str, Any]:
         """The settings that make a new run of an input with this fingerprint; those of speed do not."""
         values = dump(self)
+        # Runs of earlier versions did not record these.
+        given = {name: values["data"][name] for name in ("image_column", "image_encoding")}
+        of_images = {
+            f"data.{name}": value for name, value in given.items() if value not in (None, "file")
+        }
         return {
             "data.input": dict(fingerprint),
+            **of_images,
             "data.columns": values["data"]["columns"],
             "retry": values["retry"],
             **{f"filter.{name}": value for name, value in values["filter"].items()},

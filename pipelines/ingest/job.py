@@ -248,7 +248,8 @@ def _rules_store(cluster: Cluster, config: IngestConfig) -> Any:
 def _input(config: IngestConfig) -> list[Path] | LocalImages:
     """The files of a list of URLs, or images that are there."""
     data = config.data
-    return find_images(data.input, data.image_column, data.columns) or input_files(data.input)
+    images = find_images(data.input, data.image_column, data.columns, data.image_encoding)
+    return images or input_files(data.input)
 
 
 def _plan_into(
@@ -279,7 +280,8 @@ def _step(cluster: Cluster, config: IngestConfig, run: Run, rules_store: Any) ->
     if about.get("local"):
         fetcher = ImageReader
         unpacked = run if about["units"] else None
-        settings = (about["image_column"], config.image, config.filter, decoders, unpacked)
+        source = (about["image_column"], config.data.image_encoding, unpacked)
+        settings = (config.image, config.filter, decoders, *source)
     return PlacedStep(
         IngestChunk,
         (fetcher, settings, run, Table(config.data.output)),

@@ -48,6 +48,7 @@ from pipelines.ingest.web.failures import clean
 from pipelines.lists.filters import RULE_COLUMNS, FilterConfig
 from pipelines.lists.metadata import LEFT_OUT, InvalidValues, cast_columns, match_columns
 from pipelines.lists.readers import as_texts, read_tables
+from pipelines.pictures.formats import Encoding
 from pipelines.storage.files import as_path, is_file, is_url
 from pipelines.storage.fingerprints import size_fingerprint
 from pipelines.storage.parquet import open_parquet, read_parquet_file, read_schema
@@ -77,22 +78,26 @@ _FOLDER_BYTES = 1 << 30  # taken for the metadata of image files, which are not 
 
 
 def find_images(
-    path: str, image_column: str | None, columns: Mapping[str, str | None]
+    path: str,
+    image_column: str | None,
+    columns: Mapping[str, str | None],
+    encoding: Encoding = "file",
 ) -> LocalImages | None:
-    """The images at `data.input`; None for a list of URLs.
+    """The images at `data.input`, files or arrays of an `encoding`; None for a list of URLs.
 
     Parquet with both a URL and an image column holds images. Raises DataError for a mixture of images and
     lists, and as `find_source` does.
     """
     where = as_path(path)
     if not is_file(where) and Table(where).exists:
-        return LocalImages(path, find_source(path, image_column), columns)
-    found = survey(path)
+        return LocalImages(path, find_source(path, image_column, encoding=encoding), columns)
+    found = survey(path, encoding)
     if found is None:
         return None
     parquets = sorted(found.parquets, key=str)
     schema = read_schema(parquets[0]) if parquets else None
-    are_images = schema is not None and _has_images(schema, image_column, columns, parquets[0])
+    named = image_column is not None or encoding != "file"
+    are_images = schema is not None and _has_images(schema, named, columns, parquets[0])
     if found.others[".tfrecord"] and not are_images:
         raise DataError(
             f"data.input={path} contains .tfrecord files, which are not read: rewrite them as .tar shards "
@@ -104,22 +109,29 @@ def find_images(
                 f"data.input={path} has the metadata of img2dataset without its images: it is a list of URLs",
                 file=sys.stderr,
             )
-        return None if not found.compressed else LocalImages(path, find_source(path), columns)
+        return (
+            None
+            if not found.compressed
+            else LocalImages(path, find_source(path, encoding=encoding), columns)
+        )
     lists = [] if are_images else parquets
     metadata: tuple[Path, ...] = ()
     if lists and schema is not None and img2dataset.is_metadata(schema):
         lists, metadata = [], tuple(lists)
     for file in [*lists, *found.texts]:
         _check_is_note(file, columns, path)
-    return LocalImages(path, find_source(path, image_column), columns, metadata)
+    return LocalImages(path, find_source(path, image_column, encoding=encoding), columns, metadata)
 
 
 def _has_images(
-    schema: pa.Schema, image_column: str | None, columns: Mapping[str, str | None], file: Path
+    schema: pa.Schema, named: bool, columns: Mapping[str, str | None], file: Path
 ) -> bool:
-    """Whether a Parquet file holds images. Lists of URLs may have other columns of bytes."""
+    """Whether a Parquet file holds images. Lists of URLs may have other columns of bytes.
+
+    `named`: settings say that there are images.
+    """
     candidates = image_columns(schema)
-    if not candidates or image_column is not None:
+    if not candidates or named:
         return bool(candidates)
     found = match_columns(schema, _present(columns, schema), str(file))
     if "url" not in found:
@@ -180,7 +192,7 @@ class LocalImages:
             for name, size in sorted(names):
                 if is_companion(name) and not is_url(folder):
                     size = os.stat(folder / name).st_size
-                if is_image(name) or is_companion(name):
+                if is_image(name, source.encoding) or is_companion(name):
                     below = str(folder)[len(str(source.root)) :]
                     line = f"{below}/{name} {size}\n"
                     digest.update(line.encode("utf-8", "surrogateescape"))

@@ -33,7 +33,10 @@ from pipelines.ingest.web.config import DownloadConfig
 from pipelines.ingest.web.download import Downloader
 from pipelines.ingest.web.failures import clean
 from pipelines.lists.filters import FilterConfig
+from pipelines.pictures.arrays import png_of
+from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.encode import ImageConfig
+from pipelines.pictures.formats import Encoding
 from pipelines.storage.parquet import open_parquet, read_parquet_file
 from pipelines.storage.tables import IMAGE_ROW_GROUP, Table
 
@@ -99,13 +102,15 @@ class ImageReader:
 
     def __init__(
         self,
-        column: str | None,
         image: ImageConfig,
         filters: FilterConfig,
         decoders: int,
+        column: str | None = None,
+        encoding: Encoding = "file",
         run: Run | None = None,
     ) -> None:
-        """`column` is the image column of Parquet; `run` has unpacked its images."""
+        """`column` is the image column of Parquet, if there is one; `run` has unpacked its images."""
+        self.encoding = encoding
         self.images = ExternalImages(column)
         self.unpacked = UnpackedImages(run) if run is not None else None
         self.decoders = DecoderPool(decoders, image, filters)
@@ -132,6 +137,11 @@ class ImageReader:
             return {"status": status(DECODE, error.kind), "error": clean(str(error))}
         if not data:
             return {"status": status(DECODE, "no_image"), "error": "no bytes"}
+        if self.encoding != "file":
+            try:
+                data = png_of(data, self.encoding)
+            except DecodeError as error:
+                return {"status": status(DECODE, error.kind), "error": clean(str(error))}
         return self.decoders.decode(data)
 
     def close(self) -> None:

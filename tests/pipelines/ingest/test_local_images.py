@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -286,6 +287,17 @@ def test_parquet_of_hugging_face(tmp_path: Path, offline: list[Any]) -> None:
     assert (texts, copies) == ({"b": "ok", "none": "decode:no_image"}, ["duplicate", "ok"])
     assert {row["key"] for row in rows} == {key_of(f"0.parquet#{i}") for i in range(4)}
     assert not offline
+
+
+def test_raw_arrays_are_encoded(tmp_path: Path) -> None:
+    red = np.zeros((3, 8, 8), np.uint8)
+    red[0] = 255
+    columns = {"pixels": [red.tobytes(), b"seven b"], "url": ["http://h.org/0", "http://h.org/1"]}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    rows = run(tmp_path / "0.parquet", tmp_path / "out", data={"image_encoding": "chw"})
+    assert states(rows) == {"http://h.org/0": "ok", "http://h.org/1": "decode:not_an_image"}
+    picture = Image.open(io.BytesIO(rows["http://h.org/0"]["image"]["bytes"]))
+    assert picture.getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_shards_with_damages(tmp_path: Path) -> None:
