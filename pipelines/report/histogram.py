@@ -14,12 +14,13 @@ MAX_BARS = 40
 
 @dataclass(frozen=True)
 class Histogram:
-    """The figure of captions (at least one) by their number of `unit`."""
+    """The figure of captions or images, `of` (at least one), by their number of `unit`."""
 
     title: str
     lead: str
     unit: str
-    counts: Mapping[int, int]  # captions by number
+    counts: Mapping[int, int]  # by number
+    of: str = "captions"
 
     @property
     def summary(self) -> str:
