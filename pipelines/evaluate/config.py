@@ -1,0 +1,67 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipelines.cli.config import InputPathOrUrl, OutputPath
+from vlv_model.config import Config
+
+
+class EvaluateData(Config):
+    """What captions and pictures are held against."""
+
+    originals: InputPathOrUrl | None = Field(
+        None,
+        description="feature table of the images that captions or pictures were made of, or a folder "
+        "of such tables, one per extractor",
+    )
+    references: InputPathOrUrl | None = Field(
+        None,
+        description="Parquet with key and caption: references of BLEU and CIDEr-D, several rows a key "
+        "where an image has several",
+    )
+    images: InputPathOrUrl | None = Field(
+        None,
+        description="Parquet with key and image, shown in the gallery; default: the images that the "
+        "caption table was made of, where they lie in Parquet",
+    )
+
+
+class MeasureConfig(Config):
+    """How figures and their intervals are computed."""
+
+    seed: int = Field(0, ge=0, description="of subsamples, subsets and bootstraps")
+    sample_rows: int = Field(
+        30_000,
+        ge=2,
+        description="rows of a table held in memory, those of the least hashes of their keys: the "
+        "population of subsamples, KID and CMMD; FID reads all rows",
+    )
+    subsamples: int = Field(10, ge=2, description="subsamples whose FID shows its spread")
+    subsample_rows: int | None = Field(
+        None,
+        ge=2,
+        description="rows of each; none: half of the smaller table, at most 5,000. FID of few rows is "
+        "larger than that of many, so it compares with FID at the same number only",
+    )
+    kid_subsets: int = Field(100, ge=1, description="subsets of KID")
+    kid_subset_rows: int = Field(
+        1000, ge=2, description="rows of each; at most half of the smaller table"
+    )
+    resamples: int = Field(2000, ge=100, description="resamples of a bootstrap")
+
+
+class EvaluateConfig(Config):
+    """All settings of `jobs/evaluate.py`."""
+
+    input: tuple[InputPathOrUrl, ...] = Field(
+        min_length=1,
+        description="what is evaluated: for each captioner or model a caption table, a feature table, "
+        "or a folder of such tables",
+    )
+    output: OutputPath = Field(description="folder of report.html, report.json and scores.parquet")
+    data: EvaluateData = EvaluateData()
+    measure: MeasureConfig = MeasureConfig()
+    gallery: int = Field(6, ge=0, description="images shown at each end of a comparison")
+    dry_run: bool = Field(False, description="only list the figures, rows and memory")
