@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pipelines.cli.config import InputPathOrUrl, OutputPath
-from vlv_model.config import Config
+from vlv_model.config import Config, Precision
 
 
 class EvaluateData(Config):
@@ -26,6 +26,18 @@ class EvaluateData(Config):
         description="Parquet with key and image, shown in the gallery; default: the images that the "
         "caption table was made of, where they lie in Parquet",
     )
+
+
+class ClipConfig(Config):
+    """The CLIP that scores captions sentence by sentence."""
+
+    weights: str | None = Field(
+        None,
+        description="folder or hub id of the CLIP that embedded data.originals; with it each sentence "
+        "of a caption is scored by itself, in this process; none: not scored",
+    )
+    precision: Precision = Field("float32", description="compute precision")
+    batch_size: int = Field(64, ge=1, description="sentences embedded at once")
 
 
 class MeasureConfig(Config):
@@ -62,6 +74,7 @@ class EvaluateConfig(Config):
     )
     output: OutputPath = Field(description="folder of report.html, report.json and scores.parquet")
     data: EvaluateData = EvaluateData()
+    clip: ClipConfig = ClipConfig()
     measure: MeasureConfig = MeasureConfig()
     gallery: int = Field(6, ge=0, description="images shown at each end of a comparison")
     dry_run: bool = Field(False, description="only list the figures, rows and memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,10 @@ from pipelines.storage.tables import (
     parquet_files,
     read_json_object,
 )
-from vlv_model.errors import DataError
+from vlv_model.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.by_sentence import SentenceScores
 
 REPORT, PAGE, SCORES = "report.json", "report.html", "scores.parquet"
 _TEXT, _IMAGE = "clip-text", "clip"
@@ -103,9 +106,14 @@ def _figures(
 ) -> Iterator[Figure]:
     gathered: dict[str, Gathered] = {}  # an original is read once for all that is held against it
     references = None if config.data.references is None else read_references(config.data.references)
+    by_sentence = _sentence_scores(config, originals)
     for subject in subjects:
         for label, captions in subject.captions.items():
             yield from caption_figures(subject.name, label, captions, references, config.measure)
+            if by_sentence is not None:
+                yield from by_sentence.figures(
+                    subject.name, label, captions.captions, config.measure
+                )
         for label, table in subject.features.items():
             original = _original_of(table, originals)
             if table.extractor.get("extractor") == _TEXT:
@@ -118,6 +126,21 @@ def _figures(
                 gathered[original.path] = Gathered.of(original, config.measure.sample_rows)
             pair = None if original is None else (original, gathered[original.path])
             yield from picture_figures(subject.name, label, table, pair, config.measure)
+
+
+def _sentence_scores(config: EvaluateConfig, originals: Subject | None) -> SentenceScores | None:
+    if config.clip.weights is None:
+        return None
+    images = [] if originals is None else [*originals.features.values()]
+    fitting = [table for table in images if table.extractor.get("extractor") == _IMAGE]
+    if not fitting:
+        raise ConfigError(
+            "clip.weights needs data.originals with features of clip: embed the original images "
+            "(jobs/embed.py embed.extractor=clip)"
+        )
+    from pipelines.evaluate.by_sentence import SentenceScores  # torch
+
+    return SentenceScores(config.clip, fitting[0])
 
 
 def _original_of(table: FeatureTable, originals: Subject | None) -> FeatureTable | None:
@@ -191,6 +214,7 @@ def _identity(
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json", exclude={"output", "dry_run"})
     flat = {f"data.{name}": value for name, value in dumped.pop("data").items()}
+    flat |= {f"clip.{name}": value for name, value in dumped.pop("clip").items()}
     flat |= {f"measure.{name}": value for name, value in dumped.pop("measure").items()}
     return {**dumped, **flat}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from pipelines.evaluate.captions import SEEN
 from pipelines.evaluate.comparing import Agreement, Comparison
 from pipelines.evaluate.figures import Figure
 from pipelines.evaluate.showing import Extremes
@@ -21,6 +22,9 @@ MEANINGS = {
     "CMMD": "distance of CLIP features to the originals' (Jayasumana et al. 2024)",
     "FD-DINOv2": "Fréchet distance of DINOv2 features (Stein et al. 2023)",
     "CLIP score": "100 · cosine of caption and image; a long caption is cut at CLIP's window",
+    "CLIP score, by sentence": "mean over the sentences of a caption, each by itself",
+    "CLIP score of the worst sentence": "the least of a caption: one invented thing lowers it",
+    "share of sentences that CLIP cuts": "those that are longer than its window",
     "share of the caption that CLIP sees": "the rest does not count in the CLIP score",
     "CLIP image cosine": "of each picture and its original",
     "DINOv2 cosine": "of each picture and its original",
@@ -92,7 +96,7 @@ def _curves(figures: Sequence[Figure]) -> Iterator[Curve]:
 def _histograms(figures: Sequence[Figure]) -> Iterator[Histogram]:
     """Distributions of the scores; those of fractions are in a unit of which the range holds 30."""
     for figure in figures:
-        if figure.scores is None or figure.measure == "sentences":
+        if figure.scores is None or figure.measure in ("sentences", SEEN):
             continue
         values = figure.scores.values
         spread = float(values.max() - values.min())
@@ -112,11 +116,7 @@ def _histograms(figures: Sequence[Figure]) -> Iterator[Histogram]:
 
 
 def _notes(figures: Sequence[Figure]) -> Iterator[str]:
-    hidden = [
-        figure
-        for figure in figures
-        if figure.measure.startswith("share of") and figure.value < 0.999
-    ]
+    hidden = [figure for figure in figures if figure.measure == SEEN and figure.value < 0.999]
     for figure in hidden:
         yield (
             f"CLIP sees {100 * figure.value:.0f} % of a caption of {figure.subject} on average: what "

@@ -135,8 +135,10 @@ def test_the_better_captioner_is_named(tables: Path) -> None:
     page = (tables / "report/report.html").read_text()
 
     verdict = next(c for c in report["comparisons"] if c["measure"] == "CLIP score")
-    assert verdict["verdict"].startswith("good is better: ") and verdict["n"] == N
-    assert f"CLIP score: {verdict['verdict']}" in said and verdict["verdict"] in page
+    assert verdict["verdict"].startswith("good is better: ")
+    assert verdict["n"] == N
+    assert f"CLIP score: {verdict['verdict']}" in said
+    assert verdict["verdict"] in page
     # Recomputed from the stored scores.
     one, other = (
         {r["key"]: r["value"] for r in scores.to_pylist()
@@ -157,10 +159,14 @@ def test_the_better_captioner_is_named(tables: Path) -> None:
     assert report["agreements"][0]["identical"] == 0.5
     assert "good is lower than bad in 4 of 4 seeded subsamples" in said
     fid = next(f for f in report["figures"] if f["measure"] == "FID")
-    assert fid["made"]["extractor"] == INCEPTION and fid["n"] == N and len(fid["keys"]) == 16
-    assert fid["made"]["versions"] == [{"torch": "2.13"}] * 2 and fid["made"]["sums"] == "float64"
+    assert fid["made"]["extractor"] == INCEPTION
+    assert fid["n"] == N
+    assert len(fid["keys"]) == 16
+    assert fid["made"]["versions"] == [{"torch": "2.13"}] * 2
+    assert fid["made"]["sums"] == "float64"
     assert "CLIP sees 25 % of a caption" in page
-    assert page.count("data:image/") == 12 and "<b>cat" not in page
+    assert page.count("data:image/") == 12
+    assert "<b>cat" not in page
 
     assert evaluate(settings) == "evaluated already: nothing to do"
     with pytest.raises(RunError, match=r"measure.seed: 0 there, 1 here"):
