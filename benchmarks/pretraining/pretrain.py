@@ -1,6 +1,6 @@
 """Pretrain the base models of the tiny world, part by part.
 
-    python -m benchmarks.pretraining.pretrain FOLDER [--seed N] [--stage1 RUN]
+    python -m benchmarks.pretraining.pretrain FOLDER [--seed N] [--stage1 RUN] [--stage2 RUN]
 
     VAE ─▶ CLIP text encoder, on pairs ─▶ text to image (text encoder and UNet)
     Florence-2's vision tower, on patches ─▶ its language model, on sequences
@@ -9,7 +9,8 @@
 Uses only scenes of the training split, and takes about 25 minutes on two idle cores (OMP_NUM_THREADS
 sets their number). The parts are evaluated on the validation split, with the float16 weights on disk.
 The same command continues at the part that an interrupted one was training. `--stage1` also writes the
-weights of a finished stage-1 run on these models, into the folder stage1 beside FOLDER.
+weights of a finished stage-1 run on these models into the folder stage1 beside FOLDER, `--stage2` those
+of a stage-2 run on that folder into stage2.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from benchmarks.pretraining import figures
 from benchmarks.pretraining.fitting import Fitted, Pictures
 from benchmarks.pretraining.florence import train_florence
 from benchmarks.pretraining.language_model import train_language_model
-from benchmarks.pretraining.shipping import ship_stage1
+from benchmarks.pretraining.shipping import ship_stage1, ship_stage2
 from benchmarks.pretraining.text_encoder import train_text_encoder
 from benchmarks.pretraining.text_to_image import train_text_to_image
 from benchmarks.pretraining.vae import encode, train_vae
@@ -219,12 +220,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the models")
     parser.add_argument("--seed", type=int, default=0, help="of weights, drawings and training")
     parser.add_argument("--stage1", type=Path, help="finished stage-1 run on these models")
+    parser.add_argument("--stage2", type=Path, help="stage-2 run on the folder stage1")
     given = parser.parse_args()
     folder = given.folder.absolute()
     try:
         pretrain(folder, given.seed)
         if given.stage1:
             ship_stage1(given.stage1, folder, folder.parent / "stage1")
+        if given.stage2:
+            ship_stage2(given.stage2, folder.parent / "stage1", folder.parent / "stage2")
     except VLVError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"models: {folder}")

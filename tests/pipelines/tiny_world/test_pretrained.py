@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.pretraining.fitting import Pictures
 from pipelines.demo.proof import denoising
 from pipelines.tiny_world import pretrained, scenes
+from pipelines.tiny_world.scoring import score_captions
 from vlv_model.autoencoder import VLVAutoEncoder
+from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints.weights import stages_of
 
 MODELS, STAGE1 = pretrained.FOLDER / pretrained.MODELS, pretrained.FOLDER / pretrained.STAGE1
+STAGE2 = pretrained.FOLDER / pretrained.STAGE2
 
 
 def test_all_weights_are_small_and_safe() -> None:
@@ -33,14 +37,25 @@ def test_the_record_has_all_parts_and_no_absolute_path() -> None:
     assert sorted(record["parts"]) == sorted(parts)
     for name in parts:
         assert record["parts"][name]["steps"] == record["settings"][f"{name}_steps"]
-    model = json.loads((STAGE1 / "checkpoint.json").read_text())["model"]
-    for part in ("florence", "diffusion", "language_model"):
-        assert not Path(model[part]).is_absolute()
+    for checkpoint in (STAGE1, STAGE2):
+        model = json.loads((checkpoint / "checkpoint.json").read_text())["model"]
+        for part in ("florence", "diffusion", "language_model"):
+            assert not Path(model[part]).is_absolute()
 
 
 def test_stage1_weights_fit_the_models() -> None:
     assert stages_of(STAGE1) == ["stage1"]
     VLVAutoEncoder.from_pretrained(STAGE1)  # fingerprints of all base models are checked
+
+
+def test_the_captioner_describes_unseen_scenes(test_pictures: Pictures) -> None:
+    assert stages_of(STAGE2) == ["stage1", "stage2"]
+    captioner = VLVCaptioner.from_pretrained(STAGE2)
+    pictures = [
+        Image.fromarray(square) for square in test_pictures.squares.permute(0, 2, 3, 1).numpy()
+    ]
+    captions = captioner.caption(pictures, num_beams=1, max_new_tokens=60)
+    assert score_captions(test_pictures.scenes, captions)["exact_match"] > 0.9
 
 
 @pytest.fixture
