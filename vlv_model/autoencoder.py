@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.parts import BASE_PARTS, READ_PARTS
 from vlv_model.checkpoints.weights import load_checkpoint
 from vlv_model.config import Precision
 from vlv_model.diffusion_decoder import DiffusionDecoder, Sampler
@@ -28,8 +29,7 @@ from vlv_model.text_encoder import TextEncoder
 class VLVAutoEncoder(nn.Module):
     """Encoder (trainable), text encoder and diffusion decoder (both frozen)."""
 
-    base_parts = ("florence", "text_encoder", "unet", "vae")  # with weights
-    read_parts = (*base_parts, "tokenizer", "scheduler")  # everything from_pretrained reads
+    base_parts, read_parts = BASE_PARTS["stage1"], READ_PARTS["stage1"]
     ignored_parts = VLVEncoder.ignored_parts
     new_parts = tuple(f"encoder.{part}" for part in VLVEncoder.new_parts)
     trained_parts = tuple(f"encoder.{part}" for part in VLVEncoder.trained_parts)

@@ -25,6 +25,7 @@ from vlv_model.caption_tokens import (
     tokenize_captions,
 )
 from vlv_model.checkpoints import loading
+from vlv_model.checkpoints.parts import BASE_PARTS, READ_PARTS
 from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint
 from vlv_model.config import Lora, Precision, Trainable
 from vlv_model.decoding import FinishedSequence, Sampling, SlotDecoder, decode
@@ -40,8 +41,7 @@ from vlv_model.text_encoder import TextEncoder
 class VLVCaptioner(nn.Module):
     """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
 
-    base_parts = ("florence", "text_encoder", "language_model")  # with weights
-    read_parts = (*base_parts, "tokenizer")  # everything from_pretrained reads
+    base_parts, read_parts = BASE_PARTS["stage2"], READ_PARTS["stage2"]
     ignored_parts = ()  # it has a place for everything in a checkpoint
     new_parts = (
         *(f"encoder.{part}" for part in VLVEncoder.new_parts),

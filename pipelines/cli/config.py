@@ -69,7 +69,8 @@ def _output(path: str) -> str:
     return os.path.abspath(expanded)
 
 
-def _input(path: str) -> str:
+def as_input(path: str) -> str:
+    """The absolute path of what a job reads. Raises ValueError for a URL and for text that is no path."""
     return os.path.abspath(_local(path))
 
 
@@ -86,13 +87,13 @@ def _path_or_url(path: str, local: Callable[[str], str]) -> str:
 OutputPath = Annotated[str, AfterValidator(_output)]
 """A local path that a job writes to. A relative path is refused in a job submitted to Ray."""
 
-InputPath = Annotated[str, AfterValidator(_input)]
+InputPath = Annotated[str, AfterValidator(as_input)]
 """A local path that a job reads; made absolute because workers run in other folders."""
 
 OutputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_output))]
 """Where a table is written: an OutputPath or a URL of an object store."""
 
-InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=_input))]
+InputPathOrUrl = Annotated[str, AfterValidator(partial(_path_or_url, local=as_input))]
 """Where a table or a list is read: an InputPath or a URL of an object store."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import select
@@ -81,19 +82,51 @@ class RayConfig(Config):
         """Whether the job runs without a Ray."""
         return self.address == "in-process"
 
-    def uses_gpu(self, use_gpu: bool | None) -> bool:
-        """The value of a setting `use_gpu`; None: on a cluster, and on a machine that has a GPU."""
-        if use_gpu is not None:
-            return use_gpu
-        if self.cluster:  # it may start its machines with GPUs when they are asked for
-            return True
-        import torch
+    def uses_gpu(self, use_gpu: bool | None, setting: str) -> bool:
+        """The value of the setting `setting`; None: on a cluster, and on a machine that has a GPU.
 
-        return torch.cuda.is_available()
+        Raises RunError for true on a machine without a GPU, before a Ray is started in vain.
+        """
+        if self.cluster or use_gpu is False:
+            # A cluster may start its machines with GPUs when they are asked for.
+            return use_gpu is not False
+        if use_gpu is None:
+            return has_gpu()
+        if not (has_gpu() or _ray_is_running()):
+            raise RunError(
+                f"{setting}=true: this machine has no GPU that torch can use: set {setting}=false to "
+                "run on CPUs, or run on a cluster"
+            )
+        return True
 
     def pinned(self) -> dict[str, float]:
         """The resources by which Ray places a worker or an actor with a model on `group`."""
         return {self.group: 0.001} if self.group else {}
+
+
+def has_gpu() -> bool:
+    """Whether torch can use a GPU of this machine.
+
+    torch takes seconds to import, so it is asked only where a GPU's driver is there.
+    """
+    if "torch" not in sys.modules and not (os.path.exists("/dev/kfd") or _has_cuda_driver()):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _ray_is_running() -> bool:
+    """Whether this process is connected to a Ray, which knows its resources."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 # Messages of every start that nobody can act on, by logger.

@@ -56,8 +56,8 @@ class ActorConfig(Config):
     )
 
     def on(self, ray: RayConfig) -> ActorConfig:
-        """These settings with the default of `use_gpu` decided."""
-        return self.model_copy(update={"use_gpu": ray.uses_gpu(self.use_gpu)})
+        """These settings with the default of `use_gpu` decided. Raises what `RayConfig.uses_gpu` does."""
+        return self.model_copy(update={"use_gpu": ray.uses_gpu(self.use_gpu, "actors.use_gpu")})
 
     def count(self, config: RayConfig, cluster: Cluster) -> tuple[int, int]:
         """Fewest and most actors of a cluster: as asked for, or that can work at once."""
@@ -77,7 +77,7 @@ class ImageJob(TableJob):
     data: Selection
     identity: Mapping[str, Any]  # settings that make a row what it is
     square: Square  # that the model takes
-    step: type[ModelStep]  # made of `arguments` in each actor
+    step: Callable[..., ModelStep]  # called with `arguments` in each actor
     arguments: tuple[Any, ...]
     actors: ActorConfig
     ray: RayConfig

@@ -5,25 +5,46 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from pipelines.cli.config import InputPath
+from pipelines.cli.config import as_input
 from vlv_model.checkpoints.files import WEIGHTS_FILE, read_checkpoint
+from vlv_model.checkpoints.parts import check_parts
+from vlv_model.checkpoints.sources import pin, resolve_checkpoint, resolve_model
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, ModelError
 
 CHECKPOINTS = "checkpoints"
 """Folder of a training run's checkpoints."""
 
 
+_SHIPPED = Path(__file__).parents[1] / "tiny_world" / "pretrained"
+_PREFIX = "tiny/"
+
+
+def _model_path(path: str) -> str:
+    """The folder of a model: a path, or the name of one that comes with the code."""
+    name = path.removeprefix(_PREFIX)
+    if name != path and name in shipped_models() and not os.path.exists(path):
+        return str(_SHIPPED / name)
+    return as_input(path)
+
+
+def shipped_models() -> list[str]:
+    """The names after `tiny/` that stand for a shipped model: the folders of the tiny world's weights."""
+    return sorted(f.name for f in _SHIPPED.iterdir() if f.is_dir() and f.name[0] not in "._")
+
+
 class ModelSettings(ModelConfig):
     """The base models and, with `path`, the trained weights on top of them."""
 
-    path: InputPath | None = Field(
+    path: Annotated[str, AfterValidator(_model_path)] | None = Field(
         None,
         description="what to start from: the run folder of a training, one of its checkpoints, or "
-        "a folder of base models (with model.json); settings given beside it win over its own",
+        "a folder of base models (with model.json). tiny/models, tiny/stage1 and tiny/stage2 come with "
+        "the code: tiny models of drawn scenes. Settings given beside it win over its own",
     )
 
     def resolve(
@@ -33,23 +54,36 @@ class ModelSettings(ModelConfig):
 
         Ids of the hub that these are read from come at one commit, so that all processes of the
         job read the same files; `known` are those that an earlier attempt read, by field. Raises
-        ModelError or CheckpointError where `path` is not what it should be, or the hub has no
-        such id.
+        ModelError or CheckpointError where `path` is not what it should be, a part's files are not
+        those of its model, or neither the hub nor its local cache has an id. Takes a second or two
+        and loads no library of the models, so that a job can fail before it starts anything.
         """
-        # Here, so that --help need not wait for the libraries of the models.
-        from vlv_model.checkpoints.sources import pin
-
+        parts = list(parts)
         config, checkpoint = self.find()
-        return pin(config, parts, known), checkpoint
+        try:
+            config = pin(config, parts, known)
+            check_parts(config, parts)
+        except ModelError as problem:
+            if self.path is None and not self.model_fields_set:
+                raise ModelError(
+                    f"{problem}. model.path is not set, so the published base models are used: set it "
+                    "to a folder, or to tiny/models, which come with the code"
+                ) from problem
+            raise
+        return config, checkpoint
 
     def find(self) -> tuple[ModelConfig, Path | None]:
         """What `resolve` returns, without asking the hub: its ids stay as they are given."""
-        from vlv_model.checkpoints.sources import resolve_checkpoint, resolve_model
-
         given = self.model_dump(include=self.model_fields_set - {"path"})
         if self.path is None:
             return resolve_model(ModelConfig(**given))
         folder = Path(self.path)
+        if not folder.exists():
+            shipped = ", ".join(_PREFIX + name for name in shipped_models())
+            raise ModelError(
+                f"model.path={self.path} does not exist: give a training run, one of its checkpoints, "
+                f"a folder with model.json, or one of {shipped}"
+            )
         if os.path.isfile(folder / "run.json"):
             folder = latest_checkpoint(folder) or folder
             if not os.path.isfile(folder / "checkpoint.json"):

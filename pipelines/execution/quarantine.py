@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +102,9 @@ class GuardedStep:
     works and waits (`Chunk.busy`, `Chunk.present`).
     """
 
-    def __init__(self, step: type[ModelStep], arguments: tuple[Any, ...], table: Path) -> None:
+    def __init__(
+        self, step: Callable[..., ModelStep], arguments: tuple[Any, ...], table: Path
+    ) -> None:
         self.step = step(*arguments)
         self.failed = self.step.failed
         self.table = table

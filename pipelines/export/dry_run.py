@@ -8,8 +8,8 @@ from pipelines.estimate.report import Lines
 from pipelines.estimate.words import count_words, lines, size_words
 from pipelines.export.config import ExportConfig
 from vlv_model.checkpoints import skeleton
-from vlv_model.checkpoints.export import parts_read
 from vlv_model.checkpoints.files import StageName, read_checkpoint
+from vlv_model.checkpoints.parts import parts_exported
 from vlv_model.errors import ConfigError
 from vlv_model.precision import dtype_of
 
@@ -49,7 +49,7 @@ def part_sizes(config: ExportConfig, stage: StageName) -> list[tuple[str, int, i
         "unet": autoencoder.diffusion_decoder.unet,
         "vae": autoencoder.diffusion_decoder.vae,
     }
-    names = [name for name in parts_read(stage, config.parts) if name in modules]
+    names = [name for name in parts_exported(stage, config.parts) if name in modules]
     numbers = {name: skeleton.num_parameters(modules[name]) for name in names}
     new = captioner if stage == "stage2" else autoencoder
     numbers["queries and projectors"] = sum(

@@ -14,7 +14,8 @@ from pipelines.export.config import ExportConfig
 from pipelines.storage.tables import ADDED_SETTINGS, check_same_settings, read_json_object
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
-from vlv_model.checkpoints.files import read_chain, read_checkpoint
+from vlv_model.checkpoints.files import read_chain, read_checkpoint, stages_of
+from vlv_model.checkpoints.parts import parts_exported
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ConfigError, RunError
 
@@ -44,11 +45,7 @@ def export(config: ExportConfig) -> str:
 
 
 def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
-    from vlv_model.checkpoints.export import open_model, parts_read, sources_of
-    from vlv_model.checkpoints.sources import pin
-    from vlv_model.checkpoints.weights import stages_of
-
-    model_config, checkpoint = config.model.resolve()
+    model_config, checkpoint = config.model.find()
     if checkpoint is None:
         raise CheckpointError(
             f"model.path={config.model.path} holds base models and no trained weights: give a training "
@@ -64,7 +61,10 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         return "exported already: nothing to do"
     stages = stages_of(checkpoint)  # verifies all files of the chain before loading a model
     last = chain[-1][1]
-    model_config = pin(model_config, parts_read(last.stage, config.parts))
+    model_config, _ = config.model.resolve(parts_exported(last.stage, config.parts))
+
+    from vlv_model.checkpoints.export import open_model, sources_of  # the model libraries
+
     base_models: dict[str, str] = {}
     for _, info in chain:
         base_models |= info.base_models
@@ -97,17 +97,19 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
 
 
 def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> str:
-    from vlv_model.checkpoints.export import open_model, parts_read, sources_of
-    from vlv_model.checkpoints.sources import pin
-    from vlv_model.reference.importer import fill, stage_of
-    from vlv_model.reference.state_dicts import read_reference
-
-    model_config, checkpoint = config.model.resolve()
+    if not source.exists():
+        raise CheckpointError(f"--from-reference: there is no file or folder '{source}'")
+    model_config, checkpoint = config.model.find()
     if checkpoint is not None:
         raise ConfigError(
             f"model.path={config.model.path} has trained weights: with --from-reference give only base "
             "models"
         )
+
+    from vlv_model.checkpoints.export import open_model, sources_of
+    from vlv_model.reference.importer import fill, stage_of
+    from vlv_model.reference.state_dicts import read_reference
+
     if "preprocess" not in config.model.model_fields_set:
         model_config = model_config.model_copy(update={"preprocess": "reference"})
     reference = read_reference(source)
@@ -119,7 +121,8 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     if _is_finished(config.output, made_of):
         return "imported already: nothing to do"
     stage = stage_of(reference)
-    model_config = pin(model_config, parts_read(stage, config.parts))
+    resolved, _ = config.model.resolve(parts_exported(stage, config.parts))
+    model_config = resolved.model_copy(update={"preprocess": model_config.preprocess})
     model = open_model(model_config, None, stage)
     report = fill(model, reference)
     if model_config.preprocess == "reference":

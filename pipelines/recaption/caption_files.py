@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from pipelines.cli.waiting import waiting
-from pipelines.execution.connection import quiet_libraries
+from pipelines.execution.connection import has_gpu, quiet_libraries
 from pipelines.images.external import MAX_IMAGE_BYTES
 from pipelines.pictures.decode import DecodeError
 from pipelines.pictures.squares import isolated_squares
 from pipelines.recaption.config import CaptionConfig
 from pipelines.recaption.find_files import NamedFile, escaped, find_files
-from pipelines.recaption.identity import caption_identity
+from pipelines.recaption.identity import caption_identity, check_length
 from pipelines.storage.files import read_bytes
+from vlv_model.checkpoints.parts import READ_PARTS
+from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError, DataError, RunError
 from vlv_model.squares import Square
 
@@ -48,8 +51,12 @@ def caption_files(config: CaptionConfig) -> None:
         raise ConfigError(
             "setting 'model.path' is required: give model.path=FOLDER, a stage-2 run or an exported captioner"
         )
-    model, checkpoint = config.model.resolve()
+    if config.use_gpu and not has_gpu():
+        raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
+    model, checkpoint = config.model.resolve(READ_PARTS["stage2"])
     caption_identity(model, checkpoint, config.generate)  # raises for an untrained captioner
+    check_length(model, config.generate)
+    open_engine = partial(_open_engine, config, model, checkpoint)
     files, problems = find_files(config.image)
     words = list(config.image)
     if problems and len(words) == 1:
@@ -62,7 +69,9 @@ def caption_files(config: CaptionConfig) -> None:
     # Lines on the terminal are progress enough.
     shows_bar = not one and not sys.stdout.isatty() and sys.stderr.isatty()
     bar: tqdm | None = None
-    for done, (file, caption, error) in enumerate(_captions(config, files, Square.of(model)), 1):
+    for done, (file, caption, error) in enumerate(
+        _captions(config, files, Square.of(model), open_engine), 1
+    ):
         if bar is not None:
             bar.update()
         elif shows_bar:  # from the first image on: the model's start is none of its time
@@ -84,7 +93,10 @@ def caption_files(config: CaptionConfig) -> None:
 
 
 def _captions(
-    config: CaptionConfig, files: Sequence[NamedFile], square: Square
+    config: CaptionConfig,
+    files: Sequence[NamedFile],
+    square: Square,
+    open_engine: Callable[[], Engine],
 ) -> Iterator[tuple[NamedFile, str | None, str]]:
     """Each file, in order, with its caption, or None and the reason.
 
@@ -99,7 +111,7 @@ def _captions(
             if pixels:
                 if engine is None:
                     with waiting("loading the model"):
-                        engine = _open_engine(config)
+                        engine = open_engine()
                 for position, caption, error in _caption(engine, batch, pixels):
                     if caption is not None:
                         captions[position] = config.generate.postprocessed(caption)
@@ -150,18 +162,13 @@ def _caption(
         raise RunError(str(error)) from error
 
 
-def _open_engine(config: CaptionConfig) -> Engine:
+def _open_engine(config: CaptionConfig, model: ModelConfig, checkpoint: Path | None) -> Engine:
     quiet_libraries()
     import torch
 
-    from pipelines.recaption.predictor import check_length, open_engine
-    from vlv_model.captioner import VLVCaptioner
+    from pipelines.recaption.predictor import open_engine
 
-    if config.use_gpu and not torch.cuda.is_available():
-        raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
     use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
-    model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
-    check_length(model, config.generate)
     device = torch.device("cuda" if use_gpu else "cpu")
     return open_engine(model, checkpoint, config.generate, device)
 

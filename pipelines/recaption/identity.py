@@ -11,8 +11,10 @@ from typing import Any
 from pipelines.recaption.config import GenerateConfig
 from vlv_model.checkpoints.digests import short
 from vlv_model.checkpoints.files import read_checkpoint
+from vlv_model.checkpoints.parts import find_config
+from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError
+from vlv_model.errors import CheckpointError, ConfigError
 
 _USUAL = GenerateConfig()
 _IN_IDENTITY = ("engine", "early_stopping", "temperature", "top_p", "seed", "postprocess")
@@ -43,6 +45,27 @@ def caption_identity(
     if model.bottleneck != info.model.bottleneck:
         identity["bottleneck"] = model.bottleneck
     return identity
+
+
+def check_length(model: ModelConfig, generate: GenerateConfig) -> None:
+    """Check that the language model has a position for each embedding and token; loads no weights.
+
+    Raises ConfigError, and ModelError when its configuration cannot be read.
+    """
+    known = find_config("language_model", part_source(model, "language_model")) or {}
+    if (positions := known.get("max_position_embeddings")) is None:
+        from vlv_model.checkpoints.loading import (
+            num_positions,
+        )  # transformers, which may download it
+
+        positions = num_positions(model)
+    prefix = model.num_queries
+    if prefix + generate.max_new_tokens > positions:
+        raise ConfigError(
+            f"generate.max_new_tokens={generate.max_new_tokens}: the language model has {positions} "
+            f"positions, and the image takes {prefix}: set generate.max_new_tokens to at most "
+            f"{positions - prefix}"
+        )
 
 
 def fingerprint_of(identity: Mapping[str, Any]) -> str:

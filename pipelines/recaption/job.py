@@ -7,13 +7,14 @@ from typing import Any
 
 from pipelines.execution.cluster import Cluster
 from pipelines.execution.image_job import ROW_GROUP, ImageJob
+from pipelines.execution.steps import ModelStep
 from pipelines.execution.table_job import run_table_job
 from pipelines.images.card import FILE as CARD_FILE
 from pipelines.images.rows import CAPTION_ROW, JOINED_ROW
 from pipelines.recaption.card import model_notes, write_card
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.gate import check_gates
-from pipelines.recaption.identity import as_settings, caption_identity, fingerprint_of
+from pipelines.recaption.identity import as_settings, caption_identity, check_length, fingerprint_of
 from pipelines.recaption.json_file import FILE as JSON_FILE
 from pipelines.recaption.json_file import write_json
 from pipelines.recaption.report import FILE as REPORT_FILE
@@ -27,6 +28,7 @@ from pipelines.storage.tables import (
     check_same_settings,
     read_json_object,
 )
+from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.squares import Square
 
 
@@ -66,11 +68,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     model can write, GateError when the captions do not pass `gate.*`, and the errors of `run_table_job`
     and ImageJob.
     """
-    # Imported here, since the model libraries would delay --help.
-    from pipelines.recaption.predictor import CaptionImages, check_length
-    from vlv_model.captioner import VLVCaptioner
-
-    model, checkpoint = config.model.resolve(VLVCaptioner.read_parts)
+    model, checkpoint = config.model.resolve(READ_PARTS["stage2"])
     made_of = caption_identity(model, checkpoint, config.generate)
     fingerprint = fingerprint_of(made_of)
     assert checkpoint is not None
@@ -87,7 +85,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
             "earlier.where": earlier.where,
         },
         square=Square.of(model),
-        step=CaptionImages,
+        step=_open_model,
         arguments=(model, checkpoint, config.generate, fingerprint, actors.use_gpu),
         actors=actors,
         ray=config.ray,
@@ -103,6 +101,13 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
         model_notes=model_notes(model, checkpoint, fingerprint),
     )
     return run_table_job(job, config.data.output, config.ray)
+
+
+def _open_model(*arguments: Any) -> ModelStep:
+    # In the actor: the driver need not wait for the model libraries.
+    from pipelines.recaption.predictor import CaptionImages
+
+    return CaptionImages(*arguments)
 
 
 def _chunks_in_flight(config: RecaptionConfig) -> int:

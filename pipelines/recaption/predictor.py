@@ -19,25 +19,9 @@ from pipelines.recaption.engine import Engine, Request, local_engine
 from pipelines.recaption.health import Health, health_of
 from vlv_model.caption_tokens import GeneratedCaption
 from vlv_model.captioner import VLVCaptioner
-from vlv_model.checkpoints.loading import num_positions
 from vlv_model.config import ModelConfig
-from vlv_model.errors import ConfigError
 
 _HEALTH = [field.name for field in fields(Health)]
-
-
-def check_length(model: ModelConfig, generate: GenerateConfig) -> None:
-    """Check that the language model has a position for each embedding and token; loads no weights.
-
-    Raises ConfigError, and ModelError when its configuration cannot be read.
-    """
-    positions, prefix = num_positions(model), model.num_queries
-    if prefix + generate.max_new_tokens > positions:
-        raise ConfigError(
-            f"generate.max_new_tokens={generate.max_new_tokens}: the language model has {positions} "
-            f"positions, and the image takes {prefix}: set generate.max_new_tokens to at most "
-            f"{positions - prefix}"
-        )
 
 
 def open_captioner(

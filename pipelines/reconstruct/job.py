@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.execution.image_job import ImageJob
+from pipelines.execution.steps import ModelStep
 from pipelines.execution.table_job import run_table_job
 from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.reconstruct.side_by_side import write_files
 from pipelines.storage.tables import Table
 from vlv_model.checkpoints.files import read_checkpoint
+from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.errors import CheckpointError
 from vlv_model.squares import Square
 
@@ -32,11 +35,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     Uses the encoder of a stage-1 run, or the encoder as stage 2 trained it further. Raises
     CheckpointError without a trained encoder, and the errors of `run_table_job` and ImageJob.
     """
-    # Imported here, since the model libraries would delay --help.
-    from pipelines.reconstruct.predictor import ReconstructImages
-    from vlv_model.autoencoder import VLVAutoEncoder
-
-    model, checkpoint = config.model.resolve(VLVAutoEncoder.read_parts)
+    model, checkpoint = config.model.resolve(READ_PARTS["stage1"])
     if checkpoint is None:
         raise CheckpointError(
             "model.path must be a training run or a checkpoint: base models have no trained encoder"
@@ -54,7 +53,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
             **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
         },
         square=Square.of(model),
-        step=ReconstructImages,
+        step=_open_model,
         arguments=(model, checkpoint, config.diffusion, actors.use_gpu),
         actors=actors,
         ray=config.ray,
@@ -62,3 +61,10 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
         side_by_side=config.side_by_side,
     )
     return run_table_job(job, config.data.output, config.ray)
+
+
+def _open_model(*arguments: Any) -> ModelStep:
+    # In the actor: the driver need not wait for the model libraries.
+    from pipelines.reconstruct.predictor import ReconstructImages
+
+    return ReconstructImages(*arguments)

@@ -119,7 +119,7 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
 
 def _on_device(config: Stage1Config | Stage2Config) -> Stage1Config | Stage2Config:
     """`config` with the default of `train.use_gpu` decided."""
-    use_gpu = config.ray.uses_gpu(config.train.use_gpu)
+    use_gpu = config.ray.uses_gpu(config.train.use_gpu, "train.use_gpu")
     return config.model_copy(update={"train": config.train.model_copy(update={"use_gpu": use_gpu})})
 
 

@@ -17,15 +17,16 @@ With offload, masters and moments are in the machine's memory, with the gradient
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from pipelines.estimate.memory import CONTEXT, Memory, on_gpu
 from pipelines.training.config import TrainConfig
 from pipelines.training.deepspeed_config import BUCKET
-from vlv_model.checkpoints.skeleton import num_parameters
-from vlv_model.precision import dtype_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _GATHERED = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 _UNSHARDED_BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once without ZeRO
 
@@ -41,14 +42,14 @@ class Parameters:
     @classmethod
     def of(cls, model: nn.Module) -> Parameters:
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        every = num_parameters(model)
+        every = sum(p.numel() for p in model.parameters())
         return cls(sum(trained), every - sum(trained), max(trained))
 
 
 def states(train: TrainConfig, parameters: Parameters, workers: int) -> Memory:
     """Memory of a worker's device without activations."""
     gpu = on_gpu(train.use_gpu)
-    trained, size = parameters.trained, dtype_of(train.precision).itemsize
+    trained, size = parameters.trained, _ITEM_BYTES[train.precision]
     every = trained + parameters.frozen
     share = -(-trained // workers)
     weights, optimizer, update = size * every, 12 * share, 0
@@ -79,5 +80,5 @@ def states(train: TrainConfig, parameters: Parameters, workers: int) -> Memory:
 
 def offloaded(train: TrainConfig, parameters: Parameters, workers: int) -> int:
     """Bytes of the machine's memory that one worker's offloaded optimiser takes."""
-    size = dtype_of(train.precision).itemsize
+    size = _ITEM_BYTES[train.precision]
     return (16 + size) * -(-parameters.trained // workers) * train.offload_optimizer

@@ -33,7 +33,9 @@ from pipelines.training import checkpointing
 from pipelines.training.caption_index import FOLDER as CAPTIONS
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
-from vlv_model.checkpoints.files import read_checkpoint
+from vlv_model.checkpoints.digests import fingerprint_parts
+from vlv_model.checkpoints.files import read_checkpoint, stages_of
+from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.checkpoints.sources import SOURCE_FIELDS
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, RunError
@@ -72,8 +74,6 @@ def with_micro_batch_size(
 
 def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) -> None:
     """Raise CheckpointError for a `model.path` that would fail later, on a worker."""
-    from vlv_model.checkpoints.weights import read_checkpoint, stages_of
-
     # Verify only once: a run that has begun continues from its own copy.
     has_copy = (Path(config.run_dir) / "parent").is_dir()
     stages = stages_of(checkpoint, verify=not has_copy) if checkpoint else []
@@ -103,8 +103,6 @@ def identity(
     `recorded` is the identity in the run folder. A base model with the same weights keeps the name that
     it has there.
     """
-    from vlv_model.checkpoints.digests import fingerprint_parts
-
     values = {**dump(config), "model": model.model_dump()}
     flat = {k: v for k, v in flatten(values) if not k.startswith(CHANGEABLE)}
     if isinstance(config, Stage2Config):  # as earlier versions recorded the only one
@@ -126,9 +124,7 @@ def identity(
 
 def parts_read(config: Stage1Config | Stage2Config) -> tuple[str, ...]:
     """The pretrained parts that a run loads."""
-    from vlv_model import VLVAutoEncoder, VLVCaptioner
-
-    return (VLVCaptioner if isinstance(config, Stage2Config) else VLVAutoEncoder).read_parts
+    return READ_PARTS["stage2" if isinstance(config, Stage2Config) else "stage1"]
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:

@@ -1,14 +1,27 @@
-"""The check of memory at the start of a training: only the closed form, so that it takes a second."""
+"""The check of memory at the start of a training: only the closed form.
+
+Where even all of the weights' files would fit if they were trained, nothing else is asked: the numbers
+of parameters come from the models' classes, whose libraries take seconds to import.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from itertools import chain
 
 from pipelines.estimate.memory import Memory
 from pipelines.estimate.words import worker_words
+from pipelines.execution.connection import has_gpu
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
+from pipelines.training.memory import Parameters, states
+from vlv_model.checkpoints.digests import opened_files
+from vlv_model.checkpoints.files import WEIGHTS_FILE, read_chain
+from vlv_model.checkpoints.parts import BASE_PARTS
+from vlv_model.checkpoints.sources import part_source
 from vlv_model.errors import ModelError, RunError
+
+_NEW_PARAMETERS = 20_000_000  # more than the queries and a projector between the published widths
 
 
 def check_before_start(config: Stage1Config | Stage2Config) -> None:
@@ -17,16 +30,18 @@ def check_before_start(config: Stage1Config | Stage2Config) -> None:
     Known are the GPU of `estimate.machine` and one that this process sees, if the job starts its own
     Ray. Of a cluster's GPU only a line is printed, and its workers check; of a CPU's memory a warning.
     """
+    train = config.train
+    if train.use_gpu is False and (config.ray.cluster or _fits_by_far(config)):
+        return
+
     from pipelines.training.dry_run import training_states
 
-    train = config.train
     try:
         memory, _ = training_states(config)
     except ModelError:
         return  # a model that has yet to be downloaded: its workers check
     if train.use_gpu is False:
-        if not config.ray.cluster:
-            _warn_of_host(memory, train.least_workers)
+        _warn_of_host(memory, train.least_workers)
     elif machine := config.estimate.found_machine():
         check_fits(memory, machine.gpu.memory, machine.gpu.name, train, train.most_workers)
     elif (seen := _seen_gpu()) and not config.ray.cluster:
@@ -48,19 +63,39 @@ def check_fits(memory: Memory, capacity: int, gpu: str, train: TrainConfig, work
         )
 
 
+def _fits_by_far(config: Stage1Config | Stage2Config) -> bool:
+    """Whether this machine could train every weight that the files of the models may hold."""
+    model, checkpoint = config.model.find()
+    stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
+    folders = [part_source(model, part).folder() for part in BASE_PARTS[stage]]
+    files = [opened_files(folder) if folder else [] for folder in folders]
+    if not all(files):
+        return False  # a model that has yet to be downloaded
+    trained = [folder / WEIGHTS_FILE for folder, _ in read_chain(checkpoint)] if checkpoint else []
+    size = sum(file.stat().st_size for file in chain(*files, trained))
+    # Weights are stored in two bytes at least; a new projector is in no file.
+    number = size // 2 + _NEW_PARAMETERS
+    least = states(config.train, Parameters(number, 0, number), config.train.least_workers).least
+    return least * config.train.least_workers <= _host_memory()
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _seen_gpu() -> tuple[int, str] | None:
     """Memory and name of this process's first GPU."""
+    if not has_gpu():
+        return None
     import torch
 
-    if not torch.cuda.is_available():
-        return None
     seen = torch.cuda.get_device_properties(0)
     return seen.total_memory, seen.name
 
 
 def _warn_of_host(memory: Memory, workers: int) -> None:
     needed = memory.least * workers
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = _host_memory()
     if needed > there:
         print(
             f"warning: weights, gradients and optimiser of {worker_words(workers)} take "

@@ -53,7 +53,7 @@ def fingerprint(source: Source | str | os.PathLike[str]) -> str:
 def fingerprint_like(recorded: str, source: Source) -> str:
     """The fingerprint of a part by the same rule as `recorded`; by default the current rule."""
     folder = source.folder()
-    opened = _opened_files(folder) if folder is not None else []
+    opened = opened_files(folder) if folder is not None else []
     if folder is None or not opened:
         return str(source)
     return _digest_of_all_files(folder) if recorded.startswith(_ALL_FILES) else _digest(opened)
@@ -101,7 +101,7 @@ def short(recorded: str) -> str:
     return f"{rule}:{digits[:12]}" if colon else recorded
 
 
-def _opened_files(folder: Path) -> list[Path]:
+def opened_files(folder: Path) -> list[Path]:
     """The files of a part that `from_pretrained` reads; empty if one is missing."""
     if (config := folder / "config.json").is_file():
         weights = _weight_files(config)

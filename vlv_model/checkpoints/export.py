@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers.utils import cached_file
@@ -25,11 +25,10 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import loading
 from vlv_model.checkpoints.digests import fingerprint, fingerprint_parts
 from vlv_model.checkpoints.files import StageName, new_folder, write_checkpoint_files
+from vlv_model.checkpoints.parts import ExportedParts
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.config import ModelConfig, Precision
 from vlv_model.precision import cast
-
-Parts = Literal["needed", "all"]
 
 MAX_SHARD_SIZE = "5GB"
 _MODEL_CLASSES: dict[StageName, type[VLVAutoEncoder | VLVCaptioner]] = {
@@ -66,7 +65,7 @@ def export_model(
     about: Mapping[str, Any],
     *,
     precision: Precision = "float32",
-    parts: Parts = "needed",
+    parts: ExportedParts = "needed",
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model with all its base models into a new folder, atomically.
@@ -102,13 +101,6 @@ def export_model(
         for name, text in (texts or {}).items():
             (work / name).write_text(text, encoding="utf-8")
     return Path(folder).absolute()
-
-
-def parts_read(stage: StageName, parts: Parts) -> tuple[str, ...]:
-    """The pretrained parts that an export of that stage reads."""
-    if parts == "all":
-        return (*VLVAutoEncoder.read_parts, "language_model")
-    return _MODEL_CLASSES[stage].read_parts
 
 
 def sources_of(config: ModelConfig, stage: StageName) -> dict[str, dict[str, str]]:

@@ -215,6 +215,24 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
         check_file(last, name, sha256)
 
 
+def stages_of(folder: str | os.PathLike[str], *, verify: bool = True) -> list[str]:
+    """Stages that trained the weights of a checkpoint and its parents, oldest first.
+
+    Checks the digests of the whole chain, so a job can fail before it loads a model;
+    `verify=False` reads only the manifests. Raises CheckpointError when a file is missing or
+    damaged.
+    """
+    chain = read_chain(folder)
+    for path, info in chain if verify else []:
+        check_weights(path, info)
+    return chain_stages(chain)
+
+
+def chain_stages(chain: Chain) -> list[str]:
+    """Stages that trained the weights of a chain, oldest first."""
+    return [stage for _, info in chain for stage in (*info.merged_stages, info.stage)]
+
+
 def check_weights(folder: Path, info: CheckpointInfo) -> Path:
     """Path of the weights file. Raises CheckpointError unless it has the recorded digest."""
     return check_file(folder, WEIGHTS_FILE, info.sha256)

@@ -6,10 +6,14 @@ A hub id is `owner/name` or `owner/name@revision`; a revision is a commit, a bra
 from __future__ import annotations
 
 import re
+import socket
+import threading
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,6 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Connection errors of huggingface_hub's HTTP library, which differs between its major versions.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _TIMEOUT_SECONDS = 10.0  # for the hub to resolve a revision
+_CONNECT_SECONDS = 1.5  # for a connection to the hub, with the look-up of its name
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,16 @@ class HubId:
         """The revision if it is a commit; None for a branch, a tag or no revision."""
         return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
 
-    def pinned(self) -> HubId:
+    def pinned(self, unreachable: Exception | None = None) -> HubId:
         """The same repository at its current commit, from the hub or else the local cache.
 
-        Raises ModelError when neither has it.
+        `unreachable`: why the hub need not be asked. Raises ModelError when neither has it.
         """
         if self.commit:
             return self
         try:
+            if unreachable is not None:
+                raise unreachable
             info = HfApi().model_info(self.repo, revision=self.revision, timeout=_TIMEOUT_SECONDS)
             commit = info.sha
         except (OSError, _HTTP_ERROR, ValueError) as problem:  # no network, no such repository, …
@@ -75,3 +82,35 @@ class HubId:
             return Path(incomplete) if incomplete else None
         except HFValidationError:
             return None
+
+
+def why_unreachable() -> ConnectionError | None:
+    """Why the hub, or the proxy in front of it, takes no connection; None if it does.
+
+    Known within two seconds. The library waits for each address of a hub in turn, which takes a
+    minute behind a firewall that drops packets.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return ConnectionError("HF_HUB_OFFLINE is set")
+    address = urlsplit(constants.ENDPOINT)
+    host, port = address.hostname or "", address.port or (80 if address.scheme == "http" else 443)
+    proxies = urllib.request.getproxies()
+    proxy = urlsplit(proxies.get(address.scheme) or proxies.get("all") or "")
+    if proxy.hostname and not urllib.request.proxy_bypass(host):
+        host, port = proxy.hostname, proxy.port or (443 if proxy.scheme == "https" else 80)
+    ended: list[OSError | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), _CONNECT_SECONDS).close()
+        except OSError as problem:
+            ended.append(problem)
+        else:
+            ended.append(None)
+
+    # In a thread, since the look-up of a name has no time-out.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    problem = ended[0] if ended else f"no connection within {_CONNECT_SECONDS:g} s"
+    return None if problem is None else ConnectionError(f"{host}:{port}: {problem}")

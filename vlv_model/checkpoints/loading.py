@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from vlv_model.checkpoints.parts import check_kind
 from vlv_model.checkpoints.sources import (
     Model,
     Source,
@@ -48,9 +49,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 __all__ = [
-    "CONFIG_FILES",
     "Model",
-    "check_kind",
     "load_caption_tokenizer",
     "load_diffusion",
     "load_florence",
@@ -67,18 +66,6 @@ __all__ = [
     "resolve_model",
     "text_encoder_width",
 ]
-
-
-# What a part's config.json says of its class.
-_KINDS = {
-    "florence": ("model_type", "florence2"),
-    "text_encoder": ("model_type", CLIPTextConfig.model_type),
-    "language_model": ("model_type", "qwen2"),
-    "vae": ("_class_name", "AutoencoderKL"),
-    "unet": ("_class_name", "UNet2DConditionModel"),
-}
-CONFIG_FILES = {"scheduler": "scheduler_config.json"}  # of a part, where it is not config.json
-_CONVERTER = "src/transformers/models/florence2/convert_florence2_original_pytorch_to_hf.py"
 
 
 def load_florence(
@@ -230,41 +217,12 @@ def load_weights(part: str, source: Source, kind: Any, **dtype: torch.dtype) -> 
     return model
 
 
-def check_kind(part: str, source: Source, content: Any) -> None:
-    """Raise ModelError unless `content`, a part's config.json, is of the part's class."""
-    # A class accepts another model's configuration, fills missing fields with defaults (Qwen2's are
-    # a 7B model) and fails later, if at all, far from the cause.
-    if part not in _KINDS:
-        return
-    if part == "florence":
-        _reject_microsoft_layout(source, content)
-    key, expected = _KINDS[part]
-    found = content.get(key) if isinstance(content, dict) else None
-    if found != expected:
-        raise ModelError(
-            f"{part}: config.json in '{source}' says {key} {found!r}, expected "
-            f"{expected!r}: set the model's '{part}' to a model of that type"
-        )
-
-
 def _check_kind(part: str, source: Source) -> None:
     def read() -> Any:
         path = cached_file(source.name, "config.json", **source.load_kwargs)
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
     check_kind(part, source, named_errors(part, source, read))
-
-
-def _reject_microsoft_layout(source: Source, content: Any) -> None:
-    """Reject Florence-2 as remote code, whose tensors have other names than transformers' classes."""
-    vision = content.get("vision_config") if isinstance(content, dict) else None
-    if isinstance(vision, dict) and "dim_embed" in vision and "embed_dim" not in vision:
-        raise ModelError(
-            f"florence: '{source}' is in Microsoft's own layout, expected transformers' layout: set "
-            "the model's florence to florence-community/Florence-2-large or -base, or convert it in "
-            f"a clone of transformers: python {_CONVERTER} --hf_model_id {source.name} "
-            "--pytorch_dump_folder_path FOLDER"
-        )
 
 
 def _check_complete(part: str, source: Source, missing: list[str]) -> None:

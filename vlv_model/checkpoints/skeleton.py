@@ -7,7 +7,6 @@ cache of the hub, or the published one of an id that the recipes name. No networ
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +25,12 @@ from transformers import (
 )
 
 from vlv_model.captioner import VLVCaptioner, build_language_projector
-from vlv_model.checkpoints.loading import CONFIG_FILES, check_kind
+from vlv_model.checkpoints.parts import CONFIG_FILES, READ_PARTS, find_config
 from vlv_model.checkpoints.published import BY_REPO
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.encoder import VLVEncoder
-from vlv_model.errors import ModelError, one_line
+from vlv_model.errors import ModelError
 from vlv_model.squares import Square
 from vlv_model.text_encoder import TextEncoder
 
@@ -52,15 +51,14 @@ def read_configs(model: ModelConfig, parts: tuple[str, ...]) -> Configs:
 
 def autoencoder(model: ModelConfig, *, with_vae: bool = True) -> VLVAutoEncoder:
     """Stage 1's model without weights, float32, on the meta device."""
-    from vlv_model.autoencoder import VLVAutoEncoder  # diffusers, which a captioner does not need
 
-    configs = read_configs(model, VLVAutoEncoder.read_parts)
+    configs = read_configs(model, READ_PARTS["stage1"])
     return build_autoencoder(model, configs, prompt_tokenizer(model), META, with_vae=with_vae)
 
 
 def captioner(model: ModelConfig, lora: Lora | None = None) -> VLVCaptioner:
     """Stage 2's model without weights, float32, on the meta device; with adapters if `lora` has a rank."""
-    configs = read_configs(model, VLVCaptioner.read_parts)
+    configs = read_configs(model, READ_PARTS["stage2"])
     built = build_captioner(model, configs, prompt_tokenizer(model), META)
     if lora and lora.rank:
         with META:
@@ -174,18 +172,9 @@ def _text_encoder(model: ModelConfig, configs: Configs) -> TextEncoder:
 
 
 def _read(part: str, source: Source) -> Mapping[str, Any]:
+    if (config := find_config(part, source)) is not None:
+        return config
     name = CONFIG_FILES.get(part, "config.json")
-    folder = source.folder()
-    if folder is not None and (file := folder / name).is_file():
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as problem:
-            raise ModelError(f"{part}: cannot read '{file}': {one_line(problem)}") from problem
-        check_kind(part, source, content)
-        return dict(content)
-    published = BY_REPO.get(source.repo or "", {})
-    if source.subfolder in published:
-        return published[source.subfolder]
     if source.repo is None:
         raise ModelError(f"{part}: '{source}' has no {name}: give a pretrained folder or a hub id")
     near = difflib.get_close_matches(source.repo, BY_REPO, n=2, cutoff=0.4) or list(BY_REPO)

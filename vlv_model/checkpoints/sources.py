@@ -11,12 +11,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from vlv_model.checkpoints.hub import HubId
+from vlv_model.checkpoints.hub import HubId, why_unreachable
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, ModelError, one_line
 
@@ -175,14 +176,15 @@ def pin(
     again. Raises ModelError when neither the hub nor the local cache has an id.
     """
     pinned = {}
-    for field in {field_of(config, part) for part in parts}:
+    unreachable = cache(why_unreachable)  # asked once, and only if an id has no commit yet
+    for field in sorted({field_of(config, part) for part in parts}):
         if (hub_id := _hub_id(getattr(config, field))) is None:
             continue
         before = HubId.parse((known or {}).get(field) or "")
         if before and before.commit and before.repo == hub_id.repo and not hub_id.revision:
             hub_id = before
         try:
-            pinned[field] = str(hub_id.pinned())
+            pinned[field] = str(hub_id.pinned(None if hub_id.commit else unreachable()))
         except ModelError as problem:
             raise ModelError(f"{field}: {problem}") from problem
     return config.model_copy(update=pinned)

@@ -27,12 +27,14 @@ from vlv_model.checkpoints.files import (
     CheckpointInfo,
     CheckpointMetadata,
     Parent,
+    chain_stages,
     check_weights,
     open_tensors,
     read_chain,
     read_checkpoint,
     read_weights,
     shapes_in,
+    stages_of,
     write_checkpoint,
 )
 from vlv_model.checkpoints.sources import part_source, resolve_model
@@ -139,30 +141,13 @@ def merge_checkpoint(folder: str | os.PathLike[str], target: str | os.PathLike[s
     for path, info in chain:
         weights |= read_weights(path, info)
     rewritten = {"format_version", "tensors", "sha256", "parent", "merged_stages", "more_files"}
-    merged_stages = _stages(chain)[:-1]
+    merged_stages = chain_stages(chain)[:-1]
     base_models: dict[str, str] = {}
     for _, info in chain:  # stage 1 has the UNet's fingerprint, stage 2 the language model's
         base_models |= info.base_models
     about = chain[-1][1].model_dump(exclude=rewritten)
     about |= {"merged_stages": merged_stages, "base_models": base_models}
     return write_checkpoint(target, weights, about)
-
-
-def stages_of(folder: str | os.PathLike[str], *, verify: bool = True) -> list[str]:
-    """Stages that trained the weights of a checkpoint and its parents, oldest first.
-
-    Checks the digests of the whole chain, so a job can fail before it loads a model;
-    `verify=False` reads only the manifests. Raises CheckpointError when a file is missing or
-    damaged.
-    """
-    chain = read_chain(folder)
-    for path, info in chain if verify else []:
-        check_weights(path, info)
-    return _stages(chain)
-
-
-def _stages(chain: Chain) -> list[str]:
-    return [stage for _, info in chain for stage in (*info.merged_stages, info.stage)]
 
 
 def _trainable_weights(module: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

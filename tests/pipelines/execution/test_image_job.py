@@ -252,8 +252,18 @@ def test_use_gpu_defaults_to_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPat
         assert ActorConfig().on(RayConfig(address="in-process")).use_gpu is has_gpu
         assert ActorConfig().on(cluster).use_gpu is True  # it may start machines with GPUs
         for given_value in (True, False):
-            assert ActorConfig(use_gpu=given_value).on(here).use_gpu is given_value
             assert ActorConfig(use_gpu=given_value).on(cluster).use_gpu is given_value
+        assert ActorConfig(use_gpu=False).on(here).use_gpu is False
+        if has_gpu:
+            assert ActorConfig(use_gpu=True).on(here).use_gpu is True
+            continue
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        with pytest.raises(
+            RunError, match=r"^actors\.use_gpu=true: this machine has no GPU .* set "
+        ):
+            ActorConfig(use_gpu=True).on(here)
+        monkeypatch.setattr("ray.is_initialized", lambda: True)  # it knows its GPUs
+        assert ActorConfig(use_gpu=True).on(here).use_gpu is True
 
 
 @pytest.mark.parametrize("asked", ["actors.num_actors=2", "train.num_workers=2"])

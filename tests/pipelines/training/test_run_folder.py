@@ -122,6 +122,8 @@ def test_a_hub_id_its_commit_and_a_local_copy_are_the_same_model(
     # Another machine, which has no hub, and downloaded more files than the first one before.
     here = tmp_path / "two/hub/models--some--florence/snapshots" / FIRST
     shutil.copytree(tiny_models / "florence", here)
+    there = here.parents[1].with_name("models--some--diffusion") / "snapshots" / FIRST
+    shutil.copytree(tiny_models / "diffusion", there)
     save_file(tensors, here / "model.fp16.safetensors")
     recorded = json.loads((run_dir / "run.json").read_text())
     assert recorded["model.florence digest"] == first  # its digest is the checkpoint's alone
