@@ -104,7 +104,8 @@ def _mapped(dataset: Any, step: PlacedStep) -> Any:
         enable_true_multi_threading=True,
     )
     actor = _ModelActor if hasattr(step.step, "process") else _Actor
-    return dataset.map_batches(
+    # `map_batches` itself takes no whole blocks where GPUs are requested.
+    return dataset.map_batches_internal(
         actor, fn_constructor_args=(step,), compute=pool, **step.resources, **_WHOLE
     )
 

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray.data
 from PIL import Image
 
 from pipelines.cli.main import causes_of
 from pipelines.execution import image_job as image_job_module
+from pipelines.execution.cluster import _mapped
 from pipelines.execution.connection import PoolSize, RayConfig
 from pipelines.execution.image_job import ActorConfig
 from pipelines.execution.quarantine import MOST_ALONE, MOST_WHOLE, Attempts, GuardedStep
-from pipelines.execution.steps import Chunk, ChunkByChunk, ModelDiedError
+from pipelines.execution.steps import Chunk, ChunkByChunk, ModelDiedError, PlacedStep
 from pipelines.execution.table_job import run_table_job
 from pipelines.images.rows import OK, status
 from pipelines.images.selection import Selection
@@ -349,3 +351,9 @@ def test_chunks_beside_a_deadly_row_are_suspects_for_one_attempt(tmp_path: Path)
     (chunk,) = again.process(iter([chunk_of(2, *rows[2])]))
     assert chunk.rows == found[2]
     assert len(log.read_text().splitlines()) == 2 + MOST_ALONE
+
+
+def test_a_step_on_gpus_takes_whole_chunks(ray_local, tmp_path):
+    """This Ray has no GPU, so the step is only planned: Ray Data refuses some options there."""
+    step = PlacedStep(GuardedStep, (object, (), tmp_path), {"num_gpus": 1}, actors=(1, 2))
+    assert "_ModelActor" in repr(_mapped(ray.data.range(1), step))
