@@ -32,6 +32,8 @@ SOURCES = ["*.toml", "Makefile", ".ci/*"] + [
 ]
 
 NOT_PARSED = {
+    ".": "activates an environment of Python",
+    "xdg-open": "opens a page in the browser",
     "ray": "needs a cluster; the job that it submits is checked",
     "helm": "needs a Kubernetes cluster",
     "kubectl": "needs a Kubernetes cluster",
@@ -119,6 +121,12 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             if variable == "ARGS":
                 check([*ARGS_GO_TO[words[1]], *shlex.split(value)], monkeypatch)
         return
+    if words[0] == "sbatch":  # sbatch OPTION … cluster/slurm.sh JOB …
+        script = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).is_file(), words[script]
+        words = ["vlv", *words[script + 1 :]]
+    if words[0] == "vlv":
+        words = ["python", f"jobs/{words[1]}.py", *words[2:]]
     if words[0] != "python":
         later = [index for index, word in enumerate(words) if word == "python"]
         assert words[0] in NOT_PARSED or later, f"{words[0]}: explain it in NOT_PARSED"
