@@ -42,7 +42,8 @@ class TakedownConfig(Config):
     )
     domains: tuple[str, ...] = Field((), description="domains, with all their subdomains")
     derived: tuple[OutputPathOrUrl, ...] = Field(
-        (), description="tables derived from the image tables: captions, latents, features, reconstructions"
+        (),
+        description="tables derived from the image tables: captions, latents, features, reconstructions",
     )
 
     @field_validator("table", mode="before")

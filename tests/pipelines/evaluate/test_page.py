@@ -33,7 +33,9 @@ def report() -> EvaluationReport:
     file = io.BytesIO()
     Image.new("RGB", (300, 200), "teal").save(file, "PNG")
     shown = Shown(2**62, file.getvalue(), ("word " * 200, "x" * 300), (None, None), (24.0, -3.25))
-    curve = [fid(name, g, v) for name in ("plain", LONG) for g, v in ((1, 11.5), (2, 6.6), (4, 9.9))]
+    curve = [
+        fid(name, g, v) for name in ("plain", LONG) for g, v in ((1, 11.5), (2, 6.6), (4, 9.9))
+    ]
     return EvaluationReport(
         subjects=[("plain", "/data/plain"), (LONG, "/data/long")],
         figures=[one, two, *curve],
@@ -49,7 +51,8 @@ def test_the_page_says_which_is_better_and_stays_text(parse) -> None:
     document = parse(page)
     assert document.text.count("is better: 100 % of 50 pairs, interval 93–100 %") == 1
     assert "Least: plain 6.6 at 2" in document.text
-    assert "−3.25" in document.text and "On no image." in document.text
+    assert "−3.25" in document.text
+    assert "On no image." in document.text
     assert "<script" not in page
 
 
