@@ -102,13 +102,13 @@ def why_unreachable() -> ConnectionError | None:
 
     def connect() -> None:
         try:
-            socket.create_connection((host, port), _CONNECT_SECONDS).close()
+            socket.create_connection((host, port), 2 * _CONNECT_SECONDS).close()
         except OSError as problem:
             ended.append(problem)
         else:
             ended.append(None)
 
-    # In a thread, since the look-up of a name has no time-out.
+    # In a thread, which is not waited for: the look-up of a name has no time-out.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_CONNECT_SECONDS)
