@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pipelines.estimate.config import EstimateConfig
 from pipelines.estimate.machines import Arithmetic, Machine, gpus
 from pipelines.estimate.memory import FRAGMENTATION, Memory, largest_batch
-from pipelines.estimate.words import count_words, size_words, time_words
+from pipelines.estimate.words import count_words, memory_words, size_words, time_words
 from vlv_model.config import Precision
 
 Lines = list[tuple[str, str]]
@@ -55,7 +55,7 @@ def card_lines(
     if memory.least > gpu.memory:
         return [
             *lines,
-            ("largest", f"no {setting} fits: {memory.least / 1e9:.1f} GB without activations"),
+            ("largest", f"no {setting} fits: {memory_words(memory.least)} without activations"),
         ]
     largest = largest_batch(rows, memory, count, gpu.memory)
     settable = valid(largest) if largest else 0

@@ -14,6 +14,11 @@ def size_words(size: float) -> str:
     return f"{size:,.1f} TB"
 
 
+def memory_words(size: float) -> str:
+    """Bytes of memory in GB, or below a tenth of one with the unit that fits."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else size_words(size)
+
+
 def time_words(seconds: float) -> str:
     """A duration, with the unit that fits."""
     if seconds < 90:

@@ -25,7 +25,7 @@ from pipelines.estimate.report import (
     parameter_lines,
 )
 from pipelines.estimate.rows import count_rows
-from pipelines.estimate.words import lines, size_words, worker_words
+from pipelines.estimate.words import lines, memory_words, size_words, worker_words
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import PREFETCHED_STEPS
 from pipelines.training.memory import Parameters, offloaded, states
@@ -189,7 +189,7 @@ def _host_lines(config: TrainingConfig, memory: Memory, parameters: Parameters) 
     if machine and machine.memory:
         there = f" of {machine.memory / 1e9:,.0f} GB"
         verdict = ": does NOT fit" if needed > machine.memory else ""
-    where = f"{needed / 1e9:,.1f} GB{there} on the first machine, {worker_words(workers)}{verdict}"
+    where = f"{memory_words(needed)}{there} on the first machine, {worker_words(workers)}{verdict}"
     found = [
         ("host memory", where),
         ("  loading", f"{size_words(weights)} each"),

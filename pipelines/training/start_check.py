@@ -11,7 +11,7 @@ import sys
 from itertools import chain
 
 from pipelines.estimate.memory import Memory
-from pipelines.estimate.words import worker_words
+from pipelines.estimate.words import memory_words, worker_words
 from pipelines.execution.connection import has_gpu
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.memory import Parameters, states
@@ -48,7 +48,7 @@ def check_before_start(config: Stage1Config | Stage2Config) -> None:
         check_fits(memory, *seen, train, train.most_workers)
     else:
         print(
-            f"weights, gradients and optimiser take {memory.least / 1e9:.1f} GB of each GPU: "
+            f"weights, gradients and optimiser take {memory_words(memory.least)} of each GPU: "
             "estimate.machine is not set, so the workers compare it with theirs",
             file=sys.stderr,
         )
@@ -58,8 +58,8 @@ def check_fits(memory: Memory, capacity: int, gpu: str, train: TrainConfig, work
     """Raise RunError when weights, gradients and optimiser alone exceed `capacity` bytes."""
     if memory.least > capacity:
         raise RunError(
-            f"weights, gradients and optimiser take {memory.least / 1e9:.1f} GB of each GPU, and "
-            f"{gpu} has {capacity / 1e9:.1f} GB: {_advice(train, workers)}"
+            f"weights, gradients and optimiser take {memory_words(memory.least)} of each GPU, and "
+            f"{gpu} has {memory_words(capacity)}: {_advice(train, workers)}"
         )
 
 
@@ -99,7 +99,7 @@ def _warn_of_host(memory: Memory, workers: int) -> None:
     if needed > there:
         print(
             f"warning: weights, gradients and optimiser of {worker_words(workers)} take "
-            f"{needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB: use fewer workers, "
+            f"{memory_words(needed)}, and this machine has {memory_words(there)}: use fewer workers, "
             "smaller models or GPUs",
             file=sys.stderr,
         )
