@@ -52,7 +52,9 @@ def embed(config: EmbedConfig) -> dict[str, int]:
 
     Raises ModelError when the extractor cannot be loaded, and the errors of `run_table_job` and ImageJob.
     """
-    # Imported here, since the model libraries would delay --help.
+    actors = config.actors.on(config.ray)
+
+    # Imported here, since the model libraries would delay --help and the errors above.
     from pipelines.embed.predictor import EmbedRows
     from vlv_model.features.extractors import load_extractor, pinned
 
@@ -61,7 +63,6 @@ def embed(config: EmbedConfig) -> dict[str, int]:
     extractor = load_extractor(settings)
     if extractor.takes_text and data.text_column is None:
         data = data.model_copy(update={"text_column": "caption"})
-    actors = config.actors.on(config.ray)
     identity: dict[str, Any] = {
         "embed.extractor": settings.extractor,
         **{f"embed.{name}": value for name, value in extractor.identity.items()},
