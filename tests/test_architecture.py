@@ -30,6 +30,7 @@ ROOMS = [
     "reconstruct",
     "recaption",
     "evaluate",
+    "publish",
     "training",
     "export",
     "admin",

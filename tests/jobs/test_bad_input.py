@@ -21,6 +21,7 @@ JOBS = [
     "recaption",
     "reconstruct",
     "caption",
+    "publish",
     "export",
     "demo",
 ]

@@ -1,0 +1,1 @@
+"""Captions for others: WebDataset shards, and data sets on the Hugging Face hub."""
