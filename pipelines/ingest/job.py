@@ -30,8 +30,9 @@ from pipelines.images.runs import FOLDER, Run, last_run, next_run
 from pipelines.ingest.config import RULES_SETTING, IngestConfig
 from pipelines.ingest.duplicates import mark_duplicates
 from pipelines.ingest.estimate import count_places, count_sites, estimate, rows_per_file
+from pipelines.ingest.find_images import find_images
 from pipelines.ingest.known_rows import KnownKeys
-from pipelines.ingest.local_images import LocalImages, find_images
+from pipelines.ingest.local_images import LocalImages
 from pipelines.ingest.plan import CHUNKS_FILE, Plan, first_plan, next_plan, read_list
 from pipelines.ingest.report import REPORT, remove_report, write_report
 from pipelines.ingest.run_statistics import ThroughputLog, write_host_statistics

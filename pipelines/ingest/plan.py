@@ -32,7 +32,8 @@ from pipelines.ingest.known_rows import (
     check_same,
     known_rows,
 )
-from pipelines.ingest.local_images import PLACE, LocalImages, by_metadata
+from pipelines.ingest.local_images import LocalImages, by_metadata
+from pipelines.ingest.located_rows import PLACE
 from pipelines.lists.filters import FilterConfig, check_columns, metadata_failures
 from pipelines.lists.input_files import input_bytes
 from pipelines.lists.metadata import InvalidValues, read_batches

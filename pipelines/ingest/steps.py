@@ -26,7 +26,7 @@ from pipelines.images.rows import DECODE, IMAGE_ROW, status, with_image_feature
 from pipelines.images.runs import Run
 from pipelines.ingest.decoder import DecoderPool
 from pipelines.ingest.known_rows import UPDATABLE, with_marks
-from pipelines.ingest.local_images import PLACE
+from pipelines.ingest.located_rows import PLACE
 from pipelines.ingest.plan import read_chunk
 from pipelines.ingest.unpack import UnpackedImages
 from pipelines.ingest.web.config import DownloadConfig

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import tarfile
@@ -22,9 +24,11 @@ from pipelines.cli.config import build
 from pipelines.images.rows import key_of, url_key
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.estimate import places_line
+from pipelines.ingest.find_images import find_images
 from pipelines.ingest.img2dataset import status_of
 from pipelines.ingest.job import ingest, plan_only
 from pipelines.ingest.steps import WritePart
+from pipelines.storage.files import as_path
 from pipelines.storage.tables import parquet_files
 from pipelines.tiny_world.server import Web, serve
 from tests.pipelines.foreign import png, shard
@@ -173,6 +177,13 @@ def test_failed_rows_of_img2dataset_are_fetched_by_a_later_run(
     assert not web.requests
 
 
+def test_an_output_in_an_object_store(peers: Path, bucket: str, tmp_path: Path) -> None:
+    expected = states(run(peers / "webdataset", tmp_path / "here"))
+    for file in (peers / "webdataset").iterdir():
+        (as_path(bucket) / "in" / file.name).write_bytes(file.read_bytes())
+    assert states(run(f"{bucket}/in", tmp_path / "out")) == expected
+
+
 def test_filters_read_the_metadata_and_the_pictures(peers: Path, tmp_path: Path) -> None:
     filters = {"max_punsafe": 0.5, "min_short_side": 30}
     config = config_of(peers / "webdataset", tmp_path / "out", filter=filters, dry_run=True)
@@ -231,6 +242,15 @@ def test_errors_of_img2dataset_become_our_classes(error: str) -> None:
     assert status_of("success", None) is None
     assert status_of("failed_to_resize", "image too small") == "filtered:short_side"
     assert status_of("failed_to_resize", "Image decoding error") == "decode:not_an_image"
+
+
+def test_the_page_has_every_option_of_img2dataset() -> None:
+    main = pytest.importorskip("img2dataset.main")
+    page = (Path(__file__).parents[3] / "docs/img2dataset.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    first = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    options = set(inspect.signature(main.download).parameters)
+    assert options <= first
 
 
 # -------------------------------------------------------------------------------- other sources
@@ -340,9 +360,26 @@ def test_a_mixture_of_images_and_lists_is_refused(tmp_path: Path) -> None:
     (tmp_path / "urls.csv").write_text("url,caption\nhttp://h.org/a,text\n")
     with pytest.raises(DataError, match=r"images and a list of URLs \(urls.csv\)"):
         run(tmp_path, tmp_path / "out")
+    (tmp_path / "urls.csv").write_text("file_name,label\na.png,1\n")  # notes
+    assert find_images(str(tmp_path), None, {}) is not None
     (tmp_path / "urls.csv").rename(tmp_path / "0.tfrecord")
     with pytest.raises(DataError, match=r"tfrecord.*\.tar"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_lists_behind_a_link_and_beside_an_archive_are_lists(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/urls.csv").write_text("url\nhttp://h.org/a\n")
+    (tmp_path / "there/0.tar.gz").write_bytes(b"")
+    assert find_images(str(tmp_path / "there"), None, {}) is None
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "there")
+    assert find_images(str(tmp_path / "in"), None, {}) is None
+    (tmp_path / "there/urls.csv").unlink()
+    with pytest.raises(DataError, match="links to folders are not followed"):
+        find_images(str(tmp_path / "in"), None, {})
+    with pytest.raises(DataError, match=r"contains \.gz files: decompress"):
+        find_images(str(tmp_path / "there"), None, {})
 
 
 def test_a_list_with_bytes_is_a_list(web: Web, tmp_path: Path) -> None:
