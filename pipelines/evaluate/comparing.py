@@ -39,6 +39,7 @@ class Comparison:
     keys: np.ndarray
     first_values: np.ndarray
     second_values: np.ndarray
+    of_images: bool = True  # keys are those of images, not of questions
 
     @property
     def n(self) -> int:
@@ -116,6 +117,7 @@ def compare(first: Figure, second: Figure, measure: MeasureConfig) -> Comparison
         keys,
         one,
         two,
+        first.of_images,
     )
 
 

@@ -54,7 +54,7 @@ class MeasureConfig(Config):
     subsample_rows: int | None = Field(
         None,
         ge=2,
-        description="rows of each; none: half of the smaller table, at most 5,000. FID of few rows is "
+        description="rows of each; none: half of the smaller table, at most 2,000. FID of few rows is "
         "larger than that of many, so it compares with FID at the same number only",
     )
     kid_subsets: int = Field(100, ge=1, description="subsets of KID")
@@ -62,6 +62,46 @@ class MeasureConfig(Config):
         1000, ge=2, description="rows of each; at most half of the smaller table"
     )
     resamples: int = Field(2000, ge=100, description="resamples of a bootstrap")
+
+
+class AskConfig(Config):
+    """Questions that a language model answers from captions (VQAv2, OK-VQA, yes/no sets)."""
+
+    questions: InputPathOrUrl | None = Field(
+        None, description="file of questions as VQAv2 and OK-VQA publish it; none: nothing is asked"
+    )
+    annotations: InputPathOrUrl | None = Field(None, description="file of their answers")
+    shot_questions: InputPathOrUrl | None = Field(
+        None, description="questions of the train split, from which shots are drawn"
+    )
+    shot_annotations: InputPathOrUrl | None = Field(None, description="their answers")
+    shots: tuple[int, ...] = Field(
+        (0,), description="shots of a request, each number a figure: 0,4,32"
+    )
+    endpoint: str = Field(
+        "http://127.0.0.1:8000/v1", description="an OpenAI-compatible server (vLLM, …), up to /v1"
+    )
+    model: str = Field("", description="the reader, by the server's name of it")
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="environment variable with the key, if any"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="seeded sample of so many questions; none: all"
+    )
+    concurrency: int = Field(16, ge=1, description="requests at once")
+    timeout_seconds: float = Field(120, gt=0, description="of a request")
+    retries: int = Field(5, ge=0, description="after 429, an error, a timeout, or a broken reply")
+    pause_seconds: float = Field(1, ge=0, description="before the first retry; doubles with each")
+    max_requests: int | None = Field(
+        None, ge=1, description="requests of this run, retries included; answers that came are kept"
+    )
+    max_failed: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of requests that may stay without an answer, as wrong ones",
+    )
+    max_tokens: int = Field(16, ge=1, description="longest answer")
 
 
 class EvaluateConfig(Config):
@@ -75,6 +115,7 @@ class EvaluateConfig(Config):
     output: OutputPath = Field(description="folder of report.html, report.json and scores.parquet")
     data: EvaluateData = EvaluateData()
     clip: ClipConfig = ClipConfig()
+    ask: AskConfig = AskConfig()
     measure: MeasureConfig = MeasureConfig()
     gallery: int = Field(6, ge=0, description="images shown at each end of a comparison")
     dry_run: bool = Field(False, description="only list the figures, rows and memory")

@@ -55,6 +55,11 @@ class Figure:
     scores: Scores | None = None  # per key, where the figure is their mean
 
     @property
+    def of_images(self) -> bool:
+        """Whether keys are those of images, not of questions."""
+        return "shots" not in self.made
+
+    @property
     def guidance(self) -> float | None:
         """From the name of a folder: `guidance-2`, `guidance=2.5`."""
         for part in self.table.split("/"):

@@ -23,7 +23,7 @@ from pipelines.evaluate.figures import Figure
 from pipelines.evaluate.page import EvaluationReport, render
 from pipelines.evaluate.pictures import Gathered, check_same_extractor, picture_figures
 from pipelines.evaluate.showing import gallery_of
-from pipelines.evaluate.subjects import Subject, find_subject, names_of
+from pipelines.evaluate.subjects import ANSWERS, Subject, find_subject, names_of
 from pipelines.images.features import FeatureTable
 from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.fingerprints import size_fingerprint
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from pipelines.evaluate.by_sentence import SentenceScores
 
 REPORT, PAGE, SCORES = "report.json", "report.html", "scores.parquet"
+_NOT_DECIDING = ("concurrency", "timeout_seconds", "retries", "pause_seconds", "max_requests",
+                 "max_failed")  # fmt: skip
 _TEXT, _IMAGE = "clip-text", "clip"
 
 
@@ -69,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> str:
         recorded = read_json_object(output / REPORT)
         check_same_settings(output, recorded.get("made_of", {}), identity, "output")
         return "evaluated already: nothing to do"
-    check_unused(output, [PAGE, SCORES], "evaluation", "output")
+    check_unused(output, [PAGE, SCORES, ANSWERS], "evaluation", "output")
 
     figures = list(_figures(config, subjects, originals))
     if not figures:
@@ -126,6 +128,10 @@ def _figures(
                 gathered[original.path] = Gathered.of(original, config.measure.sample_rows)
             pair = None if original is None else (original, gathered[original.path])
             yield from picture_figures(subject.name, label, table, pair, config.measure)
+    if config.ask.questions is not None:
+        from pipelines.evaluate.questions.figures import question_figures  # aiohttp
+
+        yield from question_figures(config, subjects)
 
 
 def _sentence_scores(config: EvaluateConfig, originals: Subject | None) -> SentenceScores | None:
@@ -215,6 +221,9 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json", exclude={"output", "dry_run"})
     flat = {f"data.{name}": value for name, value in dumped.pop("data").items()}
     flat |= {f"clip.{name}": value for name, value in dumped.pop("clip").items()}
+    # What only decides how fast and at what cost the same answers come may differ in a rerun.
+    asked = {k: v for k, v in dumped.pop("ask").items() if k not in _NOT_DECIDING}
+    flat |= {f"ask.{name}": value for name, value in asked.items()}
     flat |= {f"measure.{name}": value for name, value in dumped.pop("measure").items()}
     return {**dumped, **flat}
 

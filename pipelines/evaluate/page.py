@@ -96,7 +96,7 @@ def _curves(figures: Sequence[Figure]) -> Iterator[Curve]:
 def _histograms(figures: Sequence[Figure]) -> Iterator[Histogram]:
     """Distributions of the scores; those of fractions are in a unit of which the range holds 30."""
     for figure in figures:
-        if figure.scores is None or figure.measure in ("sentences", SEEN):
+        if figure.scores is None or figure.measure in ("sentences", SEEN) or not figure.of_images:
             continue
         values = figure.scores.values
         spread = float(values.max() - values.min())
@@ -122,12 +122,16 @@ def _notes(figures: Sequence[Figure]) -> Iterator[str]:
             f"CLIP sees {100 * figure.value:.0f} % of a caption of {figure.subject} on average: what "
             "comes later does not count in its CLIP score."
         )
+    exact = [figure for figure in figures if figure.measure.startswith("exact match")]
+    failed = sum(sum(figure.made["failed"].values()) for figure in exact)
+    if failed:
+        yield f"{failed:,} questions have no answer of the reader and count as wrong (answers.jsonl)."
     if any(figure.measure == "FID" and figure.n < 10_000 for figure in figures):
         yield (
             "FID of fewer than 10,000 images is larger than that of many: compare it with FID of as "
             "many images only. KID does not depend on their number."
         )
-    sets = {figure.keys for figure in figures if figure.better}
+    sets = {figure.keys for figure in figures if figure.better and figure.of_images}
     if len(sets) > 1:
         yield (
             "The figures do not all rest on the same images (n and key list differ). Comparisons use the "

@@ -137,7 +137,7 @@ def distances(
     name = FRECHET.get(kind, f"Fréchet ({kind})")
     whole = frechet_distance(one.moments, other.moments)
     yield figure(name, whole, None, "all rows; its spread is the next line", len(one.keys))
-    rows = measure.subsample_rows or min(5000, min(map(len, samples)) // 2)
+    rows = measure.subsample_rows or min(2000, min(map(len, samples)) // 2)
     rows = min(rows, *map(len, samples))
     values = _subsampled(*samples, rows, measure)
     yield figure(

@@ -44,9 +44,9 @@ class Extremes:
 def gallery_of(
     comparisons: Sequence[Comparison], subjects: Sequence[Subject], config: EvaluateConfig
 ) -> list[Extremes]:
-    """The first comparison of each pair of subjects."""
+    """The first comparison by images of each pair of subjects."""
     chosen: dict[tuple[str, str], Comparison] = {}
-    for comparison in comparisons:
+    for comparison in (c for c in comparisons if c.of_images):
         chosen.setdefault((comparison.first, comparison.second), comparison)
     if not config.gallery:
         return []

@@ -18,6 +18,9 @@ from pipelines.storage.parquet import open_parquet, read_schema
 from pipelines.storage.tables import Table, parquet_files
 from vlv_model.errors import DataError
 
+ANSWERS = "answers.jsonl"
+"""What a reader has answered, beside the report; a killed run leaves it."""
+
 _DEPTH = 3  # folders below the one that was given
 _CAPTION = "caption"
 
@@ -33,6 +36,16 @@ class CaptionTable:
     def captions(self) -> dict[int, str]:
         """The first caption of each key with status ok."""
         return dict(reversed(list(read_captions(self.files))))
+
+    def named_captions(self) -> Iterator[tuple[str, str]]:
+        """File name and caption of each key; DataError if the table has no names."""
+        for file in self.files:
+            with open_parquet(file) as parquet:
+                require_columns(parquet.schema_arrow, ["key", "name"], str(file))
+                for batch in parquet.iter_batches(columns=["key", "name"]):
+                    for row in batch.to_pylist():
+                        if row["name"] and row["key"] in self.captions:
+                            yield row["name"], self.captions[row["key"]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Questions about images that a language model answers from captions alone."""
