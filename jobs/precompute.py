@@ -1,6 +1,6 @@
-"""Precompute the VAE latents of an image table, so that stage 1 does not run the VAE.
+"""Precompute the VAE latents of images, so that stage 1 does not run the VAE.
 
-Input: an image table, and the same model.* settings as stage 1.
+Input: the images of stage 1, and the same model.* settings as stage 1.
 Output: a table of latents with one row per image; pass it to stage 1 as data.latents.
 Repeat the command to continue an interrupted run.
 """

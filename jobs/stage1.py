@@ -1,6 +1,6 @@
 """Train the VLV encoder on images alone, through the frozen diffusion decoder (stage 1).
 
-Input: an image table, and the base models in model.*.
+Input: images (a table of ingest, a folder, shards, Parquet of others), and the base models in model.*.
 Output: a run folder with checkpoints, metrics.jsonl, result.json and report.html.
 Repeat the command to continue an interrupted run. Recipes: jobs/configs.
 """

@@ -21,6 +21,7 @@ from pipelines.storage.tables import TABLE_FILE, Table, read_json_object
 from pipelines.training.metrics import data_share, heldout_losses, read_metrics
 from pipelines.training.report import FILE as RUN_REPORT
 from pipelines.training.run_folder import IDENTITY, RESULT
+from pipelines.training.skipped_rows import skipped_line
 from vlv_model.checkpoints.files import CHECKPOINT_FILE, WEIGHTS_FILE, read_checkpoint
 from vlv_model.config import Config
 from vlv_model.errors import DataError
@@ -171,6 +172,8 @@ def _training_text(run_dir: Path) -> str:
         items = list(losses.items())
         ends = [f"{loss:.4f} at step {at:,}" for at, loss in dict([items[0], items[-1]]).items()]
         lines.append(f"held-out loss {', '.join(ends)}")
+    if skipped := skipped_line(run_dir):
+        lines.append(skipped)
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         lines.append("no checkpoint yet: if killed now, it restarts at step 0")

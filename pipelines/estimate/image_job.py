@@ -17,6 +17,7 @@ from pipelines.estimate.report import (
     parameter_lines,
 )
 from pipelines.estimate.rows import selected_rows
+from pipelines.estimate.sample import sample_lines
 from pipelines.estimate.words import lines
 from pipelines.execution.connection import bounds
 from pipelines.execution.image_job import ActorConfig
@@ -57,6 +58,7 @@ class ImageJobEstimate:
             found += card_lines(memory, estimate, self.setting, self.batch, self.memory)
         found += self.notes
         found.append(("rows", f"{rows:,} ({origin})" if rows is not None else origin))
+        found += sample_lines(data)
         if rows is not None:
             found.append(disk_line(rows * self.bytes_each, self.stored))
         machine = estimate.found_machine()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pipelines.images.selection import Selection
-from pipelines.images.sources import find_source, walk
+from pipelines.images.selection import ImageInput, Selection
+from pipelines.images.sources import find_source, is_image, walk
 from pipelines.storage.files import as_path
 from pipelines.storage.parquet import open_parquet
 from pipelines.storage.tables import Table, parquet_files
 from vlv_model.errors import VLVError
 
 
-def count_rows(path: str, setting: str = "data.input") -> tuple[int | None, str]:
-    """The images at `path`, and where the number comes from; None with the reason if they are not there."""
+def count_rows(data: ImageInput, setting: str = "data.input") -> tuple[int | None, str]:
+    """The number of images, and where it comes from; None with the reason if they are not there."""
+    path, encoding = data.input, data.image_encoding
     try:
         if (table := Table(path)).exists:
             return table.counts().get("ok", 0), f"counted in {setting}"
-        source = find_source(path, setting=setting)
+        source = find_source(path, data.image_column, None, setting, encoding)
         if source.layout == "folder":
-            files = source.files or [name for _, names in walk(as_path(path)) for name, _ in names]
+            found = (name for _, names in walk(as_path(path)) for name, _ in names)
+            files = source.files or [name for name in found if is_image(name, encoding)]
             return len(files), f"files of {setting}"
         if source.layout == "tar":
             return None, f"{setting} has {len(source.files):,} shards: give estimate.rows"
@@ -32,7 +34,7 @@ def count_rows(path: str, setting: str = "data.input") -> tuple[int | None, str]
 
 def selected_rows(data: Selection, given: int | None) -> tuple[int | None, str]:
     """The images that a job takes: `given`, or those of its input; `where` is not applied."""
-    rows, origin = (given, "estimate.rows") if given else count_rows(data.input)
+    rows, origin = (given, "estimate.rows") if given else count_rows(data)
     if rows is None:
         if data.limit is not None:
             return data.limit, f"data.limit; {origin}"

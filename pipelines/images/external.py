@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.images.rows import IMAGE_STRUCT, OK, key_of
 from pipelines.storage.files import as_path, is_url, read_bytes
 from pipelines.storage.folders import is_folder
-from pipelines.storage.parquet import open_parquet, parquet_errors
+from pipelines.storage.parquet import open_parquet, parquet_errors, read_schema
 from vlv_model.errors import DataError
 
 LISTED_ROW = pa.schema(
@@ -65,6 +65,11 @@ def listed_row(
 def as_utf8(name: str) -> str:
     """The name with everything that is not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def is_listing(file: Path) -> bool:
+    """Whether a Parquet file locates images elsewhere."""
+    return set(LOCATION_COLUMNS) <= set(read_schema(file).names)
 
 
 class UndecodableImage(DataError):

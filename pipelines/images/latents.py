@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.rows import OK
 from pipelines.storage.tables import ADDED_SETTINGS, Table, parquet_files
 from vlv_model.config import ModelConfig
 from vlv_model.errors import DataError
@@ -71,7 +73,7 @@ class LatentReader:
         """Raises DataError if `path` is not a finished table of latents."""
         self.path = path
         files = parquet_files(path, SETTING)
-        table = Table(path)
+        table = self._table = Table(path)
         description: dict[str, Any] = table.describe() if table.exists else {"kind": "foreign"}
         if description["kind"] != KIND:
             raise DataError(
@@ -82,6 +84,14 @@ class LatentReader:
         self.shape = tuple(self.identity["latent_shape"])
         self.index = RowIndex.open(files, needed=COLUMNS)
         self._rows = RowReader(self.index, COLUMNS, image=False)
+
+    def failed(self) -> np.ndarray:
+        """Keys int64 `[n]` of the images that precompute could not decode, which have no latents."""
+        chunks = [commit.chunk for commit in self._table.commits() if commit.statuses.keys() - {OK}]
+        found = [np.zeros(0, np.int64)]
+        for rows in self._table.columns(chunks, ["key", "status"]):
+            found.append(rows.filter(pc.not_equal(rows["status"], OK))["key"].to_numpy())
+        return np.concatenate(found)
 
     def check(self, model: ModelConfig, keys: np.ndarray) -> None:
         """Raise DataError unless the table has the latents of `model`'s VAE for all `keys`."""

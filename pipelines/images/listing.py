@@ -6,7 +6,8 @@
     tar        shards of WebDataset or img2dataset   hash of the name                    shard's path/member
     folder     image files, at any depth             hash of the name                    path in the folder
 
-Paths are relative to `data.input`, so keys do not change when it is moved, and no two images share a
+With `data.key_column=__key__` the key is the hash of the file's name alone, without folders and suffix,
+in every layout: the same images have the same keys, and so the same place in a training. Paths are relative to `data.input`, so keys do not change when it is moved, and no two images share a
 key. The listing is written file by file and contains no image bytes.
 """
 
@@ -36,17 +37,26 @@ from pipelines.images.companions import (
     read_companions,
 )
 from pipelines.images.conditions import Where, small_columns
-from pipelines.images.external import COLUMN, INVALID_NAME, LISTED_ROW, as_utf8, listed_row
-from pipelines.images.rows import OK, check_status, key_of, url_key
+from pipelines.images.external import (
+    COLUMN,
+    DAMAGED,
+    INVALID_NAME,
+    LISTED_ROW,
+    as_utf8,
+    listed_row,
+)
+from pipelines.images.rows import OK, check_status, key_of, require_columns, url_key
 from pipelines.images.scores import Scores, scores_fingerprint
 from pipelines.images.shards import list_shard
 from pipelines.images.sources import (
+    SAMPLE_KEY,
     Source,
     find_source,
     image_column_of,
     image_columns,
     is_image,
     is_integer,
+    sample_key,
     walk,
 )
 from pipelines.pictures.formats import Encoding
@@ -75,14 +85,15 @@ def list_images(
     again: bool = False,
     encoding: Encoding = "file",
     features: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> tuple[list[Path], dict[str, Any]]:
     """The Parquet files of a table with the images at `path`, and the settings that identify it.
 
     A table of this pipeline is returned as it is, unless `where` selects rows of it. Anything else is
     listed in `output`, once: a continued job uses the existing listing, unless `again` asks to list the
-    same images again. `features` are tables whose scores `where` can use (pipelines.images.scores). The
-    caller must hold the lock on `output`. Raises DataError if there are no images, and ConfigError for an
-    invalid condition.
+    same images again. `features` are tables whose scores `where` can use (pipelines.images.scores);
+    `texts` are columns of Parquet that the listing has, too. The caller must hold the lock on `output`.
+    Raises DataError if there are no images, and ConfigError for an invalid condition.
     """
     request: dict[str, Any] = {
         "input": path,
@@ -94,6 +105,8 @@ def list_images(
         request["encoding"] = encoding
     if features:
         request["features"] = list(features)
+    if texts:
+        request["texts"] = list(texts)
     description = output / DESCRIPTION
     recorded = read_json_object(description) if is_file(description) else None
     same_request = recorded is not None and recorded["asked"] == request
@@ -119,9 +132,8 @@ def list_images(
         write_atomically(description, json.dumps(unfinished))
         others: Counter[str] = Counter()
         with Scores(features) if features else nullcontext() as scores:
-            written = _write_listing(
-                output, source, key_column, _Condition.of(where, scores), others
-            )
+            condition = _Condition.of(where, scores)
+            written = _write_listing(output, source, key_column, condition, others, texts)
         if not written:
             what = f"no row for which {where}" if where is not None else "no image"
             skipped = f" (and {_suffixes(others)})" if others else ""
@@ -178,6 +190,7 @@ def _write_listing(
     key_column: str | None,
     condition: _Condition | None,
     others: Counter[str],
+    texts: Sequence[str],
 ) -> int:
     """Replace the listing; returns its number of rows. `others` counts skipped files in shards."""
     remove_folder(output / FOLDER)
@@ -185,19 +198,22 @@ def _write_listing(
         (output / FOLDER).mkdir(parents=True)
     schema = LISTED_ROW
     if source.layout in ("table", "parquet"):
-        schema = LISTED_ROW.with_metadata({COLUMN: (source.column or "").encode()})
+        columns = read_schema(source.files[0])
+        require_columns(columns, list(texts), str(source.files[0]))
+        schema = pa.schema([*LISTED_ROW, *(columns.field(name) for name in texts)])
+        schema = schema.with_metadata({COLUMN: (source.column or "").encode()})
     buffer: list[pa.Table] = []
     written, rows = 0, 0
 
     def flush() -> None:
         nonlocal written
         file = output / FOLDER / f"{written:06d}{PLAN}"
-        write_parquet(file, pa.concat_tables(buffer).cast(schema), row_group_size=_ROW_GROUP)
+        write_parquet(file, pa.concat_tables(buffer), row_group_size=_ROW_GROUP)
         buffer.clear()
         written += 1
 
-    for table in listed_rows(source, key_column, condition, others):
-        buffer.append(table)
+    for table in listed_rows(source, key_column, condition, others, texts=texts):
+        buffer.append(table.cast(schema))
         rows += table.num_rows
         if sum(t.num_rows for t in buffer) >= _FILE_ROWS:
             flush()
@@ -212,6 +228,7 @@ def listed_rows(
     where: _Condition | None,
     others: Counter[str],
     metadata: WantedMetadata | None = None,
+    texts: Sequence[str] = (),
 ) -> Iterator[pa.Table]:
     """The LISTED_ROW rows of a source, file by file; `others` counts skipped files in shards.
 
@@ -220,7 +237,7 @@ def listed_rows(
     """
     if source.layout in ("table", "parquet"):
         for file in source.files:
-            yield from _parquet_rows(source, file, key_column, where, metadata)
+            yield from _parquet_rows(source, file, key_column, where, metadata, texts)
         return
     with_metadata = metadata is not None
     if source.layout == "tar":
@@ -230,6 +247,10 @@ def listed_rows(
                 counted: Counter[str] = Counter()  # per thread
                 name = _relative(shard, source.root)
                 rows = list_shard(shard, name, counted, source.encoding, with_metadata)
+                if key_column == SAMPLE_KEY:
+                    for row in rows:
+                        if row["size"] != DAMAGED:  # of a shard's rest only the place is known
+                            row["key"] = key_of(sample_key(row["name"]))
                 return _as_table(rows, with_metadata), counted
 
             for first in range(0, len(source.files), _THREADS):
@@ -242,6 +263,8 @@ def listed_rows(
         yield from _files_with_metadata(source, metadata)
         return
     files = _image_files(source)
+    if key_column == SAMPLE_KEY:
+        files = (row | {"key": key_of(sample_key(row["name"]))} for row in files)
     while batch := list(islice(files, _BATCH)):
         yield _select(_as_table(batch), where)
 
@@ -292,21 +315,27 @@ def _parquet_rows(
     key_column: str | None,
     where: _Condition | None,
     metadata: WantedMetadata | None = None,
+    texts: Sequence[str] = (),
 ) -> Iterator[pa.Table]:
     schema, path, relative = read_schema(file), str(file), _relative(file, source.root)
     column = source.column or "image"
     if column not in image_columns(schema):
         image_column_of(schema, column, path)
-    if key_column is not None and key_column not in schema.names:
+    by_name = key_column == SAMPLE_KEY
+    if key_column not in (None, SAMPLE_KEY, *schema.names):
         raise DataError(f"data.key_column={key_column}: {file} has {', '.join(schema.names)}")
     key = key_column or ("key" if is_integer(schema, "key") else None)
+    if by_name:  # img2dataset has `key`; else the file's name
+        texts_of_keys = (n for n in (SAMPLE_KEY, "key") if n in schema.names)
+        key = next((name for name in texts_of_keys if not is_integer(schema, name)), None)
     if source.layout == "table":
         check_status(schema, path)
     status = "status" if source.layout == "table" and "status" in schema.names else None
     title = next((name for name in _NAME_COLUMNS if name in schema.names), None)
     is_struct = pa.types.is_struct(schema.field(column).type)
     has_path = is_struct and any(field.name == "path" for field in schema.field(column).type)
-    wanted = {name for name in (key, status, title) if name}
+    require_columns(schema, list(texts), path)
+    wanted = {name for name in (key, status, title, *texts) if name}
     wanted |= set(small_columns(schema)) if where is not None else set()
     beside = sorted(metadata.columns(schema, file)) if metadata is not None else []
     columns = [*sorted(wanted | {*beside}), *([f"{column}.path"] if has_path else ())]
@@ -325,10 +354,15 @@ def _parquet_rows(
             if has_path:
                 inner = [value and value["path"] for value in paths]
                 names = [a or b for a, b in zip(inner, names, strict=True)]
-            keys = row_keys(values[key], key, addresses) if key else map(key_of, addresses)
+            if by_name:
+                keys = _sample_keys(values[key] if key else names, path)
+            else:
+                keys = (
+                    row_keys(values[key], key, addresses) if key else [key_of(a) for a in addresses]
+                )
             table = pa.table(
                 {
-                    "key": list(keys),
+                    "key": keys,
                     "name": [str(n) if n else a for n, a in zip(names, addresses, strict=True)],
                     "image": [{"bytes": None, "path": path}] * count,
                     "offset": pa.nulls(count, pa.int64()),
@@ -336,8 +370,9 @@ def _parquet_rows(
                     "group": [group] * count,
                     "row": range(count),
                     "status": values[status] if status else [OK] * count,
+                    **{name: values[name] for name in texts},
                 },
-                LISTED_ROW,
+                pa.schema([*LISTED_ROW, *(schema.field(name) for name in texts)]),
             )
             if where is not None and rows is not None:
                 table = where.select(table, rows.select(sorted(wanted)))
@@ -345,6 +380,16 @@ def _parquet_rows(
                 for name in beside:
                     table = table.append_column(f"{LIST}{name}", rows[name])
             yield table
+
+
+def _sample_keys(names: Sequence[str | None], path: str) -> list[int]:
+    """The keys of rows by the names of their files."""
+    if None in names:
+        raise DataError(
+            f"data.key_column={SAMPLE_KEY}: {path} has a row without the name of its file, and no column "
+            f"{SAMPLE_KEY} or key"
+        )
+    return [key_of(sample_key(str(name))) for name in names]
 
 
 def row_keys(values: Sequence[Any], column: str, addresses: Sequence[str] = ()) -> list[int]:

@@ -27,6 +27,9 @@ from pipelines.storage.parquet import open_parquet, read_schema
 from vlv_model.errors import DataError
 from vlv_model.squares import Square
 
+Decode = Callable[[bytes, Square], np.ndarray]
+"""From the bytes of an image to its square, uint8 `[3 s s]`; raises DecodeError."""
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -182,7 +185,7 @@ class RowReader:
         *,
         image: bool = True,
         named: bool = False,
-        decode: Callable[[bytes, Square], np.ndarray] | None = None,
+        decode: Decode | None = None,
         cache_bytes: int = _CACHE_BYTES,
         footer_bytes: int = _FOOTER_BYTES,
     ) -> None:

@@ -38,7 +38,8 @@ class ImageInput(Config):
     key_column: str | None = Field(
         None,
         description="column of Parquet that identifies its rows: integers, or texts, which are hashed "
-        "(`url` gives the same keys as ingest); default: `key`, or else the row's position",
+        "(`url` gives the same keys as ingest); `__key__`, in every layout: the file's name without "
+        "folder and suffix; default: `key`, or else the path and the row's position",
     )
     where: str | None = Field(
         None,

@@ -42,6 +42,15 @@ PREFERRED_COLUMNS = (
 )
 
 
+SAMPLE_KEY = "__key__"
+"""WebDataset's name of a sample's key; as `data.key_column`, every layout has it."""
+
+
+def sample_key(name: str) -> str:
+    """The key of a sample: the name of its file without folders, and up to the first dot."""
+    return re.split(r"[?#]", name, maxsplit=1)[0].rpartition("/")[2].partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Source:
     """The input at `data.input`."""
@@ -237,7 +246,7 @@ def _parquet(
     ):
         return Source("table", root, tuple(files), "image")
     column = image_column_of(schema, image_column, str(files[0]))
-    if key_column is not None and key_column not in schema.names:
+    if key_column not in (None, SAMPLE_KEY, *schema.names):
         raise DataError(
             f"data.key_column={key_column}: {files[0]} has {', '.join(schema.names) or 'no columns'}"
         )

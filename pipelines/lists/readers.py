@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from pipelines.lists.json_lists import read_objects
 from pipelines.storage.files import is_url
 from pipelines.storage.parquet import open_parquet, schema_of
+from pipelines.storage.tables import PLAN
 from vlv_model.errors import DataError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
@@ -43,9 +44,10 @@ _READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
 def format_of(file: Path) -> str:
-    """The suffix that names a file's format, in lower case and without `.gz`."""
+    """The suffix that names a file's format, in lower case and without `.gz`; a plan is Parquet."""
     name = file.with_suffix("") if _is_gzip(file) else file
-    return name.suffix.lower()
+    suffix = name.suffix.lower()
+    return ".parquet" if suffix == PLAN else suffix
 
 
 def _is_gzip(file: Path) -> bool:

@@ -7,6 +7,7 @@ they get a child here (pipelines.pictures.child_process).
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -56,15 +57,30 @@ class Decoding:
     """How a job makes squares of the bytes of its images. Thread-safe, and may be pickled."""
 
     encoding: Encoding = "file"
-    isolated: bool = False  # files are decoded in a child process, one for each thread
+    isolated: bool = False  # files are decoded in a child process
 
     def __call__(self, content: bytes, square: Square) -> np.ndarray:
         """The square of an image, uint8 `[3 s s]`. Raises DecodeError if it cannot be decoded."""
         if self.encoding != "file":  # arrays are copied, not decoded: no child is needed
             return square_of_array(content, square, self.encoding)
         if self.isolated:
-            return isolated_squares(square, threading.get_ident())(content, square)
+            return _in_a_child(content, square)
         return square_of(content, square)
+
+
+_idle: defaultdict[Square, list[SquareDecoder]] = defaultdict(list)
+_idle_lock = threading.Lock()
+
+
+def _in_a_child(content: bytes, square: Square) -> np.ndarray:
+    """`square_of` in an idle child process, or a new one: there are as many as threads that decode."""
+    with _idle_lock:
+        decoder = _idle[square].pop() if _idle[square] else SquareDecoder(square)
+    try:
+        return decoder(content, square)
+    finally:
+        with _idle_lock:
+            _idle[square].append(decoder)
 
 
 class SquareDecoder(ChildProcess):

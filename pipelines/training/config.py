@@ -11,15 +11,13 @@ from pipelines.cli.config import InputPathOrUrl, OutputPath
 from pipelines.estimate.config import DRY_RUN, EstimateConfig
 from pipelines.execution.connection import PoolSize, RayConfig, bounds
 from pipelines.execution.model import ModelSettings
+from pipelines.images.selection import ImageInput
 from vlv_model.config import Config, Lora, Precision, Trainable
 
 
-class ImageData(Config):
+class ImageData(ImageInput):
     """The images of a training."""
 
-    input: InputPathOrUrl = Field(
-        description="image table: what ingest wrote, or Parquet of its layout"
-    )
     holdout: float = Field(
         0.02,
         gt=0,

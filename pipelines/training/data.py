@@ -7,8 +7,9 @@ epoch continues in the next. The rows of a step are cut into micro-batches, and 
 to the worker of rank `i mod W` (W = number of workers). So the micro-batches do not depend on the
 number of workers, on files or on timing, and any step can be read without the steps before it.
 
-The keys are those that the run began with. A row removed since then leaves its position empty; all
-other rows stay in their steps and micro-batches (see `run_rows`).
+The keys are those that the run began with. A row removed since then leaves its position empty, and
+so does one whose image cannot be used; all other rows stay in their steps and micro-batches (see
+`run_rows` and `skipped_rows`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from pipelines.images.external import UndecodableImage
 from pipelines.training.config import TrainConfig
+from pipelines.training.skipped_rows import SkippedRow, skipped_row
+from vlv_model.errors import DataError
 from vlv_model.squares import Square
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 PREFETCHED_STEPS = 2
 """Steps whose rows are read ahead."""
+
+_CANDIDATES = 64  # rows to try where any row will do
 
 
 def keys_digest(keys: Sequence[int]) -> int:
@@ -66,6 +72,10 @@ class GlobalOrder:
             self._permutation, self._epoch = generator.permutation(self.rows), epoch
         return self._permutation
 
+    def present(self) -> np.ndarray:
+        """The current positions of the rows that are not removed, int64 `[n]`."""
+        return self.positions[self.positions >= 0]
+
     def take(self, start: int, count: int) -> list[tuple[int, int]]:
         """Elements `start … start + count - 1` of the sequence as (epoch, current position).
 
@@ -87,18 +97,38 @@ class Batch:
     keys: list[int]
     epochs: list[int]  # -1: evaluation
     pixel_values: torch.Tensor  # uint8 [b 3 h w]
+    failed: list[SkippedRow] = field(default_factory=list)  # rows that are not in it
 
     @classmethod
-    def read(cls, reader: RowReader, rows: Sequence[tuple[int, int]], square: Square) -> Batch:
+    def read(
+        cls,
+        reader: RowReader,
+        rows: Sequence[tuple[int, int]],
+        square: Square,
+        skip: bool = False,
+    ) -> Batch:
         """Read `rows`, each (epoch, position), in the order given.
 
-        Raises DataError for an image that cannot be decoded.
+        Raises DataError for an image that cannot be read or decoded; with `skip` it is left out.
         """
-        squares = [reader.square(position, square) for _, position in rows]
+        keys, epochs, squares, failed = [], [], [], []
+        for epoch, position in rows:
+            key = int(reader.index.keys[position])
+            try:
+                squares.append(reader.square(position, square))
+            except UndecodableImage as error:
+                if not skip:
+                    raise
+                failed.append(skipped_row(epoch, key, error.kind, error))
+                continue
+            keys.append(key)
+            epochs.append(epoch)
+        empty = np.zeros((0, 3, square.size, square.size), np.uint8)
         return cls(
-            keys=[int(reader.index.keys[position]) for _, position in rows],
-            epochs=[epoch for epoch, _ in rows],
-            pixel_values=torch.from_numpy(np.stack(squares)),
+            keys=keys,
+            epochs=epochs,
+            pixel_values=torch.from_numpy(np.stack(squares) if squares else empty),
+            failed=failed,
         )
 
     @classmethod
@@ -110,14 +140,19 @@ class Batch:
             keys=[key for part in parts for key in part.keys],
             epochs=[epoch for part in parts for epoch in part.epochs],
             pixel_values=torch.cat([part.pixel_values for part in parts]),
+            failed=[row for part in parts for row in part.failed],
         )
+
+
+NO_ROW = object()
+"""In place of a micro-batch whose rows are all left out."""
 
 
 class StepReader:
     """Prefetches the micro-batches of one worker in a thread.
 
     `begin` starts reading rows and returns a function; the thread calls that function, which waits
-    for the rows and returns the micro-batch.
+    for the rows and returns the micro-batch, or NO_ROW.
     """
 
     def __init__(
@@ -151,14 +186,19 @@ class StepReader:
         start = step * self.train.global_batch_size
         numbers = range(self.world_rank, self.train.micro_batches, self.world_size)
         taken = {i: self.order.take(start + i * size, size) for i in numbers}
-        pending = [(i, self.begin_micro_batch(rows)) for i, rows in taken.items() if rows]
-        if not pending:
-            finish = self.begin_micro_batch([(0, 0)])  # any row will do
-            pending = [(self.world_rank, lambda: finish().without_rows())]
-        return pending
+        return [(i, self.begin_micro_batch(rows)) for i, rows in taken.items() if rows]
 
     def _finish(self, pending: list[tuple[int, Callable[[], Any]]]) -> list[tuple[int, Any]]:
-        return [(i, finish()) for i, finish in pending]
+        batches = [(i, finish()) for i, finish in pending]
+        batches = [(i, batch) for i, batch in batches if batch is not NO_ROW]
+        return batches or [(self.world_rank, self.without_rows())]
+
+    def without_rows(self) -> Any:
+        """A micro-batch without valid tokens, made of any row that can be read."""
+        for row in self.order.present()[:_CANDIDATES]:
+            if (batch := self.begin_micro_batch([(0, int(row))])()) is not NO_ROW:
+                return batch.without_rows()
+        raise DataError(f"none of the first {_CANDIDATES} images can be used")
 
     def steps(self, start: int) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
         """Yield (step, micro-batches) from `start` on; a read error is raised at its step."""

@@ -25,6 +25,7 @@ from pipelines.estimate.report import (
     parameter_lines,
 )
 from pipelines.estimate.rows import count_rows
+from pipelines.estimate.sample import sample_lines
 from pipelines.estimate.words import lines, memory_words, size_words, worker_words
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.data import PREFETCHED_STEPS
@@ -210,13 +211,12 @@ def _time_lines(config: TrainingConfig, step: Count, rows: int) -> Lines:
         flops = count_step(config, 1, tokens).flops
     what = f"{flops / 1e12:.2f} TFLOP an image, {flops * train.global_batch_size / 1e15:,.2f} PFLOP a step"
     found = [("work", what)]
-    present, origin = (
-        (estimate.rows, "estimate.rows") if estimate.rows else count_rows(config.data.input)
-    )
+    present, origin = (estimate.rows, "estimate.rows") if estimate.rows else count_rows(config.data)
     if present:
         epochs = images / (present * (1 - config.data.holdout))
         origin = f"{present:,} ({origin}): {epochs:,.1f} epochs"
     found.append(("rows", origin))
+    found += sample_lines(config.data)
     machine = estimate.found_machine()
     if machine is None:
         return [*found, ("time", "give --machine for hours and dollars")]

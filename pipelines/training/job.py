@@ -17,7 +17,7 @@ from pipelines.execution.model import CHECKPOINTS
 from pipelines.images.latents import LatentReader
 from pipelines.images.random_access import RowIndex
 from pipelines.storage.locks import lock_folder
-from pipelines.storage.tables import parquet_files, read_json_object
+from pipelines.storage.tables import read_json_object
 from pipelines.training import caption_index, run_folder, run_rows, sample_files, samples
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.metrics import MetricsSink
@@ -26,10 +26,12 @@ from pipelines.training.report import FILE as REPORT
 from pipelines.training.report import RunReport, count_rows
 from pipelines.training.run_captions import captions_of_run
 from pipelines.training.run_rows import split
-from pipelines.training.start_check import check_before_start
+from pipelines.training.skipped_rows import skipped_line
+from pipelines.training.start_check import check_before_start, check_images
 from pipelines.training.worker import TrainingTask, run_on_worker
 from vlv_model.config import ModelConfig
 from vlv_model.errors import RunError
+from vlv_model.squares import Square
 
 
 def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
@@ -57,14 +59,17 @@ def train(config: Stage1Config | Stage2Config) -> dict[str, Any]:
                 report.write()
             return read_json_object(run_dir / run_folder.RESULT)
         check_before_start(config)
+        decoding = config.data.decoding()
+        check_images(run.files, rows, decoding, Square.of(run.model))
         run_rows.save_keys(run_dir, run.keys, config.data.input)
         print(f"{len(rows):,} rows to train on, {len(held_out):,} held out", file=sys.stderr)
         parent = run_folder.keep_parent(run_dir, run.checkpoint)
         with ray_session(config.ray) as cluster:
             sampler = _sampler(config, run_dir, run.model, held_out)
             files = [str(file) for file in run.files]
+            task = TrainingTask(config, run.model, parent, files, decoding)
             try:
-                _fit(cluster, config, run_dir, run.model, parent, files, sampler, report)
+                _fit(cluster, task, sampler, report)
             except Exception as error:
                 report.write(failure=error)
                 raise
@@ -87,7 +92,10 @@ class OpenedRun:
 
 
 def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
-    """Check data, models and run folder; writes only the index of captions. Raises what `train` does."""
+    """Check data, models and run folder. Raises what `train` does.
+
+    Writes only the index of captions, and the listing of images that are no table of ours.
+    """
     run_dir = Path(config.run_dir)
     if isinstance(config, Stage2Config):
         config = with_pairs(config)
@@ -98,23 +106,44 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     run_folder.check_start(config, checkpoint)
     if config.data.validation:
         run_folder.check_validation(config.data.validation)
-    files = parquet_files(config.data.input)
-    size = sum(file.stat().st_size for file in files)
-    index, captions = RowIndex.open(files), None
+    settings = run_folder.settings_identity(config, model, checkpoint, recorded)
+    latents, captions = None, None
+    if isinstance(config, Stage1Config) and config.data.latents:
+        latents = LatentReader(config.data.latents)
+    files, stamp = run_folder.list_run_images(config, settings)
+    index = RowIndex.open(files)
     if isinstance(config, Stage2Config):
         captions = captions_of_run(config, files, index)
         index = index.select(captions.index.has(index.keys))
+    if latents:
+        index = _without(latents.failed(), index)
     kept = run_rows.rows_of_run(
-        run_dir, recorded, config.data.input, config.data.holdout, index, size
+        run_dir,
+        recorded,
+        config.data.input,
+        config.data.holdout,
+        index,
+        stamp,
+        config.data.where is not None,
     )
     rows = split(kept.rows, config.data.holdout, kept.keys)
-    if isinstance(config, Stage1Config) and config.data.latents:
-        keys = np.concatenate([index.keys for index in rows])
-        LatentReader(config.data.latents).check(model, keys)
-    identity = run_folder.identity(config, model, checkpoint, files, rows, recorded)
-    identity |= kept.identity | (captions.identity if captions else {})
+    if latents:
+        latents.check(model, np.concatenate([side.keys for side in rows]))
+    data = {"rows": [len(side) for side in rows], "keys": [side.digest() for side in rows]}
+    identity = settings | data | stamp | kept.identity
+    identity |= captions.identity if captions else {}
     run_folder.check_same_run(run_dir, identity)  # before a lock file is written into it
     return OpenedRun(config, model, checkpoint, files, rows, kept.keys, identity)
+
+
+def _without(failed: np.ndarray, index: RowIndex) -> RowIndex:
+    """The rows that precompute could encode."""
+    mask = ~np.isin(index.keys, failed)
+    if left := len(index) - int(mask.sum()):
+        print(
+            f"{left:,} images have no latents and are left out: see data.latents", file=sys.stderr
+        )
+    return index.select(mask)
 
 
 def _on_device(config: Stage1Config | Stage2Config) -> Stage1Config | Stage2Config:
@@ -131,6 +160,8 @@ def show(config: Stage1Config | Stage2Config, result: dict[str, Any]) -> None:
         f"{result['steps']:,} steps ({result['rows_seen']:,} rows)"
     )
     run_dir = Path(config.run_dir)
+    if skipped := skipped_line(run_dir):
+        print(skipped)
     print(f"run: {run_dir}")
     print(f"report: {run_dir / REPORT}")
     if pages := sorted((run_dir / sample_files.FOLDER).glob("*.html")):
@@ -143,11 +174,7 @@ def _format_loss(loss: float | None) -> str:
 
 def _fit(
     cluster: Cluster,
-    config: Stage1Config | Stage2Config,
-    run_dir: Path,
-    model: ModelConfig,
-    parent: Path | None,
-    files: list[str],
+    task: TrainingTask,
     sampler: samples.Sampler | None,
     report: RunReport,
 ) -> None:
@@ -157,6 +184,7 @@ def _fit(
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    config, run_dir = task.config, Path(task.config.run_dir)
     train = config.train
     least = train.least_workers
     needed = {"CPU": least * (train.cpus_per_worker + train.readers)} | (
@@ -179,7 +207,7 @@ def _fit(
     trainer = TorchTrainer(
         run_on_worker,
         train_loop_config={
-            "task": TrainingTask(config, model, parent, files),
+            "task": task,
             "events": events,
             "fatal_errors": fatal_errors,
         },
@@ -213,6 +241,8 @@ def _sampler(
     train = config.train
     if not train.samples:
         return None
+    from pipelines.pictures.squares import Decoding
+
     validation = config.data.validation
     rows = run_folder.validation_rows(run_dir, validation) if validation else holdout
     if not len(rows):
@@ -228,6 +258,6 @@ def _sampler(
         captions=captions,
         targets=targets,
         max_tokens=max_tokens,
-        isolated=bool(validation),
+        decoding=Decoding(isolated=True) if validation else config.data.decoding(),
     )
     return samples.Sampler(task, train.steps, bool(train.use_gpu), config.ray.pinned())

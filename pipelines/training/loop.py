@@ -16,16 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.execution.model import step_of
-from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.random_access import Decode, RowIndex, RowReader
 from pipelines.report.versions import versions
 from pipelines.training import checkpointing
 from pipelines.training.config import TrainConfig
-from pipelines.training.data import GlobalOrder, StepReader, keys_digest
+from pipelines.training.data import NO_ROW, GlobalOrder, StepReader, keys_digest
 from pipelines.training.engine import clip_gradients, learning_rate, start_engine
 from pipelines.training.metrics import MetricsLog
 from pipelines.training.optimizer_state import gather_moments, gather_weights
 from pipelines.training.reading import BatchReader, ReaderActors, ReaderThreads
 from pipelines.training.run_rows import positions
+from pipelines.training.skipped_rows import HELD_OUT, SkippedRows
 from pipelines.training.stages import MicroBatch, Stage
 from pipelines.training.usage import Utilisation, device_name, memory_gb
 from vlv_model.checkpoints.weights import CheckpointMetadata
@@ -72,6 +73,7 @@ class Trainer:
         preempted: Callable[[], set[str]],
         metadata: Callable[[int], CheckpointMetadata],
         run_dir: Path,
+        decode: Decode | None = None,
     ) -> None:
         self.stage = stage
         self.train_config = train
@@ -87,7 +89,8 @@ class Trainer:
         self.step = 0
         train_keys, heldout_keys = initial_keys
         self.order = GlobalOrder(len(train_keys), train.seed, positions(train_keys, rows))
-        readers = [RowReader(index) for index in (rows, holdout)]
+        self.skipped = SkippedRows(run_dir, worker.world_rank)
+        readers = [RowReader(index, decode=decode) for index in (rows, holdout)]
         self.columns_read = readers[0].columns_read
         # If none of the evaluated rows remains: the first held-out row, if any.
         window = positions(heldout_keys, holdout)[: train.eval_rows]
@@ -96,8 +99,9 @@ class Trainer:
         self.heldout: BatchReader = threads[1]
         self.rows: BatchReader = threads[0]
         if train.readers:
-            self.rows = ReaderActors(rows, square, train.readers)
-        begin = partial(self._begin, self.rows)
+            self.rows = ReaderActors(rows, square, train.readers, decode)
+        self.holdout = holdout
+        begin = partial(self._begin, self.rows, rows)
         self.reader = StepReader(self.order, begin, train, worker.world_rank, worker.world_size)
 
     def setup(self, checkpoint: Path | None) -> None:
@@ -215,7 +219,7 @@ class Trainer:
         """Report the loss on the held-out rows, which are split over the workers.
 
         Noise and timesteps are the same in every evaluation. The loss is None when all held-out rows
-        were removed.
+        were removed, or have no image that can be used.
         """
         train, rank, size = self.train_config, self.worker.world_rank, self.worker.world_size
         count = len(self.heldout_rows)
@@ -223,18 +227,22 @@ class Trainer:
         # Under ZeRO-3 a forward pass gathers weights from all workers: all need as many passes.
         rounds = math.ceil(math.ceil(count / size) / train.rows_at_once)
         self.engine.eval()
-        total = valid_tokens = 0.0
+        total = valid_tokens = used = 0.0
         for i in range(rounds):
             evaluated = mine[i * train.rows_at_once : (i + 1) * train.rows_at_once]
-            rows = [(-1, position) for position in evaluated or [0]]
-            batch = self._begin(self.heldout, rows)()
-            loss = self.engine(**self._to_device(batch)).item()
+            batch: MicroBatch | Any = NO_ROW
             if evaluated:
-                total += loss * batch.valid_tokens
-                valid_tokens += batch.valid_tokens
-        total, valid_tokens = self._sum_over_workers(total), self._sum_over_workers(valid_tokens)
-        loss = total / valid_tokens if count else None
-        event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": count}
+                rows = [(HELD_OUT, position) for position in evaluated]
+                batch = self._begin(self.heldout, self.holdout, rows)()
+            if batch is NO_ROW:
+                batch = self.reader.without_rows()
+            loss = self.engine(**self._to_device(batch)).item()
+            total += loss * batch.valid_tokens
+            valid_tokens += batch.valid_tokens
+            used += len(batch.keys)
+        total, valid_tokens, used = map(self._sum_over_workers, (total, valid_tokens, used))
+        loss = total / valid_tokens if valid_tokens else None
+        event = {"event": "eval", "step": self.step, "heldout_loss": loss, "rows": int(used)}
         self._report({**event, "columns_read": self.columns_read})
 
     def save(self) -> None:
@@ -277,10 +285,20 @@ class Trainer:
         return {"data_seconds": data_seconds, "data_share": data_seconds / seconds}
 
     def _begin(
-        self, reader: BatchReader, rows: Sequence[tuple[int, int]]
-    ) -> Callable[[], MicroBatch]:
-        finish = reader.begin(rows)
-        return lambda: self._pinned(self.stage.prepare(finish()))
+        self, reader: BatchReader, index: RowIndex, rows: Sequence[tuple[int, int]]
+    ) -> Callable[[], MicroBatch | Any]:
+        """Start reading rows, each (epoch, position); see StepReader."""
+        rows = [row for row in rows if (row[0], int(index.keys[row[1]])) not in self.skipped]
+        if not rows:
+            return lambda: NO_ROW
+        finish = reader.begin(rows, skip=True)
+
+        def micro_batch() -> MicroBatch | Any:
+            batch = finish()
+            self.skipped.add(batch.failed, usable=len(batch.keys))
+            return self._pinned(self.stage.prepare(batch)) if batch.keys else NO_ROW
+
+        return micro_batch
 
     def _pinned(self, batch: MicroBatch) -> MicroBatch:
         """In pinned memory, for asynchronous copies to a GPU; called in the prefetching thread."""

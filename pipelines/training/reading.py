@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from typing import Any, Protocol
 
-from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.random_access import Decode, RowIndex, RowReader
 from pipelines.training.data import Batch
 from vlv_model.squares import Square
 
@@ -22,8 +22,11 @@ Rows = Sequence[tuple[int, int]]
 class BatchReader(Protocol):
     """Reads rows of an index: decoded and cropped squares."""
 
-    def begin(self, rows: Rows) -> Callable[[], Batch]:
-        """Start reading in the background; the returned function waits for the batch, or raises."""
+    def begin(self, rows: Rows, skip: bool = False) -> Callable[[], Batch]:
+        """Start reading in the background; the returned function waits for the batch, or raises.
+
+        `skip` is that of `Batch.read`.
+        """
 
     def close(self) -> None:
         """Cancel unfinished reads."""
@@ -36,9 +39,9 @@ class ReaderThreads:
         self.reader, self.square, self.threads = reader, square, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
-    def begin(self, rows: Rows) -> Callable[[], Batch]:
+    def begin(self, rows: Rows, skip: bool = False) -> Callable[[], Batch]:
         parts = [
-            self._pool.submit(Batch.read, self.reader, piece, self.square)
+            self._pool.submit(Batch.read, self.reader, piece, self.square, skip)
             for piece in _pieces(rows, self.threads)
         ]
         return lambda: Batch.join([part.result() for part in parts])
@@ -54,20 +57,22 @@ class ReaderActors:
     footer per row. An actor whose machine is lost restarts elsewhere and its reads are retried.
     """
 
-    def __init__(self, index: RowIndex, square: Square, actors: int) -> None:
+    def __init__(
+        self, index: RowIndex, square: Square, actors: int, decode: Decode | None = None
+    ) -> None:
         import ray
 
         options = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": -1}
         # Without an explicit strategy, they would be placed in the worker's placement group.
         actor_class: Any = ray.remote(scheduling_strategy="DEFAULT", **options)(_Reader)
         shared_index = ray.put(index)  # large: one copy per machine
-        self._actors = [actor_class.remote(shared_index, square) for _ in range(actors)]
+        self._actors = [actor_class.remote(shared_index, square, decode) for _ in range(actors)]
         self._turns = count()
 
-    def begin(self, rows: Rows) -> Callable[[], Batch]:
+    def begin(self, rows: Rows, skip: bool = False) -> Callable[[], Batch]:
         size = len(self._actors)
         parts = [
-            self._actors[next(self._turns) % size].read.remote(piece)
+            self._actors[next(self._turns) % size].read.remote(piece, skip)
             for piece in _pieces(rows, size)
         ]
         return lambda: _fetch(parts)
@@ -82,11 +87,11 @@ class ReaderActors:
 class _Reader:
     """One actor of `ReaderActors`."""
 
-    def __init__(self, index: RowIndex, square: Square) -> None:
-        self.reader, self.square = RowReader(index), square
+    def __init__(self, index: RowIndex, square: Square, decode: Decode | None) -> None:
+        self.reader, self.square = RowReader(index, decode=decode), square
 
-    def read(self, rows: Rows) -> Batch:
-        return Batch.read(self.reader, rows, self.square)
+    def read(self, rows: Rows, skip: bool) -> Batch:
+        return Batch.read(self.reader, rows, self.square, skip)
 
 
 def _fetch(parts: Sequence[Any]) -> Batch:

@@ -1,7 +1,8 @@
 """The folder of a training run: its identity, its parent checkpoint and its result.
 
 <run_dir>/run.json       identity: settings, data and models
-<run_dir>/rows/          see run_rows
+<run_dir>/rows/          see run_rows and skipped_rows
+<run_dir>/images/        listing of images that are no table of ours (pipelines.images.listing)
 <run_dir>/captions/      of stage 2; see caption_index
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        copy of the checkpoint that the run started from
@@ -17,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,35 @@ from pipelines.cli.config import build, dump
 from pipelines.execution.model import CHECKPOINTS, latest_checkpoint
 from pipelines.images.listing import list_images
 from pipelines.images.random_access import RowIndex
+from pipelines.images.selection import ImageInput
 from pipelines.images.sources import find_source
-from pipelines.storage.files import write_atomically
+from pipelines.storage.files import is_url, write_atomically
 from pipelines.storage.folders import remove_folder
-from pipelines.storage.tables import check_same_settings, check_unused, read_json_object
+from pipelines.storage.locks import lock_folder
+from pipelines.storage.tables import (
+    check_same_settings,
+    check_unused,
+    parquet_files,
+    read_json_object,
+)
 from pipelines.training import checkpointing
 from pipelines.training.caption_index import FOLDER as CAPTIONS
 from pipelines.training.config import Stage1Config, Stage2Config, Stage2TrainConfig
 from pipelines.training.metrics import columns_read, heldout_losses, read_metrics
+from pipelines.training.run_rows import DATA_FIELDS
 from vlv_model.checkpoints.digests import fingerprint_parts
 from vlv_model.checkpoints.files import read_checkpoint, stages_of
 from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.checkpoints.sources import SOURCE_FIELDS
 from vlv_model.config import ModelConfig
-from vlv_model.errors import CheckpointError, RunError
+from vlv_model.errors import CheckpointError, DataError, RunError
 
 IDENTITY, RESULT = "run.json", "result.json"
-LEFTOVERS = (CAPTIONS, "pairs")  # in the folder of a run that was killed before it began
-VALIDATION = "validation"  # folder
+VALIDATION, IMAGES = "validation", "images"  # folders
+LEFTOVERS = (CAPTIONS, IMAGES, "pairs")  # in the folder of a run that was killed before it began
 _VALIDATION_SETTING = "data.validation"
+
+_INPUT_SETTINGS = ("image_column", "key_column", "where", "features", "image_encoding")
 
 # Settings that may change when a run continues, since they do not change what it computes.
 CHANGEABLE = ("ray", "run_dir", "dry_run", "estimate", "data.input", "data.captions", "data.latents", "data.validation", "train.wandb", "train.max_failures",
@@ -90,15 +102,13 @@ def check_start(config: Stage1Config | Stage2Config, checkpoint: Path | None) ->
         raise CheckpointError("model.path is a stage-2 run: stage 1 can only start from stage 1")
 
 
-def identity(
+def settings_identity(
     config: Stage1Config | Stage2Config,
     model: ModelConfig,
     checkpoint: Path | None,
-    files: list[Path],
-    rows: tuple[RowIndex, RowIndex],
     recorded: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides what the run computes, as a flat dictionary.
+    """All settings and models that decide what the run computes, as a flat dictionary.
 
     `recorded` is the identity in the run folder. A base model with the same weights keeps the name that
     it has there.
@@ -107,11 +117,8 @@ def identity(
     flat = {k: v for k, v in flatten(values) if not k.startswith(CHANGEABLE)}
     if isinstance(config, Stage2Config):  # as earlier versions recorded the only one
         flat["data.caption_column"] = ",".join(config.data.caption_column)
-    flat["rows"] = [len(index) for index in rows]
-    flat["keys"] = [index.digest() for index in rows]
     # Stored latents are rounded, so they count; their path does not.
     flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
-    flat["bytes"] = sum(file.stat().st_size for file in files)
     parts = parts_read(config)
     digests = fingerprint_parts(model, parts)
     flat |= {f"model.{part} digest": digest for part, digest in digests.items()}
@@ -120,6 +127,41 @@ def identity(
         digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
         flat["parent"] = digest[:16]
     return flat
+
+
+def list_run_images(
+    config: Stage1Config | Stage2Config, settings: Mapping[str, Any]
+) -> tuple[list[Path], dict[str, Any]]:
+    """The Parquet files of a table of the run's images, and what identifies their bytes.
+
+    Images that are no table of ours are listed in the run folder, once for each way to ask for them:
+    a run whose images were moved compares the new listing and keeps the old one. The folder is shared,
+    so all machines see the listing. `settings` are those of the identity: a folder of another run is
+    refused before anything is written into it.
+    """
+    data, run_dir = config.data, Path(config.run_dir)
+    texts = []
+    if isinstance(config, Stage2Config) and config.data.captions is None:
+        texts = [config.data.column_of(0)]
+    encoding = data.image_encoding
+    if data.where is None:
+        source = find_source(data.input, data.image_column, data.key_column, encoding=encoding)
+        if source.layout == "table":
+            is_glob = not is_url(data.input) and has_magic(data.input)
+            files = list(source.files) if is_glob else parquet_files(data.input)
+            return files, {"bytes": sum(file.stat().st_size for file in files)}
+        if texts and source.layout != "parquet":
+            raise DataError(f"data.input={data.input} has no column {texts[0]}: give data.captions")
+    request = data.input, data.image_column, data.key_column, data.where
+    asked = json.dumps([*request, encoding, texts, data.features])
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    check_same_run(run_dir, settings, without=(*DATA_FIELDS, "data.captions"))
+    with lock_folder(run_dir, "run_dir"):
+        folder = run_dir / IMAGES / digest
+        files, identity = list_images(
+            folder, *request, again=True, encoding=encoding, features=data.features, texts=texts
+        )
+    return files, {"bytes": None, "files": None, **identity}
 
 
 def parts_read(config: Stage1Config | Stage2Config) -> tuple[str, ...]:
@@ -194,16 +236,27 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return flat
 
 
-def check_same_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Raise RunError when the folder holds another run, naming the differences, or other files."""
+def check_same_run(
+    run_dir: Path, identity: Mapping[str, Any], without: Collection[str] = ()
+) -> None:
+    """Raise RunError when the folder holds another run, naming the differences, or other files.
+
+    Fields `without` which the identity is given are not compared.
+    """
     if os.path.isfile(run_dir / IDENTITY):
         # Settings newer than the run count as their defaults. `name in identity` leaves out
         # stage 2's settings in stage 1.
         defaults = flatten(
-            {"train": dump(Stage2TrainConfig()), "model": ModelConfig().model_dump()}
+            {
+                "train": dump(Stage2TrainConfig()),
+                "model": ModelConfig().model_dump(),
+                "data": {name: ImageInput.model_fields[name].default for name in _INPUT_SETTINGS},
+            }
         )
         recorded_identity = {name: value for name, value in defaults if name in identity}
         recorded_identity |= recorded(run_dir)
+        for name in without:
+            recorded_identity.pop(name, None)
         _check_steps(run_dir, recorded_identity, identity)
         recorded_identity["train.steps"] = identity["train.steps"]
         check_same_settings(run_dir, recorded_identity, identity, "run_dir")

@@ -28,7 +28,7 @@ from pipelines.storage.tables import Table, read_json_object
 from vlv_model.errors import DataError, RunError
 
 FOLDER, _KEYS, _CHANGES = "rows", "keys.npy", "changes.json"
-_DATA_FIELDS = ("rows", "keys", "bytes")  # of a run's identity
+DATA_FIELDS = ("rows", "keys", "bytes", "files", "layout", "scores")  # of a run's identity
 
 
 def save_keys(run_dir: Path, keys: np.ndarray, table: str) -> None:
@@ -68,25 +68,26 @@ def rows_of_run(
     table: str,
     holdout: float,
     index: RowIndex,
-    size: int,
+    stamp: Mapping[str, Any],
+    conditional: bool = False,
 ) -> RunRows:
     """The rows of a new run, or of one whose identity is `recorded`.
 
-    `index` has all current rows of `table`, whose files have `size` bytes. Returns all rows when the
-    table is unchanged, and also when neither a takedown nor an ingest explains a change: then the
+    `index` has all current rows of `table`, and `stamp` the fields of the run's identity that tell of
+    its files; `conditional`: a condition selected the rows. Returns all rows when the table is unchanged, and also when neither a takedown nor an ingest explains a change: then the
     comparison of identities fails. Raises RunError for missing rows that no takedown or ingest removed.
     """
     keys, changes = load_keys(run_dir), None
     if keys is not None:
         changes = read_json_object(run_dir / FOLDER / _CHANGES)
-    if not recorded or _is_unchanged(recorded, keys, index, size):
+    if not recorded or _is_unchanged(recorded, keys, index, stamp):
         return RunRows(index, index.keys)
     if not changed_on_purpose(table, changes):
         return RunRows(index, index.keys)
     if keys is None and (keys := _infer_keys(recorded, table, holdout, index)) is None:
         return RunRows(index, index.keys)
     missing = keys[~np.isin(keys, index.keys)]
-    if len(lost := unexplained_keys(table, missing)):
+    if len(lost := unexplained_keys(table, missing, conditional)):
         raise RunError(
             f"{run_dir} began with {len(lost):,} rows that {table} lacks now, and no takedown or ingest "
             f"has removed them (the first is key {lost[0]}): restore them, or choose another run_dir"
@@ -104,7 +105,7 @@ def rows_of_run(
             "heldout_loss stays empty; a new run_dir would hold out other rows",
             file=sys.stderr,
         )
-    return RunRows(rows, keys, {name: recorded[name] for name in _DATA_FIELDS})
+    return RunRows(rows, keys, {name: recorded[name] for name in DATA_FIELDS if name in recorded})
 
 
 def positions(keys: np.ndarray, index: RowIndex) -> np.ndarray:
@@ -116,9 +117,13 @@ def positions(keys: np.ndarray, index: RowIndex) -> np.ndarray:
 
 
 def _is_unchanged(
-    recorded: Mapping[str, Any], keys: np.ndarray | None, index: RowIndex, size: int
+    recorded: Mapping[str, Any],
+    keys: np.ndarray | None,
+    index: RowIndex,
+    stamp: Mapping[str, Any],
 ) -> bool:
-    return recorded.get("bytes") == size and (keys is None or np.array_equal(keys, index.keys))
+    same_files = all(recorded.get(name) == value for name, value in stamp.items())
+    return same_files and (keys is None or np.array_equal(keys, index.keys))
 
 
 def _infer_keys(

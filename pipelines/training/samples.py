@@ -21,7 +21,7 @@ import numpy as np
 
 from pipelines.execution.model import CHECKPOINTS, checkpoint_name, is_finished
 from pipelines.images.external import UndecodableImage
-from pipelines.images.random_access import RowIndex, RowReader
+from pipelines.images.random_access import Decode, RowIndex, RowReader
 from pipelines.images.rows import OK
 from pipelines.reconstruct.config import DiffusionConfig
 from pipelines.report.gallery import GalleryItem
@@ -55,7 +55,7 @@ class Samples:
     captions: bool  # stage 2; else reconstructions
     targets: Path | None = None  # index of target captions, shown with the generated ones
     max_tokens: int = 0  # of a caption
-    isolated: bool = False  # decode in a separate process: untrusted images
+    decoding: Decode | None = None  # of the images' bytes; default: in this process
 
     def page(self, step: int) -> Path:
         return self.run_dir / FOLDER / f"{checkpoint_name(step)}.html"
@@ -102,11 +102,8 @@ class Samples:
 
     def _read(self) -> tuple[list[int], list[np.ndarray]]:
         """Keys and squares of the images; prints a line for each that cannot be decoded."""
-        from pipelines.pictures.squares import isolated_squares
-
         geometry = Square.of(self.model)
-        decode = isolated_squares(geometry) if self.isolated else None
-        reader = RowReader(self.rows, decode=decode)
+        reader = RowReader(self.rows, decode=self.decoding)
         keys, squares = [], []
         for position, key in enumerate(self.rows.keys.tolist()):
             try:

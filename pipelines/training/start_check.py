@@ -1,4 +1,4 @@
-"""The check of memory at the start of a training: only the closed form.
+"""Checks at the start of a training: memory, by the closed form alone, and a few images.
 
 Where even all of the weights' files would fit if they were trained, nothing else is asked: the numbers
 of parameters come from the models' classes, whose libraries take seconds to import.
@@ -9,17 +9,25 @@ from __future__ import annotations
 import os
 import sys
 from itertools import chain
+from pathlib import Path
+
+import numpy as np
 
 from pipelines.estimate.memory import Memory
 from pipelines.estimate.words import memory_words, worker_words
 from pipelines.execution.connection import has_gpu
+from pipelines.images.external import UndecodableImage, is_listing
+from pipelines.images.random_access import Decode, RowIndex, RowReader
 from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.memory import Parameters, states
 from vlv_model.checkpoints.digests import opened_files
 from vlv_model.checkpoints.files import WEIGHTS_FILE, read_chain
 from vlv_model.checkpoints.parts import BASE_PARTS
 from vlv_model.checkpoints.sources import part_source
-from vlv_model.errors import ModelError, RunError
+from vlv_model.errors import DataError, ModelError, RunError, one_line
+from vlv_model.squares import Square
+
+_IMAGES = 16  # tried before the start
 
 _NEW_PARAMETERS = 20_000_000  # more than the queries and a projector between the published widths
 
@@ -52,6 +60,25 @@ def check_before_start(config: Stage1Config | Stage2Config) -> None:
             "estimate.machine is not set, so the workers compare it with theirs",
             file=sys.stderr,
         )
+
+
+def check_images(files: list[Path], rows: RowIndex, decode: Decode, square: Square) -> None:
+    """Raise DataError when none of a few images of a listing `files` can be used.
+
+    A wrong setting spoils all images; a training leaves out single broken ones.
+    """
+    if not is_listing(files[0]):
+        return
+    reader, errors = RowReader(rows, decode=decode), []
+    for position in np.linspace(0, len(rows) - 1, min(_IMAGES, len(rows))).astype(int):
+        try:
+            reader.square(int(position), square)
+            return
+        except UndecodableImage as error:
+            errors.append(error)
+    raise DataError(
+        f"{one_line(errors[0])} (none of {len(errors)} images that were tried can be used)"
+    )
 
 
 def check_fits(memory: Memory, capacity: int, gpu: str, train: TrainConfig, workers: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.cli.config import dump
 from pipelines.execution.model import latest_checkpoint
-from pipelines.images.random_access import RowIndex, in_holdout
+from pipelines.images.random_access import Decode, RowIndex, in_holdout
 from pipelines.storage.files import as_path
 from pipelines.training import caption_index, checkpointing, run_rows
 from pipelines.training.caption_index import CaptionIndex
@@ -37,7 +37,8 @@ class TrainingTask:
     config: Stage1Config | Stage2Config
     model: ModelConfig
     parent: Path | None  # the run's copy of the checkpoint that it starts from
-    files: list[str]  # Parquet files of the images, as paths or URLs
+    files: list[str]  # Parquet files of the images or of their listing, as paths or URLs
+    decode: Decode | None = None  # of the images' bytes; default: in the reading thread
 
 
 def run_on_worker(given: dict[str, Any]) -> None:
@@ -186,6 +187,7 @@ def run_worker(
         preempted=preempted,
         metadata=metadata,
         run_dir=run_dir,
+        decode=task.decode,
     )
     trainer.setup(latest)
     trainer.train()

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,16 @@ def segment(
     after: Path | None = None,
     parent: Path | None = None,
     damaged: str = "",
+    listed: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """A training from the start, or `after` a checkpoint; stage 2 starts from the checkpoint `parent`.
 
-    `damaged` names a file of the copied checkpoint in which a bit is flipped.
+    `listed`: a listing of the images; default: Parquet files. `damaged` names a file of the copied checkpoint in which a bit is flipped.
     """
-    files = [str(file) for file in sorted(Path(config.data.input).glob("*.parquet"))]
-    task = TrainingTask(config, resolve_model(models)[0], parent, files)
+    found = listed or sorted(Path(config.data.input).glob("*.parquet"))
+    files = [str(file) for file in found]
+    decode = config.data.decoding() if listed else None
+    task = TrainingTask(config, resolve_model(models)[0], parent, files, decode)
     return {"task": task, "copy": [str(after)] if after else [], "damaged": damaged}
 
 
@@ -49,6 +53,7 @@ def run_worlds(groups: list[Group], folder: Path, python: Path) -> None:
     (folder / "groups").write_bytes(pickle.dumps(groups))
     command = [python, "-m", "tests.pipelines.training.worlds", folder / "groups"]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    settings["PLAIN_PYTHON"] = sys.executable
     ended = subprocess.run(
         command, cwd=REPO, env=os.environ | settings, capture_output=True, text=True, timeout=300
     )
@@ -94,6 +99,7 @@ def run(rank: int, world_size: int, segments: list[dict[str, Any]]) -> None:
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
+    sys.executable = os.environ["PLAIN_PYTHON"]  # decoders get more streams than three
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for segment in segments:
         run_dir = Path(segment["task"].config.run_dir)
