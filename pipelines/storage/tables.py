@@ -333,7 +333,7 @@ def check_same_settings(
 
     Values are compared as JSON stores them.
     """
-    current = json.loads(json.dumps(current))
+    recorded, current = (json.loads(json.dumps(values)) for values in (recorded, current))
     keys = [k for k in {**recorded, **current} if recorded.get(k) != current.get(k)]
     if keys:
         shown = ", ".join(
