@@ -51,7 +51,7 @@ from benchmarks.faults.kinds import REPO
 from benchmarks.recaption import captioners
 from benchmarks.recaption.loops import WAYS, Loop, run_bare, run_loop, run_step
 from pipelines.cli.config import build
-from pipelines.recaption import predictor
+from pipelines.recaption import job
 from pipelines.recaption.config import RecaptionConfig
 from pipelines.recaption.job import recaption
 from vlv_model.caption_tokens import caption_text, end_of_text_id
@@ -136,7 +136,7 @@ class Bench:
         device, images = torch.device(self.device), self.images[name]
         if name == "ours":
             if captioners.is_forced(self.model):
-                predictor.CaptionImages = captioners.ForcedCaptionImages  # type: ignore[misc]
+                job.open_step = captioners.ForcedCaptionImages
             recaption(self.config())
             return {}
         if name == "bare":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.execution.connection import quiet_libraries
 from pipelines.export.card import model_card
 from pipelines.export.config import ExportConfig
-from pipelines.storage.tables import ADDED_SETTINGS, check_same_settings, read_json_object
+from pipelines.storage.tables import check_same_settings, read_json_object, with_added
 from pipelines.training.metrics import heldout_losses
 from pipelines.training.run_folder import RESULT
 from vlv_model.checkpoints.files import read_chain, read_checkpoint, stages_of
@@ -178,7 +178,7 @@ def _is_finished(output: str, made_of: Mapping[str, Any]) -> bool:
         origin = {}
     if "made_of" not in origin:
         raise RunError(f"output={output} exists and holds no export: choose another output")
-    recorded = {**ADDED_SETTINGS, **origin["made_of"]}
+    recorded = with_added(origin["made_of"], made_of)
     check_same_settings(Path(output), recorded, made_of, "output")
     return True
 

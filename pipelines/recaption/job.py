@@ -85,7 +85,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
             "earlier.where": earlier.where,
         },
         square=Square.of(model),
-        step=_open_model,
+        step=open_step,
         arguments=(model, checkpoint, config.generate, fingerprint, actors.use_gpu),
         actors=actors,
         ray=config.ray,
@@ -103,8 +103,8 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     return run_table_job(job, config.data.output, config.ray)
 
 
-def _open_model(*arguments: Any) -> ModelStep:
-    # In the actor: the driver need not wait for the model libraries.
+def open_step(*arguments: Any) -> ModelStep:
+    """The step of an actor, CaptionImages; imported there, so the driver loads no model library."""
     from pipelines.recaption.predictor import CaptionImages
 
     return CaptionImages(*arguments)

@@ -146,8 +146,7 @@ class Table:
             )
         if identity is None:
             return True
-        recorded = {k: v for k, v in ADDED_SETTINGS.items() if k in identity}
-        recorded |= described["identity"]
+        recorded = with_added(described["identity"], identity)
         required = [name for name, value in identity.items() if value is not None]
         self._check_version("setting", required, recorded)
         shown = [
@@ -324,6 +323,11 @@ def check_unused(folder: Path, leftovers: Collection[str], what: str, setting: s
             f"{setting}={folder} is not empty and holds no {what} ({others[0]}, …): "
             f"choose another {setting}"
         )
+
+
+def with_added(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings, with those of `current` that were added since."""
+    return {k: v for k, v in ADDED_SETTINGS.items() if k in current} | dict(recorded)
 
 
 def check_same_settings(

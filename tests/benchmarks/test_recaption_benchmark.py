@@ -11,7 +11,7 @@ import torch
 from benchmarks.recaption import captioners
 from benchmarks.recaption.loops import WAYS, Loop, run_loop
 from benchmarks.recaption.throughput import LOOPS, Bench, job_rates, margin, summarise
-from pipelines.recaption import predictor
+from pipelines.recaption import job
 from pipelines.recaption.engine import local_engine
 from pipelines.storage.tables import Table
 from vlv_model.caption_tokens import caption_text
@@ -97,7 +97,7 @@ def test_ratios_are_of_medians() -> None:
 def test_the_job_gives_the_plain_loops_captions(
     bench: Bench, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predictor, "CaptionImages", captioners.ForcedCaptionImages)
+    monkeypatch.setattr(job, "open_step", captioners.ForcedCaptionImages)
     bench.contend("ours")
     assert bench.contend("plain")["images"] == 8
     assert json.loads((bench.folder / "plain.json").read_text())
