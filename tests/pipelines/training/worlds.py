@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.images.random_access import RowIndex
 from pipelines.training.config import Stage1Config, Stage2Config
+from pipelines.training.run_captions import captions_of_run
 from pipelines.training.worker import TrainingTask
 from vlv_model.checkpoints.sources import resolve_model
 
@@ -39,9 +41,12 @@ def segment(
 ) -> dict[str, Any]:
     """A training from the start, or `after` a checkpoint; stage 2 starts from the checkpoint `parent`.
 
-    `listed`: a listing of the images; default: Parquet files. `damaged` names a file of the copied checkpoint in which a bit is flipped.
+    `listed`: a listing of the images, whose captions are joined already; default: Parquet files. `damaged`
+    names a file of the copied checkpoint in which a bit is flipped.
     """
     found = listed or sorted(Path(config.data.input).glob("*.parquet"))
+    if isinstance(config, Stage2Config) and not listed:  # as the driver does
+        captions_of_run(config, found, RowIndex.open(found))
     files = [str(file) for file in found]
     decode = config.data.decoding() if listed else None
     task = TrainingTask(config, resolve_model(models)[0], parent, files, decode)
