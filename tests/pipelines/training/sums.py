@@ -43,9 +43,7 @@ def main(settings: list[str]) -> None:
             use_gpu=False, precision="bfloat16", zero_stage=int(stage), max_grad_norm=0,
             global_batch_size=len(TERMS), micro_batch_size=1, offload_optimizer=bool(offload),
         )  # fmt: skip
-        product = Stage(
-            "stage1", Product(), [], prepare=lambda batch: batch, random_init=("weight",)
-        )
+        product = Stage("stage1", Product(), prepare=lambda batch: batch, random_init=("weight",))
         engine = start_engine(product, train, world_size=1)
         for term in TERMS:
             engine.backward(engine(pixel_values=torch.full((4,), 4 * term)))

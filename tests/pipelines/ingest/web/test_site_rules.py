@@ -32,7 +32,7 @@ from tests.pipelines.ingest.hosts import (
 )
 from tests.pipelines.ingest.sites import Site, fetch_all
 
-ON: dict[str, Any] = {"respect_optout": True, "read_timeout": 1, "retries": 0}
+ON: dict[str, Any] = {"respect_optout": True, "read_timeout": 3, "retries": 0}
 NO = "User-agent: *\nDisallow: /no/"
 
 
