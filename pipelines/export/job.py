@@ -61,7 +61,7 @@ def _export(config: ExportConfig, made_with: dict[str, str]) -> str:
         return "exported already: nothing to do"
     stages = stages_of(checkpoint)  # verifies all files of the chain before loading a model
     last = chain[-1][1]
-    model_config, _ = config.model.resolve(parts_exported(last.stage, config.parts))
+    model_config, _ = config.model.resolve(parts_exported(last.stage, config.parts, model_config))
 
     from vlv_model.checkpoints.export import open_model, sources_of  # the model libraries
 
@@ -121,7 +121,7 @@ def _import(config: ExportConfig, source: Path, made_with: dict[str, str]) -> st
     if _is_finished(config.output, made_of):
         return "imported already: nothing to do"
     stage = stage_of(reference)
-    resolved, _ = config.model.resolve(parts_exported(stage, config.parts))
+    resolved, _ = config.model.resolve(parts_exported(stage, config.parts, model_config))
     model_config = resolved.model_copy(update={"preprocess": model_config.preprocess})
     model = open_model(model_config, None, stage)
     report = fill(model, reference)

@@ -44,6 +44,7 @@ def latents_identity(
     return {
         "vae": known if same else fingerprint_like(known, vae),
         "scaling_factor": latents.scaling_factor,
+        "shift_factor": latents.shift_factor,
         "latent_shape": list(latents.shape(model.image_size)),
         "image_size": model.image_size,
         "preprocess": model.preprocess,

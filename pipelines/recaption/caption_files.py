@@ -21,7 +21,6 @@ from pipelines.recaption.config import CaptionConfig
 from pipelines.recaption.find_files import NamedFile, escaped, find_files
 from pipelines.recaption.identity import caption_identity, check_length
 from pipelines.storage.files import read_bytes
-from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError, DataError, RunError
 from vlv_model.squares import Square
@@ -53,7 +52,7 @@ def caption_files(config: CaptionConfig) -> None:
         )
     if config.use_gpu and not has_gpu():
         raise ConfigError("use_gpu=true, but this machine has no CUDA GPU: leave it out")
-    model, checkpoint = config.model.resolve(READ_PARTS["stage2"])
+    model, checkpoint = config.model.resolve(stage="stage2")
     caption_identity(model, checkpoint, config.generate)  # raises for an untrained captioner
     check_length(model, config.generate)
     open_engine = partial(_open_engine, config, model, checkpoint)

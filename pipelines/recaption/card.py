@@ -21,7 +21,7 @@ from pipelines.storage.files import is_file, write_atomically
 from pipelines.storage.tables import PUBLISHED_FILE, Table, read_json_object
 from vlv_model.checkpoints.digests import short
 from vlv_model.checkpoints.files import read_checkpoint
-from vlv_model.checkpoints.parts import BASE_PARTS
+from vlv_model.checkpoints.layouts import DENOISERS
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.config import ModelConfig
 
@@ -47,8 +47,8 @@ _COLUMNS = COLUMNS | {
 def model_notes(model: ModelConfig, checkpoint: Path, fingerprint: str) -> dict[str, Any]:
     """The model in a card, without local paths."""
     info = read_checkpoint(checkpoint)
-    # An export's checkpoint.json also names VAE and UNet, which a captioner does not have.
-    parts = [part for part in info.base_models if part in BASE_PARTS["stage2"]]
+    # An export's checkpoint.json also names VAE and denoiser, which a captioner does not have.
+    parts = [part for part in info.base_models if part not in ("vae", *DENOISERS)]
     return {
         "fingerprint": fingerprint,
         "weights": info.sha256,

@@ -28,7 +28,6 @@ from pipelines.storage.tables import (
     check_same_settings,
     read_json_object,
 )
-from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.squares import Square
 
 
@@ -68,7 +67,7 @@ def recaption(config: RecaptionConfig) -> dict[str, int]:
     model can write, GateError when the captions do not pass `gate.*`, and the errors of `run_table_job`
     and ImageJob.
     """
-    model, checkpoint = config.model.resolve(READ_PARTS["stage2"])
+    model, checkpoint = config.model.resolve(stage="stage2")
     made_of = caption_identity(model, checkpoint, config.generate)
     fingerprint = fingerprint_of(made_of)
     assert checkpoint is not None

@@ -14,6 +14,7 @@ from pipelines.estimate.machines import Gpu
 from pipelines.estimate.memory import Memory, on_gpu
 from pipelines.reconstruct.config import ReconstructConfig
 from vlv_model.checkpoints import skeleton
+from vlv_model.conditions import Condition
 
 _BYTES_PER_PIXEL = 1.3  # of a PNG of a generated picture
 
@@ -29,19 +30,22 @@ def _parameters(config: ReconstructConfig) -> int:
 
 
 def _counts(config: ReconstructConfig, rows: int) -> list[Count]:
-    """Encoder, one pass of the UNet, and the VAE's decoder, in float32."""
+    """Encoder, one pass of the denoiser, and the VAE's decoder, in float32."""
     model = skeleton.autoencoder(config.model.find()[0]).eval()
     with without_data("cuda" if on_gpu(config.actors.use_gpu) else "cpu", model) as device:
         decoder, side = model.diffusion_decoder, config.model.find()[0].image_size
         squares = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
         latents = torch.zeros(rows, *model.latent_shape, device=device)
         timestep = torch.zeros(rows, dtype=torch.long, device=device)
-        shape = (rows, model.encoder.num_queries, model.text_encoder.width)
-        condition = torch.zeros(shape, device=device)
+        text = model.text_encoder
+        condition = Condition(
+            torch.zeros(rows, model.encoder.num_queries, text.width, device=device),
+            torch.zeros(rows, text.pooled_width, device=device),
+        )
         vae = decoder.vae
         works: list[Callable[[], Tensor]] = [
-            lambda: model.clip_embeddings(squares),
-            lambda: decoder.unet(latents, timestep, encoder_hidden_states=condition).sample,
+            lambda: model.condition(squares).embeddings,
+            lambda: decoder.predict(latents, timestep, condition),
             lambda: vae.decode(latents).sample,
         ]
         return [count_inference(model, work) for work in works]
@@ -53,9 +57,9 @@ def dry_run(config: ReconstructConfig) -> str:
     print("counting activations (up to a minute) …", file=sys.stderr, flush=True)
 
     def per_second(gpu: Gpu) -> float:
-        encoder, unet, vae = (count.flops for count in _counts(config, 1))
+        encoder, denoiser, vae = (count.flops for count in _counts(config, 1))
         # Two passes a step, with the condition and without it.
-        flops = encoder + 2 * diffusion.num_steps * unet + vae
+        flops = encoder + 2 * diffusion.num_steps * denoiser + vae
         return gpu.rates["float32"] * config.estimate.mfu / flops
 
     return ImageJobEstimate(

@@ -12,7 +12,7 @@ from pipelines.reconstruct.config import ReconstructConfig
 from pipelines.reconstruct.side_by_side import write_files
 from pipelines.storage.tables import Table
 from vlv_model.checkpoints.files import read_checkpoint
-from vlv_model.checkpoints.parts import READ_PARTS
+from vlv_model.checkpoints.layouts import layout_of
 from vlv_model.errors import CheckpointError
 from vlv_model.squares import Square
 
@@ -35,12 +35,13 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
     Uses the encoder of a stage-1 run, or the encoder as stage 2 trained it further. Raises
     CheckpointError without a trained encoder, and the errors of `run_table_job` and ImageJob.
     """
-    model, checkpoint = config.model.resolve(READ_PARTS["stage1"])
+    model, checkpoint = config.model.resolve(stage="stage1")
     if checkpoint is None:
         raise CheckpointError(
             "model.path must be a training run or a checkpoint: base models have no trained encoder"
         )
     info = read_checkpoint(checkpoint)
+    diffusion = config.diffusion.for_samplers(layout_of(model).samplers)
     actors = config.actors.on(config.ray)
     job = Reconstruction(
         kind="reconstruction",
@@ -50,11 +51,11 @@ def reconstruct(config: ReconstructConfig) -> dict[str, int]:
             "parent": info.parent.sha256 if info.parent else None,
             "base_models": info.base_models,
             "preprocess": model.preprocess,
-            **{f"diffusion.{k}": v for k, v in config.diffusion.model_dump().items()},
+            **{f"diffusion.{k}": v for k, v in diffusion.model_dump().items()},
         },
         square=Square.of(model),
         step=_open_model,
-        arguments=(model, checkpoint, config.diffusion, actors.use_gpu),
+        arguments=(model, checkpoint, diffusion, actors.use_gpu),
         actors=actors,
         ray=config.ray,
         title="reconstruct",

@@ -83,7 +83,11 @@ class Commit:
         return json.dumps(asdict(self))
 
 
-ADDED_SETTINGS = {"preprocess": "default", "data.image_encoding": "file"}
+ADDED_SETTINGS = {
+    "preprocess": "default",
+    "data.image_encoding": "file",
+    "shift_factor": 0.0,
+}
 """Identity settings that older tables do not record, and the values those tables were made with."""
 
 _DECIDED_BY = {

@@ -118,7 +118,7 @@ def _denoising_loss(model: VLVAutoEncoder, squares: Tensor, stored: bool) -> Ten
     loss: Tensor = model(
         pixel_values=squares,
         noise=torch.zeros_like(latents),
-        timesteps=torch.zeros(rows, dtype=torch.long, device=device),
+        timesteps=torch.stack([model.draw_timestep(torch.Generator())] * rows).to(device),
         **{"latents" if stored else "posterior_noise": latents},
     )
     return loss

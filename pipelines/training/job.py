@@ -30,7 +30,7 @@ from pipelines.training.skipped_rows import skipped_line
 from pipelines.training.start_check import check_before_start, check_images
 from pipelines.training.worker import TrainingTask, run_on_worker
 from vlv_model.config import ModelConfig
-from vlv_model.errors import RunError
+from vlv_model.errors import ConfigError, RunError
 from vlv_model.squares import Square
 
 
@@ -101,11 +101,15 @@ def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
         config = with_pairs(config)
     config = run_folder.with_micro_batch_size(_on_device(config), run_dir)
     recorded = run_folder.recorded(run_dir)
-    parts = run_folder.parts_read(config)
+    parts = run_folder.parts_read(config, config.model.find()[0])
     model, checkpoint = config.model.resolve(parts, run_folder.base_models(recorded))
     run_folder.check_start(config, checkpoint)
     if config.data.validation:
         run_folder.check_validation(config.data.validation)
+        if model.time_ids == "original" and isinstance(config, Stage1Config):
+            raise ConfigError(
+                "data.validation has no original sizes: leave it out, or set model.time_ids=square"
+            )
     settings = run_folder.settings_identity(config, model, checkpoint, recorded)
     latents, captions = None, None
     if isinstance(config, Stage1Config) and config.data.latents:

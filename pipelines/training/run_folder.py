@@ -45,7 +45,7 @@ from pipelines.training.metrics import columns_read, heldout_losses, read_metric
 from pipelines.training.run_rows import DATA_FIELDS
 from vlv_model.checkpoints.digests import fingerprint_parts
 from vlv_model.checkpoints.files import read_checkpoint, stages_of
-from vlv_model.checkpoints.parts import READ_PARTS
+from vlv_model.checkpoints.layouts import read_parts
 from vlv_model.checkpoints.sources import SOURCE_FIELDS
 from vlv_model.config import ModelConfig
 from vlv_model.errors import CheckpointError, DataError, RunError
@@ -119,7 +119,7 @@ def settings_identity(
         flat["data.caption_column"] = ",".join(config.data.caption_column)
     # Stored latents are rounded, so they count; their path does not.
     flat["latents"] = "stored" if getattr(config.data, "latents", None) else None
-    parts = parts_read(config)
+    parts = parts_read(config, model)
     digests = fingerprint_parts(model, parts)
     flat |= {f"model.{part} digest": digest for part, digest in digests.items()}
     flat |= _recorded_names(model, digests, recorded)
@@ -164,9 +164,9 @@ def list_run_images(
     return files, {"bytes": None, "files": None, **identity}
 
 
-def parts_read(config: Stage1Config | Stage2Config) -> tuple[str, ...]:
+def parts_read(config: Stage1Config | Stage2Config, model: ModelConfig) -> tuple[str, ...]:
     """The pretrained parts that a run loads."""
-    return READ_PARTS["stage2" if isinstance(config, Stage2Config) else "stage1"]
+    return read_parts("stage2" if isinstance(config, Stage2Config) else "stage1", model)
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:

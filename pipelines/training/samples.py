@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 # Good enough to judge by, and takes minutes on one CPU.
-DIFFUSION = DiffusionConfig(num_steps=20, sampler="ddim", seed=0)
+DIFFUSION = DiffusionConfig(num_steps=20, seed=0)
 LAST_SECONDS = 900.0  # time limit of the last samples, after training
 
 # Memory to reserve: float32 weights with room for activations, and the libraries.
@@ -128,7 +128,9 @@ class Samples:
             return autoencoder.reconstruct(squares[rows], **sampling)
 
         # The same noise at each checkpoint, so that only the weights differ.
-        pictures = sample_batches(DIFFUSION, keys, sample)
+        preview = autoencoder.diffusion_decoder.preview_sampler
+        diffusion = DIFFUSION.model_copy(update={"sampler": preview})
+        pictures = sample_batches(diffusion, keys, sample)
         return [{"reconstruction": png(picture), "caption": None} for picture in pictures]
 
     def _captions(self, checkpoint: Path, squares: torch.Tensor) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionBloc
 
 from pipelines.training.config import Stage1Config, Stage2Config
 from pipelines.training.data import Batch
+from pipelines.training.original_sizes import OriginalSizes
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.config import ModelConfig
 from vlv_model.errors import ConfigError
@@ -70,15 +71,15 @@ class Stage:
         return [group for group in groups if group["params"]]
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass, in the UNet and the trained transformers.
+        """Recompute activations in the backward pass, in the denoiser and the trained transformers.
 
         Frozen transformers are in eval mode and keep their activations, which are small. Losses and
         gradients do not change, since dropout is replayed.
         """
-        from diffusers import UNet2DConditionModel
+        from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
         for part in self.model.modules():
-            if isinstance(part, UNet2DConditionModel):
+            if isinstance(part, UNet2DConditionModel | SD3Transformer2DModel):
                 part.enable_gradient_checkpointing()
             elif isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                 part.activation_checkpointing_enable({"use_reentrant": False})
@@ -108,12 +109,13 @@ class Stage:
 
 
 def block_kinds() -> tuple[type[nn.Module], ...]:
-    """Blocks of UNet and VAE (the first two), of Florence-2's vision tower, of other transformers."""
+    """Blocks of denoiser and VAE (the first three), of Florence-2's vision tower, of other transformers."""
     # Here, since stage 2 alone does not need diffusers.
-    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
-    return BasicTransformerBlock, ResnetBlock2D, Florence2VisionBlock, GradientCheckpointingLayer
+    diffusion = (BasicTransformerBlock, JointTransformerBlock, ResnetBlock2D)
+    return (*diffusion, Florence2VisionBlock, GradientCheckpointingLayer)
 
 
 def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) -> Stage:
@@ -132,7 +134,8 @@ def stage1(config: Stage1Config, model: ModelConfig, checkpoint: Path | None) ->
         precision=config.train.precision,
         verify=False,
     )
-    return denoising(autoencoder, config.train.seed, stored)
+    sizes = OriginalSizes(config.data.input) if model.time_ids == "original" else None
+    return denoising(autoencoder, config.train.seed, stored, sizes)
 
 
 def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None, draw: Draw) -> Stage:
@@ -152,13 +155,19 @@ def stage2(config: Stage2Config, model: ModelConfig, checkpoint: Path | None, dr
     return captioning(captioner, draw, config.train.max_caption_tokens)
 
 
-def denoising(autoencoder: VLVAutoEncoder, seed: int, stored: LatentReader | None = None) -> Stage:
+def denoising(
+    autoencoder: VLVAutoEncoder,
+    seed: int,
+    stored: LatentReader | None = None,
+    sizes: OriginalSizes | None = None,
+) -> Stage:
     """The denoising loss of VLVAutoEncoder on images only (paper §3.2)."""
     shape = autoencoder.latent_shape
-    num_timesteps = autoencoder.num_timesteps
 
     def prepare(batch: Batch) -> MicroBatch:
-        inputs = noise_and_timesteps(seed, batch, shape, num_timesteps)
+        inputs = noise_and_timesteps(seed, batch, shape, autoencoder.draw_timestep)
+        if sizes is not None:
+            inputs["original_sizes"] = sizes.read(batch.keys)
         if stored is not None:
             mean, deviation = stored.read(batch.keys)
             noise = inputs.pop("posterior_noise")
@@ -182,19 +191,22 @@ def captioning(captioner: VLVCaptioner, draw: Draw, max_tokens: int) -> Stage:
 
 
 def noise_and_timesteps(
-    seed: int, batch: Batch, latent_shape: tuple[int, ...], num_timesteps: int
+    seed: int,
+    batch: Batch,
+    latent_shape: tuple[int, ...],
+    draw_timestep: Callable[[torch.Generator], Tensor],
 ) -> dict[str, Tensor]:
     """Noise and timesteps of stage 1: for each row a pure function of (seed, epoch, key).
 
-    Returns `noise` and `posterior_noise` `[b c h w]`, standard normal, and `timesteps` `[b]`, uniform
-    in `[0, num_timesteps)`. They do not depend on a row's batch or worker.
+    Returns `noise` and `posterior_noise` `[b c h w]`, standard normal, and `timesteps` `[b]`, as
+    `draw_timestep` draws them. They do not depend on a row's batch or worker.
     """
     noise, posterior_noise, timesteps = [], [], []
     for epoch, key in zip(batch.epochs, batch.keys, strict=True):
         generator = torch.Generator().manual_seed(mix(seed, epoch, key) >> 1)
         noise.append(torch.randn(latent_shape, generator=generator))
         posterior_noise.append(torch.randn(latent_shape, generator=generator))
-        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+        timesteps.append(draw_timestep(generator))
     return {
         "noise": torch.stack(noise),
         "posterior_noise": torch.stack(posterior_noise),

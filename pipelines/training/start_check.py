@@ -22,7 +22,7 @@ from pipelines.training.config import Stage1Config, Stage2Config, TrainConfig
 from pipelines.training.memory import Parameters, states
 from vlv_model.checkpoints.digests import opened_files
 from vlv_model.checkpoints.files import WEIGHTS_FILE, read_chain
-from vlv_model.checkpoints.parts import BASE_PARTS
+from vlv_model.checkpoints.layouts import base_parts
 from vlv_model.checkpoints.sources import part_source
 from vlv_model.errors import DataError, ModelError, RunError, one_line
 from vlv_model.squares import Square
@@ -94,7 +94,7 @@ def _fits_by_far(config: Stage1Config | Stage2Config) -> bool:
     """Whether this machine could train every weight that the files of the models may hold."""
     model, checkpoint = config.model.find()
     stage = "stage2" if isinstance(config, Stage2Config) else "stage1"
-    folders = [part_source(model, part).folder() for part in BASE_PARTS[stage]]
+    folders = [part_source(model, part).folder() for part in base_parts(stage, model)]
     files = [opened_files(folder) if folder else [] for folder in folders]
     if not all(files):
         return False  # a model that has yet to be downloaded

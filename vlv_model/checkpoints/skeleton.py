@@ -17,7 +17,6 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
-    CLIPTextModel,
     Florence2Config,
     Florence2Model,
     Qwen2Config,
@@ -25,9 +24,17 @@ from transformers import (
 )
 
 from vlv_model.captioner import VLVCaptioner, build_language_projector
-from vlv_model.checkpoints.parts import CONFIG_FILES, READ_PARTS, find_config
+from vlv_model.checkpoints.layouts import layout_of, read_parts
+from vlv_model.checkpoints.loading import (
+    build_decoder,
+    build_text_encoders,
+    denoiser_classes,
+    text_encoder_classes,
+)
+from vlv_model.checkpoints.parts import CONFIG_FILES, find_config
 from vlv_model.checkpoints.published import BY_REPO
 from vlv_model.checkpoints.sources import Source, part_source
+from vlv_model.clip_pair import ClipPair
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.encoder import VLVEncoder
 from vlv_model.errors import ModelError
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 
     from vlv_model.autoencoder import VLVAutoEncoder
 
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 META = torch.device("meta")
 Configs = Mapping[str, Mapping[str, Any]]
 _TOKENS_PER_WORD = 1.3  # of the published tokenizers, in a prompt: 13 tokens for ten words
@@ -46,19 +54,20 @@ _TOKENS_PER_WORD = 1.3  # of the published tokenizers, in a prompt: 13 tokens fo
 
 def read_configs(model: ModelConfig, parts: tuple[str, ...]) -> Configs:
     """The configurations of `parts`, by part. Raises ModelError for one that is not known here."""
-    return {part: _read(part, part_source(model, part)) for part in parts if part != "tokenizer"}
+    return {
+        part: _read(part, part_source(model, part)) for part in parts if part not in _TOKENIZERS
+    }
 
 
 def autoencoder(model: ModelConfig, *, with_vae: bool = True) -> VLVAutoEncoder:
     """Stage 1's model without weights, float32, on the meta device."""
-
-    configs = read_configs(model, READ_PARTS["stage1"])
+    configs = read_configs(model, read_parts("stage1", model, local=True))
     return build_autoencoder(model, configs, prompt_tokenizer(model), META, with_vae=with_vae)
 
 
 def captioner(model: ModelConfig, lora: Lora | None = None) -> VLVCaptioner:
     """Stage 2's model without weights, float32, on the meta device; with adapters if `lora` has a rank."""
-    configs = read_configs(model, READ_PARTS["stage2"])
+    configs = read_configs(model, read_parts("stage2", model, local=True))
     built = build_captioner(model, configs, prompt_tokenizer(model), META)
     if lora and lora.rank:
         with META:
@@ -88,22 +97,23 @@ def build_autoencoder(
     with_vae: bool = True,
 ) -> VLVAutoEncoder:
     """An auto-encoder with random weights; `configs` of all parts, Florence-2's `tokenizer`."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL
 
     from vlv_model.autoencoder import VLVAutoEncoder
-    from vlv_model.diffusion_decoder import DiffusionDecoder
     from vlv_model.latents import LatentFormat
 
     encoder = _encoder(model, configs, tokenizer, device)
     vae_config = dict(configs["vae"])
+    layout = layout_of(model, local=True)
+    kind, schedule_kind = denoiser_classes(layout)
     with device:
-        text_encoder = _text_encoder(model, configs)
+        text_encoder = _text_encoders(model, configs)
         vae = AutoencoderKL.from_config(vae_config) if with_vae else None
-        unet = UNet2DConditionModel.from_config(dict(configs["unet"]))
-    scheduler = DDPMScheduler.from_config(dict(configs["scheduler"]))
+        denoiser = kind.from_config(dict(configs[layout.denoiser]))
+    schedule = schedule_kind.from_config(dict(configs["scheduler"]))
     latents = LatentFormat.of(AutoencoderKL.from_config(vae_config).config) if vae is None else vae
-    decoder = DiffusionDecoder(latents, unet, scheduler, model.image_size)
-    return VLVAutoEncoder(encoder, text_encoder, decoder)
+    decoder = build_decoder(model, layout, latents, denoiser, schedule)
+    return VLVAutoEncoder(encoder, text_encoder, decoder, time_ids=model.time_ids)
 
 
 def build_captioner(
@@ -116,7 +126,7 @@ def build_captioner(
     """A captioner with random weights and everything trainable; arguments as above."""
     encoder = _encoder(model, configs, tokenizer, device)
     with device:
-        text_encoder = _text_encoder(model, configs)
+        text_encoder = _text_encoders(model, configs)
         language_model = Qwen2ForCausalLM(Qwen2Config.from_dict(_copy(configs["language_model"])))
         hidden = language_model.config.hidden_size
         projector = build_language_projector(text_encoder.width, hidden, model.projector_seed)
@@ -151,7 +161,9 @@ def _encoder(
     encoder = VLVEncoder(
         florence,
         tokenizer,
-        width=configs["text_encoder"]["hidden_size"],
+        width=tuple(
+            configs[part]["hidden_size"] for part in layout_of(model, local=True).text_encoders
+        ),
         num_queries=model.num_queries,
         square=Square.of(model),
         encoder_image_size=model.encoder_image_size,
@@ -162,13 +174,16 @@ def _encoder(
     return encoder.to(device)
 
 
-def _text_encoder(model: ModelConfig, configs: Configs) -> TextEncoder:
-    content = _copy(configs["text_encoder"])
-    # The last two tokens, as in CLIP's vocabulary; the default ids are outside a smaller one.
-    last = content["vocab_size"] - 1
-    content = {"bos_token_id": last - 1, "eos_token_id": last, **content}
-    clip = CLIPTextModel(CLIPTextConfig.from_dict(content))
-    return TextEncoder(clip, tokenizer=None, bottleneck=model.bottleneck)
+def _text_encoders(model: ModelConfig, configs: Configs) -> TextEncoder | ClipPair:
+    layout = layout_of(model, local=True)
+    clips = []
+    for part, kind in text_encoder_classes(layout).items():
+        content = _copy(configs[part])
+        # The last two tokens, as in CLIP's vocabulary; the default ids are outside a smaller one.
+        last = content["vocab_size"] - 1
+        content = {"bos_token_id": last - 1, "eos_token_id": last, **content}
+        clips.append(kind(CLIPTextConfig.from_dict(content)))
+    return build_text_encoders(model, layout, clips, [None] * len(clips))
 
 
 def _read(part: str, source: Source) -> Mapping[str, Any]:

@@ -23,7 +23,16 @@ from vlv_model.errors import CheckpointError, ModelError, one_line
 
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL_FILE = "model.json"
-DIFFUSION_PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+DIFFUSION_PARTS = (
+    "vae",
+    "unet",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 # The fields of ModelConfig that name a folder or hub id.
 SOURCE_FIELDS = ("florence", "diffusion", *DIFFUSION_PARTS, "language_model")
 
@@ -140,8 +149,8 @@ def field_of(config: ModelConfig, part: str) -> str:
 def part_source(config: ModelConfig, part: str) -> Source:
     """Where a part is loaded from.
 
-    `part` is `florence`, `language_model`, `vae`, `unet`, `text_encoder`, `tokenizer` or
-    `scheduler`. Raises ModelError when a local folder does not exist.
+    `part` is `florence`, `language_model` or one of DIFFUSION_PARTS. Raises ModelError when a local
+    folder does not exist.
     """
     field = field_of(config, part)
     value, subfolder = getattr(config, field), "" if field == part else part

@@ -12,7 +12,6 @@ from huggingface_hub import constants
 
 from pipelines.execution.model import ModelSettings, shipped_models
 from vlv_model.checkpoints.hub import HubId
-from vlv_model.checkpoints.parts import READ_PARTS
 from vlv_model.errors import ModelError
 
 ROOT = Path(__file__).parents[3]
@@ -21,10 +20,10 @@ ROOT = Path(__file__).parents[3]
 def test_the_shipped_models_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shipped_models() == ["models", "stage1", "stage2"]
-    _, checkpoint = ModelSettings(path="tiny/stage2").resolve(READ_PARTS["stage2"])
+    _, checkpoint = ModelSettings(path="tiny/stage2").resolve(stage="stage2")
     assert checkpoint is not None
     assert checkpoint.parts[-2:] == ("pretrained", "stage2")
-    assert ModelSettings(path="tiny/models").resolve(READ_PARTS["stage1"])[1] is None
+    assert ModelSettings(path="tiny/models").resolve(stage="stage1")[1] is None
     (tmp_path / "tiny" / "stage2").mkdir(parents=True)  # a folder of the user's wins
     assert ModelSettings(path="tiny/stage2").path == str(tmp_path / "tiny" / "stage2")
 
@@ -40,11 +39,11 @@ def test_parts_are_checked_without_loading_them(tiny_models: Path, tmp_path: Pat
     content = json.loads(config.read_text())
     config.write_text(json.dumps(content | {"model_type": "llama"}))
     with pytest.raises(ModelError, match=r"^florence: config\.json .* expected 'florence2'"):
-        ModelSettings(path=str(models)).resolve(READ_PARTS["stage2"])
+        ModelSettings(path=str(models)).resolve(stage="stage2")
     config.write_text(json.dumps(content))
     (models / "florence" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"^florence: cannot load .* lacks .* safetensors weights"):
-        ModelSettings(path=str(models)).resolve(READ_PARTS["stage2"])
+        ModelSettings(path=str(models)).resolve(stage="stage2")
     ModelSettings(path=str(models)).resolve(["vae"])  # a job that does not read the other
 
 
@@ -72,7 +71,7 @@ def test_a_hub_that_takes_no_connection_is_found_out_at_once(
         with pytest.raises(
             ModelError, match=r"no connection within 0\.1 s.*model\.path is not set"
         ):
-            ModelSettings().resolve(READ_PARTS["stage1"])
+            ModelSettings().resolve(stage="stage1")
         pinned = {"florence": f"microsoft/x@{'a' * 40}"}  # a commit, of which no file is here
         with pytest.raises(ModelError, match=r"not in the local cache .* the hub does not answer"):
             ModelSettings(**pinned).resolve(["florence"])

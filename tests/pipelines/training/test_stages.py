@@ -96,10 +96,13 @@ def saved_bytes_and_gradients(stage: Stage) -> tuple[int, float, dict[str, torch
 def test_noise_depends_only_on_seed_epoch_and_key() -> None:
     """A row's noise differs between epochs and does not depend on its batch."""
 
+    def uniform(generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(1000, (), generator=generator)
+
     def drawn(seed: int, rows: list[tuple[int, int]]) -> dict[tuple[int, int], list[torch.Tensor]]:
         epochs, keys = ([row[i] for row in rows] for i in (0, 1))
         pixels = torch.zeros(len(rows), 3, 8, 8, dtype=torch.uint8)
-        made = noise_and_timesteps(seed, Batch(keys, epochs, pixels), (4, 2, 2), 1000)
+        made = noise_and_timesteps(seed, Batch(keys, epochs, pixels), (4, 2, 2), uniform)
         return {row: [made[name][i] for name in sorted(made)] for i, row in enumerate(rows)}
 
     rows = [(epoch, key) for epoch in (0, 1, 7) for key in (-5, 3, 2**62)]

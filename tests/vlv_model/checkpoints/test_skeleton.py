@@ -10,6 +10,7 @@ from torch import nn
 from vlv_model.autoencoder import VLVAutoEncoder
 from vlv_model.captioner import VLVCaptioner
 from vlv_model.checkpoints import skeleton
+from vlv_model.checkpoints.layouts import read_parts
 from vlv_model.checkpoints.sources import resolve_model
 from vlv_model.config import Lora, ModelConfig
 from vlv_model.errors import ModelError
@@ -44,7 +45,7 @@ def test_shapes_are_those_of_the_loaded_models(
 def test_known_ids_need_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     small = ModelConfig(florence="florence-community/Florence-2-base@main")
-    configs = skeleton.read_configs(small, VLVAutoEncoder.read_parts)
+    configs = skeleton.read_configs(small, read_parts("stage1", small))
     assert configs["florence"]["text_config"]["d_model"] == 768
     assert configs["unet"]["cross_attention_dim"] == 1024
 
