@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.images.conditions import Where, small_columns
-from pipelines.images.listing import DESCRIPTION, FOLDER, row_keys
+from pipelines.images.listed_rows import row_keys
+from pipelines.images.listing import DESCRIPTION, FOLDER
 from pipelines.images.random_access import NAMES
 from pipelines.images.rows import OK, check_status, require_columns
 from pipelines.images.scores import Scores, scores_fingerprint

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.images.external import ExternalImages
-from pipelines.images.listing import listed_rows
+from pipelines.images.listed_rows import listed_rows
 from pipelines.images.selection import ImageInput
 from pipelines.images.sources import find_source
 from pipelines.pictures.arrays import picture_of

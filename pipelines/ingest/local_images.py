@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.images.companions import LIST, WantedMetadata, is_companion
-from pipelines.images.listing import folders_of, listed_rows
+from pipelines.images.listed_rows import folders_of, listed_rows
 from pipelines.images.rows import METADATA_ROW, has_text, require_columns
 from pipelines.images.sources import Source, is_image
 from pipelines.ingest import img2dataset

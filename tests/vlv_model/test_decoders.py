@@ -25,7 +25,8 @@ from vlv_model.diffusion_decoder import DiffusionDecoder
 from vlv_model.sd3 import T5_POSITIONS
 from vlv_model.sdxl import time_ids_of
 from vlv_model.text_encoder import prompt_ids
-from vlv_model.tiny import TEXT_POSITIONS, write_tiny_sd3, write_tiny_sdxl
+from vlv_model.tiny import TEXT_POSITIONS
+from vlv_model.tiny_decoders import write_tiny_sd3, write_tiny_sdxl
 
 SMALL = {"num_queries": TEXT_POSITIONS, "image_size": 32, "encoder_image_size": 64}
 KINDS = ("sdxl", "sd3")
