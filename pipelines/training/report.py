@@ -208,7 +208,8 @@ def _identity(run_dir: Path) -> list[tuple[str, str]]:
             ("training", "held-out"), recorded["rows"], recorded["keys"], strict=True
         )
     ]
-    lines.append(("bytes of data.input", f"{recorded['bytes']:,}"))
+    if (size := recorded["bytes"]) is not None:  # images of others are identified by their listing
+        lines.append(("bytes of data.input", f"{size:,}"))
     if latest := latest_checkpoint(run_dir):
         info = read_checkpoint(latest)
         lines.append(

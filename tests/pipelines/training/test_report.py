@@ -199,6 +199,21 @@ def test_the_page_of_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     assert "ended with an error: it broke" in page.read_text()
 
 
+def test_the_page_of_a_run_on_images_of_others(tmp_path: Path) -> None:
+    """A folder of images has no number of bytes in the run's identity, but a layout."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_bytes((KILLED / "metrics.jsonl").read_bytes())
+    identity = json.loads((KILLED / "run.json").read_text())
+    identity |= {"bytes": None, "files": None, "layout": "folder"}
+    (run_dir / "run.json").write_text(json.dumps(identity))
+    settings = [f"run_dir={run_dir}", f"data.input={tmp_path}", "train.steps=12"]
+    report.RunReport(load(Stage2Config, None, settings), {"trained on": 18, "held out": 2}).write()
+    page = (run_dir / report.FILE).read_text()
+    assert "training rows" in page
+    assert "bytes of data.input" not in page
+
+
 def test_a_report_that_cannot_be_written_does_not_stop_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
