@@ -52,7 +52,7 @@ class LossChart:
 
     def path(self, points: Sequence[Point]) -> str:
         """The SVG path through the points, thinned."""
-        return _path(points, self.x, self.y)
+        return path_through(points, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LineChart:
     @property
     def path(self) -> str:
         """The SVG path through the points, thinned."""
-        return _path(self.points, self.x, self.y)
+        return path_through(self.points, self.x, self.y)
 
 
 def loss_chart(title: str, events: Sequence[Mapping[str, Any]], lead: str = "") -> LossChart:
@@ -113,7 +113,8 @@ def median_of_last(points: Sequence[Point], count: int) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
+def path_through(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    """The SVG path through points on two axes, thinned."""
     places = (f"{x(step):.1f} {y(value):.1f}" for step, value in _thinned(points))
     return "".join(f"{'L' if i else 'M'}{place}" for i, place in enumerate(places))
 

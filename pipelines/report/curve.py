@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.report.axes import Axis, horizontal, vertical
+from pipelines.report.charts import path_through
 
 DASHES = ("", "7 4", "2 4", "9 3 2 3")
 """Of the lines, so that they can be told apart without colour."""
@@ -40,9 +41,7 @@ class Curve:
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         """The SVG path through the points."""
-        x, y = self.x, self.y
-        places = (f"{x(a):.1f} {y(b):.1f}" for a, b in points)
-        return "".join(f"{'L' if i else 'M'}{place}" for i, place in enumerate(places))
+        return path_through(points, self.x, self.y)
 
     @property
     def dashes(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import IO, Any, ClassVar
 
 import pyarrow as pa
 
+from pipelines.images.companions import JSON, TEXTS
 from pipelines.images.external import as_utf8
 from pipelines.images.sources import is_image, walk
 from pipelines.lists.readers import SUFFIXES, format_of, read_parquet
@@ -32,8 +33,6 @@ from pipelines.storage.parquet import open_parquet, read_schema
 from pipelines.storage.tables import Table
 from pipelines.training.captions import DEFAULT_COLUMN, SETTING, Join, as_texts, usable
 from vlv_model.errors import DataError
-
-TEXT_SUFFIXES, JSON = (".txt", ".caption", ".text"), ".json"
 
 _MAX_BYTES = 16 << 20  # of a sidecar; a larger one is no caption
 _BATCH = 16_384
@@ -150,7 +149,7 @@ def _is_json(name: str) -> bool:
 def _is_sidecar(name: str, column: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     hidden = os.path.basename(name)[:1] == "."
-    return not hidden and (suffix == JSON or (suffix in TEXT_SUFFIXES and column == DEFAULT_COLUMN))
+    return not hidden and (suffix == JSON or (suffix in TEXTS and column == DEFAULT_COLUMN))
 
 
 def _bounded(stream: IO[bytes] | None, size: int, name: str) -> bytes:

@@ -94,7 +94,7 @@ class OpenedRun:
 def open_run(config: Stage1Config | Stage2Config) -> OpenedRun:
     """Check data, models and run folder. Raises what `train` does.
 
-    Writes only the index of captions, and the listing of images that are no table of ours.
+    Writes only the index of captions, and the listing of images that are not in our tables.
     """
     run_dir = Path(config.run_dir)
     if isinstance(config, Stage2Config):

@@ -112,7 +112,7 @@ class RunReport:
 def count_rows(table: str, trained: int, held_out: int) -> dict[str, int]:
     """What became of the rows of the input `table`; the numbers add up to its rows.
 
-    Parquet that is no table of ours counts with its usable rows only.
+    Parquet of others counts with its usable rows only.
     """
     rows = {_TRAINED: trained, _HELD_OUT: held_out}
     if (opened := Table(table)).exists:

@@ -2,7 +2,7 @@
 
 <run_dir>/run.json       identity: settings, data and models
 <run_dir>/rows/          see run_rows and skipped_rows
-<run_dir>/images/        listing of images that are no table of ours (pipelines.images.listing)
+<run_dir>/images/        listing of images that are not in our tables (pipelines.images.listing)
 <run_dir>/captions/      of stage 2; see caption_index
 <run_dir>/checkpoints/   see checkpointing
 <run_dir>/parent/        copy of the checkpoint that the run started from
@@ -134,7 +134,7 @@ def list_run_images(
 ) -> tuple[list[Path], dict[str, Any]]:
     """The Parquet files of a table of the run's images, and what identifies their bytes.
 
-    Images that are no table of ours are listed in the run folder, once for each way to ask for them:
+    Images that are not in our tables are listed in the run folder, once for each way to ask for them:
     a run whose images were moved compares the new listing and keeps the old one. The folder is shared,
     so all machines see the listing. `settings` are those of the identity: a folder of another run is
     refused before anything is written into it.
