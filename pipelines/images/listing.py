@@ -72,7 +72,7 @@ def list_images(
     if texts:
         request["texts"] = list(texts)
     description = output / DESCRIPTION
-    recorded = read_json_object(description) if is_file(description) else None
+    recorded = recorded_listing(output)
     same_request = recorded is not None and recorded["asked"] == request
     if recorded is not None and same_request and recorded["layout"] == "folder":
         # Checking whether millions of files have changed costs as much as listing them.
@@ -110,6 +110,12 @@ def list_images(
             )
         write_atomically(description, json.dumps({"asked": request, **identity}))
     return _listing_files(output), identity if source.layout != "folder" else {"layout": "folder"}
+
+
+def recorded_listing(output: Path) -> dict[str, Any] | None:
+    """What the listing in `output` was asked for, and its `layout`; None if there is none."""
+    file = output / DESCRIPTION
+    return read_json_object(file) if is_file(file) else None
 
 
 def _suffixes(counts: Counter[str]) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from pipelines.cli.config import build, dump
 from pipelines.execution.model import CHECKPOINTS, latest_checkpoint
-from pipelines.images.listing import list_images
+from pipelines.images.listing import list_images, recorded_listing
 from pipelines.images.random_access import RowIndex
 from pipelines.images.selection import ImageInput
 from pipelines.images.sources import find_source
@@ -144,7 +144,12 @@ def list_run_images(
     if isinstance(config, Stage2Config) and config.data.captions is None:
         texts = [config.data.column_of(0)]
     encoding = data.image_encoding
-    if data.where is None:
+    request = data.input, data.image_column, data.key_column, data.where
+    asked = json.dumps([*request, encoding, texts, data.features])
+    folder = run_dir / IMAGES / hashlib.sha256(asked.encode()).hexdigest()[:8]
+    # A folder that is listed is not walked again: it may hold millions of files.
+    is_listed = (recorded_listing(folder) or {}).get("layout") == "folder"
+    if data.where is None and not is_listed:
         source = find_source(data.input, data.image_column, data.key_column, encoding=encoding)
         if source.layout == "table":
             is_glob = not is_url(data.input) and has_magic(data.input)
@@ -152,12 +157,8 @@ def list_run_images(
             return files, {"bytes": sum(file.stat().st_size for file in files)}
         if texts and source.layout != "parquet":
             raise DataError(f"data.input={data.input} has no column {texts[0]}: give data.captions")
-    request = data.input, data.image_column, data.key_column, data.where
-    asked = json.dumps([*request, encoding, texts, data.features])
-    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
     check_same_run(run_dir, settings, without=(*DATA_FIELDS, "data.captions"))
     with lock_folder(run_dir, "run_dir"):
-        folder = run_dir / IMAGES / digest
         files, identity = list_images(
             folder, *request, again=True, encoding=encoding, features=data.features, texts=texts
         )
